@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""Puts the flat files of the repository root on the import path, and says where shared test data would lie."""
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def shared():
+    """Folder with real frames and reference figures beside the repository; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real frames and reference figures in {folder.name}/ beside the repository")
+    return folder
