@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: MIT
+"""RGB-D frames from disk or from the built-in rooms, as points with colours, labels and the pictures they project into.
+
+A *frame* is a dict: name "scene/frame", color (H, W, 3) uint8, depth (Hd, Wd) float32 metres with 0 = unknown,
+label and instance (Hl, Wl) int64 with -1 = none (or None), world2cam (4, 4) float64, intrinsics (3, 3) float64 of the
+colour image, depth_intrinsics (3, 3) float64. `ScanNetFrames` and `RoomFrames` are sequences of frames; `PointDataset`
+turns either into samples, `collate` samples into a ragged batch. Cameras have OpenCV axes and pixel centres at integer
+coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
+them, so that projection is exact whatever the augmentation does.
+
+Imports torch, numpy, PIL, and its siblings rooms.py (the generator).
+"""
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+def unproject(uv, depth, intrinsics, world2cam):
+    """Pixels uv (n, 2) at depth (n,) metres along the optical axis -> points (n, 3) float32 in the world."""
+    rays = np.column_stack([uv, np.ones(len(uv))]) @ np.linalg.inv(intrinsics).T
+    cam2world = np.linalg.inv(world2cam)
+    return ((rays * np.asarray(depth, np.float64)[:, None]) @ cam2world[:3, :3].T + cam2world[:3, 3]).astype(np.float32)
+
+
+def backproject(depth, intrinsics, world2cam):
+    """Depth image (H, W) metres, unknown where not a finite number above 0 -> points (n, 3) float32, in row order."""
+    if np.ndim(depth) != 2 or np.shape(intrinsics) != (3, 3) or np.shape(world2cam) != (4, 4):
+        raise ValueError(f"expected depth (H, W), intrinsics (3, 3), world2cam (4, 4), got {np.shape(depth)}, "
+                         f"{np.shape(intrinsics)}, {np.shape(world2cam)}")
+    v, u = np.nonzero((depth > 0) & np.isfinite(depth))
+    return unproject(np.stack([u, v], 1), depth[v, u], intrinsics, world2cam)
+
+
+def resize_intrinsics(intrinsics, old_size, new_size):
+    """Intrinsics (3, 3) of an image resized from old_size to new_size, both (H, W): `c -> (c + 0.5) * s - 0.5`."""
+    sy, sx = new_size[0] / old_size[0], new_size[1] / old_size[1]
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+    return np.linalg.inv(half) @ np.diag([sx, sy, 1.0]) @ half @ intrinsics
+
+
+def crop_intrinsics(intrinsics, top, left):
+    """Intrinsics (3, 3) of an image whose first `top` rows and `left` columns were cut off."""
+    return np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]]) @ intrinsics
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def elastic(coords, rng, granularity, magnitude):
+    """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in between.
+
+    coords (n, 3) float32; granularity and magnitude in its unit. As in SPFormer, Mask3D and ESAM; the noise is cut at 3
+    sigma, so that no coordinate moves by more than 3 * magnitude (and by a ninth of the magnitude as a rule).
+    """
+    if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or not np.isfinite(coords).all():
+        raise ValueError(f"expected finite coords (n, 3) of at least one point, got shape {coords.shape}")
+    low, high = coords.min(0), coords.max(0)
+    cells = ((high - low) // (2 * granularity)).astype(int) + 3  # the cloud, and a cell to spare on both sides
+    noise = np.clip(rng.standard_normal((3, *cells[::-1])), -3, 3).astype(np.float32)
+    noise = torch.from_numpy(noise)[None]  # (1, 3, z, y, x)
+    for _ in range(2):
+        noise = F.avg_pool3d(noise, 3, stride=1, padding=1)
+    where = ((coords - low) / (2 * granularity) + 0.5) / (cells - 1) * 2 - 1
+    where = torch.from_numpy(where.astype(np.float32)).view(1, 1, 1, -1, 3)
+    shift = F.grid_sample(noise, where, align_corners=True, padding_mode="border")  # (1, 3, 1, 1, n)
+    return coords + magnitude * shift.view(3, -1).T.numpy()
+
+
+def random_similarity(rng):
+    """(3, 3) matrix and (3,) shift: flips of x and y with p 0.5, any turn about z, scale 0.8 to 1.2, shift sigma 0.1 m.
+    """
+    angle = rng.uniform(-math.pi, math.pi)
+    turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    flip = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
+    return rng.uniform(0.8, 1.2) * turn @ flip, rng.normal(0, 0.1, 3)
+
+
+def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5):
+    """A random similarity about the cloud's centre, then, with probability elastic_p, two elastic fields.
+
+    coords (n, 3) float32 metres -> (n, 3) float32 metres. Granularity 6 and 20, magnitude 40 and 160 voxels.
+    """
+    matrix, shift = random_similarity(rng)
+    centre = coords.mean(0)
+    coords = ((coords - centre) @ matrix.T + centre + shift).astype(np.float32)
+    if rng.random() < elastic_p:
+        for granularity, magnitude in ((6, 40), (20, 160)):
+            coords = elastic(coords, rng, granularity * voxel_size, magnitude * voxel_size)
+    return coords
+
+
+def jitter_colors(colors, rng):
+    """Contrast 0.8 to 1.2 about the mean, a shift (sigma 0.05 a channel), noise (sigma 0.02). (n, 3) in [0, 1]."""
+    mean = colors.mean(0)
+    colors = (colors - mean) * rng.uniform(0.8, 1.2) + mean + rng.normal(0, 0.05, 3)
+    return np.clip(colors + rng.normal(0, 0.02, colors.shape), 0, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def load_classes(path):
+    """Class list, a line "id name" each -> {id: name}, with None for the name `unlabeled` = ignored.
+
+    Several ids may share a name: one class. The line "* unlabeled" gives {"*": None}: ids not listed are ignored too.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"class list {path} does not exist")
+    classes = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        key, _, name = line.strip().partition(" ")
+        name = name.strip()
+        if not name or not (key.isdecimal() or (key == "*" and name == "unlabeled")):
+            raise ValueError(f'{path} line {number}: expected "id name" or "* unlabeled", got {line!r}')
+        key = key if key == "*" else int(key)
+        if key in classes:
+            raise ValueError(f"{path} line {number}: id {key} is listed twice")
+        classes[key] = None if name == "unlabeled" else name
+    if not any(classes.values()):
+        raise ValueError(f"class list {path} names no class")
+    return classes
+
+
+def class_index(classes):
+    """{id: name | None} -> the K class names in order of first appearance, and a lookup table id -> 0..K-1, -1, or -2.
+
+    -1 is ignored and -2 is outside of the list; ids past the table's end are what its last entry says.
+    """
+    names = list(dict.fromkeys(name for name in classes.values() if name is not None))
+    ids = [key for key in classes if key != "*"]
+    table = np.full(max(ids, default=0) + 2, -1 if "*" in classes else -2, np.int64)
+    for key in ids:
+        table[key] = -1 if classes[key] is None else names.index(classes[key])
+    return names, table
+
+
+def read_matrix(path, field, shapes):
+    """Whitespace-separated text file -> float64 matrix of one of `shapes`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{field} file {path} does not exist")
+    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        matrix = np.array(rows, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path}: {field} is not a matrix of numbers: {error}") from None
+    if matrix.shape not in shapes:
+        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {' or '.join(map(str, shapes))}")
+    return matrix
+
+
+def read_intrinsics(path, field):
+    """3 x 3 or 4 x 4 text file -> (3, 3) float64 pinhole intrinsics."""
+    matrix = read_matrix(path, field, [(3, 3), (4, 4)])[:3, :3]
+    if not (np.isfinite(matrix).all() and matrix[0, 0] > 0 and matrix[1, 1] > 0 and (matrix[2] == [0, 0, 1]).all()):
+        raise ValueError(f"{path}: {field} is not a pinhole matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]]: "
+                         f"{matrix.tolist()}")
+    return matrix
+
+
+def read_image(path, field):
+    """PIL image, decoded to the last byte."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{field} image {path} does not exist") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken or truncated files
+        raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
+    return image
+
+
+def read_index_image(path, field):
+    """Grey PNG of integers (depth, label, instance) -> (H, W) integer array."""
+    array = np.asarray(read_image(path, field))
+    if array.ndim != 2 or array.dtype.kind not in "ui":
+        raise ValueError(f"{path}: {field} image has shape {array.shape} of {array.dtype}, expected (H, W) of integers")
+    return array
+
+
+def natural_key(name):
+    """Sorts "frame-2" before "frame-10"."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+
+
+class ScanNetFrames:
+    """Frames of ScanNet's exported 2D layout, read when indexed.
+
+    root/<scene>/{color/<n>.jpg|png, depth/<n>.png (uint16 millimetres), pose/<n>.txt (camera to world),
+    intrinsic/intrinsic_{color,depth}.txt} and, where labelled, {label-filt,instance-filt}/<n>.png (0 = no instance).
+    `classes` is a file or dict of `load_classes`; `split` a file with a `scene` or `scene/frame` a line, or None: all.
+
+    Attributes: names ["scene/frame"], class_names (K), skipped (frames left out because their pose is lost: inf or NaN).
+    """
+
+    def __init__(self, root, classes, split=None):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"frame folder {self.root} does not exist")
+        self.class_names, self._table = class_index(classes if isinstance(classes, dict) else load_classes(classes))
+        self.names, self.skipped = [], 0
+        self._scenes, self._poses, self._colors = {}, [], []
+        for name in self._entries(split):
+            scene, _, stem = name.partition("/")
+            if scene not in self._scenes:
+                self._scenes[scene] = self._open_scene(scene)
+            colors, missing = self._scenes[scene]["colors"], self._scenes[scene]["missing"]
+            if stem and stem not in colors:
+                raise FileNotFoundError(f"{self.root / scene / 'color'}: no image {stem}.jpg or {stem}.png ({split})")
+            for stem in [stem] if stem else sorted(colors, key=natural_key):
+                if stem in missing:
+                    raise FileNotFoundError(f"{missing[stem]} does not exist, but {colors[stem]} does")
+                pose = read_matrix(self.root / scene / "pose" / f"{stem}.txt", "pose", [(4, 4)])
+                if not np.isfinite(pose).all():
+                    self.skipped += 1
+                    continue
+                self.names.append(f"{scene}/{stem}")
+                self._poses.append(pose)
+                self._colors.append(colors[stem])
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(f"{split}: frame {twice} is named more than once")
+        if not self.names:
+            raise ValueError(f"{split or self.root}: no frame left ({self.skipped} skipped for a lost pose)")
+
+    def _entries(self, split):
+        if split is None:
+            entries = sorted((path.parent.name for path in self.root.glob("*/color")), key=natural_key)
+            if not entries:
+                raise ValueError(f"{self.root}: no <scene>/color folder in it")
+            return entries
+        split = Path(split)
+        if not split.is_file():
+            raise FileNotFoundError(f"split file {split} does not exist")
+        entries = split.read_text().split()
+        if not entries:
+            raise ValueError(f"split file {split} is empty")
+        for entry in entries:
+            if not (self.root / entry.split("/")[0] / "color").is_dir():
+                raise FileNotFoundError(f"split file {split}: {entry!r} has no folder "
+                                        f"{self.root / entry.split('/')[0] / 'color'}")
+        return entries
+
+    def _open_scene(self, scene):
+        folder = self.root / scene
+        colors = {path.stem: path for path in (folder / "color").iterdir() if path.suffix in (".jpg", ".jpeg", ".png")}
+        labelled = {kind: (folder / kind).is_dir() for kind in ("label-filt", "instance-filt")}
+        needed = {"depth": ".png", "pose": ".txt", **{kind: ".png" for kind, present in labelled.items() if present}}
+        missing = {}  # listing four folders beats asking for every file of every frame
+        for kind, suffix in needed.items():
+            present = {path.name for path in (folder / kind).iterdir()} if (folder / kind).is_dir() else set()
+            missing.update({stem: folder / kind / (stem + suffix) for stem in colors if stem + suffix not in present})
+        depth_path = folder / "intrinsic" / "intrinsic_depth.txt"
+        return {
+            "colors": colors, "missing": missing, **labelled,
+            "intrinsics": read_intrinsics(folder / "intrinsic" / "intrinsic_color.txt", "colour intrinsics"),
+            "depth_intrinsics": read_intrinsics(depth_path, "depth intrinsics") if depth_path.is_file() else None,
+            "depth_intrinsics_path": depth_path,
+        }
+
+    def __len__(self):
+        return len(self.names)
+
+    def color(self, index):
+        """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
+        return np.asarray(read_image(self._colors[index], "colour").convert("RGB"))
+
+    def __getitem__(self, index):
+        name = self.names[index]
+        scene, stem = name.split("/")
+        folder, info = self.root / scene, self._scenes[scene]
+        color = self.color(index)
+        depth = read_index_image(folder / "depth" / f"{stem}.png", "depth")
+        depth_intrinsics = info["depth_intrinsics"]
+        if depth_intrinsics is None:
+            if depth.shape != color.shape[:2]:
+                raise ValueError(f"{folder / 'depth' / stem}.png: depth has size {depth.shape}, colour has size "
+                                 f"{color.shape[:2]}, and {info['depth_intrinsics_path']} does not exist")
+            depth_intrinsics = info["intrinsics"]
+        frame = {"name": name, "color": color, "depth": depth.astype(np.float32) * np.float32(0.001),
+                 "label": None, "instance": None, "world2cam": np.linalg.inv(self._poses[index]),
+                 "intrinsics": info["intrinsics"], "depth_intrinsics": depth_intrinsics}
+        for kind in ("label", "instance"):
+            if not info[f"{kind}-filt"]:
+                continue
+            path = folder / f"{kind}-filt" / f"{stem}.png"
+            ids = read_index_image(path, kind)
+            if ids.shape not in (color.shape[:2], depth.shape):
+                raise ValueError(f"{path}: {kind} has size {ids.shape}, neither the colour image's {color.shape[:2]} "
+                                 f"nor the depth image's {depth.shape}")
+            if kind == "label":
+                label = self._table[np.minimum(ids, len(self._table) - 1)]
+                if label.min() < -1:
+                    raise ValueError(f"{path}: label {ids[label < -1][0]} is not in the class list")
+                frame["label"] = label
+            else:
+                frame["instance"] = np.where(ids > 0, ids.astype(np.int64), -1)
+        return frame
+
+
+class RoomFrames:
+    """Frames of the built-in rooms (rooms.py), generated at construction; the same interface as ScanNetFrames.
+
+    split "train" or "val": disjoint rooms; `size` (H, W) of the images.
+    """
+
+    skipped = 0
+
+    def __init__(self, split, rooms, frames_per_room, seed=0, size=(240, 320)):
+        import rooms as generator
+        self.class_names = list(generator.CLASSES)
+        self._frames = generator.frames(split, rooms, frames_per_room, seed, size)
+        self.names = [frame["name"] for frame in self._frames]
+
+    def __len__(self):
+        return len(self.names)
+
+    def color(self, index):
+        """(H, W, 3) uint8 RGB of one frame."""
+        return self._frames[index]["color"]
+
+    def __getitem__(self, index):
+        frame = self._frames[index]
+        label, instance = (frame[kind].astype(np.int64) for kind in ("label", "instance"))
+        return {**frame, "label": label - 1, "instance": np.where(instance > 0, instance, -1)}
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+def resize_image(color, image_size):
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, bicubic with antialiasing, the whole image; see `resize_intrinsics`."""
+    if color.shape[:2] == tuple(image_size):
+        return color
+    return np.asarray(Image.fromarray(color).resize(image_size[::-1], Image.Resampling.BICUBIC))
+
+
+def to_tensor(image):
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)) / 255
+
+
+def depth_to_color(frame):
+    """Which colour pixel each depth pixel of known depth falls on: flat indices (n,), (n,) into depth and colour.
+
+    Cameras with one pose see a point along one ray, so the map needs no depth: u_color = K_color inv(K_depth) u_depth.
+    Points outside of the colour image are left out: nobody has seen their colour.
+    """
+    depth, (height, width) = frame["depth"], frame["color"].shape[:2]
+    known = np.flatnonzero((depth > 0) & np.isfinite(depth))
+    if depth.shape == (height, width) and np.array_equal(frame["intrinsics"], frame["depth_intrinsics"]):
+        return known, known
+    matrix = (frame["intrinsics"] @ np.linalg.inv(frame["depth_intrinsics"])).astype(np.float32)
+    v, u = np.divmod(known, depth.shape[1])
+    x = np.rint(matrix[0, 0] * u + matrix[0, 1] * v + matrix[0, 2]).astype(np.int64)
+    y = np.rint(matrix[1, 0] * u + matrix[1, 1] * v + matrix[1, 2]).astype(np.int64)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return known[inside], (y * width + x)[inside]
+
+
+class Pictures(Dataset):
+    """The resized pictures (h, w, 3) uint8 of frames, without points: what a feature cache is built from."""
+
+    def __init__(self, frames, image_size):
+        self.frames, self.image_size = frames, image_size
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, index):
+        return resize_image(self.frames.color(index), self.image_size)
+
+
+class PointDataset(Dataset):
+    """Samples of points with the views that they project into. Draw and augmentation depend on (seed, epoch, index) alone.
+
+    frames: ScanNetFrames, RoomFrames, or any sequence of frames with `names` and `color(index)`.
+    num_points: drawn without replacement out of a sample's back-projected pixels; all of them where there are fewer.
+    image_size: (H, W) of the pictures. views: consecutive frames of a scene that make one sample; the last sample of a
+    scene reaches back where its frames are not a multiple. augment: for training. color=False: all point colours are 1.
+    cache: a FeatureCache built from `.pictures`; samples then hold clip_tokens and clip_pooled instead of images.
+
+    A sample: name, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with -1 = none,
+    images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
+    depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
+    """
+
+    def __init__(self, frames, num_points, image_size, views=1, augment=False, color=True, cache=None, seed=0):
+        if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
+            raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
+        if num_points < 1 or views < 1:
+            raise ValueError(f"num_points and views must be at least 1, got {num_points} and {views}")
+        self.frames, self.num_points, self.image_size, self.views = frames, num_points, tuple(image_size), views
+        self.augment, self.color, self.cache, self.seed = augment, color, cache, seed
+        self.pictures = Pictures(frames, self.image_size)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
+        scenes = {}
+        for index, name in enumerate(frames.names):
+            scenes.setdefault(name.split("/")[0], []).append(index)
+        self._samples = []
+        for scene, members in scenes.items():
+            if len(members) < views:
+                raise ValueError(f"scene {scene} has {len(members)} frames, fewer than views={views}")
+            starts = range(0, len(members), views)
+            self._samples += [members[min(start, len(members) - views):][:views] for start in starts]
+
+    def set_epoch(self, epoch):
+        """Changes the draw and the augmentation of every sample (of a training set; others stay as they are)."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self._samples)
+
+    def __getitem__(self, index):
+        frames = [self.frames[member] for member in self._samples[index]]
+        rng = np.random.default_rng((self.seed, 1 + int(self._epoch) if self.augment else 0, index))
+        pixels = [depth_to_color(frame) for frame in frames]
+        ends = np.cumsum([len(known) for known, _ in pixels])
+        if ends[-1] == 0:
+            raise ValueError(f"no pixel with known depth in {', '.join(frame['name'] for frame in frames)}")
+        drawn = np.arange(ends[-1])
+        if ends[-1] > self.num_points:
+            drawn = np.sort(rng.choice(ends[-1], self.num_points, replace=False, shuffle=False))
+        parts = [self._points(frame, known[own], seen[own]) for frame, (known, seen), own in zip(
+            frames, pixels, (drawn[(drawn >= end - len(known)) & (drawn < end)] - (end - len(known))
+                             for (known, _), end in zip(pixels, ends)))]
+        points, colors, labels, instances = (np.concatenate(part) for part in zip(*parts))
+        coords = augment_points(points, rng) if self.augment else points.copy()
+        if not self.color:
+            colors = np.ones_like(colors)
+        elif self.augment:
+            colors = jitter_colors(colors, rng)
+        sample = {"name": frames[0]["name"], "points": points, "coords": coords, "colors": colors,
+                  "labels": labels, "instances": instances,
+                  "world2cam": np.stack([frame["world2cam"] for frame in frames]).astype(np.float32),
+                  "intrinsics": np.stack([resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2],
+                                                            self.image_size) for frame in frames]).astype(np.float32),
+                  "depth": np.stack([frame["depth"] for frame in frames]),
+                  "depth_intrinsics": np.stack([frame["depth_intrinsics"] for frame in frames]).astype(np.float32)}
+        sample = {key: value if key == "name" else torch.from_numpy(value) for key, value in sample.items()}
+        pictures = [resize_image(frame["color"], self.image_size) for frame in frames]
+        if self.cache is None:
+            return {**sample, "images": torch.stack([to_tensor(picture) for picture in pictures])}
+        tokens, pooled = zip(*(self.cache.get(picture) for picture in pictures))
+        return {**sample, "clip_tokens": torch.stack(tokens), "clip_pooled": torch.stack(pooled)}
+
+    @staticmethod
+    def _points(frame, known, seen):
+        """Depth pixels `known` and the colour pixels `seen` -> points, colors, labels, instances of one frame."""
+        v, u = np.divmod(known, frame["depth"].shape[1])
+        points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
+                           frame["world2cam"])
+        colors = frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255
+        ids = []
+        for image in (frame["label"], frame["instance"]):
+            if image is None:
+                ids.append(np.full(len(known), -1, np.int64))
+            else:
+                ids.append(image.ravel()[seen if image.shape == frame["color"].shape[:2] else known])
+        return points, colors, *ids
+
+
+PER_POINT = ("points", "coords", "colors", "labels", "instances", "superpoints")
+
+
+def collate(samples):
+    """Ragged batch: per-point fields are concatenated to (N, ...), all others stacked to (B, V, ...).
+
+    Adds batch (N,) int64, the sample that each point is of; `name` becomes a list. Superpoints and instances keep their
+    numbers within the sample.
+    """
+    batch = {"name": [sample["name"] for sample in samples]}
+    for key in samples[0]:
+        if key == "name":
+            continue
+        values = [sample[key] for sample in samples]
+        if key in PER_POINT:
+            batch[key] = torch.cat(values)
+            continue
+        if any(value.shape != values[0].shape for value in values):
+            raise ValueError(f"{key} differs in shape within a batch: " + ", ".join(
+                f"{name} {tuple(value.shape)}" for name, value in zip(batch["name"], values)))
+        batch[key] = torch.stack(values)
+    sizes = torch.tensor([len(sample["points"]) for sample in samples])
+    batch["batch"] = torch.repeat_interleave(torch.arange(len(samples)), sizes)
+    return batch
