@@ -46,7 +46,7 @@ class SemanticMeter:
         """Adds points: prediction and ground_truth of one integer shape, on one device."""
         prediction, ground_truth = torch.as_tensor(prediction), torch.as_tensor(ground_truth)
         if prediction.shape != ground_truth.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and ground truth {tuple(ground_truth.shape)} differ")
+            raise ValueError(f"prediction {tuple(prediction.shape)}, ground truth {tuple(ground_truth.shape)} differ")
         for name, labels in (("prediction", prediction), ("ground truth", ground_truth)):
             if labels.is_floating_point() or labels.dtype == torch.bool:
                 raise ValueError(f"{name} must be integer labels, not {labels.dtype}")
@@ -75,8 +75,8 @@ class InstanceMeter:
 
     class_ids: the evaluated labels, all > 0, because an id below 1000 means "no instance" in the ground truth.
     min_points: predictions below are dropped, ground truth below is ignored.
-    scenes: one dict per scene, {class id: (instance sizes (G,), prediction sizes (R,), scores (R,), points on void (R,),
-    intersections (G, R))}, on the CPU.
+    scenes: one dict per scene, {class id: (instance sizes (G,), prediction sizes (R,), scores (R,), void points of each
+    prediction (R,), intersections (G, R))}, on the CPU.
     """
 
     def __init__(self, class_ids, min_points=100):
