@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Carries points onto pictures and mixes what they find there into their 3D features.
+
+    p_cam = world2cam p,    (u, v) = (K p_cam)_xy / z,    f_2d = bilinear(feature map, u, v), averaged over the views
+    alpha = sigmoid(gate([f_3d, f_2d])),    f = f_3d + alpha (f_2d - f_3d)          alpha = 0 where no view sees p
+
+Camera axes are OpenCV's (x right, y down, z forward), in metres. Integer pixel coordinates are pixel centres, so a
+picture W wide covers [-0.5, W - 0.5], and pixel u lies at (u + 0.5) * Wf / W - 0.5 of a feature map Wf wide.
+
+Imports torch.
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# ---------------------------------------------------------------------------------------------- camera geometry
+
+
+def apply_transform(points: Tensor, matrix: Tensor) -> Tensor:
+    """points (N, 3) or (B, N, 3), matrix (4, 4) or (B, 4, 4) -> transformed points, of the shape of `points`.
+
+    Raises ValueError for other shapes. Runs outside autocast: half a millimetre matters, bf16 has 1 cm at 3 m.
+    """
+    if points.dim() not in (2, 3) or points.shape[-1] != 3 or matrix.shape[-2:] != (4, 4) or not (
+            matrix.dim() == 2 or matrix.dim() == points.dim() == 3 and len(matrix) == len(points)):
+        raise ValueError(f"points {tuple(points.shape)} and matrix {tuple(matrix.shape)} must be (N, 3) and (4, 4), "
+                         "or (B, N, 3) and (4, 4) or (B, 4, 4)")
+    with torch.autocast(points.device.type, enabled=False):
+        return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
+
+
+def project_to_image(points_cam: Tensor, intrinsics: Tensor):
+    """points_cam (..., N, 3), intrinsics (..., 3, 3) -> uv (..., N, 2) in pixels, depth (..., N) in metres.
+
+    Where depth <= 0 the point is not in front of the camera and uv means nothing (see `visible_mask`).
+    """
+    if points_cam.shape[-1] != 3 or intrinsics.shape[-2:] != (3, 3):
+        raise ValueError(f"points_cam {tuple(points_cam.shape)} and intrinsics {tuple(intrinsics.shape)} must be "
+                         "(..., N, 3) and (..., 3, 3)")
+    with torch.autocast(points_cam.device.type, enabled=False):
+        depth = points_cam[..., 2]
+        ray = points_cam[..., None, :2] / depth.where(depth != 0, 1)[..., None, None]
+        # elementwise: one small matrix a point (see project_packed) would be slow as a batched matmul
+        return (ray * intrinsics[..., None, :2, :2]).sum(-1) + intrinsics[..., None, :2, 2], depth
+
+
+def transform_packed(points: Tensor, world2cam: Tensor, batch: Tensor) -> Tensor:
+    """points (N, 3) of several scenes, world2cam (B, V, 4, 4), batch (N,) -> points_cam (N, V, 3)."""
+    views = []
+    for matrix in world2cam.unbind(1):  # one view at a time: a matrix a point and view would be the largest buffer
+        matrix = matrix[batch]
+        views.append((matrix[:, :3, :3] * points[:, None]).sum(-1) + matrix[:, :3, 3])
+    return torch.stack(views, 1)
+
+
+def project_packed(points_cam: Tensor, intrinsics: Tensor, batch: Tensor):
+    """points_cam (N, V, 3), intrinsics (B, V, 3, 3), batch (N,) -> uv (N, V, 2), depth (N, V)."""
+    uv, depth = project_to_image(points_cam[:, :, None], intrinsics[batch])
+    return uv.squeeze(2), depth.squeeze(2)
+
+
+def visible_mask(uv: Tensor, depth: Tensor, image_size) -> Tensor:
+    """uv (..., 2), depth (...), image_size (H, W) -> bool (...): in front of the camera and inside the picture.
+
+    NaN is not visible.
+    """
+    h, w = image_size
+    u, v = uv.unbind(-1)
+    return (depth > 0) & (u >= -0.5) & (u <= w - 0.5) & (v >= -0.5) & (v <= h - 0.5)
+
+
+def occluded_mask(uv: Tensor, depth: Tensor, depth_map: Tensor, view: Tensor, tolerance=0.05) -> Tensor:
+    """True where the depth map knows a surface more than `tolerance` metres in front of the point.
+
+    uv (..., 2) in pixels of the depth map, depth (...), depth_map (I, Hd, Wd) in metres with 0 = unknown, view (...)
+    int64: which map. The nearest pixel is read; outside of the map nothing is known.
+    """
+    h, w = depth_map.shape[-2:]
+    inside = visible_mask(uv, depth, (h, w))
+    u, v = uv.where(inside[..., None], 0).round().long().unbind(-1)  # .5 may round to W: the clamp
+    surface = depth_map[view, v.clamp(0, h - 1), u.clamp(0, w - 1)]
+    return inside & (surface > 0) & (depth > surface + tolerance)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def bilinear_corners(uv: Tensor, image_size, grid_size):
+    """The four cells around each pixel position and their weights.
+
+    uv (..., 2) finite, image_size (H, W), grid_size (Hf, Wf) -> cell index (..., 4) in row-major order, weight
+    (..., 4). Positions beyond the outermost cell centres take the border (`grid_sample`'s padding_mode="border").
+    """
+    low, high, fraction = [], [], []
+    for axis, size, cells in ((0, image_size[1], grid_size[1]), (1, image_size[0], grid_size[0])):
+        x = ((uv[..., axis] + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
+        x0 = x.floor().clamp(max=max(cells - 2, 0))
+        low.append(x0.long())
+        high.append((x0.long() + 1).clamp(max=cells - 1))
+        fraction.append(x - x0)
+    (x0, y0), (x1, y1), (fx, fy) = low, high, fraction
+    index = torch.stack([y0, y0, y1, y1], -1) * grid_size[1] + torch.stack([x0, x1, x0, x1], -1)
+    weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], -1)
+    return index, weight
+
+
+def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visible: Tensor) -> Tensor:
+    """Mean, over the views that see a point, of the feature that it lands on; zero where none does.
+
+    feature_map (I, C, Hf, Wf) of I pictures, uv (N, V, 2) pixels of an image_size = (H, W) picture, view (N, V) int64
+    in [0, I), visible (N, V) bool -> (N, C) in the dtype of feature_map (fp32 at least).
+    A cell that no visible point touches has no influence, whatever it holds, and gets no gradient.
+    """
+    i, c, hf, wf = feature_map.shape
+    with torch.autocast(feature_map.device.type, enabled=False):
+        rows = feature_map.permute(0, 2, 3, 1).reshape(-1, c)
+        rows = F.pad(rows.to(torch.promote_types(rows.dtype, torch.float32)), (0, 0, 0, 1))
+        index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))
+        weight = weight * (visible / visible.sum(1, keepdim=True).clamp(min=1))[..., None]
+        # One weighted gather for all scenes, views and corners, without an (N, V, C) copy. What has no weight points at
+        # the padding row, which embedding_bag skips: 0 * NaN would be NaN.
+        index = (index + view[..., None] * (hf * wf)).where(weight != 0, len(rows) - 1)
+        return F.embedding_bag(index.flatten(1), rows, mode="sum", per_sample_weights=weight.flatten(1).to(rows.dtype),
+                               padding_idx=len(rows) - 1)
+
+
+def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) -> Tensor:
+    """Bilinear features at pixel positions: `sample_views` with one picture a scene and every point visible.
+
+    feature_map (B, C, Hf, Wf), uv (N, 2) in pixels of an image_size = (H, W) picture, batch (N,) int64 -> (N, C).
+    Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1.
+    """
+    n = len(uv)
+    if feature_map.dim() != 4 or tuple(uv.shape) != (n, 2) or tuple(batch.shape) != (n,):
+        raise ValueError(f"feature_map {tuple(feature_map.shape)}, uv {tuple(uv.shape)}, batch {tuple(batch.shape)} "
+                         "must be (B, C, Hf, Wf), (N, 2), (N,)")
+    visible = torch.ones(n, 1, dtype=torch.bool, device=uv.device)
+    return sample_views(feature_map, uv[:, None], image_size, batch[:, None], visible)
+
+
+# ---------------------------------------------------------------------------------------------- fusion
+
+
+class FusionGate(nn.Module):
+    """Learned mix of two features of a point: one gate a point, closed where there is no 2D feature."""
+
+    def __init__(self, dim=256, hidden=64):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor):
+        """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
+
+        Where not valid: fused is feat_3d to the bit, alpha is 0, feat_2d is not read and gets no gradient.
+        """
+        if feat_3d.shape != feat_2d.shape or valid.shape != feat_3d.shape[:1]:
+            raise ValueError(f"feat_3d {tuple(feat_3d.shape)}, feat_2d {tuple(feat_2d.shape)}, valid "
+                             f"{tuple(valid.shape)} must be (N, C), (N, C), (N,)")
+        feat_2d = feat_2d.where(valid[:, None], 0).to(feat_3d.dtype)
+        alpha = self.gate(torch.cat([feat_3d, feat_2d], 1)).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
+        return torch.lerp(feat_3d, feat_2d, alpha), alpha
+
+
+class BiFusionEncoder(nn.Module):
+    """Points with posed pictures -> one fused feature a point, and the CLIP features to tie it to.
+
+    encoder_2d: `(B, 3, H, W) -> spatial (B, embed_dim, Hf, Wf), global (B, embed_dim)`, or None for the 3D baseline;
+    with cached raw features in the batch also `project(tokens, pooled)` and `image_size`.
+    encoder_3d: `(coords (N, 3), colors (N, 3), batch (N,)) -> (N, dim_3d)`.
+    depth_tolerance: metres by which a point may lie behind the depth map and still be seen.
+    point_target: give `clip_point` through the encoder's fixed `project_dense` (a target that no training can change)
+    instead of the sampled learned feature; needs `encode`, `project`, `project_dense`.
+    """
+
+    def __init__(self, encoder_2d, encoder_3d, dim_3d=96, embed_dim=256, depth_tolerance=0.05, point_target=False):
+        super().__init__()
+        self.encoder_2d = encoder_2d
+        self.encoder_3d = encoder_3d
+        self.proj_3d = nn.Sequential(nn.Linear(dim_3d, embed_dim), nn.LayerNorm(embed_dim))
+        if encoder_2d is not None:
+            self.norm_2d = nn.LayerNorm(embed_dim)
+            self.gate = FusionGate(embed_dim)
+        self.depth_tolerance = depth_tolerance
+        self.point_target = point_target
+
+    def project(self, batch, image_size):
+        """The batch's points in its views -> uv (N, V, 2), visible (N, V) bool, view (N, V) index into B * V."""
+        owner = batch["batch"]
+        v = batch["world2cam"].shape[1]
+        view = owner[:, None] * v + torch.arange(v, device=owner.device)
+        points_cam = transform_packed(batch["points"], batch["world2cam"], owner)
+        uv, depth = project_packed(points_cam, batch["intrinsics"], owner)
+        visible = visible_mask(uv, depth, image_size)
+        if "depth" in batch:
+            depth_uv, _ = project_packed(points_cam, batch["depth_intrinsics"], owner)
+            visible &= ~occluded_mask(depth_uv, depth, batch["depth"].flatten(0, 1), view, self.depth_tolerance)
+        return uv, visible, view
+
+    def forward(self, batch):
+        """A batch as `collate` makes it -> {"feat_fusion" (N, C), "clip_global" (B, C), "clip_point" (N, C),
+        "valid" (N,) bool, "alpha" (N, 1), "feat_3d" (N, C)}; without a 2D encoder the clip entries are None.
+
+        Fields: points, coords, colors (N, 3), batch (N,), images (B, V, 3, H, W) or clip_tokens (B, V, D, Hf, Wf) and
+        clip_pooled (B, V, E), world2cam (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth (B, V, Hd, Wd) and
+        depth_intrinsics (B, V, 3, 3).
+        """
+        check_batch(batch, self.encoder_2d is not None)
+        feat_3d = self.proj_3d(self.encoder_3d(batch["coords"], batch["colors"], batch["batch"]))
+        n = len(feat_3d)
+        if self.encoder_2d is None:
+            return {"feat_fusion": feat_3d, "feat_3d": feat_3d, "clip_global": None, "clip_point": None,
+                    "valid": torch.zeros(n, dtype=torch.bool, device=feat_3d.device),
+                    "alpha": feat_3d.new_zeros(n, 1)}
+
+        b, v = batch["world2cam"].shape[:2]
+        tokens = None
+        if "images" in batch:
+            image_size = batch["images"].shape[-2:]
+            images = batch["images"].flatten(0, 1)
+            if self.point_target:
+                tokens, pooled = self.encoder_2d.encode(images)
+                spatial, clip_global = self.encoder_2d.project(tokens, pooled)
+            else:
+                spatial, clip_global = self.encoder_2d(images)
+        else:
+            image_size = self.encoder_2d.image_size
+            tokens = batch["clip_tokens"].flatten(0, 1)
+            spatial, clip_global = self.encoder_2d.project(tokens, batch["clip_pooled"].flatten(0, 1))
+
+        uv, visible, view = self.project(batch, image_size)
+        valid = visible.any(1)
+        # normalised a cell at a time, so that no cell speaks through another
+        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        feat_2d = sample_views(spatial, uv, image_size, view, visible)
+        fused, alpha = self.gate(feat_3d, feat_2d, valid)
+        clip_point = feat_2d
+        if self.point_target:
+            clip_point = sample_views(self.encoder_2d.project_dense(tokens), uv, image_size, view, visible)
+        return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, (b, v)).mean(1),
+                "clip_point": clip_point, "valid": valid, "alpha": alpha}
+
+
+def check_batch(batch, with_images):
+    """Raises a ValueError that names the first missing or misshapen field of a batch."""
+    def expect(name, shape):
+        if name not in batch:
+            raise ValueError(f"batch: field {name!r} {shape} is missing")
+        got = tuple(batch[name].shape)
+        if len(got) != len(shape) or any(isinstance(s, int) and s != g for s, g in zip(shape, got)):
+            raise ValueError(f"batch: field {name!r} must be {shape}, got {got}")
+        return got
+
+    n, _ = expect("points", ("N", 3))
+    for name in ("coords", "colors"):
+        expect(name, (n, 3))
+    expect("batch", (n,))
+    if with_images:
+        b, v, _, _ = expect("world2cam", ("B", "V", 4, 4))
+        expect("intrinsics", (b, v, 3, 3))
+        if "images" in batch or "clip_tokens" not in batch:
+            expect("images", (b, v, 3, "H", "W"))
+        else:
+            expect("clip_tokens", (b, v, "D", "Hf", "Wf"))
+            expect("clip_pooled", (b, v, "E"))
+        if "depth" in batch:
+            expect("depth", (b, v, "Hd", "Wd"))
+            expect("depth_intrinsics", (b, v, 3, 3))
