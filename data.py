@@ -24,10 +24,10 @@ from torch.utils.data import Dataset
 
 
 def unproject(uv, depth, intrinsics, world2cam):
-    """Pixels uv (n, 2) at depth (n,) metres along the optical axis -> points (n, 3) float32 in the world."""
+    """Pixels uv (n, 2) at depth (n,) metres along the optical axis -> points (n, 3) float64 in the world."""
     rays = np.column_stack([uv, np.ones(len(uv))]) @ np.linalg.inv(intrinsics).T
     cam2world = np.linalg.inv(world2cam)
-    return ((rays * np.asarray(depth, np.float64)[:, None]) @ cam2world[:3, :3].T + cam2world[:3, 3]).astype(np.float32)
+    return (rays * np.asarray(depth, np.float64)[:, None]) @ cam2world[:3, :3].T + cam2world[:3, 3]
 
 
 def backproject(depth, intrinsics, world2cam):
@@ -36,7 +36,7 @@ def backproject(depth, intrinsics, world2cam):
         raise ValueError(f"expected depth (H, W), intrinsics (3, 3), world2cam (4, 4), got {np.shape(depth)}, "
                          f"{np.shape(intrinsics)}, {np.shape(world2cam)}")
     v, u = np.nonzero((depth > 0) & np.isfinite(depth))
-    return unproject(np.stack([u, v], 1), depth[v, u], intrinsics, world2cam)
+    return unproject(np.stack([u, v], 1), depth[v, u], intrinsics, world2cam).astype(np.float32)
 
 
 def resize_intrinsics(intrinsics, old_size, new_size):
@@ -463,7 +463,7 @@ class PointDataset(Dataset):
         """Depth pixels `known` and the colour pixels `seen` -> points, colors, labels, instances of one frame."""
         v, u = np.divmod(known, frame["depth"].shape[1])
         points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
-                           frame["world2cam"])
+                           frame["world2cam"]).astype(np.float32)
         colors = frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255
         ids = []
         for image in (frame["label"], frame["instance"]):

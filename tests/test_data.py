@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: MIT
+"""data.py: pixels and points line up, samples depend on seed, epoch and index alone, bad files get a clear error."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data
+
+CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
+POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
+POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
+
+
+def intrinsics_of(size, focal=1.1):
+    """A pinhole camera with an off-centre principal point for an image of size (H, W)."""
+    height, width = size
+    return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
+
+
+def project(points, intrinsics, world2cam):
+    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
+    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
+    image = camera @ np.asarray(intrinsics, np.float64).T
+    return image[:, :2] / image[:, 2:], camera[:, 2]
+
+
+def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
+    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
+    rng = np.random.default_rng(0)
+    for scene in range(scenes):
+        folder = root / f"scene{scene:04d}_00"
+        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
+            (folder / kind).mkdir(parents=True)
+        for name, size in (("color", color_size), ("depth", depth_size)):
+            matrix = np.eye(4)
+            matrix[:3, :3] = intrinsics_of(size)
+            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
+        height, width = color_size
+        for frame in range(frames):
+            row, column = np.mgrid[:height, :width]
+            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
+            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
+            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
+            depth[::5] = 0
+            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
+            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
+            if labels:
+                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
+                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
+                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_scannet(tmp_path / "frames")
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("new_size", [(224, 224), (480, 640), (30, 40), (37, 51), (968, 1296)])
+def test_a_pixel_comes_back_to_its_place_through_crop_and_resize(new_size):
+    size, top, left, cropped = (480, 640), 21, 34, (420, 590)
+    depth = np.random.default_rng(0).uniform(0.5, 4, size).astype(np.float32)
+    intrinsics, world2cam = intrinsics_of(size), np.linalg.inv(POSE)
+    v, u = np.mgrid[:size[0], :size[1]].reshape(2, -1)
+    points = data.unproject(np.stack([u, v], 1), depth.ravel(), intrinsics, world2cam)
+    assert np.array_equal(data.backproject(depth, intrinsics, world2cam), points.astype(np.float32))
+    camera = data.resize_intrinsics(data.crop_intrinsics(intrinsics, top, left), cropped, new_size)
+    uv, z = project(points, camera, world2cam)
+    # an image covers [-0.5, W - 0.5]: the same share of the covered range before and after
+    expected = (np.stack([u - left, v - top], 1) + 0.5) / cropped[::-1] * new_size[::-1] - 0.5
+    assert np.abs(uv - expected).max() < 1e-9 and np.abs(z - depth.ravel()).max() < 1e-9
+
+
+def test_resized_picture_and_resized_intrinsics_move_together():
+    """The centre of mass of a blob in the PIL-resized picture is where the resized camera projects its 3D point."""
+    size, new_size = (96, 128), (56, 42)
+    row, column = np.mgrid[:size[0], :size[1]]
+    blob = np.exp(-((row - 40.3) ** 2 + (column - 70.7) ** 2) / (2 * 6 ** 2))
+    picture = data.resize_image(np.repeat((255 * blob[..., None]).round(), 3, 2).astype(np.uint8), new_size)[..., 0]
+    point = data.unproject(np.array([[70.7, 40.3]]), [2.0], intrinsics_of(size), np.linalg.inv(POSE))
+    uv, _ = project(point, data.resize_intrinsics(intrinsics_of(size), size, new_size), np.linalg.inv(POSE))
+    mass = picture / picture.sum(dtype=float)
+    row, column = np.mgrid[:new_size[0], :new_size[1]]
+    assert abs((mass * column).sum() - uv[0, 0]) < 0.05 and abs((mass * row).sum() - uv[0, 1]) < 0.05
+
+
+def test_unknown_depth_gives_no_point():
+    depth = np.array([[0, np.nan, np.inf], [-1, 2, 0]], np.float32)
+    points = data.backproject(depth, intrinsics_of((2, 3)), np.eye(4))
+    assert points.shape == (1, 3) and points[0, 2] == 2
+    assert data.backproject(np.zeros((4, 4), np.float32), intrinsics_of((4, 4)), np.eye(4)).shape == (0, 3)
+
+
+def test_frames_of_one_scene_meet_in_the_world(shared):
+    """Real frames: one frame's points, projected into another, find its depth to millimetres."""
+    frames = data.ScanNetFrames(shared / "data/ycbv", shared / "data/ycbv/classes.txt")
+    for scene in ("scene0000_00", "scene0001_00"):
+        first, second = (frames[frames.names.index(f"{scene}/{n}")] for n in (1, 2))
+        points = data.backproject(first["depth"], first["depth_intrinsics"], first["world2cam"])
+        uv, z = project(points, second["depth_intrinsics"], second["world2cam"])
+        u, v = np.rint(uv).astype(int).T
+        inside = (u >= 0) & (u < 640) & (v >= 0) & (v < 480)
+        seen = second["depth"][v[inside], u[inside]]
+        assert np.median(np.abs(seen - z[inside])[seen > 0]) < 0.0025
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_augmentation_without_elastic_is_a_similarity():
+    coords = np.random.default_rng(1).normal(size=(200, 3)).astype(np.float32) + 5
+    for seed in range(20):
+        moved = data.augment_points(coords, np.random.default_rng(seed), elastic_p=0)
+        a, b = (np.linalg.norm(c[:, None] - c[None], axis=2)[np.triu_indices(200, 1)] for c in (coords, moved))
+        ratio = b / a
+        assert ratio.max() - ratio.min() < 1e-3 and 0.79 < ratio.mean() < 1.21
+        assert np.corrcoef(moved[:, 2], coords[:, 2])[0, 1] > 0.9999  # up stays up
+
+
+def test_elastic_is_bounded_and_smooth():
+    rng = np.random.default_rng(2)
+    coords = rng.uniform(0, 3, (5000, 3)).astype(np.float32)
+    near = coords + np.float32(1e-3)
+    for granularity, magnitude in ((0.12, 0.8), (0.4, 3.2)):
+        shift = data.elastic(coords, np.random.default_rng(3), granularity, magnitude) - coords
+        assert 0.03 * magnitude < shift.std() < 0.3 * magnitude and np.abs(shift).max() <= 3 * magnitude
+        # neighbouring nodes of a blurred grid, 2 * granularity apart, differ by far less than the noise itself
+        shift_near = data.elastic(near, np.random.default_rng(3), granularity, magnitude) - near
+        assert np.abs(shift_near - shift).max() < 1e-3 * 3 * 3 * magnitude / (2 * granularity)
+
+
+def test_elastic_takes_one_point_and_refuses_none_and_nan():
+    one = data.augment_points(np.ones((1, 3), np.float32), np.random.default_rng(0), elastic_p=1)
+    assert np.isfinite(one).all()
+    for bad in (np.zeros((0, 3), np.float32), np.full((5, 3), np.nan, np.float32), np.zeros((5, 2), np.float32)):
+        with pytest.raises(ValueError, match="coords"):
+            data.elastic(bad, np.random.default_rng(0), 0.1, 0.1)
+
+
+def test_color_jitter_stays_in_range_and_keeps_its_input():
+    colors = np.random.default_rng(0).random((1000, 3)).astype(np.float32)
+    before = colors.copy()
+    jittered = data.jitter_colors(colors, np.random.default_rng(1))
+    assert np.array_equal(colors, before) and not np.array_equal(jittered, colors)
+    assert jittered.min() >= 0 and jittered.max() <= 1 and jittered.dtype == np.float32
+
+
+def test_augmentation_changes_coords_and_colors_only(root):
+    frames = data.ScanNetFrames(root, CLASSES)
+    dataset = data.PointDataset(frames, 10_000, (28, 28), augment=True)
+    plain = data.PointDataset(frames, 10_000, (28, 28))[1]
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        sample = dataset[1]
+        assert not torch.equal(sample["coords"], plain["coords"])
+        assert not torch.equal(sample["colors"], plain["colors"])
+        for key in set(plain) - {"name", "coords", "colors"}:
+            assert torch.equal(sample[key], plain[key]), key
+    assert torch.equal(plain["coords"], plain["points"])
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+
+
+def test_colors_and_labels_come_from_the_pixel_that_the_point_projects_to(tmp_path):
+    """ScanNet's own sizes: colour and labels 1296 x 968, depth 640 x 480, a camera matrix each."""
+    size = (968, 1296)
+    frames = data.ScanNetFrames(write_scannet(tmp_path, 1, 1, color_size=size, depth_size=(480, 640)), CLASSES)
+    sample = data.PointDataset(frames, 20_000, (240, 320))[0]
+    assert len(sample["points"]) == 20_000 and sample["depth"].shape == (1, 480, 640)
+    uv, z = project(sample["points"], frames[0]["intrinsics"], frames[0]["world2cam"])
+    u, v = np.rint(uv).astype(int).T
+    away_from_ties = np.abs(uv - np.floor(uv) - 0.5).min(1) > 1e-2
+    expected = np.stack([u * 255 // size[1], v * 255 // size[0], 0 * u], 1) / 255
+    assert np.abs(expected - sample["colors"].numpy())[away_from_ties].max() < 1e-6
+    label = np.choose(u * 4 // size[1], [-1, 0, 1, 2])
+    assert np.array_equal(label[away_from_ties], sample["labels"].numpy()[away_from_ties])
+    instance = np.choose(v * 3 // size[0], [-1, 1, 2])
+    assert np.array_equal(instance[away_from_ties], sample["instances"].numpy()[away_from_ties])
+    uv_small, _ = project(sample["points"], sample["intrinsics"][0], frames[0]["world2cam"])
+    assert np.abs((uv_small + 0.5) / (320, 240) - (uv + 0.5) / size[::-1]).max() * 320 < 1e-4
+
+
+def test_points_outside_the_color_image_are_left_out(tmp_path):
+    root = write_scannet(tmp_path, 1, 1)
+    narrow = np.eye(4)
+    narrow[:3, :3] = intrinsics_of((48, 64), focal=2.5)
+    np.savetxt(root / "scene0000_00" / "intrinsic" / "intrinsic_color.txt", narrow)
+    frames = data.ScanNetFrames(root, CLASSES)
+    sample = data.PointDataset(frames, 10_000, (24, 32))[0]
+    frame = frames[0]
+    every = data.backproject(frame["depth"], frame["depth_intrinsics"], frame["world2cam"])
+    uv, _ = project(every, frame["intrinsics"], frame["world2cam"])
+    inside = ((uv > -0.5) & (uv < (63.5, 47.5))).all(1)
+    assert 0 < inside.sum() < len(every) and len(sample["points"]) == inside.sum()
+    assert np.array_equal(sample["points"].numpy(), every[inside])
+
+
+def test_labels_may_have_the_size_of_the_depth(tmp_path):
+    root = write_scannet(tmp_path, 1, 1)
+    label = np.arange(24 * 32).reshape(24, 32) % 3
+    Image.fromarray(label.astype(np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    frames = data.ScanNetFrames(root, CLASSES)
+    sample = data.PointDataset(frames, 10_000, (24, 32))[0]
+    uv, _ = project(sample["points"], frames[0]["depth_intrinsics"], frames[0]["world2cam"])
+    u, v = np.rint(uv).astype(int).T
+    assert np.array_equal(sample["labels"], label[v, u] - 1)
+
+
+def test_label_and_instance_folders_are_optional(tmp_path):
+    frames = data.ScanNetFrames(write_scannet(tmp_path, 1, 2, labels=False, suffix="jpg"), CLASSES)
+    sample = data.PointDataset(frames, 100, (24, 32))[0]
+    assert frames[0]["label"] is None and (sample["labels"] == -1).all() and (sample["instances"] == -1).all()
+
+
+def test_lost_poses_are_skipped_and_counted(root):
+    for frame, value in ((0, "-inf"), (2, "nan")):
+        (root / f"scene0001_00/pose/{frame}.txt").write_text(f"{value} {value} {value} {value}\n" * 4)
+    frames = data.ScanNetFrames(root, CLASSES)
+    assert frames.skipped == 2 and frames.names[3:] == ["scene0001_00/1"] and len(frames) == 4
+
+
+def test_frames_are_in_numerical_order_and_splits_choose_them(tmp_path):
+    root = write_scannet(tmp_path / "frames", 2, 12)
+    frames = data.ScanNetFrames(root, CLASSES)
+    assert frames.names[:12] == [f"scene0000_00/{n}" for n in range(12)]
+    split = tmp_path / "val.txt"
+    split.write_text("scene0001_00\nscene0000_00/11\n")
+    frames = data.ScanNetFrames(root, CLASSES, split)
+    assert frames.names == [f"scene0001_00/{n}" for n in range(12)] + ["scene0000_00/11"]
+
+
+def test_class_list_maps_ids_to_consecutive_classes(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("0 unlabeled\n7 night stand\n\n3 wall\n9 wall\n* unlabeled\n")
+    classes = data.load_classes(path)
+    assert classes == {0: None, 7: "night stand", 3: "wall", 9: "wall", "*": None}
+    names, table = data.class_index(classes)
+    assert names == ["night stand", "wall"] and table[[0, 7, 3, 9, 5]].tolist() == [-1, 0, 1, 1, -1] and table[-1] == -1
+
+
+def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
+    Image.fromarray(np.full((48, 64), 1190, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    frames = data.ScanNetFrames(root, {**CLASSES, "*": None})
+    assert (frames[0]["label"] == -1).all() and frames.class_names == ["wall", "chair", "lamp"]
+
+
+def test_rooms_and_files_give_the_same_kind_of_sample(root):
+    pytest.importorskip("rooms", reason="the generator of built-in rooms is not there")
+    rooms = data.RoomFrames("train", 1, 2, size=(60, 80))
+    samples = [data.PointDataset(frames, 500, (32, 32))[0] for frames in (rooms, data.ScanNetFrames(root, CLASSES))]
+    assert samples[0].keys() == samples[1].keys()
+    for key, value in samples[0].items():
+        if key != "name":
+            assert value.dtype == samples[1][key].dtype and value.dim() == samples[1][key].dim(), key
+    assert -1 <= samples[0]["labels"].min() and samples[0]["labels"].max() < len(rooms.class_names)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+def test_points_are_drawn_without_replacement_and_capped(root):
+    frames = data.ScanNetFrames(root, CLASSES)
+    every = data.PointDataset(frames, 10_000, (24, 32))[0]["points"]
+    drawn = data.PointDataset(frames, 100, (24, 32))[0]["points"]
+    assert len(every) < 10_000 and len(drawn) == 100 and len(drawn.unique(dim=0)) == 100
+    assert {tuple(p) for p in drawn.tolist()} < {tuple(p) for p in every.tolist()}
+
+
+def test_draw_depends_on_seed_epoch_and_index_alone(root):
+    frames = data.ScanNetFrames(root, CLASSES)
+    training, validation = (data.PointDataset(frames, 100, (24, 32), augment=augment) for augment in (True, False))
+    first = training[2]["coords"], validation[2]["points"]
+    for _ in range(3):
+        training[0]
+    assert torch.equal(training[2]["coords"], first[0])
+    for dataset in (training, validation):
+        dataset.set_epoch(1)
+    assert not torch.equal(training[2]["coords"], first[0]) and torch.equal(validation[2]["points"], first[1])
+    training.set_epoch(0)
+    assert torch.equal(training[2]["coords"], first[0])
+    other = data.PointDataset(frames, 100, (24, 32), augment=True, seed=1)
+    assert not torch.equal(other[2]["coords"], first[0])
+
+
+def test_any_number_of_workers_gives_the_same_samples_in_every_epoch(root):
+    frames = data.ScanNetFrames(root, CLASSES)
+    dataset = data.PointDataset(frames, 100, (24, 32), augment=True)
+    loaders = [DataLoader(dataset, 2, num_workers=workers, collate_fn=data.collate, persistent_workers=workers > 0)
+               for workers in (0, 2)]
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        for alone, with_workers in zip(*loaders, strict=True):
+            assert alone.keys() == with_workers.keys() and alone["name"] == with_workers["name"]
+            assert all(torch.equal(alone[key], with_workers[key]) for key in alone if key != "name")
+
+
+def test_views_of_a_sample_are_consecutive_frames_of_one_scene(tmp_path):
+    frames = data.ScanNetFrames(write_scannet(tmp_path, 2, 5), CLASSES)
+    dataset = data.PointDataset(frames, 100_000, (24, 32), views=2)
+    blue = [[int(round(view[2].mean().item() * 25.5)) for view in sample["images"]] for sample in dataset]
+    assert blue == [[0, 1], [2, 3], [3, 4]] * 2  # the blue channel numbers the frames
+    singles = data.PointDataset(frames, 100_000, (24, 32))
+    assert torch.equal(dataset[1]["points"], torch.cat([singles[2]["points"], singles[3]["points"]]))
+    assert dataset[1]["world2cam"].shape == (2, 4, 4) and dataset[1]["depth"].shape == (2, 24, 32)
+
+
+def test_points_of_several_views_keep_the_color_of_their_own_view(tmp_path):
+    frames = data.ScanNetFrames(write_scannet(tmp_path, 1, 4), CLASSES)
+    dataset = data.PointDataset(frames, 300, (24, 32), views=4)
+    sample, singles = dataset[0], data.PointDataset(frames, 100_000, (24, 32))
+    pairs = [{(*p, *c) for p, c in zip(s["points"].tolist(), s["colors"].tolist())} for s in (sample, *singles)]
+    assert len(pairs[0]) == 300 and pairs[0] <= set.union(*pairs[1:])
+    assert all(len(pairs[0] & single) > 30 for single in pairs[1:])
+
+
+def test_without_color_all_points_are_white_and_pictures_stay(root):
+    frames = data.ScanNetFrames(root, CLASSES)
+    plain, white = (data.PointDataset(frames, 100, (24, 32), augment=True, color=color)[0] for color in (True, False))
+    assert (white["colors"] == 1).all() and torch.equal(white["images"], plain["images"])
+    assert torch.equal(white["coords"], plain["coords"])
+
+
+def test_collate_packs_ragged_points_and_says_whose_they_are(tmp_path):
+    root = write_scannet(tmp_path, 1, 3)
+    Image.fromarray(np.pad(np.full((4, 5), 1500, np.uint16), ((0, 20), (0, 27)))).save(root / "scene0000_00/depth/1.png")
+    dataset = data.PointDataset(data.ScanNetFrames(root, CLASSES), 200, (24, 32))
+    samples = [dataset[i] for i in range(3)]
+    batch = data.collate(samples)
+    assert batch["batch"].bincount().tolist() == [len(s["points"]) for s in samples] and len(samples[1]["points"]) <= 20
+    assert batch["name"] == [f"scene0000_00/{n}" for n in range(3)] and batch["images"].shape == (3, 1, 3, 24, 32)
+    for i, sample in enumerate(samples):
+        for key in ("points", "coords", "colors", "labels", "instances"):
+            assert torch.equal(batch[key][batch["batch"] == i], sample[key])
+        assert torch.equal(batch["intrinsics"][i], sample["intrinsics"])
+    with pytest.raises(ValueError, match="depth differs in shape.*scene0000_00/1"):
+        data.collate([samples[0], {**samples[1], "depth": samples[1]["depth"][:, :5]}])
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_missing_files_are_named_before_training_starts(root):
+    (root / "scene0001_00/depth/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="depth.1.png"):
+        data.ScanNetFrames(root, CLASSES)
+    (root / "scene0000_00/intrinsic/intrinsic_color.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="colour intrinsics.*intrinsic_color.txt"):
+        data.ScanNetFrames(root, CLASSES)
+    for missing in (root / "nowhere", root / "scene0000_00/pose/0.txt"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            data.ScanNetFrames(missing, CLASSES)
+    with pytest.raises(FileNotFoundError, match="class list"):
+        data.ScanNetFrames(root, root / "classes.txt")
+
+
+@pytest.mark.parametrize("kind", ["color", "depth", "label-filt", "instance-filt"])
+def test_truncated_images_are_named(root, kind):
+    for suffix in ("png", "jpg") if kind == "color" else ("png",):
+        if suffix == "jpg":
+            (root / "scene0000_00/color/1.png").unlink()
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(
+                root / "scene0000_00/color/1.jpg")
+        path = root / "scene0000_00" / kind / f"1.{suffix}"
+        content = path.read_bytes()
+        for keep in (0, 4, 20, 60, len(content) // 2):
+            path.write_bytes(content[:keep])
+            with pytest.raises(ValueError, match=f"{kind}.1.{suffix}.*cannot be decoded"):
+                data.ScanNetFrames(root, CLASSES)[1]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1 0 0\n0 1 0\n0 0 1\n", r"pose has shape \(3, 3\), expected \(4, 4\)"),
+    ("", "pose has shape"), ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix")])
+def test_malformed_poses_are_named(root, text, message):
+    (root / "scene0000_00/pose/1.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"pose.1.txt: {message}"):
+        data.ScanNetFrames(root, CLASSES)
+
+
+@pytest.mark.parametrize("text, message", [("525.0\n", r"shape \(1, 1\), expected \(3, 3\) or \(4, 4\)"),
+                                           ("0 0 0\n0 0 0\n0 0 1\n", "not a pinhole"),
+                                           ("nan 0 1\n0 nan 1\n0 0 1\n", "not a pinhole")])
+def test_malformed_intrinsics_are_named(root, text, message):
+    (root / "scene0000_00/intrinsic/intrinsic_color.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"intrinsic_color.txt: colour intrinsics.*{message}"):
+        data.ScanNetFrames(root, CLASSES)
+
+
+def test_depth_of_another_size_needs_its_own_intrinsics(root):
+    (root / "scene0000_00/intrinsic/intrinsic_depth.txt").unlink()
+    with pytest.raises(ValueError, match=r"depth has size \(24, 32\), colour has size \(48, 64\), .*intrinsic_depth"):
+        data.ScanNetFrames(root, CLASSES)[0]
+
+
+def test_depth_in_color_is_refused(root):
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(root / "scene0000_00/depth/0.png")
+    with pytest.raises(ValueError, match=r"depth.0.png: depth image has shape \(24, 32, 3\)"):
+        data.ScanNetFrames(root, CLASSES)[0]
+
+
+def test_labels_of_a_third_size_are_refused(root):
+    Image.fromarray(np.zeros((10, 12), np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    with pytest.raises(ValueError, match=r"label-filt.0.png: label has size \(10, 12\)"):
+        data.ScanNetFrames(root, CLASSES)[0]
+
+
+@pytest.mark.parametrize("bad", [3, 41, 65535])
+def test_a_label_outside_of_the_class_list_is_named(root, bad):
+    Image.fromarray(np.full((48, 64), bad, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    with pytest.raises(ValueError, match=f"label-filt.0.png: label {bad} is not in the class list"):
+        data.ScanNetFrames(root, CLASSES)[0]
+
+
+@pytest.mark.parametrize("text", ["1\n", "wall 1\n", "1 wall\n1 chair\n", "* wall\n", "0 unlabeled\n", ""])
+def test_malformed_class_lists_are_named(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match="classes.txt"):
+        data.load_classes(tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("text, error, message", [
+    ("", ValueError, "val.txt is empty"), ("\n \n", ValueError, "val.txt is empty"),
+    ("scene0009_00\n", FileNotFoundError, "val.txt: 'scene0009_00'"),
+    ("scene0000_00/77\n", FileNotFoundError, "no image 77.jpg"),
+    ("scene0000_00\nscene0000_00/1\n", ValueError, "scene0000_00/1 is named more than once")])
+def test_bad_splits_are_named(root, tmp_path, text, error, message):
+    (tmp_path / "val.txt").write_text(text)
+    with pytest.raises(error, match=message):
+        data.ScanNetFrames(root, CLASSES, tmp_path / "val.txt")
+    with pytest.raises(FileNotFoundError, match="split file"):
+        data.ScanNetFrames(root, CLASSES, tmp_path / "other.txt")
+
+
+def test_a_folder_without_usable_frames_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no <scene>/color folder"):
+        data.ScanNetFrames(tmp_path, CLASSES)
+    root = write_scannet(tmp_path / "frames", 1, 1)
+    (root / "scene0000_00/pose/0.txt").write_text("inf inf inf inf\n" * 4)
+    with pytest.raises(ValueError, match="no frame left .1 skipped"):
+        data.ScanNetFrames(root, CLASSES)
+
+
+def test_a_frame_without_any_depth_is_named(root):
+    Image.fromarray(np.zeros((24, 32), np.uint16)).save(root / "scene0000_00/depth/2.png")
+    dataset = data.PointDataset(data.ScanNetFrames(root, CLASSES), 100, (24, 32))
+    with pytest.raises(ValueError, match="no pixel with known depth in scene0000_00/2"):
+        dataset[2]
+
+
+@pytest.mark.parametrize("image_size", [(0, 224), (224,), (224, 224, 3), (-1, 5), (22.4, 224), ("a", "b")])
+def test_nonsense_image_sizes_are_refused(root, image_size):
+    with pytest.raises(ValueError, match="image_size must be"):
+        data.PointDataset(data.ScanNetFrames(root, CLASSES), 100, image_size)
+
+
+def test_nonsense_counts_are_refused(root):
+    frames = data.ScanNetFrames(root, CLASSES)
+    for arguments in ({"num_points": 0}, {"num_points": 10, "views": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            data.PointDataset(frames, image_size=(24, 32), **arguments)
+    with pytest.raises(ValueError, match="scene0000_00 has 3 frames, fewer than views=4"):
+        data.PointDataset(frames, 10, (24, 32), views=4)
