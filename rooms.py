@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: MIT
+"""Furnished rooms from a seed, and a ray-caster that photographs them: RGB, depth, semantic and instance images.
+
+The rooms are made to show what pictures add to geometry. Table, chair, sofa, bed and lamp draw their colours from one
+distribution, so only their shape tells them apart. Door, window, picture, whiteboard and curtain are panels that stand
+less than 1 cm proud of the wall and share one distribution of sizes and heights; cabinet, refrigerator and bookshelf
+share one distribution of boxes: only their appearance tells them apart.
+
+Everything is an axis-aligned box, or the ellipsoid inscribed in one. A pixel (u, v) looks along
+`ray = R^T K^-1 (u, v, 1)`, whose component along the optical axis is 1, so the parameter of a hit is its depth; boxes
+are hit by the slab test (Kay and Kajiya, "Ray tracing complex scenes", SIGGRAPH 1986) inside the rectangle that their
+corners project to. Metres, world z up, OpenCV camera axes, pixel centres at integer coordinates.
+
+Imports numpy.
+"""
+import colorsys
+import math
+
+import numpy as np
+
+PANELS = ("door", "window", "picture", "whiteboard", "curtain")
+BOXES = ("cabinet", "refrigerator", "bookshelf")
+SHAPES = ("table", "chair", "sofa", "bed", "lamp")
+CLASSES = ("wall", "floor", "ceiling") + PANELS + SHAPES + BOXES  # label images hold 1 + index, 0 = unlabeled
+SPLITS = ("train", "val", "test")
+STUFF = 3  # the first classes of CLASSES have no instances
+
+# -------------------------------------------------------------------------------------------------------- appearance
+
+
+def _hsv(rng, hue, saturation, value):
+    """One RGB colour (3,), drawn uniformly from ranges (low, high) in [0, 1]; hues wrap."""
+    return np.array(colorsys.hsv_to_rgb(rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value)))
+
+
+def _shades(rng, color, spread, count=16):
+    return color * (1 + spread * rng.uniform(-1, 1, (count, 1)))
+
+
+def _look(palette, cell=(100.0, 100.0), step=(5, 11), joint=(0.0, 0.0), joint_color=0.0, rim=0.0, rim_color=0.0,
+          fold=0.0):
+    """Parameters of `_texture`. Lengths in metres; a cell of 100 is larger than any face."""
+    return dict(palette=np.atleast_2d(palette), cell=cell, step=step, joint=joint, joint_color=joint_color, rim=rim,
+                rim_color=rim_color, fold=fold)
+
+
+def _appearance(kind, width, height, rng):
+    """How one object of a class looks: the parameters of `_texture` for faces of about width x height metres."""
+    any_hue = (0.0, 1.0)
+    if kind == "wall":
+        color = _hsv(rng, any_hue, (0.05, 0.25), (0.6, 0.8))
+        return _look(_shades(rng, color, rng.choice([0.0, 0.05])), cell=(rng.uniform(0.1, 0.3), 100.0))
+    if kind == "ceiling":
+        return _look(_hsv(rng, any_hue, (0.0, 0.05), (0.85, 0.95)))
+    if kind == "floor":
+        if rng.random() < 0.5:  # planks
+            color = _hsv(rng, (0.05, 0.1), (0.3, 0.6), (0.3, 0.55))
+            return _look(_shades(rng, color, 0.15), (rng.uniform(0.12, 0.2), rng.uniform(0.8, 1.4)),
+                         joint=(0.008, 0.008), joint_color=0.5 * color)
+        color, side = _hsv(rng, any_hue, (0.03, 0.25), (0.25, 0.5)), rng.uniform(0.3, 0.6)
+        return _look(_shades(rng, color, 0.08), (side, side), joint=(0.015, 0.015), joint_color=1.4 * color)
+    if kind == "door":
+        color = _hsv(rng, (0.03, 0.09), (0.55, 0.85), (0.25, 0.5))
+        return _look(_shades(rng, color, 0.15), (width / rng.integers(3, 7), 100.0), joint=(0.01, 0.0),
+                     joint_color=0.5 * color, rim=rng.uniform(0.04, 0.1), rim_color=0.7 * color)
+    if kind == "window":  # land below, sky above, white bars
+        land, sky = _hsv(rng, (0.15, 0.4), (0.3, 0.6), (0.4, 0.7)), _hsv(rng, (0.52, 0.63), (0.35, 0.65), (0.85, 1.0))
+        share = np.clip((np.arange(16) / 15 - rng.uniform(0.1, 0.4)) / 0.15, 0, 1)[:, None]
+        return _look(land + share * (sky - land), (width / rng.integers(1, 4), height / 15.99), step=(0, 1),
+                     joint=(0.05, 0.0), joint_color=0.95, rim=rng.uniform(0.04, 0.08), rim_color=0.95)
+    if kind == "picture":
+        side = rng.uniform(0.15, 0.4)
+        return _look([_hsv(rng, any_hue, (0.5, 0.95), (0.4, 0.9)) for _ in range(16)], (side, side), rim=0.06,
+                     rim_color=_hsv(rng, (0.08, 0.13), (0.3, 0.8), (0.1, 0.5)))
+    if kind == "whiteboard":
+        marks = [_hsv(rng, any_hue, (0.2, 0.6), (0.6, 0.9)) for _ in range(3)]
+        return _look(np.concatenate([_shades(rng, np.full(3, 0.97), 0.03, 20), marks]),
+                     (rng.uniform(0.06, 0.1), rng.uniform(0.05, 0.08)), rim=0.04, rim_color=rng.uniform(0.5, 0.7))
+    if kind == "curtain":
+        color = _hsv(rng, (0.78, 1.0), (0.5, 0.9), (0.35, 0.7))
+        return _look(_shades(rng, color, 0.08), (rng.uniform(0.1, 0.25), 100.0), fold=rng.uniform(0.3, 0.6))
+    if kind == "cabinet":
+        color = _hsv(rng, (0.06, 0.12), (0.4, 0.7), (0.4, 0.65))
+        return _look(_shades(rng, color, 0.1), (width / 2, height / rng.integers(1, 4)), joint=(0.015, 0.015),
+                     joint_color=0.4 * color)
+    if kind == "refrigerator":
+        color = _hsv(rng, (0.5, 0.65), (0.02, 0.12), (0.7, 0.9))
+        return _look(color, (100.0, rng.uniform(0.5, 0.7) * height), joint=(0.0, 0.02), joint_color=0.4 * color)
+    if kind == "bookshelf":
+        wood = _hsv(rng, (0.05, 0.1), (0.4, 0.7), (0.15, 0.35))
+        return _look([_hsv(rng, (0.3, 0.75), (0.4, 0.9), (0.25, 0.8)) for _ in range(16)],
+                     (rng.uniform(0.04, 0.07), rng.uniform(0.25, 0.35)), joint=(0.0, 0.04), joint_color=wood,
+                     rim=0.04, rim_color=wood)
+    return _look(_shades(rng, _hsv(rng, any_hue, (0.2, 0.6), (0.3, 0.75)), rng.choice([0.0, 0.1])),
+                 (rng.uniform(0.05, 0.2), 100.0))  # one distribution for all that differ by shape
+
+
+def _texture(look, u, v, width, height):
+    """Colours (n, 3) at u, v (n,) metres from the lower left of faces that are width x height (n,) metres."""
+    pu, pv = look["cell"]
+    i, j = np.floor(u / pu), np.floor(v / pv)
+    palette = look["palette"].astype(np.float32)
+    color = palette[(look["step"][0] * i + look["step"][1] * j).astype(np.int64) % len(palette)]
+    if look["fold"]:
+        color *= (1 - look["fold"] * np.abs(2 * (u / pu - i) - 1))[:, None]
+    color[(u - i * pu < look["joint"][0]) | (v - j * pv < look["joint"][1])] = look["joint_color"]
+    color[np.minimum(np.minimum(u, width - u), np.minimum(v, height - v)) < look["rim"]] = look["rim_color"]
+    return color
+
+
+# ------------------------------------------------------------------------------------------------------------ layout
+
+
+def _furniture(kind, rng):
+    """Size (3,) of a piece, and its parts (low, high, is an ellipsoid) with the back at y = 0 and the floor at z = 0."""
+    if kind in BOXES:
+        w, d, h = rng.uniform([0.7, 0.35, 1.0], [1.2, 0.6, 2.0])
+        parts = [((0, 0, 0), (w, d, h))]
+    elif kind == "table":
+        w, d, h = rng.uniform([0.9, 0.6, 0.68], [1.6, 0.9, 0.78])
+        parts = [((0, 0, h - 0.04), (w, d, h))]
+        parts += [((x, y, 0), (x + 0.06, y + 0.06, h - 0.04)) for x in (0.02, w - 0.08) for y in (0.02, d - 0.08)]
+    elif kind == "chair":
+        w, d, h, seat = rng.uniform([0.42, 0.42, 0.85, 0.42], [0.52, 0.52, 1.0, 0.48])
+        parts = [((0, 0, seat - 0.05), (w, d, seat)), ((0, 0, seat), (w, 0.05, h))]
+        parts += [((x, y, 0), (x + 0.04, y + 0.04, seat - 0.05)) for x in (0, w - 0.04) for y in (0, d - 0.04)]
+    elif kind == "sofa":
+        w, d, h, seat, arm = rng.uniform([1.4, 0.8, 0.75, 0.38, 0.55], [2.2, 0.95, 0.9, 0.45, 0.65])
+        parts = [((0, 0, 0.05), (w, d, seat)), ((0, 0, seat), (w, 0.22, h)),
+                 ((0, 0.22, seat), (0.18, d, arm)), ((w - 0.18, 0.22, seat), (w, d, arm))]
+    elif kind == "bed":
+        w, d, h, top = rng.uniform([0.9, 1.9, 0.85, 0.42], [1.6, 2.1, 1.1, 0.55])
+        parts = [((0, 0, 0), (w, 0.08, h)), ((0, 0.08, 0.15), (w, d, top)),
+                 ((0.1, 0.15, top), (w - 0.1, 0.5, top + 0.1))]
+    elif kind == "lamp":
+        w, h = rng.uniform([0.3, 1.3], [0.45, 1.7])
+        d = w
+        parts = [((0.2 * w, 0.2 * w, 0), (0.8 * w, 0.8 * w, 0.04)),
+                 ((w / 2 - 0.02, w / 2 - 0.02, 0.04), (w / 2 + 0.02, w / 2 + 0.02, h - w)),
+                 ((0, 0, h - w), (w, w, h), True)]
+    return np.array([w, d, h]), parts
+
+
+def _turned(low, high, quarter, origin):
+    """The box after `quarter` turns by 90 degrees about z and a shift, as sorted corners (2, 3)."""
+    c, s = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter]
+    corners = np.array([low, high], float) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1.0]]) + origin
+    return np.sort(corners, 0)
+
+
+def _against_wall(room, quarter, along):
+    """Origin (3,) at which something turned by `quarter` stands with its back to a wall, `along` metres from a corner."""
+    x, y, _ = room
+    return np.array([(along, 0, 0), (x, along, 0), (x - along, y, 0), (0, y - along, 0)][quarter], float)
+
+
+def make_room(seed):
+    """Seed (an int or a sequence of ints >= 0) -> scene, a dict of S surfaces in a room with one corner at 0.
+
+    size (3,) metres; corners (S, 2, 3) low and high; ellipsoid (S,) bool; label (S,) uint8, 1 + index into CLASSES or
+    0 for small things without a class; instance (S,) uint8, 0 for wall, floor, ceiling and unlabeled; look, a list of
+    S parameter dicts; light (3,) and tint (3,), where the lamp hangs and its colour; ambient, share of light from all
+    around. The same seed gives the same room wherever numpy's Generator draws the same numbers.
+    """
+    rng = np.random.default_rng(seed)
+    room = rng.uniform([4.2, 4.2, 2.4], [6.0, 6.0, 2.8])
+    corners, rounds, labels, instances, looks = [], [], [], [], []
+
+    def add(box, kind, instance, look, ellipsoid=False):
+        corners.append(box), rounds.append(ellipsoid), instances.append(instance), looks.append(look)
+        labels.append(1 + CLASSES.index(kind) if kind else 0)
+
+    wall = _appearance("wall", *room[1:], rng)
+    for axis, kinds in ((0, ("wall", "wall")), (1, ("wall", "wall")), (2, ("floor", "ceiling"))):
+        for side, kind in enumerate(kinds):
+            box = np.stack([np.full(3, -0.1), room + 0.1])
+            box[1 - side, axis] = (-0.1, room[axis] + 0.1)[side] + (0.1, -0.1)[side]
+            add(box, kind, 0, wall if kind == "wall" else _appearance(kind, *room[:2], rng))
+
+    panels = []  # (wall, left, right, bottom) of those in place
+    for kind in [*PANELS, *rng.choice(PANELS, rng.integers(2, 5))]:
+        for _ in range(30):
+            tall = rng.random() < 0.4
+            w, h, bottom = rng.uniform([0.8, 1.9, 0.0], [1.4, 2.1, 0.1]) if tall else \
+                rng.uniform([0.9, 0.8, 0.7], [1.7, 1.3, 1.0])
+            side = int(rng.integers(4))
+            left = rng.uniform(0.05, room[side % 2] - w - 0.05)
+            if all(side != s or left > r + 0.1 or left + w < l - 0.1 for s, l, r, _ in panels):
+                panels.append((side, left, left + w, bottom))
+                box = _turned((0, 0, bottom), (w, rng.uniform(0.002, 0.009), bottom + h), side,
+                              _against_wall(room, side, left))
+                add(box, kind, 1 + max(instances), _appearance(kind, w, h, rng))
+                break
+
+    taken = []  # footprints (2, 3)
+    pieces = [*rng.permutation(BOXES), "bed", "sofa", "table", rng.choice(BOXES), "chair", "chair", "lamp",
+              *rng.choice(SHAPES[:2] + SHAPES[-1:], 3)]
+    for kind in pieces:
+        for _ in range(40):
+            size, parts = _furniture(kind, rng)
+            side = int(rng.integers(4))
+            if kind in ("table", "chair", "lamp"):
+                origin = np.append(rng.uniform(0.1, room[:2] - 0.1), 0.0)
+            else:
+                left = rng.uniform(0.02, room[side % 2] - size[0] - 0.02)
+                origin = _against_wall(room, side, left)
+                if any(side == s and left < r and left + size[0] > l and size[2] > bottom + 0.3
+                       for s, l, r, bottom in panels):
+                    continue  # it would hide the panel behind it
+            box = _turned((0, 0, 0), size, side, origin)
+            if (box[0] < -1e-9).any() or (box[1] > room + 1e-9).any():
+                continue
+            if all((box[0, :2] > t[1, :2] + 0.08).any() or (box[1, :2] < t[0, :2] - 0.08).any() for t in taken):
+                taken.append(box)
+                instance, look = 1 + max(instances), _appearance(kind, *size[[0, 2]], rng)
+                for low, high, *ellipsoid in parts:
+                    add(_turned(low, high, side, origin), kind, instance, look, bool(ellipsoid))
+                if kind == "table":
+                    for _ in range(rng.integers(0, 4)):
+                        low = np.append(rng.uniform(0.05, size[:2] - 0.3), size[2])
+                        high = low + rng.uniform([0.08, 0.08, 0.05], [0.25, 0.25, 0.25])
+                        clutter = _look(_hsv(rng, (0, 1), (0.3, 0.9), (0.3, 0.9)))
+                        add(_turned(low, high, side, origin), None, 0, clutter)
+                break
+    return dict(size=room, corners=np.array(corners), ellipsoid=np.array(rounds), label=np.array(labels, np.uint8),
+                instance=np.array(instances, np.uint8), look=looks, ambient=rng.uniform(0.5, 0.7),
+                light=np.append(rng.uniform(0.3, 0.7, 2) * room[:2], room[2] - 0.2), tint=rng.uniform(0.92, 1.08, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------ camera
+
+
+def look_at(eye, target, roll=0.0):
+    """world2cam (4, 4) of a camera at `eye` (3,) that looks at `target` (3,), upright but for `roll` radians."""
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    down = np.cross(forward, right)
+    c, s = math.cos(roll), math.sin(roll)
+    world2cam = np.eye(4)
+    world2cam[:3, :3] = c * right + s * down, c * down - s * right, forward
+    world2cam[:3, 3] = -(world2cam[:3, :3] * eye).sum(1)
+    return world2cam
+
+
+def _camera(scene, rng):
+    """world2cam (4, 4) at eye height, clear of all furniture, towards some object, and with room in front of it."""
+    low, high = scene["corners"][:, 0] - 0.3, scene["corners"][:, 1] + 0.3
+    while True:
+        eye = rng.uniform([0.35, 0.35, 1.2], [*(scene["size"][:2] - 0.35), 1.8])
+        seen = rng.choice(np.unique(scene["instance"]))  # 0: wall, floor or ceiling
+        centre = scene["corners"][rng.choice(np.flatnonzero(scene["instance"] == seen))].mean(0)
+        target = centre + rng.uniform(-0.5, 0.5, 3)
+        roll = rng.uniform(-0.05, 0.05)
+        if ((eye > low) & (eye < high)).all(1)[scene["label"] > STUFF].any() or np.hypot(*(target - eye)[:2]) < 1.2:
+            continue
+        world2cam = look_at(eye, target, roll)
+        glance = _cast(scene, world2cam, np.array([[10.5, 0, 5.5], [0, 10.5, 4.0], [0, 0, 1]]), (9, 12))[0]
+        if glance.min() > 0.4 and np.median(glance) > 1.5:
+            return world2cam
+
+
+# --------------------------------------------------------------------------------------------------------- rendering
+
+
+def _cast(scene, world2cam, intrinsics, size):
+    """Depth (H, W) float32 with inf where nothing is hit, surface (H, W) int16 with -1 there, rays (3, H, W)."""
+    height, width = size
+    rotation, corners = world2cam[:3, :3], scene["corners"]
+    eye = -(rotation * world2cam[:3, 3:]).sum(0)
+    inverse = np.linalg.inv(intrinsics)
+    columns, rows = np.arange(width), np.arange(height)[:, None]
+    camera = [inverse[i, 0] * columns + inverse[i, 1] * rows + inverse[i, 2] for i in range(3)]
+    rays = np.stack([sum(rotation[i, j] * camera[i] for i in range(3)) for j in range(3)]).astype(np.float32)
+    slope = 1 / np.where(np.abs(rays) < 1e-9, np.float32(1e-9), rays)
+
+    depth = np.full(size, np.inf, np.float32)
+    surface = np.full(size, -1, np.int16)
+    vertices = np.stack([corners[:, k, range(3)] for k in np.ndindex(2, 2, 2)], 1)  # (S, 8, 3)
+    vertices = (vertices[:, :, None] * rotation).sum(-1) + world2cam[:3, 3]
+    for index, ((low, high), vertex) in enumerate(zip((corners - eye).astype(np.float32), vertices)):
+        z = vertex[:, 2]
+        if z.max() <= 0.01:
+            continue
+        left, top, right, bottom = 0, 0, width, height
+        if z.min() > 0.01:
+            uv = [(vertex * row).sum(1) / z for row in intrinsics[:2]]
+            left, right = max(left, math.floor(uv[0].min())), min(right, math.ceil(uv[0].max()) + 1)
+            top, bottom = max(top, math.floor(uv[1].min())), min(bottom, math.ceil(uv[1].max()) + 1)
+            if left >= right or top >= bottom:
+                continue
+        window = np.s_[top:bottom, left:right]
+        if scene["ellipsoid"][index]:
+            # Closest approach to the centre first: the textbook discriminant loses three digits in float32.
+            half = (high - low) / 2
+            d, o = rays[:, top:bottom, left:right] / half[:, None, None], ((high + low) / 2 / half)[:, None, None]
+            square = (d * d).sum(0)
+            middle = (o * d).sum(0) / square
+            inside = 1 - ((middle * d - o) ** 2).sum(0)
+            near = middle - np.sqrt(np.maximum(inside, 0) / square)
+            hit = inside > 0
+        else:
+            near, far = np.float32(-np.inf), np.float32(np.inf)
+            for axis in range(3):
+                s = slope[axis, top:bottom, left:right]
+                a, b = low[axis] * s, high[axis] * s
+                near, far = np.maximum(near, np.minimum(a, b)), np.minimum(far, np.maximum(a, b))
+            hit = near <= far
+        hit &= (near > 0) & (near < depth[window])
+        depth[window][hit] = near[hit]
+        surface[window][hit] = index
+    return depth, surface, rays
+
+
+def render(scene, world2cam, intrinsics, size=(240, 320), rng=None):
+    """Photograph of a scene -> dict(color (H, W, 3) uint8 RGB, depth (H, W) float32, label and instance (H, W) uint8).
+
+    world2cam (4, 4) rigid, intrinsics (3, 3) in pixels, size (H, W). Depth is metres along the optical axis, 0 = hole.
+    With a Generator `rng` the depth is noisy as a structured-light sensor's, sigma = 0.0012 + 0.0019 (z - 0.4)^2
+    (Nguyen, Izadi and Lovell, "Modeling Kinect sensor noise", 3DIMPVT 2012), and has holes at grazing angles, depth
+    edges, far away and in random blobs, none of which depends on the class; exposure, white balance and pixels vary a
+    little. Without `rng` there is no noise at all. Labels are exact in both cases, also in the holes.
+    """
+    world2cam, intrinsics = np.asarray(world2cam, np.float64), np.asarray(intrinsics, np.float64)
+    if world2cam.shape != (4, 4) or intrinsics.shape != (3, 3):
+        raise ValueError(f"expected world2cam (4, 4) and intrinsics (3, 3), got {world2cam.shape}, {intrinsics.shape}")
+    depth, surface, rays = _cast(scene, world2cam, intrinsics, size)
+    eye = -(world2cam[:3, :3] * world2cam[:3, 3:]).sum(0)
+
+    color, cosine = np.zeros((depth.size, 3), np.float32), np.ones(depth.size, np.float32)
+    order = np.argsort(surface, axis=None, kind="stable")
+    found, starts = np.unique(surface.ravel()[order], return_index=True)
+    for index, pixels in zip(found, np.split(order, starts[1:])):
+        if index < 0:
+            continue
+        low, high = scene["corners"][index].astype(np.float32)
+        ray = rays.reshape(3, -1)[:, pixels]
+        hit = ray * depth.ravel()[pixels] + eye[:, None].astype(np.float32)
+        local = (2 * hit - (low + high)[:, None]) / (high - low)[:, None]  # (3, n) in [-1, 1]
+        axis, n = np.abs(local).argmax(0), np.arange(len(pixels))
+        if scene["ellipsoid"][index]:
+            normal = local / (high - low)[:, None]
+            normal /= np.sqrt((normal * normal).sum(0))
+        else:
+            normal = np.zeros_like(local)
+            normal[axis, n] = np.sign(local[axis, n])
+        across, up = np.where(axis == 0, 1, 0), np.where(axis == 2, 1, 2)
+        base = _texture(scene["look"][index], hit[across, n] - low[across], hit[up, n] - low[up],
+                        (high - low)[across], (high - low)[up])
+        to_light = scene["light"].astype(np.float32)[:, None] - hit
+        square = (to_light * to_light).sum(0)
+        lambert = np.maximum((normal * to_light).sum(0), 0) / np.sqrt(square) * 1.5 / (1 + square / 16)
+        ambient = np.float32(scene["ambient"])
+        color[pixels] = base * (ambient + (1 - ambient) * lambert)[:, None] * scene["tint"].astype(np.float32)
+        cosine[pixels] = np.abs((normal * ray).sum(0)) / np.sqrt((ray * ray).sum(0))
+    color = color.reshape(*size, 3)
+    known = surface >= 0
+    depth = np.where(known, depth, np.float32(0))
+    label = np.where(known, scene["label"][surface], 0).astype(np.uint8)
+    instance = np.where(known, scene["instance"][surface], 0).astype(np.uint8)
+
+    if rng is not None:
+        color *= (rng.uniform(0.9, 1.1) * rng.uniform(0.97, 1.03, 3)).astype(np.float32)
+        color += 0.012 * rng.standard_normal(color.shape, np.float32)
+        draw = rng.random(size, np.float32)
+        known &= (cosine.reshape(size) > 0.15 * draw + 0.03) & (depth < 8 - 2 * draw)
+        edge = np.zeros(size, bool)
+        edge[:, 1:] |= np.abs(np.diff(depth, axis=1)) > 0.1
+        edge[1:] |= np.abs(np.diff(depth, axis=0)) > 0.1
+        known &= ~(edge & (draw < 0.5))
+        rows, columns = np.arange(size[0])[:, None], np.arange(size[1])
+        for _ in range(rng.integers(2, 7)):
+            v, u, a, b = rng.uniform(0, 1, 4) * [size[0], size[1], size[0] / 12, size[0] / 12] + [0, 0, 2, 2]
+            known &= ((rows - v) / a) ** 2 + ((columns - u) / b) ** 2 > 1
+        sigma = np.float32(0.0012) + np.float32(0.0019) * (depth - np.float32(0.4)) ** 2
+        depth = depth + sigma * rng.standard_normal(size, np.float32)
+    return dict(color=(255 * np.clip(color, 0, 1) + 0.5).astype(np.uint8),
+                depth=np.where(known, depth, 0).astype(np.float32), label=label, instance=instance)
+
+
+def frames(split, rooms, frames_per_room, seed=0, size=(240, 320)):
+    """`rooms` rooms of a split ("train", "val" or "test"), photographed `frames_per_room` times each -> list of dicts.
+
+    Each holds what `render` gives, and name "<split>0003/2", world2cam (4, 4) and intrinsics (3, 3) float64, and
+    depth_intrinsics, which are the same. A room is drawn from (split, room, seed) and a frame from that and its own
+    number: splits never share a room, and asking for more leaves the first ones as they are.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is one of {', '.join(SPLITS)}, got {split!r}")
+    if min(rooms, frames_per_room, seed) < 0 or min(size) < 1:
+        raise ValueError(f"expected counts and seed >= 0 and a size (H, W) >= 1, got rooms={rooms}, "
+                         f"frames_per_room={frames_per_room}, seed={seed}, size={tuple(size)}")
+    result = []
+    for room in range(rooms):
+        # The seed stands last: however many words it takes, no two of these lists hold the same words.
+        scene = make_room([SPLITS.index(split), room, 0, seed])
+        for number in range(frames_per_room):
+            rng = np.random.default_rng([SPLITS.index(split), room, 1 + number, seed])
+            focal = 280 * size[1] / 320 * rng.uniform(0.97, 1.03)
+            centre = [(extent - 1) / 2 + 0.02 * extent * rng.uniform(-1, 1) for extent in (size[1], size[0])]
+            intrinsics = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
+            world2cam = _camera(scene, rng)
+            frame = render(scene, world2cam, intrinsics, size, rng)
+            frame |= dict(name=f"{split}{room:04d}/{number}", world2cam=world2cam, intrinsics=intrinsics,
+                          depth_intrinsics=intrinsics.copy())
+            result.append(frame)
+    return result
