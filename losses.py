@@ -158,3 +158,146 @@ class SemanticCriterion(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits (N, K), labels (N,) int64 -> scalar, weighted."""
         return self.loss_weight * semantic_loss(logits, labels, self.ignore_index, self.class_weights)
+
+
+# ---------------------------------------------------------------------------------------------- Instances
+
+
+def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoint_batch: Tensor):
+    """The instances of every scene as masks over its superpoints.
+
+    labels (N,) and instances (N,) int64, negative = none; index (N,), the superpoint of each point, numbered through
+    scene after scene; superpoint_batch (S,), sorted.
+    A superpoint lies in the instance that holds more than half of its points, so in one at most. The class of an
+    instance is the most frequent label of its points. Points without label or instance count as outside.
+    Returns B dicts {"masks": (G, S_b) bool, "labels": (G,) int64}, instances by ascending id. A row is empty where the
+    instance has no superpoint of its own.
+    """
+    if not labels.shape == instances.shape == index.shape or labels.dim() != 1 or superpoint_batch.dim() != 1:
+        raise ValueError(f"labels {tuple(labels.shape)}, instances {tuple(instances.shape)} and index "
+                         f"{tuple(index.shape)} must be (N,), superpoint_batch {tuple(superpoint_batch.shape)} (S,)")
+    S, sizes = len(superpoint_batch), torch.bincount(superpoint_batch)
+    inside = (labels >= 0) & (instances >= 0)
+    superpoint, label = index[inside], labels[inside]
+    groups, group = torch.unique(torch.stack([superpoint_batch[superpoint], instances[inside]], 1), dim=0,
+                                 return_inverse=True)
+    G = len(groups)
+
+    pairs, points = torch.unique(superpoint * G + group, return_counts=True)
+    pairs = pairs[2 * points > torch.bincount(index, minlength=S)[pairs // max(G, 1)]]
+    owner = torch.full((S,), -1, device=index.device)
+    owner[pairs // max(G, 1)] = pairs % max(G, 1)
+
+    K = int(label.max()) + 1 if G else 1
+    group_label = torch.bincount(group * K + label, minlength=G * K).view(G, K).argmax(1)
+    counts = torch.bincount(groups[:, 0], minlength=len(sizes)).tolist()
+    rows = torch.arange(G, device=index.device).split(counts)
+    return [{"masks": own == row[:, None], "labels": group_label[row]} for own, row in zip(owner.split(sizes.tolist()),
+                                                                                         rows)]
+
+
+def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
+    """1 - (2 <p, t> + 1) / (sum p + sum t + 1) over the last dimension (Milletari et al., V-Net, 2016, smoothed)."""
+    return 1 - (2 * (probability * target).sum(-1) + 1) / (probability.sum(-1) + target.sum(-1) + 1)
+
+
+@torch.no_grad()
+def match_instances(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, query: Tensor,
+                    costs=(0.5, 1.0, 1.0)):
+    """Each instance takes its cheapest query among those whose superpoint lies in it; so no query is taken twice.
+
+        cost = -costs[0] * p(class of the instance) + costs[1] * BCE(mask) + costs[2] * dice(mask)
+
+    One scene: class_logits (Q, K + 1), mask_logits (Q, S), labels (G,), masks (G, S) bool, query (Q,) the superpoint
+    of each query. Returns best (G,) int64, the query taken, and matched (G,) bool, False where none lies inside.
+    """
+    target = masks.to(mask_logits.dtype)
+    probability = mask_logits.sigmoid()
+    # Summed over a mask, softplus(x) - x t is the BCE; dice as in dice_loss. As matrices, so that no (Q, G, S) is made.
+    bce = (F.softplus(mask_logits).sum(1, keepdim=True) - mask_logits @ target.T) / mask_logits.shape[1]
+    dice = 1 - (2 * probability @ target.T + 1) / (probability.sum(1, keepdim=True) + target.sum(1) + 1)
+    cost = costs[1] * bce + costs[2] * dice - costs[0] * class_logits.softmax(1)[:, labels]  # (Q, G)
+    cheapest, best = cost.where(masks[:, query].T, torch.inf).min(0)
+    return best, cheapest.isfinite()
+
+
+def instance_loss(layer: dict, targets: list, query, no_object_weight=0.1, costs=(0.5, 1.0, 1.0)) -> dict:
+    """The four terms of one prediction layer, in fp32 (float64 stays float64).
+
+    layer: tuples over the B scenes, "class_logits" (Q, K + 1), "mask_logits" (Q, S), "quality" (Q,). targets: of
+    `instance_targets`. query: tuple over scenes, (Q,) the superpoint of each query.
+
+        class    cross-entropy of all queries; a query without instance is of class K, with weight no_object_weight
+        bce      binary cross-entropy, dice  `dice_loss`, of the masks of the matched queries
+        quality  squared error of the quality against the IoU of the mask, where that exceeds 0.5
+
+    Each is averaged within a scene, then over the scenes that have a match (class: over all), so that a batch weighs
+    as its scenes one by one. Where nothing matches, a term is a zero with a graph.
+    """
+    device = layer["class_logits"][0].device
+    terms, weights = [], []
+    with torch.autocast(device.type, enabled=False):
+        for class_logits, mask_logits, quality, target, index in zip(
+                layer["class_logits"], layer["mask_logits"], layer["quality"], targets, query):
+            if len(index) == 0:
+                continue  # a scene without a point
+            class_logits, mask_logits, quality = (x.to(torch.promote_types(x.dtype, torch.float32))
+                                                  for x in (class_logits, mask_logits, quality))
+            Q, K = class_logits.shape[0], class_logits.shape[1] - 1
+            best, matched = match_instances(class_logits, mask_logits, target["labels"], target["masks"], index, costs)
+
+            # Unmatched instances write to a spare row: no step here waits for the device.
+            classes = torch.full((Q + 1,), K, device=device)
+            classes[torch.where(matched, best, Q)] = torch.where(matched, target["labels"], K)
+            class_weights = class_logits.new_ones(K + 1)
+            class_weights[K] = no_object_weight
+            class_term = F.cross_entropy(class_logits, classes[:Q], class_weights)
+
+            logits, masks = mask_logits[best], target["masks"].to(mask_logits.dtype)  # (G, S)
+            bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(1)
+            dice = dice_loss(logits.sigmoid(), masks)
+            shape = logits >= 0
+            overlap, union = (shape & target["masks"]).sum(1), (shape | target["masks"]).sum(1)
+            iou = overlap / union.clamp(min=1)
+            good = matched & (iou > 0.5)
+
+            per_instance = ((bce, matched), (dice, matched), ((quality[best] - iou) ** 2, good))
+            terms.append(torch.stack([class_term] + [x.where(w, 0).sum() / w.sum().clamp(min=1)
+                                                     for x, w in per_instance]))
+            weights.append(torch.stack([matched.new_ones(()), *(w.any() for _, w in per_instance)]))
+        weights = torch.stack(weights)
+        mean = torch.stack(terms).where(weights, 0).sum(0) / weights.sum(0).clamp(min=1)
+    return dict(zip(("class", "bce", "dice", "quality"), mean))
+
+
+class InstanceCriterion(nn.Module):
+    """`instance_loss` of every layer, matched anew at each; weighted, and summed over terms and layers.
+
+    class_agnostic: every instance is of class 0, for a decoder with the two class logits object and no object.
+    terms: the unweighted terms of the last call, summed over layers, detached.
+    """
+
+    def __init__(self, loss_weight=1.0, class_weight=0.5, bce_weight=1.0, dice_weight=1.0, quality_weight=0.5,
+                 no_object_weight=0.1, costs=(0.5, 1.0, 1.0), class_agnostic=False):
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.term_weights = {"class": class_weight, "bce": bce_weight, "dice": dice_weight, "quality": quality_weight}
+        self.no_object_weight = no_object_weight
+        self.costs = costs
+        self.class_agnostic = class_agnostic
+        self.terms = None
+
+    def forward(self, output: dict, targets: list) -> Tensor:
+        """output {"layers", "query"}: of the decoder, see `instance_loss`; targets: of `instance_targets` -> scalar."""
+        if len(output["query"]) != len(targets):
+            raise ValueError(f"output of {len(output['query'])} scenes, but targets of {len(targets)}")
+        if self.class_agnostic:
+            if output["layers"][0]["class_logits"][0].shape[1] != 2:
+                raise ValueError("a class-agnostic criterion needs the class logits (Q, 2), got "
+                                 f"{tuple(output['layers'][0]['class_logits'][0].shape)}")
+            targets = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+        layers = [instance_loss(layer, targets, output["query"], self.no_object_weight, self.costs)
+                  for layer in output["layers"]]
+        terms = {name: sum(layer[name] for layer in layers) for name in self.term_weights}
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        return self.loss_weight * sum(weight * terms[name] for name, weight in self.term_weights.items())
