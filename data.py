@@ -8,7 +8,7 @@ turns either into samples, `collate` samples into a ragged batch. Cameras have O
 coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
 them, so that projection is exact whatever the augmentation does.
 
-Imports torch, numpy, PIL, and its siblings rooms.py (the generator).
+Imports torch, numpy, PIL, and its siblings rooms.py (the generator) and cache.py (features computed once).
 """
 import math
 import re
@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
+
+import rooms as rooms_module  # the argument `rooms` below is a number of them
+from cache import FeatureCache, to_tensor  # noqa: F401 (a FeatureCache is handed in: callers find it here)
 
 # ---------------------------------------------------------------------------------------------------------- geometry
 
@@ -321,9 +324,8 @@ class RoomFrames:
     skipped = 0
 
     def __init__(self, split, rooms, frames_per_room, seed=0, size=(240, 320)):
-        import rooms as generator
-        self.class_names = list(generator.CLASSES)
-        self._frames = generator.frames(split, rooms, frames_per_room, seed, size)
+        self.class_names = list(rooms_module.CLASSES)
+        self._frames = rooms_module.frames(split, rooms, frames_per_room, seed, size)
         self.names = [frame["name"] for frame in self._frames]
 
     def __len__(self):
@@ -347,11 +349,6 @@ def resize_image(color, image_size):
     if color.shape[:2] == tuple(image_size):
         return color
     return np.asarray(Image.fromarray(color).resize(image_size[::-1], Image.Resampling.BICUBIC))
-
-
-def to_tensor(image):
-    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)) / 255
 
 
 def depth_to_color(frame):

@@ -251,7 +251,6 @@ def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
 
 
 def test_rooms_and_files_give_the_same_kind_of_sample(root):
-    pytest.importorskip("rooms", reason="the generator of built-in rooms is not there")
     rooms = data.RoomFrames("train", 1, 2, size=(60, 80))
     samples = [data.PointDataset(frames, 500, (32, 32))[0] for frames in (rooms, data.ScanNetFrames(root, CLASSES))]
     assert samples[0].keys() == samples[1].keys()
@@ -466,3 +465,22 @@ def test_nonsense_counts_are_refused(root):
             data.PointDataset(frames, image_size=(24, 32), **arguments)
     with pytest.raises(ValueError, match="scene0000_00 has 3 frames, fewer than views=4"):
         data.PointDataset(frames, 10, (24, 32), views=4)
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_cached_samples_hold_the_features_of_their_pictures(root, tmp_path):
+    def encode(images):
+        return images[:, :, ::8, ::8], images.mean((2, 3))
+
+    frames = data.ScanNetFrames(root, CLASSES)
+    cache = data.FeatureCache(tmp_path / "cache", "every eighth pixel, 24x32", encode)
+    assert cache.build(data.PointDataset(frames, 100, (24, 32)).pictures) == 3  # both scenes hold the same ones
+    plain, cached = (data.PointDataset(frames, 100, (24, 32), views=3, augment=True, cache=c) for c in (None, cache))
+    batches = [data.collate([dataset[0], dataset[1]]) for dataset in (plain, cached)]
+    assert set(batches[1]) == set(batches[0]) - {"images"} | {"clip_tokens", "clip_pooled"}
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in set(batches[0]) & set(batches[1]) - {"name"})
+    tokens, pooled = encode(batches[0]["images"].flatten(0, 1))
+    assert torch.equal(batches[1]["clip_tokens"].flatten(0, 1), tokens.half())
+    assert torch.equal(batches[1]["clip_pooled"].flatten(0, 1), pooled.half())
