@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: MIT
+"""decoder.py: pooling, ragged attention against torch's own, selection, matrix NMS against a plain loop, inference."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from decoder import (Attention, InstanceDecoder, attention_mask, instances_from_logits, matrix_nms, pool,
+                     scene_instances, superpoint_index)
+
+SIZES = [7, 1, 0, 12]  # superpoints per scene; one has a single one, one has none
+
+
+def batch_of(sizes):
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+
+
+def small_decoder(**kwargs):
+    torch.manual_seed(0)
+    return InstanceDecoder(**{**dict(in_channels=6, num_classes=4, embed_dim=16, num_layers=2, num_heads=2, ffn=32),
+                              **kwargs}).double()
+
+
+def tensors(output):
+    """All predictions of an output, scene by scene."""
+    return [layer[name][b] for layer in output["layers"] for name in sorted(layer) for b in range(len(output["query"]))]
+
+
+def test_superpoints_are_equal_where_scene_and_segment_are():
+    generator = torch.Generator().manual_seed(0)
+    batch = batch_of([30, 1, 20])
+    for segments in (torch.randint(-5, 10 ** 12, (51,), generator=generator)[torch.randint(0, 9, (51,))],
+                     torch.randint(-2, 2, (51, 3), generator=generator)):
+        index, superpoint_batch = superpoint_index(segments, batch)
+        keys = torch.cat([batch[:, None], segments.view(51, -1)], 1)
+        same = (keys[:, None] == keys[None]).all(2)
+        assert ((index[:, None] == index[None]) == same).all()
+        assert (superpoint_batch[index] == batch).all()
+        assert (superpoint_batch.diff() >= 0).all() and index.unique().tolist() == list(range(len(superpoint_batch)))
+
+
+def test_pool_is_the_mean_and_its_gradient_the_share():
+    feats = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(0, 4, (20,)) * 2  # odd rows stay empty
+    pooled = pool(feats, index, 8)
+    for s in range(8):
+        expected = feats[index == s].mean(0) if (index == s).any() else torch.zeros(3, dtype=torch.float64)
+        torch.testing.assert_close(pooled[s], expected, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: pool(x, index, 8), feats)
+
+
+def test_pool_does_not_lose_points_in_half_precision():
+    assert pool(torch.ones(10000, 1, dtype=torch.float16), torch.zeros(10000, dtype=torch.long), 1).item() == 1
+
+
+def test_pool_commutes_with_permutations_of_points():
+    feats, index, order = torch.randn(50, 3, dtype=torch.float64), torch.randint(0, 9, (50,)), torch.randperm(50)
+    torch.testing.assert_close(pool(feats[order], index[order], 9), pool(feats, index, 9), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_ragged_attention_equals_torch_multihead_attention_scene_by_scene(masked):
+    torch.manual_seed(0)
+    ours, reference = Attention(16, 4).double(), nn.MultiheadAttention(16, 4, batch_first=True).double()
+    linears = (ours.query, ours.key, ours.value)
+    for linear in linears:
+        nn.init.normal_(linear.bias)
+    with torch.no_grad():
+        reference.in_proj_weight.copy_(torch.cat([linear.weight for linear in linears]))
+        reference.in_proj_bias.copy_(torch.cat([linear.bias for linear in linears]))
+        reference.out_proj.load_state_dict(ours.out.state_dict())
+    x_sizes = [3, 1, 0, 5]
+    x, source = (torch.randn(sum(s), 16, dtype=torch.float64) for s in (x_sizes, SIZES))
+    allowed = [torch.rand(q, s) < .5 for q, s in zip(x_sizes, SIZES)] if masked else None
+    for mask in allowed or ():
+        mask[:, :1] = True
+    out = ours(x, source, x_sizes, SIZES, allowed).split(x_sizes)
+    for b, (q, s) in enumerate(zip(x.split(x_sizes), source.split(SIZES))):
+        if len(q):
+            expected = reference(q, s, s, attn_mask=~allowed[b] if masked else None, need_weights=False)[0]
+            torch.testing.assert_close(out[b], expected, rtol=0, atol=1e-12)
+
+
+def test_attention_is_blocked_below_one_half_and_an_empty_row_is_opened():
+    logits = torch.tensor([[-1., 0., 2.], [-1., -2., -3.]])
+    assert attention_mask(logits).tolist() == [[False, True, True], [True, True, True]]
+    assert attention_mask(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_evaluation_takes_every_superpoint_and_training_a_random_half_to_all():
+    decoder, batch = small_decoder(), batch_of([20, 1, 41])
+    feats = torch.randn(62, 6, dtype=torch.float64)
+    assert [q.tolist() for q in decoder.eval()(feats, batch)["query"]] == [list(range(n)) for n in (20, 1, 41)]
+    counts = set()
+    for _ in range(40):
+        query = decoder.train()(feats, batch)["query"]
+        for index, n in zip(query, (20, 1, 41)):
+            assert n / 2 <= len(index) <= n and len(index.unique()) == len(index) and index.max() < n
+        counts.add(len(query[2]))
+    assert len(counts) > 5
+
+
+def test_shapes_of_a_ragged_batch_with_an_empty_scene():
+    output = small_decoder().eval()(torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES))
+    assert len(output["layers"]) == 3 and output["semantic_logits"].shape == (20, 4)
+    for layer in output["layers"]:
+        assert [tuple(x.shape) for x in layer["class_logits"]] == [(n, 5) for n in SIZES]
+        assert [tuple(x.shape) for x in layer["mask_logits"]] == [(n, n) for n in SIZES]
+        assert [tuple(x.shape) for x in layer["quality"]] == [(n,) for n in SIZES]
+    assert all(x.isfinite().all() for x in tensors(output))
+    assert all(0 < q.min() and q.max() < 1 for q in output["layers"][-1]["quality"] if len(q))
+
+
+def test_a_batch_equals_its_scenes_one_by_one():
+    decoder, feats = small_decoder().eval(), torch.randn(20, 6, dtype=torch.float64)
+    together = decoder(feats, batch_of(SIZES))
+    for b, part in enumerate(feats.split(SIZES)):
+        if len(part):
+            alone = decoder(part, batch_of([len(part)]))
+            for joint, single in zip(together["layers"], alone["layers"]):
+                for name in joint:
+                    torch.testing.assert_close(joint[name][b], single[name][0], rtol=0, atol=1e-10)
+
+
+def test_permuting_superpoints_permutes_queries_and_masks():
+    decoder, feats, order = small_decoder().eval(), torch.randn(12, 6, dtype=torch.float64), torch.randperm(12)
+    batch = batch_of([12])
+    before, after = decoder(feats, batch)["layers"], decoder(feats[order], batch)["layers"]
+    for x, y in zip(before, after):
+        torch.testing.assert_close(y["class_logits"][0], x["class_logits"][0][order], rtol=0, atol=1e-10)
+        torch.testing.assert_close(y["mask_logits"][0], x["mask_logits"][0][order][:, order], rtol=0, atol=1e-10)
+
+
+def test_a_query_sees_nothing_of_superpoints_outside_its_mask():
+    """One layer, cross-attention only: a superpoint that no mask holds may change without any query noticing."""
+    torch.manual_seed(0)
+    attention, x, source = Attention(8, 2), torch.randn(4, 8), torch.randn(5, 8)
+    allowed = torch.ones(4, 5, dtype=torch.bool)
+    allowed[:, 2] = False
+    other = source.clone()
+    other[2] = 100.
+    assert torch.equal(attention(x, source, [4], [5], [allowed]), attention(x, other, [4], [5], [allowed]))
+
+
+def test_every_parameter_gets_a_gradient():
+    decoder = small_decoder()
+    output = decoder(torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES))
+    (sum((x ** 2).sum() for x in tensors(output)) + output["semantic_logits"].sum()).backward()
+    assert [name for name, p in decoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_predictions_under_autocast_are_finite(dtype):
+    decoder = small_decoder().float()
+    with torch.autocast("cpu", dtype=dtype):
+        output = decoder(torch.randn(20, 6) * 100, batch_of(SIZES))
+    assert all(x.isfinite().all() for x in tensors(output))
+
+
+def test_class_agnostic_decoder_says_object_or_not_and_keeps_the_semantics():
+    output = small_decoder(class_agnostic=True)(torch.randn(5, 6, dtype=torch.float64), batch_of([5]))
+    assert output["layers"][0]["class_logits"][0].shape[1] == 2 and output["semantic_logits"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "gaussian"])
+def test_matrix_nms_equals_a_plain_loop_over_pairs(kernel):
+    torch.manual_seed(0)
+    masks, labels, scores = torch.rand(12, 30) < .5, torch.randint(0, 2, (12,)), torch.rand(12, dtype=torch.float64)
+    weights = torch.randint(1, 50, (30,)).float()
+
+    def iou(i, j):
+        both, either = weights[masks[i] & masks[j]].sum().item(), weights[masks[i] | masks[j]].sum().item()
+        return both / either if labels[i] == labels[j] else 0.
+
+    expected = scores.clone()
+    for j in range(12):
+        above = [i for i in range(12) if scores[i] > scores[j]]
+        for i in above:
+            own = max((iou(k, i) for k in range(12) if scores[k] > scores[i]), default=0.)
+            decay = ((1 - iou(i, j)) / (1 - own) if kernel == "linear"
+                     else math.exp(-2 * (iou(i, j) ** 2 - own ** 2)))
+            expected[j] = min(expected[j], scores[j] * decay)
+    torch.testing.assert_close(matrix_nms(masks, labels, scores, weights, kernel), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_matrix_nms_silences_copies_and_spares_other_labels():
+    masks = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    scores = matrix_nms(masks, torch.tensor([0, 0, 0, 1, 0]), torch.tensor([.9, .8, .7, .6, .5]), torch.ones(3))
+    assert scores.tolist() == pytest.approx([.9, 0, 0, .6, .5])
+    assert matrix_nms(masks[:0], torch.zeros(0), torch.zeros(0), torch.ones(3)).shape == (0,)
+
+
+def scene():
+    """Two instances over four superpoints of 10, 20, 30, 40 points; three queries, the third a poor copy of the first.
+    """
+    index = torch.repeat_interleave(torch.arange(4), torch.tensor([10, 20, 30, 40]))
+    masks = torch.tensor([[2., 3., -4., -4.], [-4., -4., 1., 4.], [1., 1., -4., -4.]])
+    classes = torch.tensor([[5., 0., 0.], [0., 6., 0.], [2., 0., 2.]])
+    return classes, masks, index
+
+
+def test_score_is_class_probability_times_quality_times_mean_mask_probability():
+    classes, masks, index = scene()
+    quality = torch.tensor([.5, .25, 1.])
+    result = instances_from_logits(classes, masks, index, quality, top_k=2, min_points=1, nms=None)
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (1, 2, 3, 4)]
+    first = .5 * math.exp(5) / (math.exp(5) + 2) * (sigmoid[1] + sigmoid[2]) / 2
+    copy = math.exp(2) / (2 * math.exp(2) + 1) * sigmoid[0]
+    assert result["scores"].tolist() == pytest.approx([first, copy], abs=1e-6)
+    assert result["labels"].tolist() == [0, 0]
+    assert result["masks"].shape == (2, 100) and result["masks"][0].nonzero().squeeze().tolist() == list(range(30))
+
+
+def test_thresholds_of_size_score_and_mask_are_arguments():
+    classes, masks, index = scene()
+    options = dict(top_k=3, min_points=1)
+    assert len(instances_from_logits(classes, masks, index, **options, nms=None)["scores"]) == 3
+    assert len(instances_from_logits(classes, masks, index, **options)["scores"]) == 2  # the copy has decayed to 0
+    assert instances_from_logits(classes, masks, index, top_k=3, min_points=31)["masks"].sum(1).tolist() == [70]
+    assert len(instances_from_logits(classes, masks, index, top_k=3, min_points=71)["scores"]) == 0
+    assert len(instances_from_logits(classes, masks, index, **options, score_threshold=.9)["scores"]) == 1
+    strict = instances_from_logits(classes, masks, index, **options, mask_threshold=.9)
+    assert sorted(strict["masks"].sum(1).tolist()) == [20, 40]
+    with pytest.raises(ValueError, match="kernel"):
+        instances_from_logits(classes, masks, index, nms="hard")
+
+
+def test_inference_follows_a_permutation_of_points_and_of_queries():
+    torch.manual_seed(0)
+    classes, masks, index = torch.randn(9, 5), torch.randn(9, 15), torch.randint(0, 15, (400,))
+    queries, points = torch.randperm(9), torch.randperm(400)
+    a = instances_from_logits(classes, masks, index, min_points=10)
+    b = instances_from_logits(classes[queries], masks[queries], index[points], min_points=10)
+    assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["masks"][:, points], b["masks"])
+    torch.testing.assert_close(a["scores"], b["scores"], rtol=0, atol=1e-6)
+
+
+def test_inference_of_a_batch_equals_that_of_its_scenes():
+    decoder = small_decoder().eval()
+    batch = batch_of([300, 5, 200])
+    index, superpoint_batch = superpoint_index(torch.randint(0, 20, (505,)), batch)
+    feats = torch.randn(len(superpoint_batch), 6, dtype=torch.float64)
+    scenes = scene_instances(decoder(feats, superpoint_batch), index, batch, min_points=20)
+    assert [s["masks"].shape[1] for s in scenes] == [300, 5, 200]
+    for b, expected in enumerate(scenes):
+        local, alone = superpoint_index(index[batch == b], torch.zeros_like(batch[batch == b]))
+        single = scene_instances(decoder(feats[superpoint_batch == b], alone), local, torch.zeros_like(local),
+                                 min_points=20)[0]
+        assert torch.equal(single["masks"], expected["masks"]) and torch.equal(single["labels"], expected["labels"])
+        torch.testing.assert_close(single["scores"], expected["scores"], rtol=0, atol=1e-6)
+    assert len(scenes[1]["scores"]) == 0  # five points are fewer than min_points
+
+
+def test_inference_without_query_or_above_every_mask_is_empty():
+    nothing = instances_from_logits(torch.zeros(0, 4), torch.zeros(0, 3), torch.tensor([0, 1, 2]))
+    assert nothing["masks"].shape == (0, 3) and nothing["labels"].dtype == torch.int64
+    blank = instances_from_logits(torch.zeros(2, 4), torch.full((2, 3), -9.), torch.tensor([0, 1, 2]))
+    assert blank["masks"].shape == (0, 3) and blank["scores"].shape == (0,)
+
+
+def test_functions_leave_their_arguments_alone():
+    classes, masks, index = scene()
+    quality, feats, batch = torch.rand(3), torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES)
+    arguments = (classes, masks, index, quality, feats, batch)
+    before = [x.clone() for x in arguments]
+    instances_from_logits(classes, masks, index, quality)
+    small_decoder()(feats, batch)
+    pool(feats, batch, 4)
+    superpoint_index(index, index)
+    assert all(torch.equal(x, y) for x, y in zip(arguments, before))
+
+
+def test_malformed_input_is_named():
+    decoder = small_decoder()
+    with pytest.raises(ValueError, match=r"\(S, 6\).*\(3, 5\)"):
+        decoder(torch.zeros(3, 5).double(), batch_of([3]))
+    with pytest.raises(ValueError, match="no superpoint"):
+        decoder(torch.zeros(0, 6).double(), batch_of([0]))
+    with pytest.raises(ValueError, match="divisible"):
+        InstanceDecoder(embed_dim=10, num_heads=4)
+    with pytest.raises(ValueError, match="min_query_share"):
+        InstanceDecoder(min_query_share=0)
+    with pytest.raises(ValueError, match=r"\(N,\) or \(N, 3\)"):
+        superpoint_index(torch.zeros(4), batch_of([4]))
+    with pytest.raises(ValueError, match=r"index \(N,\)"):
+        pool(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), 1)
+    with pytest.raises(ValueError, match="3 mask queries"):
+        instances_from_logits(torch.zeros(2, 4), torch.zeros(3, 3), torch.tensor([0]))
