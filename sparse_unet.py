@@ -43,6 +43,18 @@ def _pack(cells, low, high, margin=0):
     return sum((column - lo) * step for column, lo, step in zip(cells.unbind(1), low, steps)), steps
 
 
+def _unique(cells, low, high):
+    """Distinct cells in lexicographic order, and the row of each given cell among them."""
+    keys, steps = _pack(cells, low, high)
+    keys, inverse = keys.unique(return_inverse=True)
+    columns, rest = [], keys
+    for lo, step in zip(low, steps):
+        column = rest // step
+        columns.append(column + lo)
+        rest = rest - column * step
+    return torch.stack(columns, 1), inverse
+
+
 def voxelize(points, batch, voxel_size):
     """Cells occupied by a packed batch of points: floor(points / voxel_size).
 
@@ -67,13 +79,7 @@ def voxelize(points, batch, voxel_size):
     low, high = (extreme.tolist() for extreme in cells.aminmax(dim=0))
     if low[0] < 0:
         raise ValueError(f"batch must not be negative, got {low[0]}")
-    keys, (_, *steps) = _pack(cells, low, high)
-    keys, inverse = keys.unique(return_inverse=True)
-    coords = []
-    for step, lo in zip((math.prod(high[i] - low[i] + 1 for i in (1, 2, 3)), *steps), low):
-        coords.append(torch.div(keys, step, rounding_mode="floor") + lo)
-        keys = keys % step
-    return torch.stack(coords, 1), inverse
+    return _unique(cells, low, high)
 
 
 def voxel_mean(feats, inverse, num_voxels):
@@ -97,6 +103,16 @@ class KernelMap:
         occupied = self.table < self.num_in
         entries = occupied.view(-1).nonzero().squeeze(1)
         return self.table.view(-1)[entries], entries % max(self.num_out, 1), occupied.sum(1).tolist()
+
+    def blocks(self, rows):
+        """(offset, in_index, out_index) of runs of at most `rows` pairs that share an offset."""
+        source, target, sizes = self.pairs
+        offsets, lengths = [], []
+        for k, size in enumerate(sizes):
+            for first in range(0, size, rows):
+                offsets.append(k)
+                lengths.append(min(rows, size - first))
+        return zip(offsets, source.split(lengths), target.split(lengths))
 
     @cached_property
     def transposed(self):
@@ -146,8 +162,11 @@ class VoxelGrid:
     def coarser(self):
         """The grid at twice the stride: parents floor(c / 2s) * 2s."""
         stride = 2 * self.stride
-        scale = self.coords.new_tensor([1, stride, stride, stride])
-        return VoxelGrid(torch.div(self.coords, scale, rounding_mode="floor").mul_(scale).unique(dim=0), stride)
+        if not len(self):
+            return VoxelGrid(self.coords, stride)
+        parents = torch.cat((self.coords[:, :1], self.coords[:, 1:].div(stride, rounding_mode="floor") * stride), 1)
+        low, high = (box[:1] + [c // stride * stride for c in box[1:]] for box in self.box)
+        return VoxelGrid(_unique(parents, low, high)[0], stride)
 
     def neighbours(self, kernel_size, dilation=1):
         """KernelMap of a stride-1 convolution on these cells."""
@@ -217,19 +236,11 @@ def _wide(dtype):
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _use_table(feats):
-    # Per-offset products touch only the neighbours that exist, and on a CPU that outweighs everything once a row is
-    # wide enough to fill a product. Elsewhere, or for a stem on colours, one wide product beats many slim ones.
-    return feats.device.type != "cpu" or feats.shape[1] < 16
-
-
-def _blocks(sizes, rows):
-    """(offset, begin, end) of runs of at most `rows` pairs that share a kernel offset."""
-    begin = 0
-    for k, size in enumerate(sizes):
-        for first in range(begin, begin + size, rows):
-            yield k, first, min(first + rows, begin + size)
-        begin += size
+def _use_im2col(device, num_out, c_in, c_out):
+    # On a CPU the per-offset products win because they touch only the neighbours that exist, unless their calls cost
+    # more than the idle products (few rows) or a gathered row is too short to fill a cache line or two (colours).
+    # On a GPU each of their calls is a launch.
+    return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 19
 
 
 def _im2col(feats, table):
@@ -246,47 +257,46 @@ def _convolve(feats, kernel, kernel_map, transposed=False):
     """feats (num_in, Cin), kernel (K^3, Cin, Cout) -> (num_out, Cout), summed in float32 or wider."""
     num_out = kernel_map.num_in if transposed else kernel_map.num_out
     c_in, c_out = kernel.shape[1:]
-    if _use_table(feats):
+    if _use_im2col(feats.device, num_out, c_in, c_out):
         table = kernel_map.transposed.table if transposed else kernel_map.table
         out, flat = feats.new_empty(num_out, c_out), kernel.reshape(-1, c_out)
         for rows, columns in _im2col(feats, table):
             torch.mm(columns, flat, out=out[rows])
         return out
-    source, target, sizes = kernel_map.pairs
-    if transposed:
-        source, target = target, source
     out = feats.new_zeros(num_out, c_out, dtype=_wide(feats.dtype))
     rows = max(1, BLOCK // max(c_in, c_out))
     gathered, product = feats.new_empty(rows, c_in), feats.new_empty(rows, c_out)
-    for k, begin, end in _blocks(sizes, rows):
-        block, result = gathered[:end - begin], product[:end - begin]
-        torch.index_select(feats, 0, source[begin:end], out=block)
-        torch.mm(block, kernel[k], out=result)
-        out.index_add_(0, target[begin:end], result.to(out.dtype))
+    weights = kernel.unbind()
+    for k, source, target in kernel_map.blocks(rows):
+        if transposed:
+            source, target = target, source
+        block, result = gathered[:len(source)], product[:len(source)]
+        torch.index_select(feats, 0, source, out=block)
+        torch.mm(block, weights[k], out=result)
+        out.index_add_(0, target, result.to(out.dtype))
     return out.to(feats.dtype)
 
 
 def _kernel_grad(feats, grad, kernel_map):
     """Gradient of a kernel: feats (num_in, Cin), grad (num_out, Cout) -> (K^3, Cin, Cout)."""
     c_in, c_out = feats.shape[1], grad.shape[1]
-    shape, dtype = (len(kernel_map.table), c_in, c_out), _wide(feats.dtype)
-    if _use_table(feats):
-        out = grad.new_zeros(shape[0] * c_in, c_out, dtype=dtype)
+    out = grad.new_zeros(len(kernel_map.table), c_in, c_out, dtype=_wide(feats.dtype))
+    if _use_im2col(feats.device, len(grad), c_in, c_out):
+        flat = out.view(-1, c_out)
         for rows, columns in _im2col(feats, kernel_map.table):
-            out += columns.t() @ grad[rows]
-        return out.view(shape).to(feats.dtype)
-    source, target, sizes = kernel_map.pairs
-    out = grad.new_zeros(shape, dtype=dtype)
+            flat += columns.t() @ grad[rows]
+        return out.to(feats.dtype)
     rows = max(1, BLOCK // max(c_in, c_out))
-    left, right = feats.new_empty(rows, c_in), feats.new_empty(rows, c_out)
-    for k, begin, end in _blocks(sizes, rows):
-        a, b = left[:end - begin], right[:end - begin]
-        torch.index_select(feats, 0, source[begin:end], out=a)
-        torch.index_select(grad, 0, target[begin:end], out=b)
-        if dtype == feats.dtype:
-            out[k].addmm_(a.t(), b)
+    left, right = feats.new_empty(rows, c_in), grad.new_empty(rows, c_out)
+    sums = out.unbind()
+    for k, source, target in kernel_map.blocks(rows):
+        a, b = left[:len(source)], right[:len(source)]
+        torch.index_select(feats, 0, source, out=a)
+        torch.index_select(grad, 0, target, out=b)
+        if out.dtype == feats.dtype:
+            sums[k].addmm_(a.t(), b)
         else:
-            out[k] += a.t() @ b
+            sums[k].add_(a.t() @ b)
     return out.to(feats.dtype)
 
 
