@@ -63,7 +63,7 @@ class FeatureCache:
         return {**self.__dict__, "encode": None, "_temporary": None}
 
     def get(self, picture):
-        """Picture (H, W, 3) uint8 -> tokens (D, Hf, Wf) float16, pooled (E,) float16. ValueError where there is none."""
+        """Picture (H, W, 3) uint8 -> tokens (D, Hf, Wf), pooled (E,) float16; ValueError where there is none."""
         name = picture_hash(picture)
         try:
             tokens, pooled = self._read(name)

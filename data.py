@@ -8,7 +8,8 @@ turns either into samples, `collate` samples into a ragged batch. Cameras have O
 coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
 them, so that projection is exact whatever the augmentation does.
 
-Imports torch, numpy, PIL, and its siblings rooms.py (the generator) and cache.py (features computed once).
+Imports torch, numpy, PIL, and its siblings rooms.py (the generator) and cache.py (one function). A cache.FeatureCache
+and a superpoints.SuperpointCache are handed in.
 """
 import math
 import re
@@ -21,7 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import rooms as rooms_module  # the argument `rooms` below is a number of them
-from cache import FeatureCache, to_tensor  # noqa: F401 (a FeatureCache is handed in: callers find it here)
+from cache import to_tensor
 
 # ---------------------------------------------------------------------------------------------------------- geometry
 
@@ -205,16 +206,22 @@ class ScanNetFrames:
 
     root/<scene>/{color/<n>.jpg|png, depth/<n>.png (uint16 millimetres), pose/<n>.txt (camera to world),
     intrinsic/intrinsic_{color,depth}.txt} and, where labelled, {label-filt,instance-filt}/<n>.png (0 = no instance).
-    `classes` is a file or dict of `load_classes`; `split` a file with a `scene` or `scene/frame` a line, or None: all.
+    `classes` is a file or dict of `load_classes`, or None: labels and instances are not read. `split` is a file with a
+    `scene` or `scene/frame` a line, or None: all.
 
-    Attributes: names ["scene/frame"], class_names (K), skipped (frames left out because their pose is lost: inf or NaN).
+    Attributes: names ["scene/frame"], class_names (K), skipped (frames left out for a lost pose: inf or NaN).
     """
 
     def __init__(self, root, classes, split=None):
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"frame folder {self.root} does not exist")
-        self.class_names, self._table = class_index(classes if isinstance(classes, dict) else load_classes(classes))
+        self._labelled = classes is not None
+        if not self._labelled:
+            classes = {}
+        elif not isinstance(classes, dict):
+            classes = load_classes(classes)
+        self.class_names, self._table = class_index(classes)
         self.names, self.skipped = [], 0
         self._scenes, self._poses, self._colors = {}, [], []
         for name in self._entries(split):
@@ -261,7 +268,7 @@ class ScanNetFrames:
     def _open_scene(self, scene):
         folder = self.root / scene
         colors = {path.stem: path for path in (folder / "color").iterdir() if path.suffix in (".jpg", ".jpeg", ".png")}
-        labelled = {kind: (folder / kind).is_dir() for kind in ("label-filt", "instance-filt")}
+        labelled = {kind: self._labelled and (folder / kind).is_dir() for kind in ("label-filt", "instance-filt")}
         needed = {"depth": ".png", "pose": ".txt", **{kind: ".png" for kind, present in labelled.items() if present}}
         missing = {}  # listing four folders beats asking for every file of every frame
         for kind, suffix in needed.items():
@@ -369,6 +376,30 @@ def depth_to_color(frame):
     return known[inside], (y * width + x)[inside]
 
 
+def registered(frame, known, seen):
+    """Depth (Hd, Wd) and colours (Hd, Wd, 3) of one frame pixel by pixel, both 0 where they do not meet."""
+    depth, color = frame["depth"], frame["color"]
+    if known is seen:
+        return depth, color
+    own_depth, own_color = np.zeros(depth.size, np.float32), np.zeros((depth.size, 3), np.uint8)
+    own_depth[known], own_color[known] = depth.ravel()[known], color.reshape(-1, 3)[seen]
+    return own_depth.reshape(depth.shape), own_color.reshape(*depth.shape, 3)
+
+
+def pixel_fields(frame, known, seen):
+    """The points of depth pixels `known` (n,), which fall on colour pixels `seen` (n,): arrays (n, ...) by field."""
+    v, u = np.divmod(known, frame["depth"].shape[1])
+    points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
+                       frame["world2cam"]).astype(np.float32)
+    fields = {"points": points, "colors": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
+    for key, image in (("labels", frame["label"]), ("instances", frame["instance"])):
+        if image is None:
+            fields[key] = np.full(len(known), -1, np.int64)
+        else:
+            fields[key] = image.ravel()[seen if image.shape == frame["color"].shape[:2] else known]
+    return fields
+
+
 class Pictures(Dataset):
     """The resized pictures (h, w, 3) uint8 of frames, without points: what a feature cache is built from."""
 
@@ -383,26 +414,28 @@ class Pictures(Dataset):
 
 
 class PointDataset(Dataset):
-    """Samples of points with the views that they project into. Draw and augmentation depend on (seed, epoch, index) alone.
+    """Samples of points with the views that they project into, drawn and augmented by (seed, epoch, index) alone.
 
     frames: ScanNetFrames, RoomFrames, or any sequence of frames with `names` and `color(index)`.
     num_points: drawn without replacement out of a sample's back-projected pixels; all of them where there are fewer.
     image_size: (H, W) of the pictures. views: consecutive frames of a scene that make one sample; the last sample of a
     scene reaches back where its frames are not a multiple. augment: for training. color=False: all point colours are 1.
     cache: a FeatureCache built from `.pictures`; samples then hold clip_tokens and clip_pooled instead of images.
+    superpoints: a SuperpointCache; samples then hold superpoints (n,), 0..S-1, each of one view.
 
     A sample: name, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with -1 = none,
     images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
     depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
     """
 
-    def __init__(self, frames, num_points, image_size, views=1, augment=False, color=True, cache=None, seed=0):
+    def __init__(self, frames, num_points, image_size, views=1, augment=False, color=True, cache=None, seed=0,
+                 superpoints=None):
         if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
             raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
         if num_points < 1 or views < 1:
             raise ValueError(f"num_points and views must be at least 1, got {num_points} and {views}")
         self.frames, self.num_points, self.image_size, self.views = frames, num_points, tuple(image_size), views
-        self.augment, self.color, self.cache, self.seed = augment, color, cache, seed
+        self.augment, self.color, self.cache, self.seed, self.superpoints = augment, color, cache, seed, superpoints
         self.pictures = Pictures(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
         scenes = {}
@@ -429,46 +462,44 @@ class PointDataset(Dataset):
         ends = np.cumsum([len(known) for known, _ in pixels])
         if ends[-1] == 0:
             raise ValueError(f"no pixel with known depth in {', '.join(frame['name'] for frame in frames)}")
-        drawn = np.arange(ends[-1])
-        if ends[-1] > self.num_points:
-            drawn = np.sort(rng.choice(ends[-1], self.num_points, replace=False, shuffle=False))
-        parts = [self._points(frame, known[own], seen[own]) for frame, (known, seen), own in zip(
-            frames, pixels, (drawn[(drawn >= end - len(known)) & (drawn < end)] - (end - len(known))
-                             for (known, _), end in zip(pixels, ends)))]
-        points, colors, labels, instances = (np.concatenate(part) for part in zip(*parts))
-        coords = augment_points(points, rng) if self.augment else points.copy()
+        drawn = self._draw(ends[-1], rng)
+        fields = []
+        for view, (frame, (known, seen), end) in enumerate(zip(frames, pixels, ends)):
+            own = drawn[(drawn >= end - len(known)) & (drawn < end)] - (end - len(known))
+            fields.append(pixel_fields(frame, known[own], seen[own]))
+            if self.superpoints is not None:
+                segments = self.superpoints.get(*registered(frame, known, seen), frame["depth_intrinsics"])
+                fields[-1]["superpoints"] = segments.ravel()[known[own]] + view * segments.size
+        fields = {key: np.concatenate([part[key] for part in fields]) for key in fields[0]}
+        return self._sample(frames[0]["name"], frames, fields, fields["points"], rng)
+
+    def _draw(self, total, rng):
+        if total <= self.num_points:
+            return np.arange(total)
+        return np.sort(rng.choice(total, self.num_points, replace=False, shuffle=False))
+
+    def _sample(self, name, frames, fields, coords, rng):
+        """Views and per-point fields, and the coordinates to augment -> sample."""
+        fields["coords"] = augment_points(coords, rng) if self.augment else coords.astype(np.float32)
         if not self.color:
-            colors = np.ones_like(colors)
+            fields["colors"] = np.ones_like(fields["colors"])
         elif self.augment:
-            colors = jitter_colors(colors, rng)
-        sample = {"name": frames[0]["name"], "points": points, "coords": coords, "colors": colors,
-                  "labels": labels, "instances": instances,
-                  "world2cam": np.stack([frame["world2cam"] for frame in frames]).astype(np.float32),
-                  "intrinsics": np.stack([resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2],
-                                                            self.image_size) for frame in frames]).astype(np.float32),
-                  "depth": np.stack([frame["depth"] for frame in frames]),
-                  "depth_intrinsics": np.stack([frame["depth_intrinsics"] for frame in frames]).astype(np.float32)}
-        sample = {key: value if key == "name" else torch.from_numpy(value) for key, value in sample.items()}
+            fields["colors"] = jitter_colors(fields["colors"], rng)
+        if "superpoints" in fields:  # those that a point was drawn of, numbered without gaps
+            fields["superpoints"] = np.unique(fields["superpoints"], return_inverse=True)[1]
+        cameras = {
+            "world2cam": [frame["world2cam"] for frame in frames],
+            "intrinsics": [resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size)
+                           for frame in frames],
+            "depth": [frame["depth"] for frame in frames],
+            "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
+        sample = {"name": name, **{key: torch.from_numpy(value) for key, value in fields.items()},
+                  **{key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}}
         pictures = [resize_image(frame["color"], self.image_size) for frame in frames]
         if self.cache is None:
             return {**sample, "images": torch.stack([to_tensor(picture) for picture in pictures])}
         tokens, pooled = zip(*(self.cache.get(picture) for picture in pictures))
         return {**sample, "clip_tokens": torch.stack(tokens), "clip_pooled": torch.stack(pooled)}
-
-    @staticmethod
-    def _points(frame, known, seen):
-        """Depth pixels `known` and the colour pixels `seen` -> points, colors, labels, instances of one frame."""
-        v, u = np.divmod(known, frame["depth"].shape[1])
-        points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
-                           frame["world2cam"]).astype(np.float32)
-        colors = frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255
-        ids = []
-        for image in (frame["label"], frame["instance"]):
-            if image is None:
-                ids.append(np.full(len(known), -1, np.int64))
-            else:
-                ids.append(image.ravel()[seen if image.shape == frame["color"].shape[:2] else known])
-        return points, colors, *ids
 
 
 PER_POINT = ("points", "coords", "colors", "labels", "instances", "superpoints")

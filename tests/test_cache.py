@@ -24,7 +24,8 @@ class Tower:
         self.seen, self.factor = 0, factor
 
     def __call__(self, images):
-        assert images.dtype == torch.float32 and images.shape[1:] == (3, 8, 12) and 0 <= images.min() <= images.max() <= 1
+        assert images.dtype == torch.float32 and images.shape[1:] == (3, 8, 12)
+        assert 0 <= images.min() <= images.max() <= 1
         self.seen += len(images)
         tokens = torch.nn.functional.avg_pool2d(images, 4) * self.factor  # (B, 3, 2, 3)
         return tokens.requires_grad_(), images.flatten(1)[:, :5] * self.factor
@@ -87,7 +88,7 @@ def test_every_flipped_byte_and_every_truncation_is_noticed_and_rebuilt(tmp_path
     cache, _ = build(tmp_path, PICTURES[:1])
     path, = entries(cache)
     whole = path.read_bytes()
-    broken = [bytes(byte ^ (255 if i == position else 0) for i, byte in enumerate(whole)) for position in range(len(whole))]
+    broken = [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:] for i in range(len(whole))]
     broken += [whole[:size] for size in range(0, len(whole), 7)] + [whole + b"\0\0", b"\0" * len(whole)]
     for content in broken:
         path.write_bytes(content)

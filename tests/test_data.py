@@ -7,6 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+from cache import FeatureCache
+from superpoints import SuperpointCache
 
 CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
@@ -327,7 +329,8 @@ def test_without_color_all_points_are_white_and_pictures_stay(root):
 
 def test_collate_packs_ragged_points_and_says_whose_they_are(tmp_path):
     root = write_scannet(tmp_path, 1, 3)
-    Image.fromarray(np.pad(np.full((4, 5), 1500, np.uint16), ((0, 20), (0, 27)))).save(root / "scene0000_00/depth/1.png")
+    corner = np.pad(np.full((4, 5), 1500, np.uint16), ((0, 20), (0, 27)))
+    Image.fromarray(corner).save(root / "scene0000_00/depth/1.png")
     dataset = data.PointDataset(data.ScanNetFrames(root, CLASSES), 200, (24, 32))
     samples = [dataset[i] for i in range(3)]
     batch = data.collate(samples)
@@ -475,7 +478,7 @@ def test_cached_samples_hold_the_features_of_their_pictures(root, tmp_path):
         return images[:, :, ::8, ::8], images.mean((2, 3))
 
     frames = data.ScanNetFrames(root, CLASSES)
-    cache = data.FeatureCache(tmp_path / "cache", "every eighth pixel, 24x32", encode)
+    cache = FeatureCache(tmp_path / "cache", "every eighth pixel, 24x32", encode)
     assert cache.build(data.PointDataset(frames, 100, (24, 32)).pictures) == 3  # both scenes hold the same ones
     plain, cached = (data.PointDataset(frames, 100, (24, 32), views=3, augment=True, cache=c) for c in (None, cache))
     batches = [data.collate([dataset[0], dataset[1]]) for dataset in (plain, cached)]
@@ -484,3 +487,34 @@ def test_cached_samples_hold_the_features_of_their_pictures(root, tmp_path):
     tokens, pooled = encode(batches[0]["images"].flatten(0, 1))
     assert torch.equal(batches[1]["clip_tokens"].flatten(0, 1), tokens.half())
     assert torch.equal(batches[1]["clip_pooled"].flatten(0, 1), pooled.half())
+
+
+# ------------------------------------------------------------------------------------------------------- superpoints
+
+
+def test_superpoints_are_numbered_without_gaps_and_belong_to_one_view(tmp_path):
+    frames = data.ScanNetFrames(write_scannet(tmp_path / "frames", 1, 4), CLASSES)
+    cache = SuperpointCache(tmp_path / "superpoints", count=20)
+    sample = data.PointDataset(frames, 200, (24, 32), views=2, superpoints=cache)[0]
+    ids = sample["superpoints"]
+    assert ids.dtype == torch.int64 and ids.unique().tolist() == list(range(ids.max() + 1))
+    assert 20 < len(ids.unique()) <= 40
+    plain = data.PointDataset(frames, 200, (24, 32), views=2)[0]
+    assert all(torch.equal(plain[key], sample[key]) for key in plain if key != "name")
+    view = (sample["colors"][:, 2] * 25.5).round()  # the blue channel numbers the frames
+    assert all(len(view[ids == i].unique()) == 1 for i in ids.unique())
+    assert data.collate([sample, sample])["superpoints"].shape == (400,)
+
+
+def test_superpoints_of_color_and_depth_of_different_size_follow_the_color(tmp_path):
+    """Four columns of colour on a flat wall, seen at twice the depth's resolution: no superpoint spans two of them."""
+    root = write_scannet(tmp_path / "frames", 1, 1)
+    row, column = np.mgrid[:48, :64]
+    color = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]], np.uint8)[column // 16]
+    Image.fromarray(color).save(root / "scene0000_00/color/0.png")
+    Image.fromarray(np.full((24, 32), 2000, np.uint16)).save(root / "scene0000_00/depth/0.png")
+    frames = data.ScanNetFrames(root, CLASSES)
+    sample = data.PointDataset(frames, 10_000, (24, 32), superpoints=SuperpointCache(count=16))[0]
+    assert sample["superpoints"].max() == 15
+    for i in range(16):
+        assert len(sample["labels"][sample["superpoints"] == i].unique()) == 1  # labels are the same four columns

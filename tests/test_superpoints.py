@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""superpoints.py: Ward's tree, regions that keep to objects, the same for the same frame, and a cache that notices."""
+import pickle
+
+import numpy as np
+import pytest
+
+import data
+from superpoints import SuperpointCache, oversegment, srgb_to_lab, ward
+
+INTRINSICS = np.array([[60, 0, 31.5], [0, 60, 23.5], [0, 0, 1.0]])
+
+
+def scene(noise=0.002, seed=0):
+    """A wall of two colours with a box before it: depth, colors, which of the three surfaces each pixel shows."""
+    rng = np.random.default_rng(seed)
+    row, column = np.mgrid[:48, :64]
+    surface = (column > 40).astype(int)
+    surface[14:36, 12:30] = 2
+    depth = np.where(surface == 2, 1.5, 2.0) + rng.normal(0, noise, surface.shape)
+    colors = np.array([[150, 150, 140], [60, 90, 150], [150, 150, 140]])[surface] + rng.integers(-6, 7, (48, 64, 3))
+    return depth.astype(np.float32), colors.astype(np.uint8), surface
+
+
+def pure_share(segments, truth):
+    """Share of the segmented pixels whose segment's most frequent truth is theirs."""
+    ids, truth = segments[segments >= 0], truth[segments >= 0]
+    table = np.zeros((ids.max() + 1, truth.max() + 1), int)
+    np.add.at(table, (ids, truth), 1)
+    return table.max(1).sum() / len(ids)
+
+
+def naive_ward(features, edges, count):
+    """One merge at a time, straight from the definition."""
+    groups, edges = {i: [i] for i in range(len(features))}, {tuple(sorted(edge)) for edge in edges}
+    while len(groups) > count:
+        def cost(edge):
+            a, b = (features[groups[g]].astype(np.float64) for g in edge)
+            gap = a.mean(0) - b.mean(0)
+            return len(a) * len(b) / (len(a) + len(b)) * gap @ gap
+        a, b = min(edges, key=cost)
+        groups[a] += groups.pop(b)
+        edges = {tuple(sorted(a if g == b else g for g in edge)) for edge in edges}
+        edges = {edge for edge in edges if edge[0] != edge[1]}
+    return {tuple(sorted(group)) for group in groups.values()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounds_of_mutual_neighbours_give_the_tree_of_single_merges_on_a_complete_graph(seed):
+    features = np.random.default_rng(seed).normal(size=(24, 3)).astype(np.float32)
+    u, v = np.triu_indices(24, 1)
+    for count in (1, 3, 7, 23):
+        region = ward(features, u, v, count)
+        assert {tuple(np.flatnonzero(region == i)) for i in range(count)} == naive_ward(features, zip(u, v), count)
+
+
+def test_ward_agrees_with_an_independent_implementation():
+    cluster = pytest.importorskip("scipy.cluster.hierarchy", reason="SciPy is not installed")
+    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    for count in (2, 5, 20):
+        other = cluster.fcluster(cluster.linkage(features, "ward"), count, "maxclust")
+        ours = ward(features, *np.triu_indices(60, 1), count)
+        assert len(set(zip(ours.tolist(), other.tolist()))) == count
+
+
+def test_regions_of_a_graph_are_connected_and_as_many_as_asked_for():
+    rng = np.random.default_rng(0)
+    node = np.arange(300).reshape(15, 20)
+    u, v = (np.concatenate([a.ravel(), b.ravel()]) for a, b in ((node[:, :-1], node[:-1]), (node[:, 1:], node[1:])))
+    region = ward(rng.normal(size=(300, 2)).astype(np.float32), u, v, 12)
+    assert np.unique(region).tolist() == list(range(12))
+    for i in range(12):
+        inside = region == i
+        reached = np.zeros(300, bool)
+        reached[np.flatnonzero(inside)[0]] = True
+        for _ in range(300):
+            both = inside[u] & inside[v]
+            reached[u[both & reached[v]]] = reached[v[both & reached[u]]] = True
+        assert np.array_equal(reached, inside)
+
+
+def test_equal_costs_still_end():
+    node = np.arange(64).reshape(8, 8)
+    u, v = (np.concatenate([a.ravel(), b.ravel()]) for a, b in ((node[:, :-1], node[:-1]), (node[:, 1:], node[1:])))
+    assert np.unique(ward(np.zeros((64, 1), np.float32), u, v, 5)).tolist() == list(range(5))
+    assert ward(np.zeros((3, 1), np.float32), np.array([], int), np.array([], int), 1).tolist() == [0, 1, 2]
+
+
+def test_lab_of_known_colors():
+    """Reference values of CIELAB under D65 for the sRGB primaries."""
+    colors = np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    expected = [[100, 0, 0], [0, 0, 0], [53.241, 80.092, 67.203], [87.735, -86.183, 83.179], [32.297, 79.188, -107.860]]
+    assert np.abs(srgb_to_lab(colors) - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("nodes", [10_000, 700])
+def test_superpoints_keep_to_surfaces_that_differ_in_depth_or_color_only(nodes):
+    depth, colors, surface = scene()
+    segments = oversegment(depth, colors, INTRINSICS, 40, nodes)
+    assert np.unique(segments).tolist() == list(range(40))
+    assert pure_share(segments, surface) > 0.995
+
+
+def test_every_known_pixel_and_no_other_gets_a_superpoint():
+    depth, colors, _ = scene()
+    rng = np.random.default_rng(1)
+    depth[rng.random(depth.shape) < 0.3] = 0
+    depth[5, 5], depth[6, 6], depth[10:20] = np.nan, np.inf, 0
+    depth[15, 30] = 2.0  # alone in a hole
+    for nodes in (10_000, 300):
+        segments = oversegment(depth, colors, INTRINSICS, 30, nodes)
+        assert np.array_equal(segments >= 0, (depth > 0) & np.isfinite(depth)) and segments.max() == 29
+
+
+def test_nothing_known_one_pixel_and_fewer_pixels_than_superpoints():
+    colors = np.zeros((6, 8, 3), np.uint8)
+    depth = np.zeros((6, 8), np.float32)
+    assert (oversegment(depth, colors, INTRINSICS) == -1).all()
+    depth[3, 4] = 1
+    assert oversegment(depth, colors, INTRINSICS).max() == 0
+    depth[:] = 1
+    assert np.unique(oversegment(depth, colors, INTRINSICS)).tolist() == list(range(48))
+
+
+def test_same_frame_same_superpoints_and_inputs_stay_as_they_are():
+    depth, colors, _ = scene()
+    before = depth.copy(), colors.copy()
+    first, second = (oversegment(depth, colors, INTRINSICS, 30, 700) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert np.array_equal(depth, before[0]) and np.array_equal(colors, before[1])
+
+
+def test_malformed_input_is_named():
+    depth, colors, _ = scene()
+    for bad in ((depth[:5], colors, INTRINSICS), (depth, colors.astype(np.float32), INTRINSICS),
+                (depth, colors, np.eye(4)), (depth, colors, INTRINSICS, 0)):
+        with pytest.raises(ValueError, match="expected depth"):
+            oversegment(*bad)
+
+
+def test_superpoints_of_real_frames_keep_to_objects(shared):
+    """Majority label per superpoint, of all labelled frames of one sequence."""
+    frames = data.ScanNetFrames(shared / "data/ycbv", shared / "data/ycbv/classes.txt")
+    shares = [pure_share(oversegment(frame["depth"], frame["color"], frame["depth_intrinsics"]), frame["label"] + 1)
+              for frame in (frames[i] for i in range(0, 20, 4))]
+    assert np.mean(shares) > 0.97
+
+
+def test_the_cache_computes_once_and_notices_damage(tmp_path, monkeypatch):
+    depth, colors, _ = scene()
+    expected = oversegment(depth, colors, INTRINSICS, 25)
+    assert np.array_equal(SuperpointCache(tmp_path, 25).get(depth, colors, INTRINSICS), expected)
+    path, = tmp_path.glob("*.seg")
+    whole = path.read_bytes()
+    for content in (b"", whole[:3], whole[:-1], whole[:9] + bytes([whole[9] ^ 1]) + whole[10:]):
+        path.write_bytes(content)
+        assert np.array_equal(SuperpointCache(tmp_path, 25).get(depth, colors, INTRINSICS), expected)
+        assert path.read_bytes() == whole
+    monkeypatch.setattr("superpoints.oversegment", None)
+    assert np.array_equal(SuperpointCache(tmp_path, 25).get(depth, colors, INTRINSICS), expected)
+    for other in ((depth + 1, colors, INTRINSICS), (depth, colors + 1, INTRINSICS), (depth, colors, INTRINSICS * 2)):
+        with pytest.raises(TypeError):  # another frame has no entry: it would be computed
+            SuperpointCache(tmp_path, 25).get(*other)
+    with pytest.raises(TypeError):
+        SuperpointCache(tmp_path, 26).get(depth, colors, INTRINSICS)
+
+
+def test_a_temporary_folder_goes_with_its_owner():
+    cache = SuperpointCache(count=25)
+    copy = pickle.loads(pickle.dumps(cache))
+    copy.get(*scene()[:2], INTRINSICS)
+    folder = cache.folder
+    del copy
+    assert len(list(folder.glob("*.seg"))) == 1
+    del cache
+    assert not folder.exists()
