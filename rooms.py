@@ -48,7 +48,7 @@ def _appearance(kind, width, height, rng):
     """How one object of a class looks: the parameters of `_texture` for faces of about width x height metres."""
     any_hue = (0.0, 1.0)
     if kind == "wall":
-        color = _hsv(rng, any_hue, (0.05, 0.25), (0.6, 0.8))
+        color = _hsv(rng, (-0.1, 0.45), (0.08, 0.3), (0.55, 0.72))
         return _look(_shades(rng, color, rng.choice([0.0, 0.05])), cell=(rng.uniform(0.1, 0.3), 100.0))
     if kind == "ceiling":
         return _look(_hsv(rng, any_hue, (0.0, 0.05), (0.85, 0.95)))
@@ -60,7 +60,7 @@ def _appearance(kind, width, height, rng):
         color, side = _hsv(rng, any_hue, (0.03, 0.25), (0.25, 0.5)), rng.uniform(0.3, 0.6)
         return _look(_shades(rng, color, 0.08), (side, side), joint=(0.015, 0.015), joint_color=1.4 * color)
     if kind == "door":
-        color = _hsv(rng, (0.03, 0.09), (0.55, 0.85), (0.25, 0.5))
+        color = _hsv(rng, (0.0, 0.06), (0.6, 0.85), (0.25, 0.5))
         return _look(_shades(rng, color, 0.15), (width / rng.integers(3, 7), 100.0), joint=(0.01, 0.0),
                      joint_color=0.5 * color, rim=rng.uniform(0.04, 0.1), rim_color=0.7 * color)
     if kind == "window":  # land below, sky above, white bars
@@ -69,8 +69,8 @@ def _appearance(kind, width, height, rng):
         return _look(land + share * (sky - land), (width / rng.integers(1, 4), height / 15.99), step=(0, 1),
                      joint=(0.05, 0.0), joint_color=0.95, rim=rng.uniform(0.04, 0.08), rim_color=0.95)
     if kind == "picture":
-        side = rng.uniform(0.15, 0.4)
-        return _look([_hsv(rng, any_hue, (0.5, 0.95), (0.4, 0.9)) for _ in range(16)], (side, side), rim=0.06,
+        side = rng.uniform(0.12, 0.3)
+        return _look([_hsv(rng, (0.0, 0.75), (0.7, 1.0), (0.6, 1.0)) for _ in range(16)], (side, side), rim=0.06,
                      rim_color=_hsv(rng, (0.08, 0.13), (0.3, 0.8), (0.1, 0.5)))
     if kind == "whiteboard":
         marks = [_hsv(rng, any_hue, (0.2, 0.6), (0.6, 0.9)) for _ in range(3)]
@@ -80,15 +80,15 @@ def _appearance(kind, width, height, rng):
         color = _hsv(rng, (0.78, 1.0), (0.5, 0.9), (0.35, 0.7))
         return _look(_shades(rng, color, 0.08), (rng.uniform(0.1, 0.25), 100.0), fold=rng.uniform(0.3, 0.6))
     if kind == "cabinet":
-        color = _hsv(rng, (0.06, 0.12), (0.4, 0.7), (0.4, 0.65))
+        color = _hsv(rng, (0.09, 0.15), (0.4, 0.7), (0.5, 0.75))
         return _look(_shades(rng, color, 0.1), (width / 2, height / rng.integers(1, 4)), joint=(0.015, 0.015),
                      joint_color=0.4 * color)
     if kind == "refrigerator":
-        color = _hsv(rng, (0.5, 0.65), (0.02, 0.12), (0.7, 0.9))
+        color = _hsv(rng, (0.52, 0.66), (0.1, 0.25), (0.6, 0.85))
         return _look(color, (100.0, rng.uniform(0.5, 0.7) * height), joint=(0.0, 0.02), joint_color=0.4 * color)
     if kind == "bookshelf":
         wood = _hsv(rng, (0.05, 0.1), (0.4, 0.7), (0.15, 0.35))
-        return _look([_hsv(rng, (0.3, 0.75), (0.4, 0.9), (0.25, 0.8)) for _ in range(16)],
+        return _look([_hsv(rng, (0.3, 0.75), (0.4, 0.9), (0.2, 0.6)) for _ in range(16)],
                      (rng.uniform(0.04, 0.07), rng.uniform(0.25, 0.35)), joint=(0.0, 0.04), joint_color=wood,
                      rim=0.04, rim_color=wood)
     return _look(_shades(rng, _hsv(rng, any_hue, (0.2, 0.6), (0.3, 0.75)), rng.choice([0.0, 0.1])),
@@ -252,7 +252,9 @@ def _camera(scene, rng):
         centre = scene["corners"][rng.choice(np.flatnonzero(scene["instance"] == seen))].mean(0)
         target = centre + rng.uniform(-0.5, 0.5, 3)
         roll = rng.uniform(-0.05, 0.05)
-        if ((eye > low) & (eye < high)).all(1)[scene["label"] > STUFF].any() or np.hypot(*(target - eye)[:2]) < 1.2:
+        distance = np.hypot(*(target - eye)[:2])
+        if ((eye > low) & (eye < high)).all(1).any() or distance < 1.2 \
+                or not -0.7 < (target - eye)[2] / distance < 0.25:
             continue
         world2cam = look_at(eye, target, roll)
         glance = _cast(scene, world2cam, np.array([[10.5, 0, 5.5], [0, 10.5, 4.0], [0, 0, 1]]), (9, 12))[0]
