@@ -8,12 +8,10 @@ turns either into samples, `collate` samples into a ragged batch. Cameras have O
 coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
 them, so that projection is exact whatever the augmentation does.
 
-Imports torch, numpy, PIL, and its siblings rooms.py (the generator) and cache.py (one function). A cache.FeatureCache
-and a superpoints.SuperpointCache are handed in.
+Imports torch, numpy, PIL, and its siblings rooms.py (the generator), scannet.py (the readers) and cache.py (a helper).
+A cache.FeatureCache and a superpoints.SuperpointCache are handed in.
 """
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch.utils.data import Dataset
 
 import rooms as rooms_module  # the argument `rooms` below is a number of them
 from cache import to_tensor
+from scannet import ScanNetFrames, ScanNetScenes, load_classes  # noqa: F401 (all sources of frames are found here)
 
 # ---------------------------------------------------------------------------------------------------------- geometry
 
@@ -108,218 +107,7 @@ def jitter_colors(colors, rng):
     return np.clip(colors + rng.normal(0, 0.02, colors.shape), 0, 1).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def load_classes(path):
-    """Class list, a line "id name" each -> {id: name}, with None for the name `unlabeled` = ignored.
-
-    Several ids may share a name: one class. The line "* unlabeled" gives {"*": None}: ids not listed are ignored too.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"class list {path} does not exist")
-    classes = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        key, _, name = line.strip().partition(" ")
-        name = name.strip()
-        if not name or not (key.isdecimal() or (key == "*" and name == "unlabeled")):
-            raise ValueError(f'{path} line {number}: expected "id name" or "* unlabeled", got {line!r}')
-        key = key if key == "*" else int(key)
-        if key in classes:
-            raise ValueError(f"{path} line {number}: id {key} is listed twice")
-        classes[key] = None if name == "unlabeled" else name
-    if not any(classes.values()):
-        raise ValueError(f"class list {path} names no class")
-    return classes
-
-
-def class_index(classes):
-    """{id: name | None} -> the K class names in order of first appearance, and a lookup table id -> 0..K-1, -1, or -2.
-
-    -1 is ignored and -2 is outside of the list; ids past the table's end are what its last entry says.
-    """
-    names = list(dict.fromkeys(name for name in classes.values() if name is not None))
-    ids = [key for key in classes if key != "*"]
-    table = np.full(max(ids, default=0) + 2, -1 if "*" in classes else -2, np.int64)
-    for key in ids:
-        table[key] = -1 if classes[key] is None else names.index(classes[key])
-    return names, table
-
-
-def read_matrix(path, field, shapes):
-    """Whitespace-separated text file -> float64 matrix of one of `shapes`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{field} file {path} does not exist")
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-    try:
-        matrix = np.array(rows, dtype=np.float64)
-    except ValueError as error:
-        raise ValueError(f"{path}: {field} is not a matrix of numbers: {error}") from None
-    if matrix.shape not in shapes:
-        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {' or '.join(map(str, shapes))}")
-    return matrix
-
-
-def read_intrinsics(path, field):
-    """3 x 3 or 4 x 4 text file -> (3, 3) float64 pinhole intrinsics."""
-    matrix = read_matrix(path, field, [(3, 3), (4, 4)])[:3, :3]
-    if not (np.isfinite(matrix).all() and matrix[0, 0] > 0 and matrix[1, 1] > 0 and (matrix[2] == [0, 0, 1]).all()):
-        raise ValueError(f"{path}: {field} is not a pinhole matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]]: "
-                         f"{matrix.tolist()}")
-    return matrix
-
-
-def read_image(path, field):
-    """PIL image, decoded to the last byte."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{field} image {path} does not exist") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on broken or truncated files
-        raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
-    return image
-
-
-def read_index_image(path, field):
-    """Grey PNG of integers (depth, label, instance) -> (H, W) integer array."""
-    array = np.asarray(read_image(path, field))
-    if array.ndim != 2 or array.dtype.kind not in "ui":
-        raise ValueError(f"{path}: {field} image has shape {array.shape} of {array.dtype}, expected (H, W) of integers")
-    return array
-
-
-def natural_key(name):
-    """Sorts "frame-2" before "frame-10"."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
 # ------------------------------------------------------------------------------------------------------------ frames
-
-
-class ScanNetFrames:
-    """Frames of ScanNet's exported 2D layout, read when indexed.
-
-    root/<scene>/{color/<n>.jpg|png, depth/<n>.png (uint16 millimetres), pose/<n>.txt (camera to world),
-    intrinsic/intrinsic_{color,depth}.txt} and, where labelled, {label-filt,instance-filt}/<n>.png (0 = no instance).
-    `classes` is a file or dict of `load_classes`, or None: labels and instances are not read. `split` is a file with a
-    `scene` or `scene/frame` a line, or None: all.
-
-    Attributes: names ["scene/frame"], class_names (K), skipped (frames left out for a lost pose: inf or NaN).
-    """
-
-    def __init__(self, root, classes, split=None):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"frame folder {self.root} does not exist")
-        self._labelled = classes is not None
-        if not self._labelled:
-            classes = {}
-        elif not isinstance(classes, dict):
-            classes = load_classes(classes)
-        self.class_names, self._table = class_index(classes)
-        self.names, self.skipped = [], 0
-        self._scenes, self._poses, self._colors = {}, [], []
-        for name in self._entries(split):
-            scene, _, stem = name.partition("/")
-            if scene not in self._scenes:
-                self._scenes[scene] = self._open_scene(scene)
-            colors, missing = self._scenes[scene]["colors"], self._scenes[scene]["missing"]
-            if stem and stem not in colors:
-                raise FileNotFoundError(f"{self.root / scene / 'color'}: no image {stem}.jpg or {stem}.png ({split})")
-            for stem in [stem] if stem else sorted(colors, key=natural_key):
-                if stem in missing:
-                    raise FileNotFoundError(f"{missing[stem]} does not exist, but {colors[stem]} does")
-                pose = read_matrix(self.root / scene / "pose" / f"{stem}.txt", "pose", [(4, 4)])
-                if not np.isfinite(pose).all():
-                    self.skipped += 1
-                    continue
-                self.names.append(f"{scene}/{stem}")
-                self._poses.append(pose)
-                self._colors.append(colors[stem])
-        if len(set(self.names)) < len(self.names):
-            twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise ValueError(f"{split}: frame {twice} is named more than once")
-        if not self.names:
-            raise ValueError(f"{split or self.root}: no frame left ({self.skipped} skipped for a lost pose)")
-
-    def _entries(self, split):
-        if split is None:
-            entries = sorted((path.parent.name for path in self.root.glob("*/color")), key=natural_key)
-            if not entries:
-                raise ValueError(f"{self.root}: no <scene>/color folder in it")
-            return entries
-        split = Path(split)
-        if not split.is_file():
-            raise FileNotFoundError(f"split file {split} does not exist")
-        entries = split.read_text().split()
-        if not entries:
-            raise ValueError(f"split file {split} is empty")
-        for entry in entries:
-            if not (self.root / entry.split("/")[0] / "color").is_dir():
-                raise FileNotFoundError(f"split file {split}: {entry!r} has no folder "
-                                        f"{self.root / entry.split('/')[0] / 'color'}")
-        return entries
-
-    def _open_scene(self, scene):
-        folder = self.root / scene
-        colors = {path.stem: path for path in (folder / "color").iterdir() if path.suffix in (".jpg", ".jpeg", ".png")}
-        labelled = {kind: self._labelled and (folder / kind).is_dir() for kind in ("label-filt", "instance-filt")}
-        needed = {"depth": ".png", "pose": ".txt", **{kind: ".png" for kind, present in labelled.items() if present}}
-        missing = {}  # listing four folders beats asking for every file of every frame
-        for kind, suffix in needed.items():
-            present = {path.name for path in (folder / kind).iterdir()} if (folder / kind).is_dir() else set()
-            missing.update({stem: folder / kind / (stem + suffix) for stem in colors if stem + suffix not in present})
-        depth_path = folder / "intrinsic" / "intrinsic_depth.txt"
-        return {
-            "colors": colors, "missing": missing, **labelled,
-            "intrinsics": read_intrinsics(folder / "intrinsic" / "intrinsic_color.txt", "colour intrinsics"),
-            "depth_intrinsics": read_intrinsics(depth_path, "depth intrinsics") if depth_path.is_file() else None,
-            "depth_intrinsics_path": depth_path,
-        }
-
-    def __len__(self):
-        return len(self.names)
-
-    def color(self, index):
-        """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
-        return np.asarray(read_image(self._colors[index], "colour").convert("RGB"))
-
-    def __getitem__(self, index):
-        name = self.names[index]
-        scene, stem = name.split("/")
-        folder, info = self.root / scene, self._scenes[scene]
-        color = self.color(index)
-        depth = read_index_image(folder / "depth" / f"{stem}.png", "depth")
-        depth_intrinsics = info["depth_intrinsics"]
-        if depth_intrinsics is None:
-            if depth.shape != color.shape[:2]:
-                raise ValueError(f"{folder / 'depth' / stem}.png: depth has size {depth.shape}, colour has size "
-                                 f"{color.shape[:2]}, and {info['depth_intrinsics_path']} does not exist")
-            depth_intrinsics = info["intrinsics"]
-        frame = {"name": name, "color": color, "depth": depth.astype(np.float32) * np.float32(0.001),
-                 "label": None, "instance": None, "world2cam": np.linalg.inv(self._poses[index]),
-                 "intrinsics": info["intrinsics"], "depth_intrinsics": depth_intrinsics}
-        for kind in ("label", "instance"):
-            if not info[f"{kind}-filt"]:
-                continue
-            path = folder / f"{kind}-filt" / f"{stem}.png"
-            ids = read_index_image(path, kind)
-            if ids.shape not in (color.shape[:2], depth.shape):
-                raise ValueError(f"{path}: {kind} has size {ids.shape}, neither the colour image's {color.shape[:2]} "
-                                 f"nor the depth image's {depth.shape}")
-            if kind == "label":
-                label = self._table[np.minimum(ids, len(self._table) - 1)]
-                if label.min() < -1:
-                    raise ValueError(f"{path}: label {ids[label < -1][0]} is not in the class list")
-                frame["label"] = label
-            else:
-                frame["instance"] = np.where(ids > 0, ids.astype(np.int64), -1)
-        return frame
 
 
 class RoomFrames:
@@ -349,6 +137,8 @@ class RoomFrames:
 
 
 # ----------------------------------------------------------------------------------------------------------- samples
+
+PER_POINT = ("points", "coords", "colors", "labels", "instances", "superpoints")
 
 
 def resize_image(color, image_size):
@@ -457,7 +247,7 @@ class PointDataset(Dataset):
 
     def __getitem__(self, index):
         frames = [self.frames[member] for member in self._samples[index]]
-        rng = np.random.default_rng((self.seed, 1 + int(self._epoch) if self.augment else 0, index))
+        rng = self._rng(index)
         pixels = [depth_to_color(frame) for frame in frames]
         ends = np.cumsum([len(known) for known, _ in pixels])
         if ends[-1] == 0:
@@ -472,6 +262,9 @@ class PointDataset(Dataset):
                 fields[-1]["superpoints"] = segments.ravel()[known[own]] + view * segments.size
         fields = {key: np.concatenate([part[key] for part in fields]) for key in fields[0]}
         return self._sample(frames[0]["name"], frames, fields, fields["points"], rng)
+
+    def _rng(self, index):
+        return np.random.default_rng((self.seed, 1 + int(self._epoch) if self.augment else 0, index))
 
     def _draw(self, total, rng):
         if total <= self.num_points:
@@ -502,7 +295,36 @@ class PointDataset(Dataset):
         return {**sample, "clip_tokens": torch.stack(tokens), "clip_pooled": torch.stack(pooled)}
 
 
-PER_POINT = ("points", "coords", "colors", "labels", "instances", "superpoints")
+class SceneDataset(PointDataset):
+    """Samples of whole scans, with `views` of the frames that were taken in them: evenly spread, or drawn for training.
+
+    scenes: ScanNetScenes. frames: ScanNetFrames of the same scenes (its labels are not needed: classes=None).
+    points are those of the poses; coords are axis-aligned, then augmented. Superpoints are those of the scan.
+    """
+
+    def __init__(self, scenes, frames, num_points, image_size, views, augment=False, color=True, cache=None, seed=0):
+        super().__init__(frames, num_points, image_size, views, augment, color, cache, seed)
+        self.scenes, taken = scenes, {}
+        for index, name in enumerate(frames.names):
+            taken.setdefault(name.split("/")[0], []).append(index)
+        for name in scenes.names:
+            if name not in taken:
+                raise ValueError(f"scan {name} has no frame")
+        self._samples = [taken[name] for name in scenes.names]
+
+    def __getitem__(self, index):
+        scene, members = self.scenes[index], self._samples[index]
+        rng = self._rng(index)
+        chosen = np.linspace(0, len(members) - 1, self.views).round().astype(int)
+        if self.augment:
+            chosen = np.sort(rng.choice(len(members), self.views, replace=False))
+        drawn = self._draw(len(scene["points"]), rng)
+        fields = {key: scene[key][drawn] for key in PER_POINT if key in scene}
+        if "labels" not in fields:
+            fields["labels"] = fields["instances"] = np.full(len(drawn), -1, np.int64)
+        coords = fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3]
+        return self._sample(scene["name"], [self.frames[members[i]] for i in chosen], fields,
+                            coords.astype(np.float32), rng)
 
 
 def collate(samples):

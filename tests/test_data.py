@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""data.py: pixels and points line up, samples depend on seed, epoch and index alone, bad files get a clear error."""
+"""data.py: pixels and points line up, and samples depend on seed, epoch and index alone."""
 import numpy as np
 import pytest
 import torch
@@ -9,50 +9,7 @@ from torch.utils.data import DataLoader
 import data
 from cache import FeatureCache
 from superpoints import SuperpointCache
-
-CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
-POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
-POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
-
-
-def intrinsics_of(size, focal=1.1):
-    """A pinhole camera with an off-centre principal point for an image of size (H, W)."""
-    height, width = size
-    return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
-
-
-def project(points, intrinsics, world2cam):
-    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
-    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
-    image = camera @ np.asarray(intrinsics, np.float64).T
-    return image[:, :2] / image[:, 2:], camera[:, 2]
-
-
-def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
-    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
-    rng = np.random.default_rng(0)
-    for scene in range(scenes):
-        folder = root / f"scene{scene:04d}_00"
-        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
-            (folder / kind).mkdir(parents=True)
-        for name, size in (("color", color_size), ("depth", depth_size)):
-            matrix = np.eye(4)
-            matrix[:3, :3] = intrinsics_of(size)
-            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
-        height, width = color_size
-        for frame in range(frames):
-            row, column = np.mgrid[:height, :width]
-            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
-            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
-            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
-            depth[::5] = 0
-            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
-            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
-            if labels:
-                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
-                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
-                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
-    return root
+from test_scannet import ALIGNMENT, CLASSES, POSE, intrinsics_of, project, write_scan, write_scannet
 
 
 @pytest.fixture
@@ -214,44 +171,6 @@ def test_labels_may_have_the_size_of_the_depth(tmp_path):
     assert np.array_equal(sample["labels"], label[v, u] - 1)
 
 
-def test_label_and_instance_folders_are_optional(tmp_path):
-    frames = data.ScanNetFrames(write_scannet(tmp_path, 1, 2, labels=False, suffix="jpg"), CLASSES)
-    sample = data.PointDataset(frames, 100, (24, 32))[0]
-    assert frames[0]["label"] is None and (sample["labels"] == -1).all() and (sample["instances"] == -1).all()
-
-
-def test_lost_poses_are_skipped_and_counted(root):
-    for frame, value in ((0, "-inf"), (2, "nan")):
-        (root / f"scene0001_00/pose/{frame}.txt").write_text(f"{value} {value} {value} {value}\n" * 4)
-    frames = data.ScanNetFrames(root, CLASSES)
-    assert frames.skipped == 2 and frames.names[3:] == ["scene0001_00/1"] and len(frames) == 4
-
-
-def test_frames_are_in_numerical_order_and_splits_choose_them(tmp_path):
-    root = write_scannet(tmp_path / "frames", 2, 12)
-    frames = data.ScanNetFrames(root, CLASSES)
-    assert frames.names[:12] == [f"scene0000_00/{n}" for n in range(12)]
-    split = tmp_path / "val.txt"
-    split.write_text("scene0001_00\nscene0000_00/11\n")
-    frames = data.ScanNetFrames(root, CLASSES, split)
-    assert frames.names == [f"scene0001_00/{n}" for n in range(12)] + ["scene0000_00/11"]
-
-
-def test_class_list_maps_ids_to_consecutive_classes(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("0 unlabeled\n7 night stand\n\n3 wall\n9 wall\n* unlabeled\n")
-    classes = data.load_classes(path)
-    assert classes == {0: None, 7: "night stand", 3: "wall", 9: "wall", "*": None}
-    names, table = data.class_index(classes)
-    assert names == ["night stand", "wall"] and table[[0, 7, 3, 9, 5]].tolist() == [-1, 0, 1, 1, -1] and table[-1] == -1
-
-
-def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
-    Image.fromarray(np.full((48, 64), 1190, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
-    frames = data.ScanNetFrames(root, {**CLASSES, "*": None})
-    assert (frames[0]["label"] == -1).all() and frames.class_names == ["wall", "chair", "lamp"]
-
-
 def test_rooms_and_files_give_the_same_kind_of_sample(root):
     rooms = data.RoomFrames("train", 1, 2, size=(60, 80))
     samples = [data.PointDataset(frames, 500, (32, 32))[0] for frames in (rooms, data.ScanNetFrames(root, CLASSES))]
@@ -347,107 +266,6 @@ def test_collate_packs_ragged_points_and_says_whose_they_are(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_missing_files_are_named_before_training_starts(root):
-    (root / "scene0001_00/depth/1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="depth.1.png"):
-        data.ScanNetFrames(root, CLASSES)
-    (root / "scene0000_00/intrinsic/intrinsic_color.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="colour intrinsics.*intrinsic_color.txt"):
-        data.ScanNetFrames(root, CLASSES)
-    for missing in (root / "nowhere", root / "scene0000_00/pose/0.txt"):
-        with pytest.raises(FileNotFoundError, match="does not exist"):
-            data.ScanNetFrames(missing, CLASSES)
-    with pytest.raises(FileNotFoundError, match="class list"):
-        data.ScanNetFrames(root, root / "classes.txt")
-
-
-@pytest.mark.parametrize("kind", ["color", "depth", "label-filt", "instance-filt"])
-def test_truncated_images_are_named(root, kind):
-    for suffix in ("png", "jpg") if kind == "color" else ("png",):
-        if suffix == "jpg":
-            (root / "scene0000_00/color/1.png").unlink()
-            Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(
-                root / "scene0000_00/color/1.jpg")
-        path = root / "scene0000_00" / kind / f"1.{suffix}"
-        content = path.read_bytes()
-        for keep in (0, 4, 20, 60, len(content) // 2):
-            path.write_bytes(content[:keep])
-            with pytest.raises(ValueError, match=f"{kind}.1.{suffix}.*cannot be decoded"):
-                data.ScanNetFrames(root, CLASSES)[1]
-
-
-@pytest.mark.parametrize("text, message", [
-    ("1 0 0\n0 1 0\n0 0 1\n", r"pose has shape \(3, 3\), expected \(4, 4\)"),
-    ("", "pose has shape"), ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix")])
-def test_malformed_poses_are_named(root, text, message):
-    (root / "scene0000_00/pose/1.txt").write_text(text)
-    with pytest.raises(ValueError, match=rf"pose.1.txt: {message}"):
-        data.ScanNetFrames(root, CLASSES)
-
-
-@pytest.mark.parametrize("text, message", [("525.0\n", r"shape \(1, 1\), expected \(3, 3\) or \(4, 4\)"),
-                                           ("0 0 0\n0 0 0\n0 0 1\n", "not a pinhole"),
-                                           ("nan 0 1\n0 nan 1\n0 0 1\n", "not a pinhole")])
-def test_malformed_intrinsics_are_named(root, text, message):
-    (root / "scene0000_00/intrinsic/intrinsic_color.txt").write_text(text)
-    with pytest.raises(ValueError, match=f"intrinsic_color.txt: colour intrinsics.*{message}"):
-        data.ScanNetFrames(root, CLASSES)
-
-
-def test_depth_of_another_size_needs_its_own_intrinsics(root):
-    (root / "scene0000_00/intrinsic/intrinsic_depth.txt").unlink()
-    with pytest.raises(ValueError, match=r"depth has size \(24, 32\), colour has size \(48, 64\), .*intrinsic_depth"):
-        data.ScanNetFrames(root, CLASSES)[0]
-
-
-def test_depth_in_color_is_refused(root):
-    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(root / "scene0000_00/depth/0.png")
-    with pytest.raises(ValueError, match=r"depth.0.png: depth image has shape \(24, 32, 3\)"):
-        data.ScanNetFrames(root, CLASSES)[0]
-
-
-def test_labels_of_a_third_size_are_refused(root):
-    Image.fromarray(np.zeros((10, 12), np.uint16)).save(root / "scene0000_00/label-filt/0.png")
-    with pytest.raises(ValueError, match=r"label-filt.0.png: label has size \(10, 12\)"):
-        data.ScanNetFrames(root, CLASSES)[0]
-
-
-@pytest.mark.parametrize("bad", [3, 41, 65535])
-def test_a_label_outside_of_the_class_list_is_named(root, bad):
-    Image.fromarray(np.full((48, 64), bad, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
-    with pytest.raises(ValueError, match=f"label-filt.0.png: label {bad} is not in the class list"):
-        data.ScanNetFrames(root, CLASSES)[0]
-
-
-@pytest.mark.parametrize("text", ["1\n", "wall 1\n", "1 wall\n1 chair\n", "* wall\n", "0 unlabeled\n", ""])
-def test_malformed_class_lists_are_named(tmp_path, text):
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(ValueError, match="classes.txt"):
-        data.load_classes(tmp_path / "classes.txt")
-
-
-@pytest.mark.parametrize("text, error, message", [
-    ("", ValueError, "val.txt is empty"), ("\n \n", ValueError, "val.txt is empty"),
-    ("scene0009_00\n", FileNotFoundError, "val.txt: 'scene0009_00'"),
-    ("scene0000_00/77\n", FileNotFoundError, "no image 77.jpg"),
-    ("scene0000_00\nscene0000_00/1\n", ValueError, "scene0000_00/1 is named more than once")])
-def test_bad_splits_are_named(root, tmp_path, text, error, message):
-    (tmp_path / "val.txt").write_text(text)
-    with pytest.raises(error, match=message):
-        data.ScanNetFrames(root, CLASSES, tmp_path / "val.txt")
-    with pytest.raises(FileNotFoundError, match="split file"):
-        data.ScanNetFrames(root, CLASSES, tmp_path / "other.txt")
-
-
-def test_a_folder_without_usable_frames_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no <scene>/color folder"):
-        data.ScanNetFrames(tmp_path, CLASSES)
-    root = write_scannet(tmp_path / "frames", 1, 1)
-    (root / "scene0000_00/pose/0.txt").write_text("inf inf inf inf\n" * 4)
-    with pytest.raises(ValueError, match="no frame left .1 skipped"):
-        data.ScanNetFrames(root, CLASSES)
-
-
 def test_a_frame_without_any_depth_is_named(root):
     Image.fromarray(np.zeros((24, 32), np.uint16)).save(root / "scene0000_00/depth/2.png")
     dataset = data.PointDataset(data.ScanNetFrames(root, CLASSES), 100, (24, 32))
@@ -518,3 +336,74 @@ def test_superpoints_of_color_and_depth_of_different_size_follow_the_color(tmp_p
     assert sample["superpoints"].max() == 15
     for i in range(16):
         assert len(sample["labels"][sample["superpoints"] == i].unique()) == 1  # labels are the same four columns
+
+
+# ------------------------------------------------------------------------------------------------------------- scans
+
+
+@pytest.fixture
+def scene_dataset(tmp_path):
+    """A scan whose vertices are the first frame's own points, with the colours of the pixels they came from."""
+    root = write_scannet(tmp_path / "frames", 1, 5)
+    frames = data.ScanNetFrames(root, None)
+    points = data.PointDataset(frames, 10_000, (24, 32))[0]
+    segments = (np.arange(len(points["points"])) // 7 * 3).tolist()
+    write_scan(tmp_path / "scans", "scene0000_00", points["points"].numpy(), (points["colors"] * 255).round().numpy(),
+               np.where(np.arange(len(segments)) < 70, 5, 1), segments, [(4, "chair", segments[:70:7])])
+    scenes = data.ScanNetScenes(tmp_path / "scans", {1: "wall", 5: "chair"})
+    return lambda **options: data.SceneDataset(scenes, frames, **{"num_points": 200, "image_size": (24, 32), "views": 3,
+                                                                  **options})
+
+
+def test_vertices_of_a_scan_project_to_the_pixels_that_they_came_from(scene_dataset):
+    for augment in (False, True):
+        sample = scene_dataset(augment=augment, image_size=(48, 64))[0]
+        uv, _ = project(sample["points"], sample["intrinsics"][0], sample["world2cam"][0].double().numpy())
+        u, v = np.rint(uv).astype(int).T
+        colors = sample["images"][0][:2, v, u].T
+        expected = torch.tensor(np.stack([u * 255 // 64, v * 255 // 48], 1) / 255)
+        away_from_ties = torch.tensor(np.abs(uv - np.floor(uv) - 0.5).min(1) > 1e-2)
+        assert len(u) == 200 and torch.allclose(colors.double(), expected, atol=1e-6)
+        if not augment:
+            assert (sample["colors"][:, :2] - colors)[away_from_ties].abs().max() < 1e-6
+
+
+def test_scans_are_aligned_for_the_encoder_and_not_for_the_camera(scene_dataset):
+    sample = scene_dataset()[0]
+    aligned = sample["points"].double().numpy() @ ALIGNMENT[:3, :3].T + ALIGNMENT[:3, 3]
+    assert np.abs(sample["coords"].numpy() - aligned).max() < 1e-5
+    assert np.allclose(sample["world2cam"][1].numpy(), np.linalg.inv(POSE), atol=1e-6)
+
+
+def test_views_of_a_scan_are_spread_and_drawn_anew_in_training(scene_dataset):
+    def views(dataset):
+        return [int(round(view[2].mean().item() * 25.5)) for view in dataset[0]["images"]]
+
+    assert views(scene_dataset()) == [0, 2, 4] and views(scene_dataset(views=5)) == [0, 1, 2, 3, 4]
+    training, drawn = scene_dataset(augment=True), set()
+    for epoch in range(12):
+        training.set_epoch(epoch)
+        drawn.add(tuple(views(training)))
+        assert views(training) == sorted(set(views(training)))
+    assert len(drawn) > 3
+    with pytest.raises(ValueError, match="5 frames, fewer than views=6"):
+        scene_dataset(views=6)
+
+
+def test_scans_and_frames_share_one_collate(scene_dataset):
+    sample = scene_dataset(num_points=10_000)[0]
+    assert sample["labels"].unique().tolist() == [0, 1] and sample["instances"].unique().tolist() == [-1, 4]
+    assert ((sample["instances"] == 4) == (sample["labels"] == 1)).all()
+    assert (sample["superpoints"] == torch.arange(len(sample["points"])) // 7).all()
+    batch = data.collate([sample, scene_dataset()[0]])
+    assert batch["batch"].bincount().tolist() == [len(sample["points"]), 200] and batch["images"].shape[:2] == (2, 3)
+    frame = data.PointDataset(scene_dataset().frames, 10, (24, 32), superpoints=SuperpointCache())[0]
+    assert {k: (v.dtype, v.dim()) for k, v in frame.items() if k != "name"} == {
+        k: (v.dtype, v.dim()) for k, v in sample.items() if k != "name"}
+
+
+def test_a_scan_without_frames_is_named(scene_dataset, tmp_path):
+    dataset = scene_dataset()
+    dataset.scenes.names = ["scene0707_00"]
+    with pytest.raises(ValueError, match="scan scene0707_00 has no frame"):
+        data.SceneDataset(dataset.scenes, dataset.frames, 10, (24, 32), 1)

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: MIT
+"""scannet.py: what the files say arrives, in order, and files that are missing or malformed are named."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scannet
+
+CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
+POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
+POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
+
+
+def intrinsics_of(size, focal=1.1):
+    """A pinhole camera with an off-centre principal point for an image of size (H, W)."""
+    height, width = size
+    return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
+
+
+def project(points, intrinsics, world2cam):
+    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
+    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
+    image = camera @ np.asarray(intrinsics, np.float64).T
+    return image[:, :2] / image[:, 2:], camera[:, 2]
+
+
+def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
+    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
+    rng = np.random.default_rng(0)
+    for scene in range(scenes):
+        folder = root / f"scene{scene:04d}_00"
+        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
+            (folder / kind).mkdir(parents=True)
+        for name, size in (("color", color_size), ("depth", depth_size)):
+            matrix = np.eye(4)
+            matrix[:3, :3] = intrinsics_of(size)
+            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
+        height, width = color_size
+        for frame in range(frames):
+            row, column = np.mgrid[:height, :width]
+            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
+            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
+            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
+            depth[::5] = 0
+            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
+            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
+            if labels:
+                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
+                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
+                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_scannet(tmp_path / "frames")
+
+
+def test_label_and_instance_folders_are_optional(tmp_path):
+    frames = scannet.ScanNetFrames(write_scannet(tmp_path, 1, 2, labels=False, suffix="jpg"), CLASSES)
+    sample = data.PointDataset(frames, 100, (24, 32))[0]
+    assert frames[0]["label"] is None and (sample["labels"] == -1).all() and (sample["instances"] == -1).all()
+
+
+def test_lost_poses_are_skipped_and_counted(root):
+    for frame, value in ((0, "-inf"), (2, "nan")):
+        (root / f"scene0001_00/pose/{frame}.txt").write_text(f"{value} {value} {value} {value}\n" * 4)
+    frames = scannet.ScanNetFrames(root, CLASSES)
+    assert frames.skipped == 2 and frames.names[3:] == ["scene0001_00/1"] and len(frames) == 4
+
+
+def test_frames_are_in_numerical_order_and_splits_choose_them(tmp_path):
+    root = write_scannet(tmp_path / "frames", 2, 12)
+    frames = scannet.ScanNetFrames(root, CLASSES)
+    assert frames.names[:12] == [f"scene0000_00/{n}" for n in range(12)]
+    split = tmp_path / "val.txt"
+    split.write_text("scene0001_00\nscene0000_00/11\n")
+    frames = scannet.ScanNetFrames(root, CLASSES, split)
+    assert frames.names == [f"scene0001_00/{n}" for n in range(12)] + ["scene0000_00/11"]
+
+
+def test_class_list_maps_ids_to_consecutive_classes(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("0 unlabeled\n7 night stand\n\n3 wall\n9 wall\n* unlabeled\n")
+    classes = scannet.load_classes(path)
+    assert classes == {0: None, 7: "night stand", 3: "wall", 9: "wall", "*": None}
+    names, table = scannet.class_index(classes)
+    assert names == ["night stand", "wall"] and table[[0, 7, 3, 9, 5]].tolist() == [-1, 0, 1, 1, -1] and table[-1] == -1
+
+
+def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
+    Image.fromarray(np.full((48, 64), 1190, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    frames = scannet.ScanNetFrames(root, {**CLASSES, "*": None})
+    assert (frames[0]["label"] == -1).all() and frames.class_names == ["wall", "chair", "lamp"]
+
+
+def test_missing_files_are_named_before_training_starts(root):
+    (root / "scene0001_00/depth/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="depth.1.png"):
+        scannet.ScanNetFrames(root, CLASSES)
+    (root / "scene0000_00/intrinsic/intrinsic_color.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="colour intrinsics.*intrinsic_color.txt"):
+        scannet.ScanNetFrames(root, CLASSES)
+    for missing in (root / "nowhere", root / "scene0000_00/pose/0.txt"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            scannet.ScanNetFrames(missing, CLASSES)
+    with pytest.raises(FileNotFoundError, match="class list"):
+        scannet.ScanNetFrames(root, root / "classes.txt")
+
+
+@pytest.mark.parametrize("kind", ["color", "depth", "label-filt", "instance-filt"])
+def test_truncated_images_are_named(root, kind):
+    for suffix in ("png", "jpg") if kind == "color" else ("png",):
+        if suffix == "jpg":
+            (root / "scene0000_00/color/1.png").unlink()
+            Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(
+                root / "scene0000_00/color/1.jpg")
+        path = root / "scene0000_00" / kind / f"1.{suffix}"
+        content = path.read_bytes()
+        for keep in (0, 4, 20, 60, len(content) // 2):
+            path.write_bytes(content[:keep])
+            with pytest.raises(ValueError, match=f"{kind}.1.{suffix}.*cannot be decoded"):
+                scannet.ScanNetFrames(root, CLASSES)[1]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("1 0 0\n0 1 0\n0 0 1\n", r"pose has shape \(3, 3\), expected \(4, 4\)"),
+    ("", "pose has shape"), ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix")])
+def test_malformed_poses_are_named(root, text, message):
+    (root / "scene0000_00/pose/1.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"pose.1.txt: {message}"):
+        scannet.ScanNetFrames(root, CLASSES)
+
+
+@pytest.mark.parametrize("text, message", [("525.0\n", r"shape \(1, 1\), expected \(3, 3\) or \(4, 4\)"),
+                                           ("0 0 0\n0 0 0\n0 0 1\n", "not a pinhole"),
+                                           ("nan 0 1\n0 nan 1\n0 0 1\n", "not a pinhole")])
+def test_malformed_intrinsics_are_named(root, text, message):
+    (root / "scene0000_00/intrinsic/intrinsic_color.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"intrinsic_color.txt: colour intrinsics.*{message}"):
+        scannet.ScanNetFrames(root, CLASSES)
+
+
+def test_depth_of_another_size_needs_its_own_intrinsics(root):
+    (root / "scene0000_00/intrinsic/intrinsic_depth.txt").unlink()
+    with pytest.raises(ValueError, match=r"depth has size \(24, 32\), colour has size \(48, 64\), .*intrinsic_depth"):
+        scannet.ScanNetFrames(root, CLASSES)[0]
+
+
+def test_depth_in_color_is_refused(root):
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(root / "scene0000_00/depth/0.png")
+    with pytest.raises(ValueError, match=r"depth.0.png: depth image has shape \(24, 32, 3\)"):
+        scannet.ScanNetFrames(root, CLASSES)[0]
+
+
+def test_labels_of_a_third_size_are_refused(root):
+    Image.fromarray(np.zeros((10, 12), np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    with pytest.raises(ValueError, match=r"label-filt.0.png: label has size \(10, 12\)"):
+        scannet.ScanNetFrames(root, CLASSES)[0]
+
+
+@pytest.mark.parametrize("bad", [3, 41, 65535])
+def test_a_label_outside_of_the_class_list_is_named(root, bad):
+    Image.fromarray(np.full((48, 64), bad, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
+    with pytest.raises(ValueError, match=f"label-filt.0.png: label {bad} is not in the class list"):
+        scannet.ScanNetFrames(root, CLASSES)[0]
+
+
+@pytest.mark.parametrize("text", ["1\n", "wall 1\n", "1 wall\n1 chair\n", "* wall\n", "0 unlabeled\n", ""])
+def test_malformed_class_lists_are_named(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match="classes.txt"):
+        scannet.load_classes(tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("text, error, message", [
+    ("", ValueError, "val.txt is empty"), ("\n \n", ValueError, "val.txt is empty"),
+    ("scene0009_00\n", FileNotFoundError, "val.txt: 'scene0009_00'"),
+    ("scene0000_00/77\n", FileNotFoundError, "no image 77.jpg"),
+    ("scene0000_00\nscene0000_00/1\n", ValueError, "scene0000_00/1 is named more than once")])
+def test_bad_splits_are_named(root, tmp_path, text, error, message):
+    (tmp_path / "val.txt").write_text(text)
+    with pytest.raises(error, match=message):
+        scannet.ScanNetFrames(root, CLASSES, tmp_path / "val.txt")
+    with pytest.raises(FileNotFoundError, match="split file"):
+        scannet.ScanNetFrames(root, CLASSES, tmp_path / "other.txt")
+
+
+def test_a_folder_without_usable_frames_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no <scene>/color folder"):
+        scannet.ScanNetFrames(tmp_path, CLASSES)
+    root = write_scannet(tmp_path / "frames", 1, 1)
+    (root / "scene0000_00/pose/0.txt").write_text("inf inf inf inf\n" * 4)
+    with pytest.raises(ValueError, match="no frame left .1 skipped"):
+        scannet.ScanNetFrames(root, CLASSES)
+
+
+# ------------------------------------------------------------------------------------------------------------- scans
+
+ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
+TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
+        "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
+
+
+def write_ply(path, columns):
+    """columns {name: (PLY type, values)} -> a binary PLY mesh with one triangle."""
+    kinds = {"float": "<f4", "uchar": "u1", "ushort": "<u2"}
+    count = len(next(iter(columns.values()))[1])
+    vertices = np.zeros(count, [(name, kinds[kind]) for name, (kind, _) in columns.items()])
+    for name, (_, values) in columns.items():
+        vertices[name] = values
+    properties = "".join(f"property {kind} {name}\n" for name, (kind, _) in columns.items())
+    path.write_bytes((f"ply\nformat binary_little_endian 1.0\ncomment a test\nelement vertex {count}\n{properties}"
+                      "element face 1\nproperty list uchar int vertex_indices\nend_header\n").encode()
+                     + vertices.tobytes() + b"\x03" + np.arange(3, dtype="<i4").tobytes())
+
+
+def write_scan(root, name, points, colors, nyu40, segments, groups):
+    """A tiny scan in ScanNet's layout. groups: (objectId, raw category, segment ids)."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    geometry = {**{axis: ("float", points[:, i]) for i, axis in enumerate("xyz")},
+                **{channel: ("uchar", colors[:, i]) for i, channel in enumerate(("red", "green", "blue"))},
+                "alpha": ("uchar", np.full(len(points), 255))}
+    write_ply(folder / f"{name}_vh_clean_2.ply", geometry)
+    write_ply(folder / f"{name}_vh_clean_2.labels.ply", {**geometry, "label": ("ushort", nyu40)})
+    (folder / f"{name}.txt").write_text("axisAlignment = " + " ".join(f"{x:.6f}" for x in ALIGNMENT.ravel())
+                                        + " \ncolorHeight = 968\n")
+    (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"sceneId": name, "segIndices": segments}))
+    (folder / f"{name}.aggregation.json").write_text(json.dumps({"segGroups": [
+        {"id": number, "objectId": number, "segments": own, "label": label} for number, label, own in groups]}))
+    return folder
+
+
+@pytest.fixture
+def scans(tmp_path):
+    rng = np.random.default_rng(0)
+    write_scan(tmp_path / "scans", "scene0000_00", rng.normal(size=(6, 3)).astype(np.float32),
+               rng.integers(0, 256, (6, 3)), [1, 1, 5, 5, 0, 40], [70, 70, 12, 12, 5, 900],
+               [(0, "wall", [70]), (1, "office chair", [12, 900])])
+    (tmp_path / "labels.tsv").write_text(TABLE)
+    return tmp_path / "scans"
+
+
+NYU40 = {1: "wall", 5: "chair", "*": None}
+
+
+def test_a_scan_arrives_as_it_was_written(scans):
+    scenes = scannet.ScanNetScenes(scans, NYU40)
+    scan, rng = scenes[0], np.random.default_rng(0)
+    assert len(scenes) == 1 and scenes.names == ["scene0000_00"] and scenes.class_names == ["wall", "chair"]
+    assert np.array_equal(scan["points"], rng.normal(size=(6, 3)).astype(np.float32))
+    assert np.abs(scan["colors"] * 255 - rng.integers(0, 256, (6, 3))).max() < 1e-4
+    assert np.allclose(scan["alignment"], ALIGNMENT)
+    assert scan["labels"].tolist() == [0, 0, 1, 1, -1, -1]
+    assert scan["instances"].tolist() == [0, 0, 1, 1, -1, 1]
+    assert scan["superpoints"].tolist() == [2, 2, 1, 1, 0, 3]
+
+
+def test_a_label_map_names_what_the_annotation_says(scans):
+    classes = {1: "wall", 88: "office chair", "*": None}
+    scan = scannet.ScanNetScenes(scans, classes, label_map=scans.parent / "labels.tsv")[0]
+    assert scan["labels"].tolist() == [0, 0, 1, 1, -1, 1]
+
+
+def test_an_unlabelled_scan_needs_its_mesh_alone(scans):
+    for path in scans.glob("*/*"):
+        if not path.name.endswith("_vh_clean_2.ply"):
+            path.unlink()
+    scan = scannet.ScanNetScenes(scans, None, align=False)[0]
+    assert set(scan) == {"name", "points", "colors", "alignment"} and np.array_equal(scan["alignment"], np.eye(4))
+    with pytest.raises(FileNotFoundError, match="scene0000_00.txt"):
+        scannet.ScanNetScenes(scans, None)
+
+
+def test_label_images_can_be_read_as_nyu40(root, tmp_path):
+    (tmp_path / "labels.tsv").write_text(TABLE)
+    label_map = scannet.read_label_map(tmp_path / "labels.tsv", "id", "nyu40id")
+    assert label_map == {1: 1, 2: 5, 88: 5}
+    frames = scannet.ScanNetFrames(root, scannet.remap_classes({1: "wall", 5: "chair"}, label_map))
+    assert frames.class_names == ["wall", "chair"] and np.unique(frames[0]["label"]).tolist() == [-1, 0, 1]
+
+
+def test_official_class_lists():
+    """ScanNet's benchmark: 20 NYU40 ids and 200 ids of its own table."""
+    folder = Path(scannet.__file__).parent / "labels"
+    names, table = scannet.class_index(scannet.load_classes(folder / "scannet20.txt"))
+    assert np.flatnonzero(table >= 0).tolist() == [*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39] and len(names) == 20
+    assert names[table[5]] == "chair" and names[table[39]] == "otherfurniture"
+    assert table[13] == table[0] == table[-1] == -1
+    names, table = scannet.class_index(scannet.load_classes(folder / "scannet200.txt"))
+    assert len(names) == 200 and (table >= 0).sum() == 200 and names[table[1191]] == "mattress"
+    assert names[table[2]] == "chair" and names[table[3]] == "floor" and table[0] == table[12] == table[1177] == -1
+
+
+@pytest.mark.parametrize("suffix", ["_vh_clean_2.ply", ".txt", "_vh_clean_2.labels.ply", ".aggregation.json",
+                                    "_vh_clean_2.0.010000.segs.json"])
+def test_missing_files_of_a_scan_are_named(scans, suffix):
+    split = scans.parent / "split.txt"
+    split.write_text("scene0000_00/17\nscene0000_00/18\n")
+    assert len(scannet.ScanNetScenes(scans, NYU40, split)) == 1
+    (scans / "scene0000_00" / f"scene0000_00{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=f"scene0000_00{suffix}"):
+        scannet.ScanNetScenes(scans, NYU40, split)
+
+
+@pytest.mark.parametrize("suffix, content, message", [
+    ("_vh_clean_2.ply", b"", "not a binary_little_endian PLY"),
+    ("_vh_clean_2.ply", b"ply\nformat ascii 1.0\nelement vertex 1\nend_header\n0 0 0\n", "not a binary_little_endian"),
+    ("_vh_clean_2.ply", b"ply\nformat binary_little_endian 1.0\nelement vertex 9\nproperty float x\nend_header\n",
+     "no property blue, green, red, y, z"),
+    ("_vh_clean_2.ply", b"ply\nformat binary_little_endian 1.0\nelement face 9\nend_header\n", "not `vertex`"),
+    (".txt", b"colorHeight = 968\n", "no axisAlignment"),
+    (".txt", b"axisAlignment = 1 0 0\n", "axisAlignment has 3 finite numbers"),
+    ("_vh_clean_2.0.010000.segs.json", b'{"segIndices": [1, 2]}', "2 entries, the mesh has 6 vertices"),
+    ("_vh_clean_2.0.010000.segs.json", b'{"segIndices": [1, 2', "is not JSON"),
+    ("_vh_clean_2.0.010000.segs.json", b"{}", "no entry segIndices"),
+    (".aggregation.json", b"[]", "no entry segGroups")])
+def test_malformed_files_of_a_scan_are_named(scans, suffix, content, message):
+    (scans / "scene0000_00" / f"scene0000_00{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=f"scene0000_00{suffix}.*{message}"):
+        scannet.ScanNetScenes(scans, NYU40)[0]
+
+
+def test_a_truncated_mesh_and_labels_outside_of_the_list_are_named(scans):
+    path = scans / "scene0000_00" / "scene0000_00_vh_clean_2.ply"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(ValueError, match="_vh_clean_2.ply is truncated: 6 vertices of 16 bytes"):
+        scannet.ScanNetScenes(scans, NYU40)[0]
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="labels.ply: label 40 is not in the class list"):
+        scannet.ScanNetScenes(scans, {0: None, 1: "wall", 5: "chair"})[0]
+    (scans.parent / "labels.tsv").write_text(TABLE.replace("office chair", "stool"))
+    with pytest.raises(ValueError, match="aggregation.json: label 'office chair' is not in the label map"):
+        scannet.ScanNetScenes(scans, NYU40, label_map=scans.parent / "labels.tsv")[0]
+    (scans.parent / "labels.tsv").write_text("a\tb\n1\t2\n")
+    with pytest.raises(ValueError, match="no table with columns raw_category and id"):
+        scannet.ScanNetScenes(scans, NYU40, label_map=scans.parent / "labels.tsv")
