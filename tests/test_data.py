@@ -109,6 +109,13 @@ def test_color_jitter_stays_in_range_and_keeps_its_input():
     assert jittered.min() >= 0 and jittered.max() <= 1 and jittered.dtype == np.float32
 
 
+def test_elastic_is_counted_in_voxels():
+    coords = np.random.default_rng(0).uniform(0, 2, (2000, 3)).astype(np.float32)
+    small, large = (data.augment_points(coords * size, np.random.default_rng(3), voxel_size=0.02 * size, elastic_p=1)
+                    - data.augment_points(coords * size, np.random.default_rng(3), elastic_p=0) for size in (1, 4))
+    assert small.std() > 0.05 and np.abs(large - 4 * small).max() < 1e-2 * np.abs(large).max()
+
+
 def test_augmentation_changes_coords_and_colors_only(root):
     frames = data.ScanNetFrames(root, CLASSES)
     dataset = data.PointDataset(frames, 10_000, (28, 28), augment=True)
