@@ -2,7 +2,7 @@
 """RGB-D frames from disk or from the built-in rooms, as points with colours, labels and the pictures they project into.
 
 A *frame* is a dict: name "scene/frame", color (H, W, 3) uint8, depth (Hd, Wd) float32 metres with 0 = unknown,
-label and instance (Hl, Wl) int64 with -1 = none (or None), world2cam (4, 4) float64, intrinsics (3, 3) float64 of the
+label and instance (Hl, Wl) integers with -1 = none (or None), world2cam (4, 4) float64, intrinsics (3, 3) float64 of the
 colour image, depth_intrinsics (3, 3) float64. `ScanNetFrames` and `RoomFrames` are sequences of frames; `PointDataset`
 turns either into samples, `collate` samples into a ragged batch. Cameras have OpenCV axes and pixel centres at integer
 coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
@@ -104,7 +104,8 @@ def jitter_colors(colors, rng):
     """Contrast 0.8 to 1.2 about the mean, a shift (sigma 0.05 a channel), noise (sigma 0.02). (n, 3) in [0, 1]."""
     mean = colors.mean(0)
     colors = (colors - mean) * rng.uniform(0.8, 1.2) + mean + rng.normal(0, 0.05, 3)
-    return np.clip(colors + rng.normal(0, 0.02, colors.shape), 0, 1).astype(np.float32)
+    noise = rng.standard_normal(colors.shape, np.float32)
+    return np.clip(colors + np.float32(0.02) * noise, 0, 1).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ frames
@@ -132,7 +133,7 @@ class RoomFrames:
 
     def __getitem__(self, index):
         frame = self._frames[index]
-        label, instance = (frame[kind].astype(np.int64) for kind in ("label", "instance"))
+        label, instance = (frame[kind].astype(np.int32) for kind in ("label", "instance"))
         return {**frame, "label": label - 1, "instance": np.where(instance > 0, instance, -1)}
 
 
@@ -145,7 +146,7 @@ def resize_image(color, image_size):
     """(H, W, 3) uint8 -> (h, w, 3) uint8, bicubic with antialiasing, the whole image; see `resize_intrinsics`."""
     if color.shape[:2] == tuple(image_size):
         return color
-    return np.asarray(Image.fromarray(color).resize(image_size[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(color).resize(image_size[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
 def depth_to_color(frame):
@@ -160,6 +161,7 @@ def depth_to_color(frame):
         return known, known
     matrix = (frame["intrinsics"] @ np.linalg.inv(frame["depth_intrinsics"])).astype(np.float32)
     v, u = np.divmod(known, depth.shape[1])
+    u, v = u.astype(np.float32), v.astype(np.float32)
     x = np.rint(matrix[0, 0] * u + matrix[0, 1] * v + matrix[0, 2]).astype(np.int64)
     y = np.rint(matrix[1, 0] * u + matrix[1, 1] * v + matrix[1, 2]).astype(np.int64)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -186,7 +188,7 @@ def pixel_fields(frame, known, seen):
         if image is None:
             fields[key] = np.full(len(known), -1, np.int64)
         else:
-            fields[key] = image.ravel()[seen if image.shape == frame["color"].shape[:2] else known]
+            fields[key] = image.ravel()[seen if image.shape == frame["color"].shape[:2] else known].astype(np.int64)
     return fields
 
 

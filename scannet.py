@@ -50,7 +50,7 @@ def class_index(classes):
     """
     names = list(dict.fromkeys(name for name in classes.values() if name is not None))
     ids = [key for key in classes if key != "*"]
-    table = np.full(max(ids, default=0) + 2, -1 if "*" in classes else -2, np.int64)
+    table = np.full(max(ids, default=0) + 2, -1 if "*" in classes else -2, np.int32)
     for key in ids:
         table[key] = -1 if classes[key] is None else names.index(classes[key])
     return names, table
@@ -220,12 +220,12 @@ class ScanNetFrames:
                 raise ValueError(f"{path}: {kind} has size {ids.shape}, neither the colour image's {color.shape[:2]} "
                                  f"nor the depth image's {depth.shape}")
             if kind == "label":
-                label = self._table[np.minimum(ids, len(self._table) - 1)]
+                label = self._table.take(ids, mode="clip")
                 if label.min() < -1:
                     raise ValueError(f"{path}: label {ids[label < -1][0]} is not in the class list")
                 frame["label"] = label
             else:
-                frame["instance"] = np.where(ids > 0, ids.astype(np.int64), -1)
+                frame["instance"] = np.where(ids > 0, ids.astype(np.int32), -1)
         return frame
 
 
@@ -389,7 +389,7 @@ class ScanNetScenes:
             ids = read_ply_vertices(path, ["label"])["label"].astype(np.int64)
             if len(ids) != len(mesh):
                 raise ValueError(f"{path} has {len(ids)} vertices, the mesh has {len(mesh)}")
-        labels = self._table[np.minimum(ids, len(self._table) - 1)]
+        labels = self._table.take(ids, mode="clip").astype(np.int64)
         if labels.min() < -1:
             raise ValueError(f"{path}: label {ids[labels < -1][0]} is not in the class list")
         return {**scan, "labels": labels, "instances": instances[segments], "superpoints": segments}

@@ -35,13 +35,14 @@ def test_a_pixel_comes_back_to_its_place_through_crop_and_resize(new_size):
     assert np.abs(uv - expected).max() < 1e-9 and np.abs(z - depth.ravel()).max() < 1e-9
 
 
-def test_resized_picture_and_resized_intrinsics_move_together():
+@pytest.mark.parametrize("scale, new_size", [(1, (56, 42)), (10, (37, 51)), (10, (224, 224)), (1, (96, 200))])
+def test_resized_picture_and_resized_intrinsics_move_together(scale, new_size):
     """The centre of mass of a blob in the PIL-resized picture is where the resized camera projects its 3D point."""
-    size, new_size = (96, 128), (56, 42)
+    size, u, v = (96 * scale, 128 * scale), 70.7 * scale, 40.3 * scale
     row, column = np.mgrid[:size[0], :size[1]]
-    blob = np.exp(-((row - 40.3) ** 2 + (column - 70.7) ** 2) / (2 * 6 ** 2))
+    blob = np.exp(-((row - v) ** 2 + (column - u) ** 2) / (2 * (6 * scale) ** 2))
     picture = data.resize_image(np.repeat((255 * blob[..., None]).round(), 3, 2).astype(np.uint8), new_size)[..., 0]
-    point = data.unproject(np.array([[70.7, 40.3]]), [2.0], intrinsics_of(size), np.linalg.inv(POSE))
+    point = data.unproject(np.array([[u, v]]), [2.0], intrinsics_of(size), np.linalg.inv(POSE))
     uv, _ = project(point, data.resize_intrinsics(intrinsics_of(size), size, new_size), np.linalg.inv(POSE))
     mass = picture / picture.sum(dtype=float)
     row, column = np.mgrid[:new_size[0], :new_size[1]]
