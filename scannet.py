@@ -141,10 +141,14 @@ class ScanNetFrames:
             for stem in [stem] if stem else sorted(colors, key=natural_key):
                 if stem in missing:
                     raise FileNotFoundError(f"{missing[stem]} does not exist, but {colors[stem]} does")
-                pose = read_matrix(self.root / scene / "pose" / f"{stem}.txt", "pose", [(4, 4)])
+                path = self.root / scene / "pose" / f"{stem}.txt"
+                pose = read_matrix(path, "pose", [(4, 4)])
                 if not np.isfinite(pose).all():
                     self.skipped += 1
                     continue
+                turn = pose[:3, :3]
+                if np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01:
+                    raise ValueError(f"{path}: pose is not a rotation and a shift [[R, t], [0, 1]]: {pose.tolist()}")
                 self.names.append(f"{scene}/{stem}")
                 self._poses.append(pose)
                 self._colors.append(colors[stem])
