@@ -69,18 +69,18 @@ def pca_colors(feats: Tensor) -> Tensor:
     return ((feats - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def pictures(image, uv, depth, prediction, truth, fused, clip_map, num_classes):
+def pictures(image, uv, depth, labels, fused, clip_map):
     """Named pictures (3, H, W) in [0, 1] of one view of one sample.
 
-    image (3, H, W); of the n points that the view sees: uv (n, 2), depth (n,), prediction (n,) and truth (n,) class
-    index with -1 = none, fused (n, C); clip_map (C', Hf, Wf) or None.
+    image (3, H, W); of the n points that the view sees: uv (n, 2), depth (n,), labels {name: (n,) int64 with -1 = none},
+    fused (n, C); clip_map (C', Hf, Wf) or None.
     """
-    colors = torch.cat([palette(num_classes), torch.full((1, 3), 0.4)]).to(image)  # index -1: the last, grey
     near = ((depth - depth.min()) / (depth.max() - depth.min()).clamp(min=1e-6))[:, None]
     named = {"input_points": splat(image, uv, torch.cat([1 - near, near * 0.6, near], 1), radius=0),
-             "truth": splat(image, uv, colors[truth]),
-             "prediction": splat(image, uv, colors[prediction]),
              "fused_pca": splat(image, uv, pca_colors(fused))}
+    for name, index in labels.items():
+        count = max(32, int(index.max()) + 1)
+        named[name] = splat(image, uv, torch.cat([palette(count), torch.full((1, 3), 0.4)])[index.cpu()])  # -1: grey
     if clip_map is not None:
         cells = pca_colors(clip_map.flatten(1).T).T.unflatten(1, clip_map.shape[1:])
         named["clip_pca"] = F.interpolate(cells[None], size=image.shape[1:], mode="nearest")[0]

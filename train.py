@@ -30,13 +30,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cache import FeatureCache
+from checkpoint import read_checkpoint, restore, rng_state, set_rng_state, write_atomically
 from data import PointDataset, RoomFrames, ScanNetFrames, collate, load_classes
+from decoder import InstanceDecoder, pool, scene_instances, superpoint_index
 from diagnose import fusion_statistics, pictures
 from encoder import Enhanced2DEncoder
-from fusion import BiFusionEncoder, project_to_image, apply_transform, visible_mask
-from losses import ClipConsCriterion, SemanticCriterion, clip_loss_weight
-from metrics import SemanticMeter
+from fusion import BiFusionEncoder, apply_transform, project_to_image, visible_mask
+from losses import ClipConsCriterion, InstanceCriterion, SemanticCriterion, clip_loss_weight, instance_targets
+from metrics import InstanceMeter, SemanticMeter
 from sparse_unet import SMALL, PointEncoder, load_res16unet34c
+from superpoints import SuperpointCache
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,21 +79,27 @@ def build_parser():
     g.add_argument("--classes", help="class list, lines 'id name' (default: classes.txt in the data folder)")
     g.add_argument("--train-split", help="file of scenes or scene/frame entries; needed for a data folder")
     g.add_argument("--val-split", help="likewise")
-    g.add_argument("--rooms", type=int, default=24, help="built-in training rooms; validation has half as many")
-    g.add_argument("--frames-per-room", type=int, default=8)
+    g.add_argument("--rooms", type=int, default=32, help="built-in training rooms; validation has 3 for every 8")
+    g.add_argument("--frames-per-room", type=int, default=4)
     g.add_argument("--points", type=int, default=4096, help="points drawn per sample")
     g.add_argument("--views", type=int, default=1, help="frames that make one sample")
     g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees; multiples "
                    "of its patch")
     g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
     g.add_argument("--no-augment", action="store_true", help="no 3D augmentation")
+    g.add_argument("--superpoints", type=int, default=128, help="per frame, for instances")
+    g.add_argument("--superpoint-cache", default=".cache/superpoints", help="folder where they are kept")
     g.add_argument("--workers", type=int, default=2, help="data-loading processes; 0: none")
 
     g = parser.add_argument_group("model")
     g.add_argument("--backbone", choices=("small", "res16unet34c"), default="small", help="the 3D encoder")
-    g.add_argument("--voxel-size", type=float, default=0.05, help="metres")
+    g.add_argument("--voxel-size", type=float, default=0.08, help="metres")
     g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained Res16UNet34C weights (ESAM, Mask3D, OpenScene)")
     g.add_argument("--no-clip", action="store_true", help="the 3D baseline: no pictures, no fusion, no CLIP loss")
+    g.add_argument("--no-instances", action="store_true", help="semantics only (default: instances too, where the data "
+                   "has their labels)")
+    g.add_argument("--min-instance-points", type=int, default=100, help="smaller instances are neither predicted nor "
+                   "scored")
     g.add_argument("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
     g.add_argument("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
     g.add_argument("--clip-blocks", type=int, default=0, help="last transformer blocks of CLIP to train; 0: frozen")
@@ -100,6 +109,7 @@ def build_parser():
 
     g = parser.add_argument_group("loss")
     g.add_argument("--semantic-weight", type=float, help="default: 0.5 without CLIP, 0.4 with it")
+    g.add_argument("--instance-weight", type=float, default=1.0)
     g.add_argument("--clip-warmup", type=int_list, default=(10, 20), help="epochs after which the CLIP loss's weight "
                    "changes")
     g.add_argument("--clip-weights", type=float_list, default=(0.0, 0.001, 0.01), help="its weight up to the first, "
@@ -113,7 +123,7 @@ def build_parser():
                    "to the bit")
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=30)
+    g.add_argument("--epochs", type=int, default=24)
     g.add_argument("--batch-size", type=int, default=4, help="samples per process and step")
     g.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
     g.add_argument("--lr", type=float, default=2e-3)
@@ -166,23 +176,30 @@ def parse_args(argv=None):
 
 
 class Segmenter(nn.Module):
-    """Fused point features (N, 256) and the semantic logits (N, K) read off them."""
+    """Fused point features, and what is read off them: semantics of points, or of superpoints with their instances."""
 
-    def __init__(self, fusion, num_classes, embed_dim=256):
+    def __init__(self, fusion, num_classes, instances, embed_dim=256):
         super().__init__()
         self.fusion = fusion
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = InstanceDecoder(embed_dim, num_classes) if instances else nn.Linear(embed_dim, num_classes)
+        self.instances = instances
 
     def forward(self, batch):
+        """The fusion's output and logits (N, K); with instances also superpoint (N,), superpoint_batch (S,), decoder."""
         out = self.fusion(batch)
-        return {**out, "logits": self.head(out["feat_fusion"])}
+        if not self.instances:
+            return {**out, "logits": self.head(out["feat_fusion"])}
+        superpoint, superpoint_batch = superpoint_index(batch["superpoints"], batch["batch"])
+        decoder = self.head(pool(out["feat_fusion"], superpoint, len(superpoint_batch)), superpoint_batch)
+        return {**out, "logits": decoder["semantic_logits"][superpoint], "superpoint": superpoint,
+                "superpoint_batch": superpoint_batch, "decoder": decoder}
 
 
 def build_frames(args):
     """Training and validation frames."""
     if args.data == "rooms":
         return (RoomFrames("train", args.rooms, args.frames_per_room),
-                RoomFrames("val", max(1, args.rooms // 2), args.frames_per_room))
+                RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
     missing = [name for name in ("train_split", "val_split") if getattr(args, name) is None]
     if missing:
         raise ValueError(f"--data {args.data} needs --{missing[0].replace('_', '-')} FILE, a scene or scene/frame a line")
@@ -258,78 +275,42 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def write_atomically(state, path):
-    """torch.save that leaves either the old file or the whole new one, whenever it is interrupted."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def read_checkpoint(path):
-    """A checkpoint that this file wrote, on the CPU; a clear error for anything else."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of train.py: {error}") from error
-    missing = {"model", "config", "class_names", "clip_fingerprint"} - set(state if isinstance(state, dict) else ())
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of train.py, field {sorted(missing)[0]!r} is missing")
-    return state
-
-
-def restore(model, state, path, class_names, fingerprint):
-    """Loads the weights of a checkpoint after checking that it belongs to this model, tower and class list."""
-    if state["class_names"] != class_names:
-        raise ValueError(f"{path}: class_names {state['class_names']} are not the data's {class_names}")
-    if state["clip_fingerprint"] != fingerprint:
-        raise ValueError(f"{path}: clip_fingerprint differs: it was trained with another CLIP tower, weights or image "
-                         "size than this run's")
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    theirs = {k: tuple(v.shape) for k, v in state["model"].items()}
-    for key in sorted(own.keys() | theirs.keys()):
-        if own.get(key) != theirs.get(key):
-            raise ValueError(f"{path}: field {key!r} has shape {theirs.get(key)}, the model's has {own.get(key)}")
-    model.load_state_dict(state["model"])
-
-
-def rng_state(device):
-    """Every random generator that a step may draw from, in types that torch.load reads with weights_only."""
-    kind, keys, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_rng_state(state, device):
-    """The inverse of `rng_state`."""
-    torch.set_rng_state(state["torch"])
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 @torch.no_grad()
-def evaluate(model, loader, num_classes, device, amp_dtype, world_size=1):
-    """Semantic metrics of a model over a loader, summed over processes: metrics.SemanticMeter's result."""
+def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_size=1):
+    """Metrics over a loader and all processes: {"miou", "iou" [K]}, with instances also {"ap", "ap50", "ap25", "aps" [K]}.
+    """
     model.eval()
-    meter = SemanticMeter(range(num_classes), device)
+    semantics = SemanticMeter(range(num_classes), device)
+    instances = InstanceMeter(range(1, num_classes + 1), min_points)
     for batch in loader:
         batch = to_device(batch, device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             out = model(batch)
-        meter.update(out["logits"].argmax(1), batch["labels"])
+        semantics.update(out["logits"].argmax(1), batch["labels"])
+        if model.instances:
+            truth = torch.where((batch["labels"] >= 0) & (batch["instances"] >= 0),
+                                (batch["labels"] + 1) * 1000 + batch["instances"] % 1000, 0)
+            scenes = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
+            for b, scene in enumerate(scenes):
+                instances.update({**scene, "labels": scene["labels"] + 1}, truth[batch["batch"] == b])
     if world_size > 1:
-        dist.all_reduce(meter.confusion)
+        dist.all_reduce(semantics.confusion)
+        gathered = [None] * world_size
+        dist.all_gather_object(gathered, instances.scenes)
+        instances.scenes = sum(gathered, [])
     model.train()
-    return meter.compute()
+    result = semantics.compute()
+    metrics = {"miou": result["miou"], "iou": [result["per_class"][c] for c in range(num_classes)]}
+    if model.instances:
+        result = instances.compute()
+        metrics.update({k: result[k] for k in ("ap", "ap50", "ap25")},
+                       aps=[result["per_class"][c] for c in range(1, num_classes + 1)])
+    return metrics
 
 
 @torch.no_grad()
-def draw(model, dataset, index, num_classes, device):
-    """Pictures of one sample of a dataset: what the first view shows of its points, truth, prediction, features."""
+def draw(model, dataset, index, num_classes, device, min_points):
+    """Pictures of one sample of a dataset: what the first view shows of its points, truth, predictions, features."""
     model.eval()
     batch = to_device(collate([dataset[index]]), device)
     out = model(batch)
@@ -337,13 +318,21 @@ def draw(model, dataset, index, num_classes, device):
     image = image.permute(2, 0, 1) / 255
     uv, depth = project_to_image(apply_transform(batch["points"], batch["world2cam"][0, 0]), batch["intrinsics"][0, 0])
     seen = visible_mask(uv, depth, image.shape[1:])
+    labels = {"prediction": out["logits"].argmax(1), "truth": batch["labels"]}
+    if model.instances:
+        labels["instances_truth"] = batch["instances"]
+        labels["instances"] = torch.full_like(batch["labels"], -1)
+        scene, = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
+        for i in reversed(range(len(scene["scores"]))):  # the best on top
+            if scene["scores"][i] > 0.3:
+                labels["instances"][scene["masks"][i]] = i
     clip_map = None
     if out["clip_global"] is not None:
         clip_map = batch["clip_tokens"][0, 0] if "clip_tokens" in batch else (
             model.fusion.encoder_2d.encode(batch["images"][0, :1])[0][0])
     model.train()
-    return pictures(image, uv[seen], depth[seen], out["logits"].argmax(1)[seen], batch["labels"][seen],
-                    out["feat_fusion"][seen], clip_map, num_classes)
+    return pictures(image, uv[seen], depth[seen], {k: v[seen] for k, v in labels.items()}, out["feat_fusion"][seen],
+                    clip_map)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -389,7 +378,8 @@ def main(argv=None):
         say(load_res16unet34c(encoder_3d.backbone, args.init_3d))
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
                              point_target=args.clip_target == "point")
-    model = Segmenter(fusion, num_classes).to(device)
+    instances = not args.no_instances and all(f[0]["instance"] is not None for f in (train_frames, val_frames))
+    model = Segmenter(fusion, num_classes, instances).to(device)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval, class_names, fingerprint)
@@ -399,6 +389,8 @@ def main(argv=None):
     amp_dtype = AMP_DTYPES[args.amp]
     options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
                    seed=args.seed)
+    if instances:
+        options["superpoints"] = SuperpointCache(args.superpoint_cache, args.superpoints)
     train_set = PointDataset(train_frames, augment=not args.no_augment, **options)
     val_set = PointDataset(val_frames, **options)
     if encoder_2d is not None and args.clip_blocks == 0 and args.clip_cache != "none":
@@ -416,10 +408,11 @@ def main(argv=None):
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world_size)), **loading)
 
     def finish(metrics):
-        say(f"\n{'class':<24}{'IoU':>8}")
-        for index, name in enumerate(class_names):
-            say(f"{name:<24}{metrics['per_class'][index]:>8.3f}")
-        say(f"{'mean':<24}{metrics['miou']:>8.3f}")
+        names = ("AP", "AP50", "AP25") if instances else ()
+        say(f"\n{'class':<24}" + "".join(f"{name:>8}" for name in ("IoU", *names)))
+        for i, name in enumerate(class_names):
+            say(f"{name:<24}" + "".join(f"{x:>8.3f}" for x in (metrics["iou"][i], *(metrics["aps"][i] if names else ()))))
+        say(f"{'mean':<24}" + "".join(f"{metrics[name]:>8.3f}" for name in ("miou", *(n.lower() for n in names))))
         for text in warnings:
             say(f"note: {text}")
         return metrics
@@ -427,13 +420,15 @@ def main(argv=None):
     if args.eval:
         for text in state["warnings"]:
             warn(f"of the training: {text}")
-        metrics = finish(evaluate(model, val_loader, num_classes, device, amp_dtype, world_size))
+        metrics = finish(evaluate(model, val_loader, num_classes, device, amp_dtype, args.min_instance_points,
+                                  world_size))
         if world_size > 1:
             dist.destroy_process_group()
         return metrics
 
     # criteria, optimiser, schedule
     semantic_criterion = SemanticCriterion(args.semantic_weight).to(device)
+    instance_criterion = InstanceCriterion(args.instance_weight)
     clip_criterion = ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -481,6 +476,12 @@ def main(argv=None):
             with torch.autocast(device.type, amp_dtype, enabled=args.amp != "off"):
                 out = model(batch)
             terms = {"semantic": (semantic_criterion(out["logits"], batch["labels"]), args.semantic_weight)}
+            if instances:
+                targets = instance_targets(batch["labels"], batch["instances"], out["superpoint"],
+                                           out["superpoint_batch"])
+                terms["instance"] = (instance_criterion(out["decoder"], targets), args.instance_weight)
+                for name, value in instance_criterion.terms.items():
+                    window[f"loss/instance_{name}"].append(value)
             if encoder_2d is not None and clip_criterion.loss_weight > 0:
                 target = (out["clip_point"], None) if args.clip_target == "point" else (
                     out["clip_global"], batch["batch"])
@@ -543,13 +544,14 @@ def main(argv=None):
 
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             average_buffers(model, world_size)
-            metrics = evaluate(model, val_loader, num_classes, device, amp_dtype, world_size)
+            metrics = evaluate(model, val_loader, num_classes, device, amp_dtype, args.min_instance_points,
+                               world_size)
             if main_process:
-                writer.add_scalar("val/miou", metrics["miou"], step)
-                for index, name in enumerate(class_names):
-                    if metrics["per_class"][index] == metrics["per_class"][index]:  # not NaN
-                        writer.add_scalar(f"val_iou/{name}", metrics["per_class"][index], step)
-                for name, picture in draw(model, val_set, 0, num_classes, device).items():
+                for name in ("miou", "ap", "ap50", "ap25")[:4 if instances else 1]:
+                    writer.add_scalar(f"val/{name}", metrics[name], step)
+                for name, iou in zip(class_names, metrics["iou"]):
+                    writer.add_scalar(f"val_iou/{name}", iou, step)
+                for name, picture in draw(model, val_set, 0, num_classes, device, args.min_instance_points).items():
                     writer.add_image(f"val/{name}", picture, step)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                          "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "skipped_steps": skipped_steps,
@@ -559,12 +561,12 @@ def main(argv=None):
                 if metrics["miou"] > best:
                     write_atomically(state, folder / "best.pt")
             best = max(best, metrics["miou"])
-            bar.set_postfix(mIoU=f"{metrics['miou']:.3f}")
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("miou", "ap50") if name in metrics})
 
     bar.close()
     metrics = finish(metrics)
     if main_process:
-        writer.add_text("result", json.dumps({name: metrics["per_class"][i] for i, name in enumerate(class_names)}))
+        writer.add_text("result", json.dumps({**metrics, "classes": class_names}))
         writer.close()
         say(f"\nbest mIoU {best:.3f}; checkpoints in {folder}; look at it with: tensorboard --logdir {args.runs}")
     if world_size > 1:
