@@ -228,7 +228,7 @@ def kernel_map(inputs, outputs, kernel_size, dilation=1):
 # ----------------------------------------------------------------------------------------------------------------
 # Convolution
 
-BLOCK = 2 ** 17  # values in a gathered block: with its product it stays in a core's L2 cache
+BLOCK = 2 ** 17  # values in a gathered block: it stays in a core's cache, and the allocator keeps its pages
 IM2COL_BLOCK = {"cpu": 2 ** 18}  # values in a gathered (rows, K^3 * C) block
 
 
@@ -265,15 +265,11 @@ def _convolve(feats, kernel, kernel_map, transposed=False):
         return out
     out = feats.new_zeros(num_out, c_out, dtype=_wide(feats.dtype))
     rows = max(1, BLOCK // max(c_in, c_out))
-    gathered, product = feats.new_empty(rows, c_in), feats.new_empty(rows, c_out)
     weights = kernel.unbind()
     for k, source, target in kernel_map.blocks(rows):
         if transposed:
             source, target = target, source
-        block, result = gathered[:len(source)], product[:len(source)]
-        torch.index_select(feats, 0, source, out=block)
-        torch.mm(block, weights[k], out=result)
-        out.index_add_(0, target, result.to(out.dtype))
+        out.index_add_(0, target, (feats.index_select(0, source) @ weights[k]).to(out.dtype))
     return out.to(feats.dtype)
 
 
@@ -287,16 +283,9 @@ def _kernel_grad(feats, grad, kernel_map):
             flat += columns.t() @ grad[rows]
         return out.to(feats.dtype)
     rows = max(1, BLOCK // max(c_in, c_out))
-    left, right = feats.new_empty(rows, c_in), grad.new_empty(rows, c_out)
     sums = out.unbind()
     for k, source, target in kernel_map.blocks(rows):
-        a, b = left[:len(source)], right[:len(source)]
-        torch.index_select(feats, 0, source, out=a)
-        torch.index_select(grad, 0, target, out=b)
-        if out.dtype == feats.dtype:
-            sums[k].addmm_(a.t(), b)
-        else:
-            sums[k].add_(a.t() @ b)
+        sums[k].add_(feats.index_select(0, source).t() @ grad.index_select(0, target))
     return out.to(feats.dtype)
 
 

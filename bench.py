@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""Side-by-side timings, each against a figure that somebody else's code gives on the same input.
+
+    python bench.py sparse                       # sparse convolution and Res16UNet34C on a CPU
+    python bench.py sparse --device cuda         # the network alone, float32 against bfloat16
+
+`sparse` compares with spconv where it is installed (pip install spconv); without it that row is left out, aloud.
+Candidates take turns in one process, and the figures are medians: on a shared machine read ratios, not milliseconds.
+"""
+import argparse
+import importlib.util
+import math
+import multiprocessing
+import resource
+import statistics
+import time
+
+import torch
+
+import sparse_unet
+from sparse_unet import SMALL, Res16UNet34C, VoxelGrid, sparse_conv, voxelize
+
+
+def timed(candidates, repeats, device="cpu"):
+    """Median seconds of each of {name: function}, after one warm-up, the candidates taking turns."""
+    seconds = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, function in candidates.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- sparse U-Net
+
+def room_cloud(voxels, points_per_cell, seed=0):
+    """(voxels, 4) cells of the floor and two walls of a room, as a noisy scan of that density fills them."""
+    g = torch.Generator().manual_seed(seed)
+    side = math.sqrt(2 * voxels)
+    count = int(2.2 * side ** 2 * points_per_cell)
+    points = torch.rand(count, 3, generator=g) * torch.tensor([side, side, 0.6 * side])
+    normal = torch.tensor([2, 0, 1])[torch.multinomial(torch.tensor([1, 0.6, 0.6]), count, True, generator=g)]
+    points[torch.arange(count), normal] = 0
+    points += 0.4 * torch.randn(count, 3, generator=g)
+    coords, _ = voxelize(points, torch.zeros(count, dtype=torch.int64), 1.0)
+    nearest = coords[:, 1:3].sum(1).argsort(stable=True)[:voxels]  # to the corner where the three planes meet
+    return coords[nearest.sort().values]
+
+
+def spconv_convolution(coords, kernel):
+    """The same convolution in spconv, as a function of features, and its weight; None where it is not installed."""
+    if importlib.util.find_spec("spconv") is None:
+        return None
+    import spconv.pytorch as spconv
+    from spconv.pytorch import ops
+    ops.get_current_stream = lambda: 0  # its CPU backward asks CUDA for a stream
+    c_in, c_out = kernel.shape[1:]
+    layer = spconv.SubMConv3d(c_in, c_out, 3, bias=False, indice_key="room", algo=spconv.ConvAlgo.Native)
+    with torch.no_grad():
+        layer.weight.copy_(kernel.view(3, 3, 3, c_in, c_out).permute(4, 2, 1, 0, 3))
+    cells = coords - torch.cat((coords[:, :1].amin(0), coords[:, 1:].amin(0)))
+    shape = (cells[:, 1:].amax(0) + 1).tolist()
+    tensor = spconv.SparseConvTensor(kernel.new_zeros(len(coords), c_in), cells.int(), shape, 1)
+    return (lambda feats: layer(tensor.replace_feature(feats)).features), layer.weight
+
+
+def bench_convolution(repeats):
+    """96 -> 96, k3, one thread (spconv's CPU rows are wrong with more), maps cached."""
+    torch.set_num_threads(1)
+    for cloud, voxels, density in (("sparse", 18_000, 0.45), ("dense", 24_000, 3.8)):
+        coords = room_cloud(voxels, density)
+        kernel_map = VoxelGrid(coords).neighbours(3)
+        pairs = len(kernel_map.pairs[0])
+        print(f"\nconvolution 96 -> 96, k3, 1 thread, float32, {cloud} cloud: {voxels} voxels, "
+              f"{pairs / voxels:.1f} neighbours, {pairs * 96 * 96 * 2 / 1e9:.2f} GFLOP")
+        torch.manual_seed(0)
+        feats = torch.randn(voxels, 96, requires_grad=True)
+        kernel = (torch.randn(27, 96, 96) / 30).requires_grad_()
+        cotangent = torch.randn(voxels, 96)
+
+        def one_product(x):
+            own, sparse_unet._use_im2col = sparse_unet._use_im2col, lambda *shape: True
+            out = sparse_conv(x, kernel, kernel_map)
+            sparse_unet._use_im2col = own
+            return out
+
+        rows = {"per offset": (lambda x: sparse_conv(x, kernel, kernel_map), kernel)}
+        other = spconv_convolution(coords, kernel.detach())
+        if other is None:
+            print("spconv is not installed: no row of it")
+        else:
+            rows["spconv"] = other
+            ours, theirs = rows["per offset"][0](feats), other[0](feats)
+            print(f"largest difference from spconv, relative: {((ours - theirs).abs().max() / ours.abs().max()):.1e}")
+
+        def forward(run):
+            with torch.no_grad():
+                run(feats)
+
+        forwards = timed({name: (lambda run=run: forward(run)) for name, (run, _) in
+                          {**rows, "one product": (one_product, kernel)}.items()}, repeats)
+        both = timed({name: (lambda run=run, weight=weight: torch.autograd.grad(run(feats), (feats, weight), cotangent))
+                      for name, (run, weight) in rows.items()}, repeats)
+        for name, seconds in forwards.items():
+            total = f"{both[name] * 1e3:8.1f} ms, {both[name] / both['per offset']:.2f} x" if name in both else "-"
+            print(f"{name:12s} forward {seconds * 1e3:8.1f} ms    forward and backward {total}")
+
+
+def training_step(net, coords, feats, optimizer, dtype=torch.float32):
+    with torch.autocast(feats.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = net(coords, feats).float().square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def all_maps(coords):
+    """Every map that a training step of the U-Net asks for."""
+    grid = VoxelGrid(coords)
+    maps = [grid.neighbours(5)]
+    for _ in range(4):
+        maps += [grid.neighbours(3), grid.down(), grid.down().transposed]
+        grid = grid.coarser
+    for kernel_map in (*maps[1:], grid.neighbours(3)):
+        kernel_map.pairs
+
+
+def bench_network(device, repeats, threads):
+    torch.set_num_threads(threads)
+    if device == "cuda":  # 8 scenes of 20,000
+        scenes = [room_cloud(20_000, 3.8, seed=s) + torch.tensor([s, 0, 0, 0]) for s in range(8)]
+        coords = torch.cat(scenes).to(device)
+    else:
+        coords = room_cloud(20_000, 3.8)
+    torch.manual_seed(0)
+    net, feats = Res16UNet34C().to(device), torch.randn(len(coords), 3, device=device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    candidates = {"maps": lambda: all_maps(coords)}
+    for dtype in (torch.float32, torch.bfloat16):
+        candidates[str(dtype)[6:]] = lambda dtype=dtype: training_step(net, coords, feats, optimizer, dtype)
+    seconds = timed(candidates, repeats, device)
+    step = seconds["float32"]
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+    print(f"\nRes16UNet34C training step with AdamW, {len(coords)} voxels, {where}")
+    print(f"float32 {step:.3f} s, of which maps {seconds['maps']:.3f} s: {seconds['maps'] / step:.1%}")
+    print(f"bfloat16 autocast {seconds['bfloat16']:.3f} s: float32 takes {step / seconds['bfloat16']:.2f} x")
+
+
+def peak_of_a_step(pipe):
+    """Megabytes resident at most, before and after two steps; runs in a process of its own."""
+    coords = room_cloud(20_000, 3.8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    net = Res16UNet34C()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    for _ in range(2):
+        training_step(net, coords, torch.randn(len(coords), 3), optimizer)
+    pipe.send((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def bench_memory():
+    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=peak_of_a_step, args=(send,))
+    process.start()
+    before, after = receive.recv()
+    process.join()
+    print(f"\npeak memory of two training steps with AdamW, 20000 voxels, float32: {after / 1024:.2f} GiB resident, "
+          f"{before / 1024:.2f} GiB of it before the network was built")
+
+
+def bench_growth(threads):
+    """Forward and backward of the small network, maps included, over a 32-fold range of sizes."""
+    torch.set_num_threads(threads)
+    net = Res16UNet34C(**SMALL)
+    sizes = [10_000 * 2 ** i for i in range(6)]
+    points = []
+    print(f"\nsmall network, forward and backward with maps, {threads} threads")
+    for size in sizes:
+        coords = room_cloud(size, 3.8)
+        feats = torch.randn(size, 3)
+        seconds = timed({"step": lambda: net(coords, feats).square().mean().backward()}, 3)["step"]
+        points.append((math.log(size), math.log(seconds)))
+        print(f"{size:7d} voxels {seconds:7.3f} s")
+    slope = statistics.linear_regression(*zip(*points)).slope
+    print(f"exponent of a log-log fit {slope:.3f}")
+
+
+def sparse(args):
+    if args.device == "cpu":
+        bench_convolution(args.repeats)
+        bench_growth(args.threads)
+        bench_memory()
+    bench_network(args.device, max(3, args.repeats // 4), args.threads)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("sparse", help="sparse convolution, the U-Net's step, its maps, memory and growth")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of the network")
+    command.add_argument("--repeats", type=int, default=15, help="timings of a convolution; its median is shown")
+    command.set_defaults(run=sparse)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
