@@ -44,6 +44,8 @@ def resize_position_embedding(embedding, old_grid, new_grid):
 def load_clip(model_name, pretrained):
     """An open_clip model with the weights of a tag, of a checkpoint file, or (None) random ones from a fixed seed.
 
+    A file does not say which activation it was trained with: weights of OpenAI (and of all tags with QuickGELU) from a
+    file need the model name with "-quickgelu".
     Raises ValueError for an unknown model or tag or a file that does not fit it, and FileNotFoundError where the
     weights of a known tag cannot be had.
     """
@@ -68,9 +70,12 @@ def load_clip(model_name, pretrained):
     try:
         return open_clip.create_model(model_name, pretrained=pretrained, force_quick_gelu=quick_gelu)
     except Exception as error:
+        named = model_name if not quick_gelu or "quickgelu" in model_name else f"{model_name}-quickgelu"
         raise FileNotFoundError(
             f"CLIP weights {model_name}/{pretrained} could not be had ({error}). Download them where there is a "
-            "network and give the file's path instead of the tag, or ask for random weights on purpose") from error
+            f"network and give the file's path instead of the tag, with model {named}, or ask for random weights on "
+            "purpose"
+        ) from error
 
 
 class Enhanced2DEncoder(nn.Module):
@@ -92,6 +97,8 @@ class Enhanced2DEncoder(nn.Module):
         self.__dict__["clip"] = clip
         self.model_name = model_name
         visual = clip.visual
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(visual.preprocess_cfg[name]).view(3, 1, 1), persistent=False)
         is_timm = hasattr(visual, "trunk")
         if is_timm and not hasattr(visual.trunk, "patch_embed") or not is_timm and not hasattr(visual, "patch_size"):
             raise ValueError(f"CLIP model {model_name}: not a vision transformer ({type(visual).__name__})")
@@ -135,9 +142,12 @@ class Enhanced2DEncoder(nn.Module):
         return self
 
     def fingerprint(self):
-        """Hex digest of everything that the raw features depend on: model, input size, weights."""
-        digest = hashlib.sha256(f"{self.model_name} {self.image_size}".encode())
-        for name, tensor in sorted(self.clip.visual.state_dict().items()):
+        """Hex digest of everything that the raw features depend on: model, input size and scaling, layers, weights."""
+        visual = self.clip.visual
+        scaling = [*visual.preprocess_cfg["mean"], *visual.preprocess_cfg["std"]]
+        without_weights = sorted({type(m).__name__ for m in visual.modules() if not m.state_dict()})  # the activation
+        digest = hashlib.sha256(f"{self.model_name} {self.image_size} {scaling} {without_weights}".encode())
+        for name, tensor in sorted(visual.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -145,16 +155,17 @@ class Enhanced2DEncoder(nn.Module):
     def encode(self, images: Tensor):
         """images (B, 3, H, W), RGB in [0, 1] -> tokens (B, D, Hf, Wf), pooled (B, E): raw CLIP features, one pass.
 
-        `pooled` equals open_clip's `encode_image` of the normalised picture. Raises ValueError for another size.
+        `pooled` equals open_clip's `encode_image` of the normalised picture. Raises ValueError for another size or for
+        integers.
         """
-        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
-            raise ValueError(f"images: expected (B, 3, {self.image_size[0]}, {self.image_size[1]}), "
-                             f"got {tuple(images.shape)}")
-        cfg = self.clip.visual.preprocess_cfg
-        mean, std = (images.new_tensor(cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
+            raise ValueError(f"images: expected floats (B, 3, {self.image_size[0]}, {self.image_size[1]}), "
+                             f"got {images.dtype} {tuple(images.shape)}")
+        visual = self.clip.visual
         with torch.set_grad_enabled(len(self.trainable) > 0 and torch.is_grad_enabled()):
-            out = self.clip.visual.forward_intermediates(
-                (images - mean) / std, indices=1, normalize_intermediates=True, output_fmt="NCHW")
+            out = visual.forward_intermediates(  # where attention pools, the final norm is not one of tokens
+                (images - self.mean) / self.std, indices=1, output_fmt="NCHW",
+                normalize_intermediates=getattr(visual, "attn_pool", None) is None)
         return out["image_intermediates"][-1], out["image_features"]
 
     def project(self, tokens: Tensor, pooled: Tensor):
@@ -175,11 +186,11 @@ class Enhanced2DEncoder(nn.Module):
         CLIP's own output projection is applied to every token (as in MaskCLIP, Zhou et al. 2022), then the fixed map,
         so this target cannot collapse either.
         """
-        head = getattr(self.clip.visual, "proj", None)
-        if head is None and self.token_dim != self.pooled_dim:
-            raise ValueError(f"{self.model_name}: its tokens ({self.token_dim}) and its global feature "
-                             f"({self.pooled_dim}) share no space, so there is no per-point target")
-        matrix = self.global_proj if head is None else self.global_proj @ head.T
+        visual = self.clip.visual
+        if not hasattr(visual, "proj") or visual.attn_pool is not None:
+            raise ValueError(f"CLIP model {self.model_name}: a per-point target needs a linear map from tokens to the "
+                             f"global feature, which the head of {type(visual).__name__} is not")
+        matrix = self.global_proj if visual.proj is None else self.global_proj @ visual.proj.T
         return F.conv2d(tokens.to(matrix.dtype), matrix[:, :, None, None])
 
     def forward(self, images: Tensor):

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 def apply_transform(points: Tensor, matrix: Tensor) -> Tensor:
     """points (N, 3) or (B, N, 3), matrix (4, 4) or (B, 4, 4) -> transformed points, of the shape of `points`.
 
-    Raises ValueError for other shapes. Runs outside autocast: half a millimetre matters, bf16 has 1 cm at 3 m.
+    Raises ValueError for other shapes. Elementwise and so outside of autocast and of TF32: a millimetre matters, and
+    bf16 has 1 cm at 3 m.
     """
     if points.dim() not in (2, 3) or points.shape[-1] != 3 or matrix.shape[-2:] != (4, 4) or not (
             matrix.dim() == 2 or matrix.dim() == points.dim() == 3 and len(matrix) == len(points)):
         raise ValueError(f"points {tuple(points.shape)} and matrix {tuple(matrix.shape)} must be (N, 3) and (4, 4), "
                          "or (B, N, 3) and (4, 4) or (B, 4, 4)")
-    with torch.autocast(points.device.type, enabled=False):
-        return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
+    return (matrix[..., None, :3, :3] * points[..., None, :]).sum(-1) + matrix[..., None, :3, 3]
 
 
 def project_to_image(points_cam: Tensor, intrinsics: Tensor):
@@ -63,11 +63,11 @@ def project_packed(points_cam: Tensor, intrinsics: Tensor, batch: Tensor):
 def visible_mask(uv: Tensor, depth: Tensor, image_size) -> Tensor:
     """uv (..., 2), depth (...), image_size (H, W) -> bool (...): in front of the camera and inside the picture.
 
-    NaN is not visible.
+    What is not finite is not visible; a point at infinity lands on the principal point, so its uv alone does not tell.
     """
     h, w = image_size
     u, v = uv.unbind(-1)
-    return (depth > 0) & (u >= -0.5) & (u <= w - 0.5) & (v >= -0.5) & (v <= h - 0.5)
+    return (depth > 0) & (depth < torch.inf) & (u >= -0.5) & (u <= w - 0.5) & (v >= -0.5) & (v <= h - 0.5)
 
 
 def occluded_mask(uv: Tensor, depth: Tensor, depth_map: Tensor, view: Tensor, tolerance=0.05) -> Tensor:
@@ -126,17 +126,16 @@ def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visi
 
 
 def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) -> Tensor:
-    """Bilinear features at pixel positions: `sample_views` with one picture a scene and every point visible.
+    """Bilinear features at pixel positions: `sample_views` with one picture a scene and no point hidden.
 
     feature_map (B, C, Hf, Wf), uv (N, 2) in pixels of an image_size = (H, W) picture, batch (N,) int64 -> (N, C).
-    Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1.
+    Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1. Zeros where uv is NaN.
     """
     n = len(uv)
     if feature_map.dim() != 4 or tuple(uv.shape) != (n, 2) or tuple(batch.shape) != (n,):
         raise ValueError(f"feature_map {tuple(feature_map.shape)}, uv {tuple(uv.shape)}, batch {tuple(batch.shape)} "
                          "must be (B, C, Hf, Wf), (N, 2), (N,)")
-    visible = torch.ones(n, 1, dtype=torch.bool, device=uv.device)
-    return sample_views(feature_map, uv[:, None], image_size, batch[:, None], visible)
+    return sample_views(feature_map, uv[:, None], image_size, batch[:, None], ~uv.isnan().any(1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------------------------- fusion

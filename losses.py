@@ -134,14 +134,19 @@ def semantic_loss(logits: Tensor, labels: Tensor, ignore_index=-1, class_weights
     """Weighted mean cross-entropy in fp32: sum_i w[y_i] ce_i / sum_i w[y_i] over the rows that are not ignored.
 
     logits (N, K), labels (N,) int64, class_weights (K,) or None -> scalar; a zero with a graph where all are ignored.
+    An ignored row has no influence and gets no gradient, whatever it holds.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must be (N, K) and (N,)")
+    if class_weights is not None and class_weights.shape != logits.shape[1:]:
+        raise ValueError(f"class_weights {tuple(class_weights.shape)} must be ({logits.shape[1]},), one a class")
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(logits, labels, class_weights, ignore_index=ignore_index, reduction="sum")
         valid = labels != ignore_index
-        mass = valid.sum() if class_weights is None else class_weights[labels.clamp(min=0)].where(valid, 0).sum()
+        # masked first: the softmax of a row with NaN has a NaN gradient even where its loss is not counted
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).where(valid[:, None], 0)
+        weights = None if class_weights is None else class_weights.to(logits.dtype)
+        total = F.cross_entropy(logits, labels, weights, ignore_index=ignore_index, reduction="sum")
+        mass = valid.sum() if weights is None else weights[labels.where(valid, 0)].where(valid, 0).sum()
         return total / torch.where(mass > 0, mass, 1)
 
 
