@@ -7,6 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+import rooms as rooms_module
 from cache import FeatureCache
 from superpoints import SuperpointCache
 from test_scannet import ALIGNMENT, CLASSES, POSE, intrinsics_of, project, write_scan, write_scannet
@@ -186,7 +187,11 @@ def test_rooms_and_files_give_the_same_kind_of_sample(root):
     for key, value in samples[0].items():
         if key != "name":
             assert value.dtype == samples[1][key].dtype and value.dim() == samples[1][key].dim(), key
-    assert -1 <= samples[0]["labels"].min() and samples[0]["labels"].max() < len(rooms.class_names)
+    raw = rooms_module.frames("train", 1, 2, size=(60, 80))
+    for i, frame in enumerate(raw):  # images hold 1 + class and instances from 1, both 0 = none
+        assert np.array_equal(rooms[i]["label"], frame["label"].astype(int) - 1)
+        assert np.array_equal(rooms[i]["instance"], np.where(frame["instance"] == 0, -1, frame["instance"].astype(int)))
+        assert np.array_equal(rooms.color(i), frame["color"]) and rooms.names[i] == frame["name"]
 
 
 # ----------------------------------------------------------------------------------------------------------- samples

@@ -64,6 +64,13 @@ def test_label_and_instance_folders_are_optional(tmp_path):
     assert frames[1]["label"] is None and frames[1]["instance"] is None and frames[1]["color"].shape == (48, 64, 3)
 
 
+def test_depth_is_read_in_metres_and_poses_as_camera_to_world(root):
+    frame = scannet.ScanNetFrames(root, CLASSES)[1]
+    millimetres = np.asarray(Image.open(root / "scene0000_00/depth/1.png"))
+    assert frame["depth"].dtype == np.float32 and np.abs(frame["depth"] * 1000.0 - millimetres).max() < 1e-3
+    assert np.abs(frame["world2cam"] @ POSE - np.eye(4)).max() < 1e-12
+
+
 def test_lost_poses_are_skipped_and_counted(root):
     for frame, value in ((0, "-inf"), (2, "nan")):
         (root / f"scene0001_00/pose/{frame}.txt").write_text(f"{value} {value} {value} {value}\n" * 4)
