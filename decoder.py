@@ -63,12 +63,12 @@ class Attention(nn.Module):
 
     def forward(self, x, source, x_sizes, source_sizes, allowed=None):
         """x (Q, D), source (S, D), rows per scene as lists; allowed: B masks (Q_b, S_b) bool, or None. -> (Q, D)"""
-        heads = [[part.unflatten(1, (self.num_heads, -1)).transpose(0, 1)[None]  # (1, nh, rows of the scene, D / nh)
-                  for part in packed.split(sizes)]
-                 for packed, sizes in ((self.query(x), x_sizes), (self.key(source), source_sizes),
-                                       (self.value(source), source_sizes))]
-        scenes = [F.scaled_dot_product_attention(q, k, v, attn_mask=None if allowed is None else allowed[b])
-                  for b, (q, k, v) in enumerate(zip(*heads))]
+        def heads(packed, sizes):  # B parts (1, nh, rows of the scene, D / nh)
+            return [part.unflatten(1, (self.num_heads, -1)).transpose(0, 1)[None] for part in packed.split(sizes)]
+
+        scenes = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for q, k, v, mask in zip(
+            heads(self.query(x), x_sizes), heads(self.key(source), source_sizes),
+            heads(self.value(source), source_sizes), allowed or [None] * len(x_sizes))]
         return self.out(torch.cat([scene[0].transpose(0, 1).flatten(1) for scene in scenes]))
 
 

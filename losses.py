@@ -197,8 +197,8 @@ def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoin
     group_label = torch.bincount(group * K + label, minlength=G * K).view(G, K).argmax(1)
     counts = torch.bincount(groups[:, 0], minlength=len(sizes)).tolist()
     rows = torch.arange(G, device=index.device).split(counts)
-    return [{"masks": own == row[:, None], "labels": group_label[row]} for own, row in zip(owner.split(sizes.tolist()),
-                                                                                         rows)]
+    owners = owner.split(sizes.tolist())
+    return [{"masks": own == row[:, None], "labels": group_label[row]} for own, row in zip(owners, rows)]
 
 
 def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
