@@ -79,6 +79,12 @@ def test_regions_of_a_graph_are_connected_and_as_many_as_asked_for():
         assert np.array_equal(reached, inside)
 
 
+def test_a_late_merge_that_is_cheaper_never_cuts_a_region_in_two():
+    """0 - 10 - 0 in a row: joining the third costs 17, the first two 50, but the third touches the second alone."""
+    region = ward(np.array([[0], [10], [0]], np.float32), np.array([0, 1]), np.array([1, 2]), 2)
+    assert region[0] == region[1] != region[2]
+
+
 def test_equal_costs_still_end():
     node = np.arange(64).reshape(8, 8)
     u, v = (np.concatenate([a.ravel(), b.ravel()]) for a, b in ((node[:, :-1], node[:-1]), (node[:, 1:], node[1:])))
