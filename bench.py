@@ -11,9 +11,10 @@ import argparse
 import importlib.util
 import math
 import multiprocessing
-import resource
+import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -73,7 +74,7 @@ def spconv_convolution(coords, kernel):
 def bench_convolution(repeats):
     """96 -> 96, k3, one thread (spconv's CPU rows are wrong with more), maps cached."""
     torch.set_num_threads(1)
-    for cloud, voxels, density in (("sparse", 18_000, 0.45), ("dense", 24_000, 3.8)):
+    for cloud, voxels, density in (("sparse", 18_000, 0.35), ("dense", 24_000, 3.5)):
         coords = room_cloud(voxels, density)
         kernel_map = VoxelGrid(coords).neighbours(3)
         pairs = len(kernel_map.pairs[0])
@@ -125,7 +126,7 @@ def all_maps(coords):
     grid = VoxelGrid(coords)
     maps = [grid.neighbours(5)]
     for _ in range(4):
-        maps += [grid.neighbours(3), grid.down(), grid.down().transposed]
+        maps += [grid.neighbours(3), grid.down()]
         grid = grid.coarser
     for kernel_map in (*maps[1:], grid.neighbours(3)):
         kernel_map.pairs
@@ -134,10 +135,10 @@ def all_maps(coords):
 def bench_network(device, repeats, threads):
     torch.set_num_threads(threads)
     if device == "cuda":  # 8 scenes of 20,000
-        scenes = [room_cloud(20_000, 3.8, seed=s) + torch.tensor([s, 0, 0, 0]) for s in range(8)]
+        scenes = [room_cloud(20_000, 3.0, seed=s) + torch.tensor([s, 0, 0, 0]) for s in range(8)]
         coords = torch.cat(scenes).to(device)
     else:
-        coords = room_cloud(20_000, 3.8)
+        coords = room_cloud(20_000, 3.0)
     torch.manual_seed(0)
     net, feats = Res16UNet34C().to(device), torch.randn(len(coords), 3, device=device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
@@ -152,26 +153,31 @@ def bench_network(device, repeats, threads):
     print(f"bfloat16 autocast {seconds['bfloat16']:.3f} s: float32 takes {step / seconds['bfloat16']:.2f} x")
 
 
+def resident_peak():
+    """GiB that this process has held at most; unlike ru_maxrss it knows nothing of the process that started it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2 ** 20
+
+
 def peak_of_a_step(pipe):
-    """Megabytes resident at most, before and after two steps; runs in a process of its own."""
-    coords = room_cloud(20_000, 3.8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    coords = room_cloud(20_000, 3.0)
+    before = resident_peak()
     net = Res16UNet34C()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
     for _ in range(2):
         training_step(net, coords, torch.randn(len(coords), 3), optimizer)
-    pipe.send((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    pipe.send((before, resident_peak()))
 
 
 def bench_memory():
-    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
+    context = multiprocessing.get_context("spawn")  # a fork would start with the memory of this process
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=peak_of_a_step, args=(send,))
     process.start()
     before, after = receive.recv()
     process.join()
-    print(f"\npeak memory of two training steps with AdamW, 20000 voxels, float32: {after / 1024:.2f} GiB resident, "
-          f"{before / 1024:.2f} GiB of it before the network was built")
+    print(f"\npeak memory of two training steps with AdamW, 20000 voxels, float32: {after:.2f} GiB resident, "
+          f"{before:.2f} GiB of it before the network was built")
 
 
 def bench_growth(threads):
@@ -182,7 +188,7 @@ def bench_growth(threads):
     points = []
     print(f"\nsmall network, forward and backward with maps, {threads} threads")
     for size in sizes:
-        coords = room_cloud(size, 3.8)
+        coords = room_cloud(size, 3.0)
         feats = torch.randn(size, 3)
         seconds = timed({"step": lambda: net(coords, feats).square().mean().backward()}, 3)["step"]
         points.append((math.log(size), math.log(seconds)))
@@ -204,7 +210,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("sparse", help="sparse convolution, the U-Net's step, its maps, memory and growth")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of the network")
+    command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the network")
     command.add_argument("--repeats", type=int, default=15, help="timings of a convolution; its median is shown")
     command.set_defaults(run=sparse)
     return parser.parse_args(argv)

@@ -26,20 +26,15 @@ COORD_LIMIT = 2 ** 31  # cells from the origin, on either side
 # ----------------------------------------------------------------------------------------------------------------
 # Cells and the maps between them
 
-def _box(*extremes):
-    """Common (low, high) of several boxes, each a pair of 4 ints."""
-    return ([min(c) for c in zip(*(low for low, _ in extremes))],
-            [max(c) for c in zip(*(high for _, high in extremes))])
-
-
 def _pack(cells, low, high, margin=0):
-    """cells (M, 4) -> one int64 key each, in lexicographic order, and the key steps of (batch, x, y, z).
+    """cells (M, 4) -> one int64 key each, in lexicographic order, and what a step along each column adds to it.
 
-    `margin` empty cells after each row keep an offset of up to that size from running into the next row."""
-    extent = [hi - lo + 1 + margin for lo, hi in zip(low, high)]
+    `margin` empty cells after each row keep an offset of up to that size from running into the next row.
+    """
+    extent = [high[0] - low[0] + 1, *(hi - lo + 1 + margin for lo, hi in zip(low[1:], high[1:]))]
     if math.prod(extent) >= 2 ** 63:
-        raise ValueError(f"coords span {extent} cells in (batch, x, y, z): more than 2^63 in all")
-    steps = [extent[1] * extent[2] * extent[3], extent[2] * extent[3], extent[3], 1]
+        raise ValueError(f"coords span {extent} cells in (batch, x, y, z): 2^63 or more in all")
+    steps = [math.prod(extent[i + 1:]) for i in range(4)]
     return sum((column - lo) * step for column, lo, step in zip(cells.unbind(1), low, steps)), steps
 
 
@@ -75,8 +70,8 @@ def voxelize(points, batch, voxel_size):
         raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 cells of {voxel_size} m")
     cells = torch.cat((batch[:, None], cells.long()), 1)
     if not len(cells):
-        return cells, batch
-    low, high = (extreme.tolist() for extreme in cells.aminmax(dim=0))
+        return cells, cells.new_empty(0)
+    low, high = torch.stack(cells.aminmax(dim=0)).tolist()
     if low[0] < 0:
         raise ValueError(f"batch must not be negative, got {low[0]}")
     return _unique(cells, low, high)
@@ -89,7 +84,7 @@ def voxel_mean(feats, inverse, num_voxels):
 
 
 class KernelMap:
-    """Which input row each output row meets at each kernel offset.
+    """Which input row each output row meets at each kernel offset; read backwards it is the map of the transpose.
 
     table (K^3, num_out) int64 holds rows of the input, and num_in where the cell is empty.
     """
@@ -98,30 +93,30 @@ class KernelMap:
         self.table, self.num_in, self.num_out = table, num_in, table.shape[1]
 
     @cached_property
+    def transposed_table(self):
+        """(K^3, num_in): the output row that each input row goes to, and num_out where there is none."""
+        rows = torch.arange(self.num_out, device=self.table.device).expand_as(self.table)
+        table = self.table.new_full((len(self.table), self.num_in + 1), self.num_out)
+        return table.scatter_(1, self.table, rows)[:, :-1]
+
+    @cached_property
     def pairs(self):
         """The occupied entries, offset by offset: (in_index (P,), out_index (P,), [pairs of each offset])."""
         occupied = self.table < self.num_in
         entries = occupied.view(-1).nonzero().squeeze(1)
         return self.table.view(-1)[entries], entries % max(self.num_out, 1), occupied.sum(1).tolist()
 
-    def blocks(self, rows):
-        """(offset, in_index, out_index) of runs of at most `rows` pairs that share an offset."""
+    def blocks(self, rows, transposed=False):
+        """(offset, source rows, target rows) of runs of at most `rows` pairs that share an offset."""
         source, target, sizes = self.pairs
+        if transposed:
+            source, target = target, source
         offsets, lengths = [], []
         for k, size in enumerate(sizes):
             for first in range(0, size, rows):
                 offsets.append(k)
                 lengths.append(min(rows, size - first))
         return zip(offsets, source.split(lengths), target.split(lengths))
-
-    @cached_property
-    def transposed(self):
-        """The map of the adjoint: the same kernel offsets, read from output to input."""
-        rows = torch.arange(self.num_out, device=self.table.device).expand_as(self.table)
-        table = self.table.new_full((len(self.table), self.num_in + 1), self.num_out)
-        adjoint = KernelMap(table.scatter_(1, self.table, rows)[:, :-1].contiguous(), self.num_out)
-        adjoint.transposed = self
-        return adjoint
 
 
 class VoxelGrid:
@@ -140,9 +135,11 @@ class VoxelGrid:
         self._maps = {}
         if not len(coords):
             return
-        self.box = low, high = tuple(extreme.tolist() for extreme in self.coords.aminmax(dim=0))
+        self.box = low, high = torch.stack(self.coords.aminmax(dim=0)).tolist()
         if low[0] < 0 or min(low) < -COORD_LIMIT or max(high) >= COORD_LIMIT:
             raise ValueError(f"coords run from {low} to {high}: batch must be >= 0 and cells within +-2^31")
+        if stride > 1 and (self.coords[:, 1:] % stride).any():
+            raise ValueError(f"coords of a grid of stride {stride} must be its multiples")
         keys, _ = _pack(self.coords, low, high)
         if not (keys[1:] > keys[:-1]).all():
             keys, self.order = keys.sort()
@@ -173,17 +170,17 @@ class VoxelGrid:
         return self._map(self, kernel_size, dilation)
 
     def down(self, kernel_size=2, dilation=1):
-        """KernelMap of a stride-2 convolution from these cells to `coarser`; its `.transposed` leads back."""
+        """KernelMap of a stride-2 convolution from these cells to `coarser`, and of its transpose back."""
         return self._map(self.coarser, kernel_size, dilation)
 
     def _map(self, outputs, kernel_size, dilation):
         key = (outputs.stride, kernel_size, dilation)
         if key not in self._maps:
-            self._maps[key] = kernel_map(self, outputs, kernel_size, dilation)
+            self._maps[key] = build_kernel_map(self, outputs, kernel_size, dilation)
         return self._maps[key]
 
 
-def kernel_map(inputs, outputs, kernel_size, dilation=1):
+def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     """KernelMap from one VoxelGrid to another; outputs.stride must be inputs.stride or a multiple of it.
 
     One binary search finds the start of a kernel column along z; the sorted keys make its other cells the next ones,
@@ -193,11 +190,11 @@ def kernel_map(inputs, outputs, kernel_size, dilation=1):
         raise ValueError(f"no map of kernel {kernel_size}, dilation {dilation} "
                          f"from stride {inputs.stride} to {outputs.stride}")
     K, num_in, num_out = kernel_size, len(inputs), len(outputs)
-    cell = inputs.stride
-    shifts = [(i - K // 2 if K % 2 else i) * dilation * cell for i in range(K)]
-    low, high = _box(inputs.box, outputs.box)
-    keys, (_, x_step, y_step, _) = _pack(inputs.sorted_coords, low, high, K * dilation * cell)
-    queries, _ = _pack(outputs.sorted_coords, low, high, K * dilation * cell)
+    shifts = [(i - K // 2 if K % 2 else i) * dilation * inputs.stride for i in range(K)]
+    low, high = map(min, inputs.box[0], outputs.box[0]), map(max, inputs.box[1], outputs.box[1])
+    low, high, margin = list(low), list(high), max(map(abs, shifts))
+    keys, (_, x_step, y_step, _) = _pack(inputs.sorted_coords, low, high, margin)
+    queries, _ = _pack(outputs.sorted_coords, low, high, margin)
     keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))
     rows = torch.arange(num_out, device=keys.device)
     mirrored = inputs is outputs and K % 2 == 1
@@ -228,8 +225,9 @@ def kernel_map(inputs, outputs, kernel_size, dilation=1):
 # ----------------------------------------------------------------------------------------------------------------
 # Convolution
 
-BLOCK = 2 ** 17  # values in a gathered block: it stays in a core's cache, and the allocator keeps its pages
-IM2COL_BLOCK = {"cpu": 2 ** 18}  # values in a gathered (rows, K^3 * C) block
+# Values in a gathered block. On a CPU it stays in a core's cache, and the allocator keeps its pages; on a GPU the bound
+# is memory: K^3 copies of the features of a large batch would not fit.
+BLOCK, GPU_BLOCK = 2 ** 17, 2 ** 27
 
 
 def _wide(dtype):
@@ -247,44 +245,38 @@ def _im2col(feats, table):
     """Blocks of (rows of the output, (rows, K^3 * C) the inputs they meet)."""
     padded = torch.cat((feats, feats.new_zeros(1, feats.shape[1])))
     width = len(table) * feats.shape[1]
-    rows = max(1, IM2COL_BLOCK.get(feats.device.type, 2 ** 27) // max(1, width))
+    rows = max(1, (BLOCK if feats.device.type == "cpu" else GPU_BLOCK) // width)
     for begin in range(0, table.shape[1], rows):
         index = table[:, begin:begin + rows].t().reshape(-1)
         yield slice(begin, begin + rows), padded.index_select(0, index).view(-1, width)
 
 
-def _convolve(feats, kernel, kernel_map, transposed=False):
-    """feats (num_in, Cin), kernel (K^3, Cin, Cout) -> (num_out, Cout), summed in float32 or wider."""
+def _convolve(feats, kernel, kernel_map, transposed):
+    """feats (rows, Cin), kernel (K^3, Cin, Cout) -> (rows, Cout), summed in float32 or wider."""
     num_out = kernel_map.num_in if transposed else kernel_map.num_out
     c_in, c_out = kernel.shape[1:]
     if _use_im2col(feats.device, num_out, c_in, c_out):
-        table = kernel_map.transposed.table if transposed else kernel_map.table
         out, flat = feats.new_empty(num_out, c_out), kernel.reshape(-1, c_out)
-        for rows, columns in _im2col(feats, table):
+        for rows, columns in _im2col(feats, kernel_map.transposed_table if transposed else kernel_map.table):
             torch.mm(columns, flat, out=out[rows])
         return out
-    out = feats.new_zeros(num_out, c_out, dtype=_wide(feats.dtype))
-    rows = max(1, BLOCK // max(c_in, c_out))
-    weights = kernel.unbind()
-    for k, source, target in kernel_map.blocks(rows):
-        if transposed:
-            source, target = target, source
+    out, weights = feats.new_zeros(num_out, c_out, dtype=_wide(feats.dtype)), kernel.unbind()
+    for k, source, target in kernel_map.blocks(max(1, BLOCK // max(c_in, c_out)), transposed):
         out.index_add_(0, target, (feats.index_select(0, source) @ weights[k]).to(out.dtype))
     return out.to(feats.dtype)
 
 
-def _kernel_grad(feats, grad, kernel_map):
-    """Gradient of a kernel: feats (num_in, Cin), grad (num_out, Cout) -> (K^3, Cin, Cout)."""
+def _kernel_grad(feats, grad, kernel_map, transposed):
+    """Gradient of a kernel: feats (rows, Cin), grad (rows of the output, Cout) -> (K^3, Cin, Cout)."""
     c_in, c_out = feats.shape[1], grad.shape[1]
     out = grad.new_zeros(len(kernel_map.table), c_in, c_out, dtype=_wide(feats.dtype))
     if _use_im2col(feats.device, len(grad), c_in, c_out):
         flat = out.view(-1, c_out)
-        for rows, columns in _im2col(feats, kernel_map.table):
+        for rows, columns in _im2col(feats, kernel_map.transposed_table if transposed else kernel_map.table):
             flat += columns.t() @ grad[rows]
         return out.to(feats.dtype)
-    rows = max(1, BLOCK // max(c_in, c_out))
     sums = out.unbind()
-    for k, source, target in kernel_map.blocks(rows):
+    for k, source, target in kernel_map.blocks(max(1, BLOCK // max(c_in, c_out)), transposed):
         sums[k].add_(feats.index_select(0, source).t() @ grad.index_select(0, target))
     return out.to(feats.dtype)
 
@@ -293,41 +285,42 @@ class _SparseConv(torch.autograd.Function):
     """Gathers again in the backward pass instead of keeping K^3 gathered copies of the features."""
 
     @staticmethod
-    def forward(ctx, feats, kernel, kernel_map):
+    def forward(ctx, feats, kernel, kernel_map, transposed):
         ctx.save_for_backward(feats, kernel)
-        ctx.kernel_map = kernel_map
-        return _convolve(feats, kernel, kernel_map)
+        ctx.map = kernel_map, transposed
+        return _convolve(feats, kernel, kernel_map, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        feats, kernel = ctx.saved_tensors
-        grad = grad.contiguous()
+        (feats, kernel), (kernel_map, transposed) = ctx.saved_tensors, ctx.map
         grad_feats = grad_kernel = None
         if ctx.needs_input_grad[0]:
-            grad_feats = _convolve(grad, kernel.transpose(1, 2), ctx.kernel_map, transposed=True)
+            grad_feats = _convolve(grad, kernel.transpose(1, 2), kernel_map, not transposed)
         if ctx.needs_input_grad[1]:
-            grad_kernel = _kernel_grad(feats, grad, ctx.kernel_map)
-        return grad_feats, grad_kernel, None
+            grad_kernel = _kernel_grad(feats, grad, kernel_map, transposed)
+        return grad_feats, grad_kernel, None, None
 
 
-def sparse_conv(feats, kernel, kernel_map):
-    """Sparse convolution; differentiable once, in feats and kernel.
+def sparse_conv(feats, kernel, kernel_map, transposed=False):
+    """Sparse convolution, or its transpose over the same map; differentiable once, in feats and kernel.
 
-    feats (num_in, Cin), kernel (K^3, Cin, Cout) of one dtype, and a KernelMap -> (num_out, Cout). Under autocast both
-    go to its dtype, as in F.linear, and sums over offsets stay in float32. Raises ValueError where shapes disagree.
+    feats (num_in, Cin), kernel (K^3, Cin, Cout) of one dtype, and a KernelMap -> (num_out, Cout); transposed:
+    (num_out, Cin) -> (num_in, Cout). Under autocast both go to its dtype, as in F.linear, and sums over offsets stay
+    in float32. Raises ValueError where shapes or dtypes disagree.
     """
     device = feats.device.type
     if torch.is_autocast_enabled(device) and feats.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         feats, kernel = feats.to(dtype), kernel.to(dtype)
-    expected = (len(kernel_map.table), feats.shape[-1])
-    if feats.ndim != 2 or kernel.ndim != 3 or tuple(kernel.shape[:2]) != expected or feats.dtype != kernel.dtype:
-        raise ValueError(f"kernel must be (K^3, Cin, Cout) = {(*expected, 'Cout')} for feats {tuple(feats.shape)} "
-                         f"{feats.dtype}, got {tuple(kernel.shape)} {kernel.dtype}")
-    if len(feats) != kernel_map.num_in:
-        raise ValueError(f"feats has {len(feats)} rows, its map was built for {kernel_map.num_in}")
-    return _SparseConv.apply(feats.contiguous(), kernel, kernel_map)
+    rows = kernel_map.num_out if transposed else kernel_map.num_in
+    if feats.ndim != 2 or len(feats) != rows:
+        raise ValueError(f"feats must be ({rows}, Cin) for this map, got {tuple(feats.shape)}")
+    expected = (len(kernel_map.table), feats.shape[1])
+    if kernel.ndim != 3 or kernel.shape[:2] != expected or feats.dtype != kernel.dtype:
+        raise ValueError(f"kernel must be {(*expected, 'Cout')} {feats.dtype} for feats {tuple(feats.shape)} "
+                         f"on this map, got {tuple(kernel.shape)} {kernel.dtype}")
+    return _SparseConv.apply(feats, kernel, kernel_map, transposed)
 
 
 class SparseConv(nn.Module):
@@ -342,8 +335,8 @@ class SparseConv(nn.Module):
         self.kernel = nn.Parameter(torch.empty(shape))
         nn.init.normal_(self.kernel, std=math.sqrt(2 / (kernel_size ** 3 * out_channels)))  # He, fan out
 
-    def forward(self, feats, kernel_map=None):
-        return feats @ self.kernel if self.kernel.ndim == 2 else sparse_conv(feats, self.kernel, kernel_map)
+    def forward(self, feats, kernel_map=None, transposed=False):
+        return feats @ self.kernel if self.kernel.ndim == 2 else sparse_conv(feats, self.kernel, kernel_map, transposed)
 
     def extra_repr(self):
         return "x".join(map(str, self.kernel.shape))
@@ -460,32 +453,38 @@ class Res16UNet34C(nn.Module):
         skip8 = self.block3(norm_relu(self.bn3, self.conv3p4s2(skip4, g4.down())), g8.neighbours(3))
         x = self.block4(norm_relu(self.bn4, self.conv4p8s2(skip8, g8.down())), g16.neighbours(3))
 
-        x = norm_relu(self.bntr4, self.convtr4p16s2(x, g8.down().transposed))
+        x = norm_relu(self.bntr4, self.convtr4p16s2(x, g8.down(), transposed=True))
         x = self.block5(torch.cat((x, skip8), 1), g8.neighbours(3))
-        x = norm_relu(self.bntr5, self.convtr5p8s2(x, g4.down().transposed))
+        x = norm_relu(self.bntr5, self.convtr5p8s2(x, g4.down(), transposed=True))
         x = self.block6(torch.cat((x, skip4), 1), g4.neighbours(3))
-        x = norm_relu(self.bntr6, self.convtr6p4s2(x, g2.down().transposed))
+        x = norm_relu(self.bntr6, self.convtr6p4s2(x, g2.down(), transposed=True))
         x = self.block7(torch.cat((x, skip2), 1), g2.neighbours(3))
-        x = norm_relu(self.bntr7, self.convtr7p2s2(x, g1.down().transposed))
+        x = norm_relu(self.bntr7, self.convtr7p2s2(x, g1.down(), transposed=True))
         return self.block8(torch.cat((x, stem), 1), g1.neighbours(3))
 
 
 def load_res16unet34c(model, checkpoint):
     """Fill a Res16UNet34C from a checkpoint of ESAM, Mask3D or OpenScene, or from one of its own.
 
-    checkpoint: a path, or a dict of tensors, flat or under "state_dict". What stands before `conv0p1s1.kernel`
-    (`backbone.`, `model.backbone.`) is taken as the prefix of the network, other keys are left, `final.*` is dropped.
+    checkpoint: a path, or a dict of tensors, flat or under "state_dict" or "model". What stands before
+    `conv0p1s1.kernel` (`backbone.`, `model.backbone.`) is the prefix of the network: keys without it are left alone,
+    and `final.*` is dropped.
     Returns one line that says what was loaded. Raises FileNotFoundError, and ValueError with the list of what is
     missing, unknown or of another shape; then nothing is loaded.
     """
-    name = "checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
+    name = "checkpoint"
     if not isinstance(checkpoint, dict):
+        name = str(checkpoint)
         try:
             checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{name} holds more than tensors: where you trust it, load it with weights_only=False "
-                             "and save its state_dict alone") from error
-    tensors = checkpoint.get("state_dict", checkpoint)
+        except FileNotFoundError:
+            raise
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # torch has one for each damage
+            raise ValueError(f"{name} is no checkpoint of plain tensors; if it holds other objects and you trust it, "
+                             "load it with weights_only=False and save its state_dict alone") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{name} holds a {type(checkpoint).__name__}, expected a dict of tensors")
+    tensors = next((checkpoint[key] for key in ("state_dict", "model") if key in checkpoint), checkpoint)
     anchor = "conv0p1s1.kernel"
     prefixes = [key[:-len(anchor)] for key in tensors if key == anchor or key.endswith("." + anchor)]
     if len(prefixes) != 1:
@@ -497,7 +496,7 @@ def load_res16unet34c(model, checkpoint):
     found = {key: value for key, value in found.items() if key not in dropped}
     own = model.state_dict()
     problems = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in found]
-    problems += [f"unknown {key} {tuple(found[key].shape)}" for key in found if key not in own]
+    problems += [f"unknown {key}" for key in found if key not in own]
     problems += [f"{key} is {tuple(found[key].shape)}, the model has {tuple(own[key].shape)}"
                  for key in own if key in found and found[key].shape != own[key].shape]
     if problems:
