@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from decoder import (Attention, InstanceDecoder, attention_mask, instances_from_logits, matrix_nms, pool,
+from decoder import (Attention, DecoderLayer, InstanceDecoder, attention_mask, instances_from_logits, matrix_nms, pool,
                      scene_instances, superpoint_index)
 
 SIZES = [7, 1, 0, 12]  # superpoints per scene; one has a single one, one has none
@@ -67,17 +67,22 @@ def test_pool_commutes_with_permutations_of_points():
     torch.testing.assert_close(pool(feats[order], index[order], 9), pool(feats, index, 9), rtol=0, atol=1e-12)
 
 
+def load_attention(reference, ours):
+    """Our attention's weights into nn.MultiheadAttention."""
+    linears = (ours.query, ours.key, ours.value)
+    with torch.no_grad():
+        for linear in (*linears, ours.out):
+            nn.init.normal_(linear.bias)
+        reference.in_proj_weight.copy_(torch.cat([linear.weight for linear in linears]))
+        reference.in_proj_bias.copy_(torch.cat([linear.bias for linear in linears]))
+        reference.out_proj.load_state_dict(ours.out.state_dict())
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_ragged_attention_equals_torch_multihead_attention_scene_by_scene(masked):
     torch.manual_seed(0)
     ours, reference = Attention(16, 4).double(), nn.MultiheadAttention(16, 4, batch_first=True).double()
-    linears = (ours.query, ours.key, ours.value)
-    for linear in linears:
-        nn.init.normal_(linear.bias)
-    with torch.no_grad():
-        reference.in_proj_weight.copy_(torch.cat([linear.weight for linear in linears]))
-        reference.in_proj_bias.copy_(torch.cat([linear.bias for linear in linears]))
-        reference.out_proj.load_state_dict(ours.out.state_dict())
+    load_attention(reference, ours)
     x_sizes = [3, 1, 0, 5]
     x, source = (torch.randn(sum(s), 16, dtype=torch.float64) for s in (x_sizes, SIZES))
     allowed = [torch.rand(q, s) < .5 for q, s in zip(x_sizes, SIZES)] if masked else None
@@ -88,6 +93,37 @@ def test_ragged_attention_equals_torch_multihead_attention_scene_by_scene(masked
         if len(q):
             expected = reference(q, s, s, attn_mask=~allowed[b] if masked else None, need_weights=False)[0]
             torch.testing.assert_close(out[b], expected, rtol=0, atol=1e-12)
+
+
+def test_a_layer_is_cross_attention_then_torch_encoder_layer_all_post_norm():
+    torch.manual_seed(0)
+    ours = DecoderLayer(16, 4, 32).double()
+    cross = nn.MultiheadAttention(16, 4, batch_first=True).double()
+    rest = nn.TransformerEncoderLayer(16, 4, 32, dropout=0, activation="gelu", batch_first=True).double()
+    load_attention(cross, ours.cross_attention)
+    load_attention(rest.self_attn, ours.self_attention)
+    for norm in (ours.cross_norm, ours.self_norm, ours.ffn_norm):
+        nn.init.normal_(norm.weight)
+    for theirs, own in ((rest.norm1, ours.self_norm), (rest.norm2, ours.ffn_norm), (rest.linear1, ours.ffn[0]),
+                        (rest.linear2, ours.ffn[2])):
+        theirs.load_state_dict(own.state_dict())
+    x, source = torch.randn(5, 16, dtype=torch.float64), torch.randn(7, 16, dtype=torch.float64)
+    allowed = torch.rand(5, 7) < .5
+    allowed[:, 0] = True
+    crossed = ours.cross_norm(x + cross(x, source, source, attn_mask=~allowed, need_weights=False)[0])
+    torch.testing.assert_close(ours(x, source, [5], [7], [allowed]), rest(crossed[None])[0], rtol=0, atol=1e-12)
+
+
+def test_each_layer_attends_to_the_masks_predicted_before_it():
+    decoder, given = small_decoder(num_layers=3).eval(), []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[-1]))
+    layers = decoder(torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES))["layers"]
+    assert len(layers) == 4 and len(given) == 3
+    for prediction, allowed in zip(layers, given):
+        for logits, mask in zip(prediction["mask_logits"], allowed):
+            own = logits.sigmoid() >= .5
+            assert torch.equal(mask, own | (own.sum(1, keepdim=True) == 0))
 
 
 def test_attention_is_blocked_below_one_half_and_an_empty_row_is_opened():
