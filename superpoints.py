@@ -33,6 +33,15 @@ def srgb_to_lab(colors):
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1).astype(np.float32)
 
 
+def box_mean(image, size):
+    """Mean of image (H, W, C) over size x size pixels, size odd; the border is repeated outwards."""
+    for axis in (0, 1):
+        reach = [(size // 2, size // 2) if i == axis else (0, 0) for i in range(3)]
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, reach, "edge"), size, axis)
+        image = sum(windows[..., i] for i in range(size)) / np.float32(size)
+    return image
+
+
 def ward(features, u, v, count):
     """Graph of n nodes with edges u - v (E,), (E,) -> region (n,) int64 of each node; `count` regions where connected.
 
@@ -102,7 +111,8 @@ def oversegment(depth, colors, intrinsics, count=256, nodes=20_000):
     rows, columns = node[coarse], node.T[coarse.T]
     spacing = np.linalg.norm(np.diff(points[coarse], axis=0), axis=1)
     length = max(np.median(spacing) if len(spacing) else 0, 1e-6) * (len(rows) / count) ** 0.5
-    features = np.concatenate([points / np.float32(length), srgb_to_lab(colors) / 10], -1)
+    shades = box_mean(srgb_to_lab(colors), max(step // 2 * 2 - 1, 1))  # texture finer than the clustered grid is noise
+    features = np.concatenate([points / np.float32(length), shades / 10], -1)
     clustered = features[coarse]
     region = ward(clustered, np.concatenate([rows[:-1], columns[:-1]]), np.concatenate([rows[1:], columns[1:]]), count)
     out[coarse] = region

@@ -4,9 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 import data
-from superpoints import SuperpointCache, oversegment, srgb_to_lab, ward
+from superpoints import SuperpointCache, box_mean, oversegment, srgb_to_lab, ward
 
 INTRINSICS = np.array([[60, 0, 31.5], [0, 60, 23.5], [0, 0, 1.0]])
 
@@ -97,6 +98,14 @@ def test_lab_of_known_colors():
     colors = np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
     expected = [[100, 0, 0], [0, 0, 0], [53.241, 80.092, 67.203], [87.735, -86.183, 83.179], [32.297, 79.188, -107.860]]
     assert np.abs(srgb_to_lab(colors) - expected).max() < 0.02
+
+
+def test_box_mean_agrees_with_average_pooling():
+    image = np.random.default_rng(0).random((9, 7, 3)).astype(np.float32)
+    padded = torch.from_numpy(np.pad(image, ((2, 2), (2, 2), (0, 0)), "edge")).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.avg_pool2d(padded, 5, 1)[0].permute(1, 2, 0)
+    assert np.abs(box_mean(image, 5) - expected.numpy()).max() < 1e-6
+    assert np.array_equal(box_mean(image, 1), image)
 
 
 @pytest.mark.parametrize("nodes", [10_000, 700])
