@@ -150,8 +150,8 @@ def test_concurrent_builds_of_the_same_pictures_leave_whole_entries(tmp_path):
         build({str(tmp_path)!r}, PICTURES * 4)
     """)
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-               for _ in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
+               for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
     cache, tower = build(tmp_path)
     assert tower.seen == 0 and len(entries(cache)) == 10 and not list(cache.folder.glob("*/*.tmp"))
 
