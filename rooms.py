@@ -112,7 +112,7 @@ def _texture(look, u, v, width, height):
 
 
 def _furniture(kind, rng):
-    """Size (3,) of a piece, and its parts (low, high, is an ellipsoid) with the back at y = 0 and the floor at z = 0."""
+    """Size (3,) of a piece and its parts (low, high[, is an ellipsoid]); its back is at y = 0, the floor at z = 0."""
     if kind in BOXES:
         w, d, h = rng.uniform([0.7, 0.35, 1.0], [1.2, 0.6, 2.0])
         parts = [((0, 0, 0), (w, d, h))]
@@ -149,7 +149,7 @@ def _turned(low, high, quarter, origin):
 
 
 def _against_wall(room, quarter, along):
-    """Origin (3,) at which something turned by `quarter` stands with its back to a wall, `along` metres from a corner."""
+    """Origin (3,) of a thing turned by `quarter` with its back to a wall, `along` metres from a corner."""
     x, y, _ = room
     return np.array([(along, 0, 0), (x, along, 0), (x - along, y, 0), (0, y - along, 0)][quarter], float)
 
@@ -178,7 +178,7 @@ def make_room(seed):
             add(box, kind, 0, wall if kind == "wall" else _appearance(kind, *room[:2], rng))
 
     panels = []  # (wall, left, right, bottom) of those in place
-    for kind in [*PANELS, *rng.choice(PANELS, rng.integers(2, 5))]:
+    for kind in rng.permutation([*PANELS, *rng.choice(PANELS, rng.integers(2, 5))]):  # late ones find less space
         for _ in range(30):
             tall = rng.random() < 0.4
             w, h, bottom = rng.uniform([0.8, 1.9, 0.0], [1.4, 2.1, 0.1]) if tall else \
