@@ -250,11 +250,11 @@ def _camera(scene, rng):
         eye = rng.uniform([0.35, 0.35, 1.2], [*(scene["size"][:2] - 0.35), 1.8])
         seen = rng.choice(np.unique(scene["instance"]))  # 0: wall, floor or ceiling
         centre = scene["corners"][rng.choice(np.flatnonzero(scene["instance"] == seen))].mean(0)
-        target = centre + rng.uniform(-0.5, 0.5, 3)
+        target = centre + rng.uniform(-1, 1, 3) * [0.5, 0.5, 0.8]
         roll = rng.uniform(-0.05, 0.05)
         distance = np.hypot(*(target - eye)[:2])
         if ((eye > low) & (eye < high)).all(1).any() or distance < 1.2 \
-                or not -0.7 < (target - eye)[2] / distance < 0.25:
+                or not -0.7 < (target - eye)[2] / distance < 0.35:
             continue
         world2cam = look_at(eye, target, roll)
         glance = _cast(scene, world2cam, np.array([[10.5, 0, 5.5], [0, 10.5, 4.0], [0, 0, 1]]), (9, 12))[0]
