@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """losses.py: the consistency loss keeps its bounds on hostile input, equals the plain formula, and needs every guard.
 
-`check_promises` holds everything that the docstring of ClipConsCriterion promises, against a float64 reference in numpy.
-It runs on the shipped file and, in `test_every_safeguard_is_needed`, on copies with one safeguard taken out.
+`check_promises` holds what the docstring of ClipConsCriterion promises, and a float64 reference in numpy. It runs on
+the shipped file and, in `test_every_safeguard_is_needed`, on copies with one safeguard taken out.
 """
 import itertools
 import math
@@ -20,8 +20,9 @@ from losses import ClipConsCriterion, SemanticCriterion, clip_consistency, clip_
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 C = 16
 SETTINGS = [dict(loss_weight=w, temperature=t, gradient_flow_ratio=g, clamp=m, norm_floor=r) for w, t, g, m, r in [
-    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, 10.0, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1), (0.01, 1e-4, 0.25, 10.0, 0.5),
-    (1.0, 0.0, 1.0, 10.0, 0.01), (0.05, 0.07, 0.3, 2.0, 0.1), (2.0, 3.0, 1.0, 10.0, 2.0)]]
+    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, 10.0, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1),
+    (0.01, 1e-4, 0.25, 10.0, 0.5), (1.0, 0.0, 1.0, 10.0, 0.01), (0.05, 0.07, 0.3, 2.0, 0.1),
+    (2.0, 3.0, 1.0, 10.0, 2.0)]]
 
 
 @pytest.fixture(autouse=True)
@@ -405,4 +406,5 @@ def test_semantic_criterion_is_its_weight_times_the_function_and_saves_no_state(
     ((4, 3), (4,), 2, r"class_weights \(2,\).*\(3,\)")])
 def test_misshapen_semantic_input_is_named(logits, labels, weights, message):
     with pytest.raises(ValueError, match=message):
-        semantic_loss(torch.zeros(logits), torch.zeros(labels).long(), -1, None if weights is None else torch.ones(weights))
+        semantic_loss(torch.zeros(logits), torch.zeros(labels).long(),
+                      class_weights=None if weights is None else torch.ones(weights))

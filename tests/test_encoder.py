@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: MIT
+"""encoder.py: CLIP's own numbers from one pass, any image size, frozen in every sense, clear refusals.
+
+The towers are tiny open_clip models of the same classes as the real ones; `ViT-S-16-alt` stands for the shipped sizes.
+"""
+import copy
+import json
+import re
+
+import open_clip
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+import encoder as encoder_module
+from encoder import Enhanced2DEncoder, load_clip, resize_position_embedding, semi_orthogonal
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
+TOWERS = {
+    "tiny-vit": {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT},
+    "tiny-vit-quickgelu": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+    "tiny-average": {"embed_dim": 32, "text_cfg": TEXT,
+                     "vision_cfg": {**VISION, "pool_type": "avg", "final_ln_after_pool": True}},
+    "tiny-attention-pool": {"embed_dim": 32, "text_cfg": TEXT,
+                            "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2}},
+    "tiny-timm": {"embed_dim": 192, "text_cfg": TEXT,
+                  "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
+                                 "timm_pool": "map", "timm_proj": "none", "image_size": 64}},
+    "tiny-resnet": {"embed_dim": 32, "text_cfg": TEXT,
+                    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
+}
+VITS = [name for name in TOWERS if name != "tiny-resnet"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only wait for a thread pool, and for long where other work shares the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def towers(tmp_path_factory):
+    """Makes the tiny models known to open_clip under their names."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in TOWERS.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(towers, tmp_path_factory):
+    """A file of weights of tiny-vit that no seed of the encoder draws."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
+    return path
+
+
+def pictures(encoder, b=2):
+    return torch.rand(b, 3, *encoder.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def normalised(images, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD):
+    return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
+
+
+# ---------------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_pooled_equals_open_clips_encode_image(name):
+    encoder = Enhanced2DEncoder(name, None, image_size=64)
+    images = pictures(encoder)
+    tokens, pooled = encoder.encode(images)
+    cfg = encoder.clip.visual.preprocess_cfg
+    with torch.no_grad():
+        expected = encoder.clip.encode_image(normalised(images, cfg["mean"], cfg["std"]))
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)
+    assert tokens.shape == (2, encoder.token_dim, 4, 4)
+
+
+def test_weights_of_a_file_give_the_features_that_open_clip_gives_with_them(checkpoint):
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    model = open_clip.create_model("tiny-vit", pretrained=str(checkpoint)).eval()
+    images = pictures(encoder)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode(images)[1], model.encode_image(normalised(images)))
+    assert not torch.equal(encoder.encode(images)[1], Enhanced2DEncoder("tiny-vit", None).encode(images)[1])
+
+
+def test_tokens_are_the_last_blocks_output_after_the_final_norm_in_picture_order(checkpoint):
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, image_size=(32, 96))
+    images, seen = pictures(encoder), []
+    hook = encoder.clip.visual.transformer.resblocks[-1].register_forward_hook(lambda *a: seen.append(a[-1]))
+    tokens, pooled = encoder.encode(images)
+    hook.remove()
+    assert len(seen) == 1  # one pass gives both
+    with torch.no_grad():
+        expected = encoder.clip.visual.ln_post(seen[0])
+    torch.testing.assert_close(tokens.flatten(2).mT, expected[:, 1:])
+    torch.testing.assert_close(pooled, expected[:, 0] @ encoder.clip.visual.proj)
+
+
+def test_a_patch_lands_in_its_own_cell(checkpoint):
+    """Without attention between patches, only the token under a changed patch changes."""
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, image_size=(32, 96))
+    for block in encoder.clip.visual.transformer.resblocks:
+        nn.init.zeros_(block.attn.out_proj.weight)
+    images = pictures(encoder, 1)
+    changed = images.clone()
+    changed[:, :, 16:32, 64:80] += 0.3  # row 1, column 4
+    moved = (encoder.encode(images)[0] - encoder.encode(changed)[0]).abs().amax(1)[0] > 1e-6
+    assert moved.nonzero().tolist() == [[1, 4]]
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-timm"])
+def test_a_picture_is_encoded_alone_as_in_a_batch(name):
+    encoder = Enhanced2DEncoder(name, None, image_size=64)
+    images = pictures(encoder, 3)
+    for whole, part in zip(encoder(images), zip(*[encoder(image[None]) for image in images])):
+        torch.testing.assert_close(whole, torch.cat(part), rtol=1e-4, atol=1e-5)
+
+
+def test_all_ways_to_the_features_agree():
+    encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=48)
+    images = pictures(encoder)
+    spatial, global_ = encoder(images)
+    assert spatial.shape == (2, 48, 4, 4) and global_.shape == (2, 48)
+    assert torch.equal(encoder.forward_spatial(images), spatial)
+    assert torch.equal(encoder.forward_global(images), global_)
+    assert all(map(torch.equal, encoder.project(*encoder.encode(images)), (spatial, global_)))
+
+
+def test_the_shipped_sizes():
+    encoder = Enhanced2DEncoder("ViT-S-16-alt", None)
+    with torch.no_grad():
+        spatial, global_ = encoder(torch.rand(1, 3, 224, 224))
+    assert spatial.shape == (1, 256, 14, 14) and global_.shape == (1, 256)
+
+
+# ---------------------------------------------------------------------------------------------- image size
+
+
+@pytest.mark.parametrize("size", [(96, 96), (32, 32), (48, 80), (32, 128)])  # the last has as many patches as 64 x 64
+def test_position_embedding_is_resized_as_open_clip_does(checkpoint, size):
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, image_size=size)
+    grid = (size[0] // 16, size[1] // 16)
+    native = torch.load(checkpoint, weights_only=True)["visual.positional_embedding"]
+    if grid[0] * grid[1] != 16:
+        model = open_clip.create_model("tiny-vit", pretrained=str(checkpoint), force_image_size=size).eval()
+        assert torch.equal(encoder.clip.visual.positional_embedding, model.visual.positional_embedding)
+        images = pictures(encoder)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.encode(images)[1], model.encode_image(normalised(images)))
+    else:  # open_clip compares counts only, and would read the rows of one grid as those of another
+        resized = encoder.clip.visual.positional_embedding
+        assert not torch.allclose(resized, native)
+        torch.testing.assert_close(resized[None], resample_abs_pos_embed(native[None], list(grid), [4, 4]))
+    assert torch.equal(encoder.clip.visual.positional_embedding[0], native[0])
+    assert encoder.image_size == size and encoder.grid == grid
+    assert encoder.encode(pictures(encoder))[0].shape == (2, 64, *grid)
+
+
+def test_a_resized_embedding_keeps_a_constant_and_the_direction_of_a_ramp():
+    row, column = torch.meshgrid(torch.linspace(0, 1, 4), torch.linspace(0, 1, 4), indexing="ij")
+    embedding = torch.cat([torch.full((1, 3), 9.0), torch.stack([torch.ones(16), row.flatten(), column.flatten()], 1)])
+    resized = resize_position_embedding(embedding, (4, 4), (2, 8))
+    assert torch.equal(resized[0], embedding[0])
+    constant, rows, columns = resized[1:].view(2, 8, 3).unbind(-1)
+    torch.testing.assert_close(constant, torch.ones(2, 8))
+    assert (rows.diff(dim=0) > 0.1).all() and rows.diff(dim=1).abs().max() < 1e-5
+    assert columns.diff(dim=1).min() > 0.02 and columns.diff(dim=0).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 128)])
+def test_timm_towers_take_other_sizes(size):
+    encoder = Enhanced2DEncoder("tiny-timm", None, image_size=size)
+    tokens, _ = encoder.encode(pictures(encoder))
+    assert tokens.shape == (2, 192, size[0] // 16, size[1] // 16)
+
+
+# ---------------------------------------------------------------------------------------------- frozen
+
+
+def test_frozen_in_every_sense(checkpoint):
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    before = copy.deepcopy(encoder.clip.state_dict())
+    assert [name for name, _ in encoder.named_parameters()] == ["spatial_proj.weight", "spatial_proj.bias"]
+    assert sorted(encoder.state_dict()) == ["global_proj", "spatial_proj.bias", "spatial_proj.weight"]
+    encoder.train().requires_grad_(True)
+    assert not any(m.training for m in encoder.clip.modules())
+    images = pictures(encoder).requires_grad_()
+    tokens, pooled = encoder.encode(images)
+    assert not tokens.requires_grad and not pooled.requires_grad and not any(
+        p.requires_grad for p in encoder.clip.parameters())
+    spatial, global_ = encoder(images)
+    assert not global_.requires_grad and not encoder.encode_text(["a chair"]).requires_grad
+    spatial.sum().backward()
+    torch.optim.SGD(encoder.parameters(), 1.0, weight_decay=1.0).step()
+    assert images.grad is None and all(p.grad is None for p in encoder.clip.parameters())
+    assert all(torch.equal(before[name], value) for name, value in encoder.clip.state_dict().items())
+
+
+def test_inside_a_larger_model_the_tower_stays_frozen_and_in_eval_mode():
+    model = nn.Sequential(Enhanced2DEncoder("tiny-vit", None)).train()
+    assert not model[0].clip.training and not any("clip" in name for name in model.state_dict())
+    model.double()  # .to() of the whole model carries the tower along
+    assert all(p.dtype == torch.float64 for p in model[0].clip.parameters())
+    assert model[0].encode(pictures(model[0]).double())[1].dtype == torch.float64
+    meta = copy.deepcopy(model).to("meta")
+    assert all(p.is_meta for p in meta[0].clip.parameters()) and not model[0].clip.visual.proj.is_meta
+
+
+@pytest.mark.parametrize("name, k", [("tiny-vit", 1), ("tiny-vit", 2), ("tiny-vit", 3), ("tiny-timm", 2)])
+def test_trainable_blocks_get_gradients_and_nothing_else_does(name, k):
+    encoder = Enhanced2DEncoder(name, None, image_size=64, trainable_blocks=k).train()
+    visual = encoder.clip.visual
+    blocks = list(visual.trunk.blocks if name == "tiny-timm" else visual.transformer.resblocks)
+    free = {id(p) for block in blocks[-k:] for p in block.parameters()}
+    spatial, global_ = encoder(pictures(encoder))
+    (spatial.square().sum() + global_.square().sum()).backward()
+    for p in encoder.clip.parameters():
+        assert (p.grad is not None and p.grad.any().item()) == (id(p) in free) == p.requires_grad
+    own = {id(p) for p in encoder.spatial_proj.parameters()}
+    assert {id(p) for p in encoder.parameters()} == free | own
+    assert sum(name.startswith("trainable.") for name in encoder.state_dict()) == len(free)
+    assert not any(m.training for m in encoder.clip.modules())
+
+
+def test_trained_blocks_come_back_with_the_state_dict():
+    encoder = Enhanced2DEncoder("tiny-vit", None, trainable_blocks=1)
+    images = pictures(encoder)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.1)
+    other = Enhanced2DEncoder("tiny-vit", None, trainable_blocks=1)
+    assert not torch.equal(other(images)[1], encoder(images)[1])
+    other.load_state_dict(encoder.state_dict())
+    assert all(map(torch.equal, other(images), encoder(images)))
+
+
+def test_trainable_blocks_leave_the_numbers_alone_and_respect_no_grad():
+    frozen, freed = (Enhanced2DEncoder("tiny-vit", None, trainable_blocks=k) for k in (0, 3))
+    images = pictures(frozen)
+    torch.testing.assert_close(frozen.encode(images), freed.encode(images))
+    with torch.no_grad():
+        assert not freed.encode(images)[0].requires_grad
+
+
+# ---------------------------------------------------------------------------------------------- projections
+
+
+@pytest.mark.parametrize("rows, cols", [(256, 512), (256, 32), (5, 5), (1, 7)])
+def test_the_global_map_is_semi_orthogonal_and_always_the_same(rows, cols):
+    torch.manual_seed(rows)
+    matrix = semi_orthogonal(rows, cols)
+    assert matrix.shape == (rows, cols)
+    gram = matrix @ matrix.T if rows <= cols else matrix.T @ matrix
+    torch.testing.assert_close(gram, torch.eye(min(rows, cols)), rtol=0, atol=1e-5)
+    torch.manual_seed(rows + 1)
+    assert torch.equal(matrix, semi_orthogonal(rows, cols))
+
+
+def test_a_map_into_more_dimensions_keeps_all_cosines_and_text_passes_through_the_same_one():
+    encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=64)
+    images, prompts = pictures(encoder, 3), ["a chair", "a table", "wall", "the ceiling"]
+    tokenizer = open_clip.get_tokenizer("tiny-vit")
+    with torch.no_grad():
+        image = encoder.clip.encode_image(normalised(images), normalize=True)
+        text = encoder.clip.encode_text(tokenizer(prompts), normalize=True)
+    ours = [nn.functional.normalize(x, dim=1) for x in (encoder.forward_global(images), encoder.encode_text(prompts))]
+    assert encoder.encode_text(prompts).shape == (4, 64)
+    torch.testing.assert_close(ours[0] @ ours[1].T, image @ text.T, rtol=1e-5, atol=1e-6)
+
+
+def test_the_global_map_is_learned_only_on_request():
+    fixed, learned = (Enhanced2DEncoder("tiny-vit", None, learn_global_proj=x) for x in (False, True))
+    images = pictures(fixed)
+    assert torch.equal(fixed(images)[1], learned(images)[1])
+    assert not fixed.global_proj.requires_grad and isinstance(learned.global_proj, nn.Parameter)
+    learned(images)[1].sum().backward()
+    assert learned.global_proj.grad.any()
+
+
+def test_dense_features_share_the_space_of_the_global_one():
+    encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=64)
+    tokens, pooled = encoder.encode(pictures(encoder))
+    dense = encoder.project_dense(tokens)
+    expected = encoder.project_global(tokens[1, :, 2, 3] @ encoder.clip.visual.proj)
+    torch.testing.assert_close(dense[1, :, 2, 3], expected, rtol=1e-4, atol=1e-5)
+    assert not dense.requires_grad
+    # what the tower does to its class token, the same map does to it
+    with torch.no_grad():
+        class_token = torch.linalg.lstsq(encoder.clip.visual.proj.T, pooled.T).solution.T[:, :, None, None]
+    torch.testing.assert_close(encoder.project_dense(class_token)[..., 0, 0], encoder.project_global(pooled),
+                               rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-attention-pool", "tiny-timm"])
+def test_dense_features_are_refused_where_the_head_is_not_linear(name):
+    encoder = Enhanced2DEncoder(name, None, image_size=64)
+    with pytest.raises(ValueError, match=name):
+        encoder.project_dense(encoder.encode(pictures(encoder))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cached_half_precision_features_and_autocast_pass(dtype):
+    encoder = Enhanced2DEncoder("tiny-vit", None)
+    images = pictures(encoder)
+    tokens, pooled = encoder.encode(images)
+    half = encoder.project(tokens.to(dtype), pooled.to(dtype))
+    torch.testing.assert_close(half, encoder(images), rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype):
+        for low, full in zip(encoder(images), encoder.eval()(images)):
+            assert low.isfinite().all()
+            torch.testing.assert_close(low.float(), full.float(), rtol=0.1, atol=0.1)
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def test_the_random_tower_is_always_the_same_and_leaves_the_global_rng_alone():
+    torch.manual_seed(1)
+    first = load_clip("tiny-vit", None).state_dict()
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(()))
+    torch.manual_seed(2)
+    assert all(torch.equal(first[name], value) for name, value in load_clip("tiny-vit", None).state_dict().items())
+
+
+def test_the_fingerprint_changes_with_all_that_the_features_depend_on(checkpoint):
+    digests = [Enhanced2DEncoder("tiny-vit", checkpoint).fingerprint()]
+    assert Enhanced2DEncoder("tiny-vit", checkpoint, embed_dim=8).fingerprint() == digests[0]
+    digests += [Enhanced2DEncoder("tiny-vit", None).fingerprint(),
+                Enhanced2DEncoder("tiny-vit-quickgelu", checkpoint).fingerprint(),
+                Enhanced2DEncoder("tiny-vit", checkpoint, image_size=(32, 128)).fingerprint()]
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    encoder.model_name = "tiny-vit-quickgelu"  # the same name, weights and size: only the activation differs
+    digests.append(encoder.fingerprint())
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    encoder.clip.visual.preprocess_cfg = {**encoder.clip.visual.preprocess_cfg, "mean": (0.5, 0.5, 0.5)}
+    digests.append(encoder.fingerprint())
+    assert len(set(digests)) == len(digests)
+
+
+def test_an_unknown_model_is_named_with_its_nearest():
+    with pytest.raises(ValueError, match="'ViT-B-61'.*ViT-B-16"):
+        Enhanced2DEncoder("ViT-B-61", None)
+
+
+def test_a_tower_without_patches_is_refused():
+    with pytest.raises(ValueError, match="tiny-resnet.*not a vision transformer"):
+        Enhanced2DEncoder("tiny-resnet", None)
+
+
+def test_neither_a_file_nor_a_tag_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.pt.*no such file.*laion400m_e32"):
+        Enhanced2DEncoder("ViT-B-32", str(tmp_path / "missing.pt"))
+
+
+@pytest.mark.parametrize("content", ["text", "truncated", "other model", "not weights"])
+def test_a_wrong_checkpoint_file_is_named(tmp_path, checkpoint, content):
+    path = tmp_path / "wrong.pt"
+    if content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "truncated":
+        path.write_bytes(checkpoint.read_bytes()[:1000])
+    elif content == "other model":
+        torch.save(nn.Linear(2, 2).state_dict(), path)
+    else:
+        torch.save([1, 2, 3], path)
+    with pytest.raises(ValueError, match=r"wrong\.pt.*tiny-vit"):
+        Enhanced2DEncoder("tiny-vit", path)
+
+
+@pytest.mark.parametrize("pretrained, advice", [("openai", "ViT-B-32-quickgelu"), ("laion2b_e16", "ViT-B-32,")])
+def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch, pretrained, advice):
+    def no_network(name, pretrained=None, **_):
+        raise RuntimeError("connection refused")
+    monkeypatch.setattr(encoder_module.open_clip, "create_model", no_network)
+    with pytest.raises(FileNotFoundError, match=f"ViT-B-32/{pretrained}.*connection refused.*{advice}"):
+        Enhanced2DEncoder("ViT-B-32", pretrained)
+
+
+@pytest.mark.parametrize("pretrained, quick_gelu", [("openai", True), ("laion2b_e16", False)])
+def test_a_tag_is_loaded_with_the_activation_that_it_was_trained_with(monkeypatch, pretrained, quick_gelu):
+    asked = {}
+    monkeypatch.setattr(encoder_module.open_clip, "create_model", lambda name, **options: asked.update(options))
+    load_clip("ViT-B-32", pretrained)
+    assert asked == {"pretrained": pretrained, "force_quick_gelu": quick_gelu}
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("size", [60, (64, 60), 0, (64,), (64, 64, 64), (-64, 64), 8])
+def test_an_image_size_off_the_patch_is_refused(size):
+    with pytest.raises(ValueError, match=r"image_size.*\(16, 16\)"):
+        Enhanced2DEncoder("tiny-vit", None, image_size=size)
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_more_trainable_blocks_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match=f"trainable_blocks={k}.*3 blocks"):
+        Enhanced2DEncoder("tiny-vit", None, trainable_blocks=k)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 32),
+                                    torch.zeros(1, 64, 64, 3), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)])
+def test_misshapen_images_are_refused(images):
+    encoder = Enhanced2DEncoder("tiny-vit", None)
+    with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\).*" + re.escape(str(tuple(images.shape)))):
+        encoder.encode(images)
