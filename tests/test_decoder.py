@@ -262,7 +262,10 @@ def test_thresholds_of_size_score_and_mask_are_arguments():
     assert len(instances_from_logits(classes, masks, index, **options, nms=None)["scores"]) == 3
     assert len(instances_from_logits(classes, masks, index, **options)["scores"]) == 2  # the copy has decayed to 0
     assert instances_from_logits(classes, masks, index, top_k=3, min_points=31)["masks"].sum(1).tolist() == [70]
+    assert len(instances_from_logits(classes, masks, index, top_k=3, min_points=70)["scores"]) == 1
     assert len(instances_from_logits(classes, masks, index, top_k=3, min_points=71)["scores"]) == 0
+    second = instances_from_logits(classes, masks, index, torch.tensor([1., .2, 1.]), top_k=3, min_points=31)
+    assert second["labels"].tolist() == [1] and second["masks"][0].nonzero().squeeze().tolist() == list(range(30, 100))
     assert len(instances_from_logits(classes, masks, index, **options, score_threshold=.9)["scores"]) == 1
     strict = instances_from_logits(classes, masks, index, **options, mask_threshold=.9)
     assert sorted(strict["masks"].sum(1).tolist()) == [20, 40]

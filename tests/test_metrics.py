@@ -116,6 +116,23 @@ def test_of_two_matches_the_lower_score_is_the_false_positive_whatever_their_ord
         assert evaluate_instances([prediction], [truth], [5])["ap50"] == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_prediction_serves_one_instance_and_a_spare_one_may_still_serve_the_next():
+    across = (100, 300, .5)  # half on each of two instances: IoU 1/3
+    alone, truth = one_scene([200, 200], [across])
+    assert evaluate_instances([alone], [truth], [5])["ap25"] == pytest.approx(.5, abs=1e-12)
+    both, truth = one_scene([200, 200], [(0, 200, .9), across])  # hit .9; false .5 on the first, hit .5 on the second
+    expected = 2 / 3 * .25 + 1 * .5 + 1 * .25
+    assert evaluate_instances([both], [truth], [5])["ap25"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_void_share_of_exactly_the_threshold_is_a_false_positive():
+    prediction, truth = one_scene([200, 100], [(0, 200, .5), (200, 400, .9)], void=100)
+    truth[200:300] = 7001
+    # False positive, then hit: precision 1/2, 0, 1 at recall 1, 0, 0; for AP25 the void share is above the threshold.
+    result = evaluate_instances([prediction], [truth], [5, 7])["per_class"][5]
+    assert result[1:] == pytest.approx((1 / 2 * .5, 1), abs=1e-12)
+
+
 def test_predictions_on_void_are_neither_hit_nor_miss_up_to_the_threshold():
     on_void, truth = one_scene([200], [(0, 200, .9), (300, 500, .95)], void=400)
     assert evaluate_instances([on_void], [truth], [5])["ap50"] == 1
