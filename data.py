@@ -65,16 +65,16 @@ def elastic(coords, rng, granularity, magnitude):
     """
     if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or not np.isfinite(coords).all():
         raise ValueError(f"expected finite coords (n, 3) of at least one point, got shape {coords.shape}")
-    low, high = coords.min(0), coords.max(0)
-    cells = ((high - low) // (2 * granularity)).astype(int) + 3  # the cloud, and a cell to spare on both sides
-    noise = np.clip(rng.standard_normal((3, *cells[::-1])), -3, 3).astype(np.float32)
-    noise = torch.from_numpy(noise)[None]  # (1, 3, z, y, x)
+    cloud = torch.from_numpy(coords)
+    low, high = torch.aminmax(cloud, dim=0)
+    cells = ((high - low) / (2 * granularity)).long() + 3  # the cloud, and a cell to spare on both sides
+    noise = rng.standard_normal((3, *cells.tolist()[::-1]), np.float32)
+    noise = torch.from_numpy(noise).clamp(-3, 3)[None]  # (1, 3, z, y, x)
     for _ in range(2):
         noise = F.avg_pool3d(noise, 3, stride=1, padding=1)
-    where = ((coords - low) / (2 * granularity) + 0.5) / (cells - 1) * 2 - 1
-    where = torch.from_numpy(where.astype(np.float32)).view(1, 1, 1, -1, 3)
-    shift = F.grid_sample(noise, where, align_corners=True, padding_mode="border")  # (1, 3, 1, 1, n)
-    return coords + magnitude * shift.view(3, -1).T.numpy()
+    where = ((cloud - low) / (2 * granularity) + 0.5) / (cells - 1) * 2 - 1
+    shift = F.grid_sample(noise, where.view(1, 1, 1, -1, 3), align_corners=True, padding_mode="border")
+    return (cloud + magnitude * shift.view(3, -1).T).numpy()
 
 
 def random_similarity(rng):
