@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from cache import FeatureCache
 from checkpoint import read_checkpoint, restore, rng_state, set_rng_state, write_atomically
-from data import PointDataset, RoomFrames, ScanNetFrames, collate, load_classes
+from data import PointDataset, RoomFrames, ScanNetFrames, ScanNetScenes, SceneDataset, collate, load_classes
 from decoder import InstanceDecoder, pool, scene_instances, superpoint_index
 from diagnose import fusion_statistics, pictures
 from encoder import Enhanced2DEncoder
@@ -77,6 +77,8 @@ def build_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
     g.add_argument("--classes", help="class list, lines 'id name' (default: classes.txt in the data folder)")
+    g.add_argument("--scans", help="folder of ScanNet's whole scans: points from there, views from --data")
+    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv: class ids of --scans are that table's (ScanNet200)")
     g.add_argument("--train-split", help="file of scenes or scene/frame entries; needed for a data folder")
     g.add_argument("--val-split", help="likewise")
     g.add_argument("--rooms", type=int, default=32, help="built-in training rooms; validation has 3 for every 8")
@@ -195,16 +197,31 @@ class Segmenter(nn.Module):
                 "superpoint_batch": superpoint_batch, "decoder": decoder}
 
 
-def build_frames(args):
-    """Training and validation frames."""
+def build_sets(args):
+    """Training and validation PointDataset, class names, and whether instances are to be trained."""
+    options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
+                   seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no larger objects to bend
+    superpoints = None if args.no_instances else SuperpointCache(args.superpoint_cache, args.superpoints)
     if args.data == "rooms":
-        return (RoomFrames("train", args.rooms, args.frames_per_room),
-                RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
-    missing = [name for name in ("train_split", "val_split") if getattr(args, name) is None]
-    if missing:
-        raise ValueError(f"--data {args.data} needs --{missing[0].replace('_', '-')} FILE, a scene or scene/frame a line")
-    classes = load_classes(args.classes or Path(args.data) / "classes.txt")
-    return tuple(ScanNetFrames(args.data, classes, split) for split in (args.train_split, args.val_split))
+        frames = (RoomFrames("train", args.rooms, args.frames_per_room),
+                  RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
+    else:
+        missing = [name for name in ("train_split", "val_split") if getattr(args, name) is None]
+        if missing:
+            raise ValueError(f"--data {args.data} needs --{missing[0].replace('_', '-')} FILE, a scene or scene/frame "
+                             "a line")
+        splits = (args.train_split, args.val_split)
+        classes = load_classes(args.classes or Path(args.data) / "classes.txt")
+        if args.scans:
+            scans = [ScanNetScenes(args.scans, classes, split, args.label_map) for split in splits]
+            sets = [SceneDataset(scan, ScanNetFrames(args.data, None, split), augment=train and not args.no_augment,
+                                 **options) for scan, split, train in zip(scans, splits, (True, False))]
+            return *sets, scans[0].class_names, not args.no_instances
+        frames = [ScanNetFrames(args.data, classes, split) for split in splits]
+    instances = not args.no_instances and all(f[0]["instance"] is not None for f in frames)
+    options["superpoints"] = superpoints if instances else None
+    return (PointDataset(frames[0], augment=not args.no_augment, **options), PointDataset(frames[1], **options),
+            frames[0].class_names, instances)
 
 
 def build_encoder_2d(args, warn):
@@ -366,11 +383,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     np.random.seed(args.seed % 2 ** 32)
-    train_frames, val_frames = build_frames(args)
-    class_names = train_frames.class_names
+    train_set, val_set, class_names, instances = build_sets(args)
     num_classes = len(class_names)
-    say(f"{len(train_frames)} training and {len(val_frames)} validation frames, {num_classes} classes; "
-        f"{train_frames.skipped} and {val_frames.skipped} skipped for a lost pose")
+    say(f"{len(train_set)} training and {len(val_set)} validation samples, {num_classes} classes; "
+        f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
     encoder_2d, clip_is_random = build_encoder_2d(args, warn)
     planes = {} if args.backbone == "res16unet34c" else SMALL
     encoder_3d = PointEncoder(args.voxel_size, **planes)
@@ -378,21 +394,13 @@ def main(argv=None):
         say(load_res16unet34c(encoder_3d.backbone, args.init_3d))
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
                              point_target=args.clip_target == "point")
-    instances = not args.no_instances and all(f[0]["instance"] is not None for f in (train_frames, val_frames))
     model = Segmenter(fusion, num_classes, instances).to(device)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval, class_names, fingerprint)
 
     # CLIP is frozen: encode each picture once
-    cache = None
     amp_dtype = AMP_DTYPES[args.amp]
-    options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
-                   seed=args.seed)
-    if instances:
-        options["superpoints"] = SuperpointCache(args.superpoint_cache, args.superpoints)
-    train_set = PointDataset(train_frames, augment=not args.no_augment, **options)
-    val_set = PointDataset(val_frames, **options)
     if encoder_2d is not None and args.clip_blocks == 0 and args.clip_cache != "none":
         cache = FeatureCache(args.clip_cache, fingerprint, lambda images: encoder_2d.encode(images.to(device)),
                              workers=args.workers)
@@ -403,7 +411,8 @@ def main(argv=None):
             dist.barrier()
     sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
     loading = dict(batch_size=args.batch_size, collate_fn=collate, num_workers=args.workers,
-                   persistent_workers=args.workers > 0, pin_memory=device.type == "cuda")
+                   persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
+                   generator=torch.Generator())  # its own: a resumed run must find the global one where it was left
     train_loader = DataLoader(train_set, sampler=sampler, **loading)
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world_size)), **loading)
 
@@ -443,6 +452,9 @@ def main(argv=None):
         scaler.load_state_dict(state["scaler"])
         epoch, step, skipped_steps, best = (state[k] for k in ("epoch", "step", "skipped_steps", "best"))
         set_rng_state(state["rng"], device)
+
+    else:
+        torch.manual_seed(args.seed + rank)  # what was drawn so far depends on how full the caches were
 
     # where it is logged
     folder = Path(args.resume).parent if args.resume else Path(args.runs) / (

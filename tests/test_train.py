@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""The loop, run in process on a few small frames: what it writes, repeats, resumes, isolates and refuses."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from encoder import Enhanced2DEncoder
+from losses import clip_loss_weight
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+TOWER = "ViT-S-32-alt"
+
+
+def small(folder, *more):
+    """Arguments of a run of a few seconds in `folder`."""
+    return ["--rooms", "2", "--frames-per-room", "2", "--points", "1000", "--voxel-size", "0.15", "--batch-size", "2",
+            "--image-size", "96,128", "--clip-model", TOWER, "--clip-pretrained", "none", "--workers", "0",
+            "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--superpoints", "24",
+            "--min-instance-points", "20", "--clip-cache", str(folder / "clip"), "--superpoint-cache",
+            str(folder / "superpoints"), "--runs", str(folder / "runs"), "--device", "cpu", *more]
+
+
+def checkpoint(folder, name="last.pt"):
+    path, = (folder / "runs").glob(f"*/{name}")
+    return torch.load(path, weights_only=True)
+
+
+def scalars(folder):
+    run, = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def test_run_writes_finite_scalars_pictures_and_checkpoints_and_every_tag_is_documented(tmp_path, capsys):
+    metrics = train.main(small(tmp_path, "--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"))
+    printed = capsys.readouterr().out
+    assert "tensorboard --logdir" in printed and all(name in printed for name in ("IoU", "AP50", "bookshelf"))
+    assert 0 <= metrics["miou"] <= 1 and 0 <= metrics["ap50"] <= 1
+    events = scalars(tmp_path)
+    tags = events.Tags()
+    assert {"loss/total", "loss/semantic", "weighted/semantic", "loss/clip", "weighted/clip", "loss/instance",
+            "clip/weight", "grad/total", "grad/encoder_3d", "fusion/gate_mean", "fusion/effective_rank",
+            "speed/data_wait", "val/miou", "val/ap50"} <= set(tags["scalars"])
+    assert {"val/input_points", "val/truth", "val/prediction", "val/fused_pca", "val/clip_pca"} <= set(tags["images"])
+    values = {tag: [e.value for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    undefined = {tag for tag in values if tag.startswith("val_iou/")}  # NaN: a class that the few frames do not show
+    assert all(torch.tensor(values[tag]).isfinite().all() for tag in values.keys() - undefined)
+    documented = re.findall(r"^\| `([^`]+)` \|", README.split("## TensorBoard")[1].split("\n## ")[0], re.M)
+    patterns = [re.sub(r"<[a-z]+>", ".+", tag) for tag in documented]
+    for tag in tags["scalars"] + tags["images"]:
+        assert any(re.fullmatch(pattern, tag) for pattern in patterns), f"{tag} is not in the README's table"
+    for name in ("best.pt", "last.pt"):
+        state = checkpoint(tmp_path, name)
+        assert not any("clip" in key and "trainable" not in key for key in state["model"])
+    assert not list((tmp_path / "runs").glob("*/*.tmp"))
+
+
+def test_clip_weight_logged_is_the_schedule_at_every_step_also_with_accumulation(tmp_path):
+    train.main(small(tmp_path, "--epochs", "4", "--clip-warmup", "0,2", "--clip-weights", "0,0.5,0.25", "--accumulate",
+                     "2", "--no-instances", "--eval-every", "4"))
+    events = scalars(tmp_path)
+    weights = [e.value for e in events.Scalars("clip/weight")]
+    assert weights == [clip_loss_weight(epoch, (0, 2), (0, 0.5, 0.25)) for epoch in range(4)]
+    raw, weighted = ({e.step: e.value for e in events.Scalars(tag)} for tag in ("loss/clip", "weighted/clip"))
+    assert raw.keys() == {2, 3, 4}  # weight 0: not computed
+    assert all(weighted[s] == pytest.approx(raw[s] * weights[s - 1], rel=1e-5) for s in raw)
+
+
+def test_isolated_clip_loss_trains_as_none_at_all_to_the_bit(tmp_path):
+    runs = {}
+    for name, more in {"isolated": ["--isolate-clip", "--clip-weights", "1,1,1", "--gradient-flow-ratio", "1"],
+                       "none": ["--clip-weights", "0,0,0"], "full": ["--clip-weights", "1,1,1"]}.items():
+        train.main(small(tmp_path / name, *more, "--clip-cache", str(tmp_path / "clip")))
+        runs[name] = checkpoint(tmp_path / name)["model"]
+    assert all(torch.equal(runs["isolated"][key], runs["none"][key]) for key in runs["none"])
+    assert any(not torch.equal(runs["full"][key], runs["none"][key]) for key in runs["none"])
+
+
+def test_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, monkeypatch):
+    write = train.write_atomically
+
+    def keep(state, path):
+        write(state, path)
+        (tmp_path / "kept").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "kept" / f"{path.stem}{state['epoch']}.pt")
+
+    monkeypatch.setattr(train, "write_atomically", keep)
+    arguments = small(tmp_path, "--epochs", "4", "--eval-every", "2", "--clip-warmup", "0,2", "--workers", "1")
+    train.main(arguments)
+    straight = checkpoint(tmp_path)
+    middle = tmp_path / "second" / "runs" / "x" / "last.pt"
+    middle.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "kept" / "last2.pt", middle)
+    train.main(["--resume", str(middle), "--device", "cpu"])
+    resumed = checkpoint(tmp_path / "second")
+    assert resumed["epoch"] == straight["epoch"] == 4 and resumed["step"] == straight["step"]
+    assert all(torch.equal(resumed["model"][key], straight["model"][key]) for key in straight["model"])
+
+
+def test_eval_of_a_checkpoint_gives_the_metrics_of_its_training(tmp_path):
+    trained = train.main(small(tmp_path))
+    path, = (tmp_path / "runs").glob("*/last.pt")
+    evaluated = train.main(["--eval", str(path), "--device", "cpu"])
+    assert evaluated["miou"] == trained["miou"] and evaluated["ap50"] == pytest.approx(trained["ap50"], nan_ok=True)
+
+
+def test_baseline_never_builds_a_tower(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Enhanced2DEncoder", None)
+    metrics = train.main(small(tmp_path, "--no-clip", "--epochs", "1"))
+    assert 0 <= metrics["miou"] <= 1
+
+
+def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    tag = open_clip.list_pretrained_tags_by_model("ViT-B-32")[0]
+    own = ["--clip-model", "ViT-B-32", "--clip-pretrained", tag]
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", no_network)
+    metrics = train.main(small(tmp_path, *own, "--epochs", "1", "--no-instances"))
+    assert metrics["miou"] >= 0 and "RANDOMLY INITIALISED" in capsys.readouterr().out
+    assert "RANDOMLY INITIALISED" in checkpoint(tmp_path)["warnings"][0]
+    run, = (tmp_path / "runs").iterdir()
+    assert "warning/text_summary" in scalars(tmp_path).Tags()["tensors"]
+    args = train.parse_args(small(tmp_path, *own, "--data", str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=f"ViT-B-32/{tag} could not be had.*file's path"):
+        train.build_encoder_2d(args, print)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_200_steps_under_autocast_are_finite(tmp_path, amp):
+    train.main(small(tmp_path, "--amp", amp, "--epochs", "100", "--points", "300", "--eval-every", "100",
+                     "--clip-warmup", "1,2", "--clip-weights", "0.01,0.05,0.05", "--log-every", "10"))
+    events = scalars(tmp_path)  # a mean over 10 steps is finite only if each of them is
+    assert len(events.Scalars("loss/total")) == 20 and checkpoint(tmp_path)["step"] == 200
+    for tag in ("loss/total", "loss/clip", "loss/instance"):
+        assert all(torch.tensor([e.value for e in events.Scalars(tag)]).isfinite())
+    assert all(v.isfinite().all() for v in checkpoint(tmp_path)["model"].values())
+    assert events.Scalars("amp/skipped_steps")[-1].value <= (20 if amp == "fp16" else 0)  # the scaler's back-off
+
+
+def test_every_trainable_parameter_gets_a_gradient_and_is_in_one_group():
+    args = train.parse_args(small(Path("unused")))
+    encoder = Enhanced2DEncoder(TOWER, None, image_size=args.image_size)
+    model = train.Segmenter(train.BiFusionEncoder(encoder, train.PointEncoder(0.15, **train.SMALL)), 5, True)
+    groups = train.parameter_groups(model, args)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {group["name"] for group in groups} == {"encoder_3d", "fusion", "head"}
+    clip = {id(p) for p in encoder.clip.parameters()}
+    assert not clip & set(grouped)
+
+
+def test_schedule_warms_up_and_ends_at_zero():
+    for schedule in ("poly", "cosine"):
+        factors = [train.lr_factor(step, 100, 10, schedule) for step in range(101)]
+        assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0, abs=1e-12)
+        assert max(factors) <= 1 and all(a >= b for a, b in zip(factors[10:], factors[11:]))
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--clip-warmup", "20,10"], "must ascend"), (["--clip-warmup", "ten"], "expected integers"),
+    (["--clip-weights", "0,1"], "one entry less"), (["--image-size", "224"], "height,width"),
+    (["--batch-size", "0"], "at least 1"), (["--init-3d", "x.pt"], "--backbone res16unet34c")])
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit):
+        train.main(small(tmp_path, *options))
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_wrong_data_model_and_checkpoint_are_named_before_anything_is_written(tmp_path):
+    (tmp_path / "classes.txt").write_text("1 thing\n")
+    with pytest.raises(ValueError, match="needs --train-split FILE"):
+        train.main(small(tmp_path, "--data", str(tmp_path)))
+    with pytest.raises(ValueError, match="CLIP model 'ViT-X' is unknown"):
+        train.main(small(tmp_path, "--clip-model", "ViT-X"))
+    with pytest.raises(FileNotFoundError, match="missing.pt does not exist"):
+        train.main(["--eval", str(tmp_path / "missing.pt")])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="text.pt: not a checkpoint of train.py"):
+        train.main(["--resume", str(tmp_path / "text.pt")])
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt: .* field 'class_names' is missing"):
+        train.main(["--eval", str(tmp_path / "other.pt")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoint_of_another_tower_or_network_is_refused(tmp_path):
+    train.main(small(tmp_path, "--epochs", "1", "--no-instances"))
+    path, = (tmp_path / "runs").glob("*/last.pt")
+    with pytest.raises(ValueError, match="clip_fingerprint differs"):
+        train.main(["--eval", str(path), "--image-size", "64,96"])
+    state = torch.load(path, weights_only=True)
+    state["model"]["head.weight"] = state["model"]["head.weight"][:3]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"field 'head.weight' has shape \(3, 256\), the model's has \(16, 256\)"):
+        train.main(["--eval", str(path)])
+
+
+def test_two_processes_train_one_model_and_write_once(tmp_path):
+    code = ("import sys, torch, train, torch.distributed as dist\n"
+            "seen = {}\n"
+            "average = train.average_buffers\n"
+            "def check(model, world):\n"
+            "    average(model, world)\n"
+            "    for p in [*model.parameters(), *model.buffers()]:\n"
+            "        others = [torch.empty_like(p) for _ in range(world)]\n"
+            "        dist.all_gather(others, p.detach().contiguous())\n"
+            "        assert torch.equal(others[0], others[1])\n"
+            "train.average_buffers = check\n"
+            "metrics = train.main(sys.argv[1:])\n"
+            "print('MIOU', metrics['miou'])\n")
+    script = tmp_path / "two.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                           str(script), *small(tmp_path)], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = re.findall(r"MIOU (\S+)", done.stdout)
+    assert len(values) == 2 and values[0] == values[1]
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_readme_lists_every_option_with_its_default():
+    table = dict(re.findall(r"^\| `(--[a-z0-9-]+)[^|]*?` \| (.*?) \|", README.replace("\\|", "/"), re.M))
+    for action in train.build_parser()._actions:
+        if action.dest == "help":
+            continue
+        default = action.default
+        expected = "off" if action.nargs == 0 else "" if default is None else "`{}`".format(
+            ",".join(f"{x:g}" for x in default) if isinstance(default, tuple) else default)
+        assert table.pop(action.option_strings[0]).strip() == expected, action.option_strings
+    assert not table, f"documented, but not there: {table}"
