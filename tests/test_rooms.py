@@ -297,13 +297,14 @@ def test_holes_say_nothing_of_the_class():
 
 def test_rendering_leaves_scene_and_camera_as_they_were():
     scene, rng = make_room(2), np.random.default_rng(0)
-    pose = rooms._camera(scene, rng)
+    poses = [rooms._camera(scene, rng) for _ in range(12)]  # enough to see every kind of surface
     before = {key: np.copy(value) for key, value in scene.items() if key != "look"}
     palettes = [look["palette"].copy() for look in scene["look"]]
-    arguments = pose.copy(), INTRINSICS.copy()
-    render(scene, *arguments, SIZE, rng)
-    np.testing.assert_array_equal(arguments[0], pose)
-    np.testing.assert_array_equal(arguments[1], INTRINSICS)
+    for pose in poses:
+        arguments = pose.copy(), INTRINSICS.copy()
+        render(scene, *arguments, SIZE, rng)
+        np.testing.assert_array_equal(arguments[0], pose)
+        np.testing.assert_array_equal(arguments[1], INTRINSICS)
     for key, value in before.items():
         np.testing.assert_array_equal(scene[key], value)
     for look, palette in zip(scene["look"], palettes):
