@@ -5,7 +5,8 @@
     python bench.py sparse --device cuda         # the network alone, float32 against bfloat16
 
 `sparse` compares with spconv where it is installed (pip install spconv); without it that row is left out, aloud.
-Candidates take turns in one process, and the figures are medians: on a shared machine read ratios, not milliseconds.
+Candidates take turns in one process, and the figures are medians. What runs in one thread is given in CPU time, which
+other work on the machine disturbs least; read ratios rather than milliseconds all the same.
 """
 import argparse
 import importlib.util
@@ -22,19 +23,19 @@ import sparse_unet
 from sparse_unet import SMALL, Res16UNet34C, VoxelGrid, sparse_conv, voxelize
 
 
-def timed(candidates, repeats, device="cpu"):
+def timed(candidates, repeats, device="cpu", clock=time.perf_counter):
     """Median seconds of each of {name: function}, after one warm-up, the candidates taking turns."""
     seconds = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, function in candidates.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             if device == "cuda":
                 torch.cuda.synchronize()
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -78,7 +79,7 @@ def bench_convolution(repeats):
         coords = room_cloud(voxels, density)
         kernel_map = VoxelGrid(coords).neighbours(3)
         pairs = len(kernel_map.pairs[0])
-        print(f"\nconvolution 96 -> 96, k3, 1 thread, float32, {cloud} cloud: {voxels} voxels, "
+        print(f"\nconvolution 96 -> 96, k3, 1 thread, CPU time, float32, {cloud} cloud: {voxels} voxels, "
               f"{pairs / voxels:.1f} neighbours, {pairs * 96 * 96 * 2 / 1e9:.2f} GFLOP")
         torch.manual_seed(0)
         feats = torch.randn(voxels, 96, requires_grad=True)
@@ -105,15 +106,16 @@ def bench_convolution(repeats):
                 run(feats)
 
         forwards = timed({name: (lambda run=run: forward(run)) for name, (run, _) in
-                          {**rows, "one product": (one_product, kernel)}.items()}, repeats)
+                          {**rows, "one product": (one_product, kernel)}.items()}, repeats, clock=time.process_time)
         both = timed({name: (lambda run=run, weight=weight: torch.autograd.grad(run(feats), (feats, weight), cotangent))
-                      for name, (run, weight) in rows.items()}, repeats)
+                      for name, (run, weight) in rows.items()}, repeats, clock=time.process_time)
         for name, seconds in forwards.items():
             total = f"{both[name] * 1e3:8.1f} ms, {both[name] / both['per offset']:.2f} x" if name in both else "-"
             print(f"{name:12s} forward {seconds * 1e3:8.1f} ms    forward and backward {total}")
 
 
 def training_step(net, coords, feats, optimizer, dtype=torch.float32):
+    """One step on the mean square of the output; autocast for a dtype below float32."""
     with torch.autocast(feats.device.type, dtype=dtype, enabled=dtype != torch.float32):
         loss = net(coords, feats).float().square().mean()
     optimizer.zero_grad()
@@ -133,6 +135,7 @@ def all_maps(coords):
 
 
 def bench_network(device, repeats, threads):
+    """A training step of Res16UNet34C in float32 and bfloat16, and the share of its maps."""
     torch.set_num_threads(threads)
     if device == "cuda":  # 8 scenes of 20,000
         scenes = [room_cloud(20_000, 3.0, seed=s) + torch.tensor([s, 0, 0, 0]) for s in range(8)]
@@ -160,6 +163,7 @@ def resident_peak():
 
 
 def peak_of_a_step(pipe):
+    """Sends the peak before the network is built and after two steps: the optimizer's state is there from the first."""
     coords = room_cloud(20_000, 3.0)
     before = resident_peak()
     net = Res16UNet34C()
@@ -170,6 +174,7 @@ def peak_of_a_step(pipe):
 
 
 def bench_memory():
+    """Peak of a training step in a process of its own."""
     context = multiprocessing.get_context("spawn")  # a fork would start with the memory of this process
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=peak_of_a_step, args=(send,))
@@ -180,17 +185,16 @@ def bench_memory():
           f"{before:.2f} GiB of it before the network was built")
 
 
-def bench_growth(threads):
+def bench_growth():
     """Forward and backward of the small network, maps included, over a 32-fold range of sizes."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     net = Res16UNet34C(**SMALL)
-    sizes = [10_000 * 2 ** i for i in range(6)]
     points = []
-    print(f"\nsmall network, forward and backward with maps, {threads} threads")
-    for size in sizes:
-        coords = room_cloud(size, 3.0)
-        feats = torch.randn(size, 3)
-        seconds = timed({"step": lambda: net(coords, feats).square().mean().backward()}, 3)["step"]
+    print("\nsmall network, forward and backward with maps, 1 thread, CPU time")
+    for size in (10_000 * 2 ** i for i in range(6)):
+        coords, feats = room_cloud(size, 3.0), torch.randn(size, 3)
+        step = {"step": lambda: net(coords, feats).square().mean().backward()}
+        seconds = timed(step, 3, clock=time.process_time)["step"]
         points.append((math.log(size), math.log(seconds)))
         print(f"{size:7d} voxels {seconds:7.3f} s")
     slope = statistics.linear_regression(*zip(*points)).slope
@@ -198,9 +202,10 @@ def bench_growth(threads):
 
 
 def sparse(args):
+    """Everything about sparse_unet.py."""
     if args.device == "cpu":
         bench_convolution(args.repeats)
-        bench_growth(args.threads)
+        bench_growth()
         bench_memory()
     bench_network(args.device, max(3, args.repeats // 4), args.threads)
 

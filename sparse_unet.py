@@ -238,7 +238,7 @@ def _use_im2col(device, num_out, c_in, c_out):
     # On a CPU the per-offset products win because they touch only the neighbours that exist, unless their calls cost
     # more than the idle products (few rows) or a gathered row is too short to fill a cache line or two (colours).
     # On a GPU each of their calls is a launch.
-    return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 19
+    return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 20
 
 
 def _im2col(feats, table):
