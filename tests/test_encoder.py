@@ -204,6 +204,8 @@ def test_frozen_in_every_sense(checkpoint):
     torch.optim.SGD(encoder.parameters(), 1.0, weight_decay=1.0).step()
     assert images.grad is None and all(p.grad is None for p in encoder.clip.parameters())
     assert all(torch.equal(before[name], value) for name, value in encoder.clip.state_dict().items())
+    encoder.clip.requires_grad_(True)  # even then
+    assert not any(x.requires_grad for x in (*encoder.encode(images), encoder.encode_text(["a chair"])))
 
 
 def test_inside_a_larger_model_the_tower_stays_frozen_and_in_eval_mode():

@@ -71,6 +71,13 @@ def test_projection_agrees_with_a_3_by_4_matrix_in_double():
     np.testing.assert_allclose(exact.numpy(), expected, rtol=0, atol=1e-9)
 
 
+def test_a_point_at_the_camera_centre_has_finite_pixels_and_gradients():
+    points = torch.zeros(2, 3, requires_grad=True)
+    uv, _ = project_to_image(points, K)
+    uv.sum().backward()
+    assert uv.isfinite().all() and points.grad.isfinite().all()
+
+
 def test_projection_agrees_with_opencv():
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
     points, world2cam = cloud(500).double(), pose(1).double()
@@ -449,6 +456,13 @@ def test_a_batch_equals_its_scenes_one_by_one(point_target):
     assert whole["feat_fusion"].shape == (81, 16) and whole["clip_global"].shape == (4, 16)
     for name in OUTPUTS:
         torch.testing.assert_close(whole[name], torch.cat([p[name] for p in parts]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_global_target_is_the_mean_over_the_views_of_a_scene():
+    net, scenes = model(), collate([sample(5, v=3, seed=1), sample(5, v=3, seed=2)])
+    expected = torch.stack([torch.stack([net.encoder_2d(view[None])[1][0] for view in views]).mean(0)
+                            for views in scenes["images"]])
+    torch.testing.assert_close(net(scenes)["clip_global"], expected)
 
 
 def test_point_order_does_not_matter():
