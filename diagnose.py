@@ -50,7 +50,7 @@ def palette(count):
 def splat(image: Tensor, uv: Tensor, colors: Tensor, radius=1) -> Tensor:
     """A copy of image (3, H, W) in [0, 1], darkened, with a square of 2 * radius + 1 pixels in colors (n, 3) at uv (n, 2).
     """
-    image = image * 0.3
+    image = image * 0.4
     h, w = image.shape[1:]
     u, v = uv.round().long().unbind(1)
     for dv in range(-radius, radius + 1):

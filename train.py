@@ -178,22 +178,32 @@ def parse_args(argv=None):
 
 
 class Segmenter(nn.Module):
-    """Fused point features, and what is read off them: semantics of points, or of superpoints with their instances."""
+    """Fused point features, and what is read off them: semantics of points, instances of superpoints.
 
-    def __init__(self, fusion, num_classes, instances, embed_dim=256):
+    decoder: an InstanceDecoder, or None for semantics alone. With it the logits of a point are the sum of its own and
+    its superpoint's: the superpoint sees more, the point sees borders.
+    """
+
+    def __init__(self, fusion, num_classes, decoder=None, embed_dim=256):
         super().__init__()
         self.fusion = fusion
-        self.head = InstanceDecoder(embed_dim, num_classes) if instances else nn.Linear(embed_dim, num_classes)
-        self.instances = instances
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.decoder = decoder
+        if decoder is not None:  # two chairs look alike: a query tells them apart by where they are
+            self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
 
     def forward(self, batch):
-        """The fusion's output and logits (N, K); with instances also superpoint (N,), superpoint_batch (S,), decoder."""
+        """The fusion's output and logits (N, K); with a decoder also superpoint (N,), superpoint_batch (S,), decoder."""
         out = self.fusion(batch)
-        if not self.instances:
-            return {**out, "logits": self.head(out["feat_fusion"])}
+        logits = self.head(out["feat_fusion"])
+        if self.decoder is None:
+            return {**out, "logits": logits}
         superpoint, superpoint_batch = superpoint_index(batch["superpoints"], batch["batch"])
-        decoder = self.head(pool(out["feat_fusion"], superpoint, len(superpoint_batch)), superpoint_batch)
-        return {**out, "logits": decoder["semantic_logits"][superpoint], "superpoint": superpoint,
+        count = len(superpoint_batch)
+        centre = pool(batch["coords"], superpoint, count)
+        centre = centre - pool(centre, superpoint_batch, len(batch["name"]))[superpoint_batch]
+        decoder = self.decoder(pool(out["feat_fusion"], superpoint, count) + self.position(centre), superpoint_batch)
+        return {**out, "logits": logits + decoder["semantic_logits"][superpoint], "superpoint": superpoint,
                 "superpoint_batch": superpoint_batch, "decoder": decoder}
 
 
@@ -304,7 +314,7 @@ def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_si
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             out = model(batch)
         semantics.update(out["logits"].argmax(1), batch["labels"])
-        if model.instances:
+        if model.decoder is not None:
             truth = torch.where((batch["labels"] >= 0) & (batch["instances"] >= 0),
                                 (batch["labels"] + 1) * 1000 + batch["instances"] % 1000, 0)
             scenes = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
@@ -318,7 +328,7 @@ def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_si
     model.train()
     result = semantics.compute()
     metrics = {"miou": result["miou"], "iou": [result["per_class"][c] for c in range(num_classes)]}
-    if model.instances:
+    if model.decoder is not None:
         result = instances.compute()
         metrics.update({k: result[k] for k in ("ap", "ap50", "ap25")},
                        aps=[result["per_class"][c] for c in range(1, num_classes + 1)])
@@ -336,7 +346,7 @@ def draw(model, dataset, index, num_classes, device, min_points):
     uv, depth = project_to_image(apply_transform(batch["points"], batch["world2cam"][0, 0]), batch["intrinsics"][0, 0])
     seen = visible_mask(uv, depth, image.shape[1:])
     labels = {"prediction": out["logits"].argmax(1), "truth": batch["labels"]}
-    if model.instances:
+    if model.decoder is not None:
         labels["instances_truth"] = batch["instances"]
         labels["instances"] = torch.full_like(batch["labels"], -1)
         scene, = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
@@ -394,7 +404,9 @@ def main(argv=None):
         say(load_res16unet34c(encoder_3d.backbone, args.init_3d))
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
                              point_target=args.clip_target == "point")
-    model = Segmenter(fusion, num_classes, instances).to(device)
+    # the small network takes a decoder of its size
+    decoder = InstanceDecoder(256, num_classes, **({} if planes == {} else dict(embed_dim=128, ffn=512)))
+    model = Segmenter(fusion, num_classes, decoder if instances else None).to(device)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval, class_names, fingerprint)
@@ -439,7 +451,7 @@ def main(argv=None):
     semantic_criterion = SemanticCriterion(args.semantic_weight).to(device)
     instance_criterion = InstanceCriterion(args.instance_weight)
     clip_criterion = ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     trainable = sum(p.requires_grad for p in model.parameters())
     assert len(parameters) == trainable, f"{len(parameters)} of {trainable} parameters reached the optimizer"
@@ -468,7 +480,8 @@ def main(argv=None):
         for text in warnings:
             writer.add_text("warning", text, step)
 
-    modules = {"encoder_3d": encoder_3d, "encoder_2d": encoder_2d, "head": model.head,
+    modules = {"encoder_3d": encoder_3d, "encoder_2d": encoder_2d,
+               "head": nn.ModuleList([module for name, module in model.named_children() if name != "fusion"]),
                "fusion": nn.ModuleList([fusion.proj_3d, *([fusion.gate, fusion.norm_2d] if encoder_2d else [])])}
     window = defaultdict(list)  # what was measured since the last log, averaged when it is written
     metrics = {"miou": float("nan")}
