@@ -3,6 +3,9 @@
 
     python bench.py sparse                       # sparse convolution and Res16UNet34C on a CPU
     python bench.py sparse --device cuda         # the network alone, float32 against bfloat16
+    python bench.py encode                       # spatial and global features against open_clip's encode_image
+    python bench.py sample                       # points into feature maps against a loop of grid_sample
+    python bench.py ap                           # ScanNet AP of many large scenes
 
 `sparse` compares with spconv where it is installed (pip install spconv); without it that row is left out, aloud.
 Candidates take turns in one process, and the figures are medians. What runs in one thread is given in CPU time, which
@@ -20,6 +23,9 @@ from pathlib import Path
 import torch
 
 import sparse_unet
+from encoder import Enhanced2DEncoder
+from fusion import sample_features
+from metrics import evaluate_instances
 from sparse_unet import SMALL, Res16UNet34C, VoxelGrid, sparse_conv, voxelize
 
 
@@ -210,6 +216,63 @@ def sparse(args):
     bench_network(args.device, max(3, args.repeats // 4), args.threads)
 
 
+# -------------------------------------------------------------------------------------- encoder, sampler, metrics
+
+def encode(args):
+    """`Enhanced2DEncoder.encode` against `encode_image`, which gives the global feature alone."""
+    encoder = Enhanced2DEncoder("ViT-B-16", None).to(args.device)
+    images = torch.rand(args.batch, 3, 224, 224, device=args.device)
+    normalised = (images - 0.45) / 0.27
+    with torch.no_grad():
+        seconds = timed({"encode_image": lambda: encoder.clip.encode_image(normalised),
+                         "both features": lambda: encoder.encode(images)}, args.repeats, args.device)
+    print(f"ViT-B-16, float32, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads: "
+          f"{seconds['both features'] / args.batch * 1000:.0f} ms an image, "
+          f"{seconds['both features'] / seconds['encode_image']:.3f} of encode_image")
+
+
+def sample(args):
+    """`sample_features` against one `grid_sample` a scene, forward and backward: 8 scenes of 20,000 points, 256 channels.
+    """
+    scenes, points, size = 8, 20_000, (240, 320)
+    feature_map = torch.randn(scenes, 256, 15, 20, device=args.device, requires_grad=True)
+    uv = torch.rand(scenes * points, 2, device=args.device) * torch.tensor([320.0, 240.0], device=args.device) - 0.5
+    batch = torch.arange(scenes, device=args.device).repeat_interleave(points)
+
+    def loop():
+        out = []
+        for scene in range(scenes):
+            grid = (uv[batch == scene] + 0.5) / torch.tensor([320.0, 240.0], device=args.device) * 2 - 1
+            out.append(torch.nn.functional.grid_sample(feature_map[scene:scene + 1], grid[None, :, None],
+                                                       align_corners=False, padding_mode="border")[0, :, :, 0].T)
+        return torch.cat(out)
+
+    def one_call():
+        return sample_features(feature_map, uv, size, batch)
+
+    gap = (loop() - one_call()).abs().max().item()
+    seconds = timed({name: lambda f=f: torch.autograd.grad(f().sum(), feature_map)
+                     for name, f in (("loop", loop), ("one call", one_call))}, args.repeats, args.device)
+    print(f"forward and backward, {args.device}, {torch.get_num_threads()} threads: {seconds['one call'] * 1000:.0f} ms, "
+          f"{seconds['one call'] / seconds['loop']:.2f} of the loop (largest difference {gap:.0e})")
+
+
+def ap(args):
+    """AP of 100 scenes of 100,000 points with 100 predictions each, of 3,000 points as a rule."""
+    g = torch.Generator().manual_seed(0)
+    spent = time.perf_counter()
+    truth, predictions = [], []
+    for _ in range(100):
+        blocks = torch.randint(0, 40, (100_000 // 50,), generator=g).repeat_interleave(50)
+        truth.append((blocks % 18 + 1) * 1000 + blocks)
+        predictions.append({"masks": torch.rand(100, 100_000, generator=g) < 0.03,
+                            "labels": torch.randint(1, 19, (100,), generator=g), "scores": torch.rand(100, generator=g)})
+    made, spent = time.perf_counter() - spent, time.perf_counter()
+    evaluate_instances(predictions, truth, range(1, 19))
+    print(f"AP of 100 scenes: {time.perf_counter() - spent:.1f} s, {torch.get_num_threads()} threads "
+          f"({made:.0f} s to make them up)")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -218,6 +281,12 @@ def parse_args(argv=None):
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the network")
     command.add_argument("--repeats", type=int, default=15, help="timings of a convolution; its median is shown")
     command.set_defaults(run=sparse)
+    for run, repeats in ((encode, 9), (sample, 9), (ap, 1)):
+        command = commands.add_parser(run.__name__, help=run.__doc__.strip().split("\n")[0])
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--batch", type=int, default=4, help="images")
+        command.add_argument("--repeats", type=int, default=repeats)
+        command.set_defaults(run=run)
     return parser.parse_args(argv)
 
 

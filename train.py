@@ -89,7 +89,8 @@ def build_parser():
                    "of its patch")
     g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
     g.add_argument("--no-augment", action="store_true", help="no 3D augmentation")
-    g.add_argument("--superpoints", type=int, default=128, help="per frame, for instances")
+    g.add_argument("--superpoints", type=int, default=128, help="per frame, for instances; 0: cubes of 4 voxels a side "
+                   "serve")
     g.add_argument("--superpoint-cache", default=".cache/superpoints", help="folder where they are kept")
     g.add_argument("--workers", type=int, default=2, help="data-loading processes; 0: none")
 
@@ -181,11 +182,13 @@ class Segmenter(nn.Module):
     """Fused point features, and what is read off them: semantics of points, instances of superpoints.
 
     decoder: an InstanceDecoder, or None for semantics alone. With it the logits of a point are the sum of its own and
-    its superpoint's: the superpoint sees more, the point sees borders.
+    its superpoint's: the superpoint sees more, the point sees borders. Where a batch has no superpoints, cubes with
+    `cell` metres a side stand in.
     """
 
-    def __init__(self, fusion, num_classes, decoder=None, embed_dim=256):
+    def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
         super().__init__()
+        self.cell = cell
         self.fusion = fusion
         self.head = nn.Linear(embed_dim, num_classes)
         self.decoder = decoder
@@ -198,7 +201,8 @@ class Segmenter(nn.Module):
         logits = self.head(out["feat_fusion"])
         if self.decoder is None:
             return {**out, "logits": logits}
-        superpoint, superpoint_batch = superpoint_index(batch["superpoints"], batch["batch"])
+        segments = batch["superpoints"] if "superpoints" in batch else (batch["points"] / self.cell).floor().long()
+        superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
         count = len(superpoint_batch)
         centre = pool(batch["coords"], superpoint, count)
         centre = centre - pool(centre, superpoint_batch, len(batch["name"]))[superpoint_batch]
@@ -211,7 +215,6 @@ def build_sets(args):
     """Training and validation PointDataset, class names, and whether instances are to be trained."""
     options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
                    seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no larger objects to bend
-    superpoints = None if args.no_instances else SuperpointCache(args.superpoint_cache, args.superpoints)
     if args.data == "rooms":
         frames = (RoomFrames("train", args.rooms, args.frames_per_room),
                   RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
@@ -229,26 +232,27 @@ def build_sets(args):
             return *sets, scans[0].class_names, not args.no_instances
         frames = [ScanNetFrames(args.data, classes, split) for split in splits]
     instances = not args.no_instances and all(f[0]["instance"] is not None for f in frames)
-    options["superpoints"] = superpoints if instances else None
+    if instances and args.superpoints:
+        options["superpoints"] = SuperpointCache(args.superpoint_cache, args.superpoints)
     return (PointDataset(frames[0], augment=not args.no_augment, **options), PointDataset(frames[1], **options),
             frames[0].class_names, instances)
 
 
 def build_encoder_2d(args, warn):
-    """The CLIP tower and whether its weights are random though trained ones were asked for."""
+    """The CLIP tower; on the built-in rooms a random one, with a warning, where its weights cannot be had."""
     if args.no_clip:
-        return None, False
+        return None
     options = dict(image_size=args.image_size, trainable_blocks=args.clip_blocks)
     if args.clip_pretrained == "none":
-        return Enhanced2DEncoder(args.clip_model, None, **options), False
+        return Enhanced2DEncoder(args.clip_model, None, **options)
     try:
-        return Enhanced2DEncoder(args.clip_model, args.clip_pretrained, **options), False
+        return Enhanced2DEncoder(args.clip_model, args.clip_pretrained, **options)
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise
         warn(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train on a random tower, which shows colours "
              "and textures but no meaning: good for trying things out, not for results.")
-        return Enhanced2DEncoder(args.clip_model, None, **options), True
+        return Enhanced2DEncoder(args.clip_model, None, **options)
 
 
 def parameter_groups(model, args):
@@ -397,7 +401,7 @@ def main(argv=None):
     num_classes = len(class_names)
     say(f"{len(train_set)} training and {len(val_set)} validation samples, {num_classes} classes; "
         f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
-    encoder_2d, clip_is_random = build_encoder_2d(args, warn)
+    encoder_2d = build_encoder_2d(args, warn)
     planes = {} if args.backbone == "res16unet34c" else SMALL
     encoder_3d = PointEncoder(args.voxel_size, **planes)
     if args.init_3d:
@@ -406,7 +410,7 @@ def main(argv=None):
                              point_target=args.clip_target == "point")
     # the small network takes a decoder of its size
     decoder = InstanceDecoder(256, num_classes, **({} if planes == {} else dict(embed_dim=128, ffn=512)))
-    model = Segmenter(fusion, num_classes, decoder if instances else None).to(device)
+    model = Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * args.voxel_size).to(device)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval, class_names, fingerprint)
@@ -464,7 +468,6 @@ def main(argv=None):
         scaler.load_state_dict(state["scaler"])
         epoch, step, skipped_steps, best = (state[k] for k in ("epoch", "step", "skipped_steps", "best"))
         set_rng_state(state["rng"], device)
-
     else:
         torch.manual_seed(args.seed + rank)  # what was drawn so far depends on how full the caches were
 

@@ -163,6 +163,25 @@ def test_every_trainable_parameter_gets_a_gradient_and_is_in_one_group():
     assert not clip & set(grouped)
 
 
+def test_full_network_starts_from_a_prefixed_checkpoint_with_its_own_learning_rate(tmp_path, capsys):
+    network = train.PointEncoder(0.3).backbone
+    state = {f"backbone.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "esam.pth")
+    train.main(small(tmp_path, "--no-clip", "--no-instances", "--backbone", "res16unet34c", "--init-3d",
+                     str(tmp_path / "esam.pth"), "--voxel-size", "0.3", "--rooms", "1", "--frames-per-room", "1",
+                     "--epochs", "1", "--lr-3d", "0", "--lr-warmup", "0"))
+    assert "372" in capsys.readouterr().out
+    trained = checkpoint(tmp_path)["model"]
+    own = {key: trained[f"fusion.encoder_3d.backbone.{key}"] for key, _ in network.named_parameters()}
+    assert all(torch.equal(own[key], value) for key, value in network.named_parameters())  # --lr-3d 0: untouched
+    assert scalars(tmp_path).Scalars("lr/encoder_3d")[-1].value == 0
+
+
+def test_cubes_stand_in_where_there_are_no_superpoints(tmp_path):
+    metrics = train.main(small(tmp_path, "--no-clip", "--superpoints", "0", "--epochs", "1"))
+    assert 0 <= metrics["ap25"] <= 1 and not (tmp_path / "superpoints").exists()
+
+
 def test_schedule_warms_up_and_ends_at_zero():
     for schedule in ("poly", "cosine"):
         factors = [train.lr_factor(step, 100, 10, schedule) for step in range(101)]
