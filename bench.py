@@ -232,8 +232,7 @@ def encode(args):
 
 
 def sample(args):
-    """`sample_features` against one `grid_sample` a scene, forward and backward: 8 scenes of 20,000 points, 256 channels.
-    """
+    """`sample_features` against one `grid_sample` a scene, both passes: 8 scenes of 20,000 points, 256 channels."""
     scenes, points, size = 8, 20_000, (240, 320)
     feature_map = torch.randn(scenes, 256, 15, 20, device=args.device, requires_grad=True)
     uv = torch.rand(scenes * points, 2, device=args.device) * torch.tensor([320.0, 240.0], device=args.device) - 0.5
@@ -253,8 +252,8 @@ def sample(args):
     gap = (loop() - one_call()).abs().max().item()
     seconds = timed({name: lambda f=f: torch.autograd.grad(f().sum(), feature_map)
                      for name, f in (("loop", loop), ("one call", one_call))}, args.repeats, args.device)
-    print(f"forward and backward, {args.device}, {torch.get_num_threads()} threads: {seconds['one call'] * 1000:.0f} ms, "
-          f"{seconds['one call'] / seconds['loop']:.2f} of the loop (largest difference {gap:.0e})")
+    print(f"forward and backward, {args.device}, {torch.get_num_threads()} threads: "
+          f"{seconds['one call'] * 1000:.0f} ms, {seconds['one call'] / seconds['loop']:.2f} of the loop (largest difference {gap:.0e})")
 
 
 def ap(args):
@@ -266,7 +265,8 @@ def ap(args):
         blocks = torch.randint(0, 40, (100_000 // 50,), generator=g).repeat_interleave(50)
         truth.append((blocks % 18 + 1) * 1000 + blocks)
         predictions.append({"masks": torch.rand(100, 100_000, generator=g) < 0.03,
-                            "labels": torch.randint(1, 19, (100,), generator=g), "scores": torch.rand(100, generator=g)})
+                            "labels": torch.randint(1, 19, (100,), generator=g),
+                            "scores": torch.rand(100, generator=g)})
     made, spent = time.perf_counter() - spent, time.perf_counter()
     evaluate_instances(predictions, truth, range(1, 19))
     print(f"AP of 100 scenes: {time.perf_counter() - spent:.1f} s, {torch.get_num_threads()} threads "

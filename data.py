@@ -2,8 +2,8 @@
 """RGB-D frames from disk or from the built-in rooms, as points with colours, labels and the pictures they project into.
 
 A *frame* is a dict: name "scene/frame", color (H, W, 3) uint8, depth (Hd, Wd) float32 metres with 0 = unknown,
-label and instance (Hl, Wl) integers with -1 = none (or None), world2cam (4, 4) float64, intrinsics (3, 3) float64 of the
-colour image, depth_intrinsics (3, 3) float64. `ScanNetFrames` and `RoomFrames` are sequences of frames; `PointDataset`
+label and instance (Hl, Wl) integers with -1 = none (or None), world2cam (4, 4) float64, intrinsics (3, 3) float64 of
+the colour image, depth_intrinsics (3, 3) float64. `ScanNetFrames` and `RoomFrames` are sequences of frames; `PointDataset`
 turns either into samples, `collate` samples into a ragged batch. Cameras have OpenCV axes and pixel centres at integer
 coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
 them, so that projection is exact whatever the augmentation does.

@@ -78,7 +78,8 @@ def build_parser():
     g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
     g.add_argument("--classes", help="class list, lines 'id name' (default: classes.txt in the data folder)")
     g.add_argument("--scans", help="folder of ScanNet's whole scans: points from there, views from --data")
-    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv: class ids of --scans are that table's (ScanNet200)")
+    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv: class ids of --scans are that table's, "
+                   "as in ScanNet200")
     g.add_argument("--train-split", help="file of scenes or scene/frame entries; needed for a data folder")
     g.add_argument("--val-split", help="likewise")
     g.add_argument("--rooms", type=int, default=32, help="built-in training rooms; validation has 3 for every 8")
@@ -196,7 +197,8 @@ class Segmenter(nn.Module):
             self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
 
     def forward(self, batch):
-        """The fusion's output and logits (N, K); with a decoder also superpoint (N,), superpoint_batch (S,), decoder."""
+        """The fusion's output and logits (N, K); with a decoder also superpoint (N,), superpoint_batch (S,), decoder.
+        """
         out = self.fusion(batch)
         logits = self.head(out["feat_fusion"])
         if self.decoder is None:
@@ -214,7 +216,7 @@ class Segmenter(nn.Module):
 def build_sets(args):
     """Training and validation PointDataset, class names, and whether instances are to be trained."""
     options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
-                   seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no larger objects to bend
+                   seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no object larger
     if args.data == "rooms":
         frames = (RoomFrames("train", args.rooms, args.frames_per_room),
                   RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
@@ -308,7 +310,8 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_size=1):
-    """Metrics over a loader and all processes: {"miou", "iou" [K]}, with instances also {"ap", "ap50", "ap25", "aps" [K]}.
+    """Metrics over a loader and all processes: {"miou", "iou" [K]}, with instances also {"ap", "ap50", "ap25", "aps"
+    [K]}.
     """
     model.eval()
     semantics = SemanticMeter(range(num_classes), device)
@@ -436,7 +439,8 @@ def main(argv=None):
         names = ("AP", "AP50", "AP25") if instances else ()
         say(f"\n{'class':<24}" + "".join(f"{name:>8}" for name in ("IoU", *names)))
         for i, name in enumerate(class_names):
-            say(f"{name:<24}" + "".join(f"{x:>8.3f}" for x in (metrics["iou"][i], *(metrics["aps"][i] if names else ()))))
+            row = (metrics["iou"][i], *(metrics["aps"][i] if names else ()))
+            say(f"{name:<24}" + "".join(f"{x:>8.3f}" for x in row))
         say(f"{'mean':<24}" + "".join(f"{metrics[name]:>8.3f}" for name in ("miou", *(n.lower() for n in names))))
         for text in warnings:
             say(f"note: {text}")

@@ -136,7 +136,8 @@ def test_truncated_images_are_named(root, kind):
     ("1 0 0\n0 1 0\n0 0 1\n", r"pose has shape \(3, 3\), expected \(4, 4\)"),
     ("0 0 0 0\n" * 4, "pose is not a rotation"),
     ("1 0 0 0\n0 1 0 0\n0 0 1 0\n2 3 4 1\n", "pose is not a rotation"),
-    ("3 0 0 0\n0 3 0 0\n0 0 3 0\n0 0 0 1\n", "pose is not a rotation"), ("", "pose has shape"), ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix")])
+    ("3 0 0 0\n0 3 0 0\n0 0 3 0\n0 0 0 1\n", "pose is not a rotation"), ("", "pose has shape"),
+    ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix")])
 def test_malformed_poses_are_named(root, text, message):
     (root / "scene0000_00/pose/1.txt").write_text(text)
     with pytest.raises(ValueError, match=rf"pose.1.txt: {message}"):
