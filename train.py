@@ -404,6 +404,12 @@ def main(argv=None):
     num_classes = len(class_names)
     say(f"{len(train_set)} training and {len(val_set)} validation samples, {num_classes} classes; "
         f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
+    # every frame is read before anything is written: a broken file ends the run here; superpoints are made on the way
+    for dataset in (val_set,) if args.eval else (val_set, train_set):
+        share = Subset(dataset, range(rank, len(dataset), world_size))
+        loader = DataLoader(share, batch_size=None, num_workers=args.workers, generator=torch.Generator())
+        for _ in tqdm(loader, "reading frames", unit="sample", disable=not main_process):
+            pass
     encoder_2d = build_encoder_2d(args, warn)
     planes = {} if args.backbone == "res16unet34c" else SMALL
     encoder_3d = PointEncoder(args.voxel_size, **planes)

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import rooms
 import train
 from encoder import Enhanced2DEncoder
 from losses import clip_loss_weight
@@ -197,6 +200,44 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options,
     with pytest.raises(SystemExit):
         train.main(small(tmp_path, *options))
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def own_frames(folder):
+    """Two scenes of two frames in ScanNet's layout, with class list and splits; returns the options that name them."""
+    frames = rooms.frames("train", 2, 2)
+    for frame in frames:
+        scene, stem = (folder / frame["name"]).parent, frame["name"].split("/")[1]
+        for kind in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
+            (scene / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame["color"]).save(scene / "color" / f"{stem}.png")
+        Image.fromarray((frame["depth"] * 1000).astype(np.uint16)).save(scene / "depth" / f"{stem}.png")
+        Image.fromarray(frame["label"]).save(scene / "label-filt" / f"{stem}.png")
+        Image.fromarray(frame["instance"]).save(scene / "instance-filt" / f"{stem}.png")
+        np.savetxt(scene / "pose" / f"{stem}.txt", np.linalg.inv(frame["world2cam"]))
+        np.savetxt(scene / "intrinsic" / "intrinsic_color.txt", frame["intrinsics"])
+        np.savetxt(scene / "intrinsic" / "intrinsic_depth.txt", frame["depth_intrinsics"])
+    names = ["unlabeled", *rooms.CLASSES]
+    (folder / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    (folder / "train.txt").write_text("train0000\n")
+    (folder / "val.txt").write_text("train0001/1\n")
+    return ["--data", str(folder), "--train-split", str(folder / "train.txt"), "--val-split", str(folder / "val.txt")]
+
+
+def test_own_frames_train_and_a_broken_one_ends_the_run_before_anything_is_written(tmp_path):
+    options = own_frames(tmp_path / "own")
+    metrics = train.main(small(tmp_path / "good", *options, "--epochs", "1"))
+    assert 0 <= metrics["miou"] <= 1 and 0 <= metrics["ap25"] <= 1
+    path = tmp_path / "own" / "train0000" / "depth" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="train0000/depth/1.png: depth image cannot be decoded"):
+        train.main(small(tmp_path / "truncated", *options))
+    path.write_bytes(whole)
+    (tmp_path / "own" / "classes.txt").write_text("1 wall\n")
+    with pytest.raises(ValueError, match=r"label-filt/\d.png: label \d+ is not in the class list"):
+        train.main(small(tmp_path / "label", *options))
+    assert not (tmp_path / "truncated" / "runs").exists()
+    assert not (tmp_path / "label" / "runs").exists()
 
 
 def test_wrong_data_model_and_checkpoint_are_named_before_anything_is_written(tmp_path):
