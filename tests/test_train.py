@@ -18,6 +18,7 @@ import rooms
 import train
 from encoder import Enhanced2DEncoder
 from losses import clip_loss_weight
+from test_scannet import POSE, write_scan, write_scannet
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -238,6 +239,31 @@ def test_own_frames_train_and_a_broken_one_ends_the_run_before_anything_is_writt
         train.main(small(tmp_path / "label", *options))
     assert not (tmp_path / "truncated" / "runs").exists()
     assert not (tmp_path / "label" / "runs").exists()
+
+
+def test_whole_scans_train_with_posed_views(tmp_path):
+    """Points from two scans of 40 segments in front of the cameras, pictures from exported frames without labels."""
+    frames, rng = write_scannet(tmp_path / "frames", scenes=2, frames=3, labels=False), np.random.default_rng(0)
+    segments = np.arange(800) // 20
+    for scene in range(2):
+        camera = np.column_stack([rng.uniform(-1, 1, (800, 2)), rng.uniform(1, 3, 800)])
+        points = (camera @ POSE[:3, :3].T + POSE[:3, 3]).astype(np.float32)
+        write_scan(tmp_path / "scans", f"scene{scene:04d}_00", points, rng.integers(0, 256, (800, 3)),
+                   np.where(segments % 2, 1, 5), segments.tolist(),
+                   [(0, "wall", list(range(1, 40, 2))), (1, "chair", list(range(0, 20, 2))),
+                    (2, "chair", list(range(20, 40, 2)))])
+    for name, text in (("classes", "1 wall\n5 chair\n* unlabeled\n"), ("train", "scene0000_00\n"),
+                       ("val", "scene0001_00/0\nscene0001_00/2\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    metrics = train.main(small(
+        tmp_path, "--data", str(frames), "--scans", str(tmp_path / "scans"), "--classes", str(tmp_path / "classes.txt"),
+        "--train-split", str(tmp_path / "train.txt"), "--val-split", str(tmp_path / "val.txt"), "--views", "2",
+        "--epochs", "1", "--clip-warmup", "-1", "--clip-weights", "0,0.1"))
+    assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and 0 <= metrics["ap25"] <= 1
+    events = scalars(tmp_path)
+    assert 0 < events.Scalars("fusion/valid_share")[-1].value <= 1
+    assert torch.tensor(events.Scalars("loss/clip")[-1].value).isfinite()
+    assert "val/instances" in events.Tags()["images"]
 
 
 def test_wrong_data_model_and_checkpoint_are_named_before_anything_is_written(tmp_path):
