@@ -32,7 +32,7 @@ from tqdm import tqdm
 from cache import FeatureCache
 from checkpoint import read_checkpoint, restore, rng_state, set_rng_state, write_atomically
 from data import PointDataset, RoomFrames, ScanNetFrames, ScanNetScenes, SceneDataset, collate, load_classes
-from decoder import InstanceDecoder, pool, scene_instances, superpoint_index
+from decoder import InstanceDecoder, Segmenter, scene_instances
 from diagnose import fusion_statistics, pictures
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, apply_transform, project_to_image, visible_mask
@@ -177,40 +177,6 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------- parts
-
-
-class Segmenter(nn.Module):
-    """Fused point features, and what is read off them: semantics of points, instances of superpoints.
-
-    decoder: an InstanceDecoder, or None for semantics alone. With it the logits of a point are the sum of its own and
-    its superpoint's: the superpoint sees more, the point sees borders. Where a batch has no superpoints, cubes with
-    `cell` metres a side stand in.
-    """
-
-    def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
-        super().__init__()
-        self.cell = cell
-        self.fusion = fusion
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.decoder = decoder
-        if decoder is not None:  # two chairs look alike: a query tells them apart by where they are
-            self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
-
-    def forward(self, batch):
-        """The fusion's output and logits (N, K); with a decoder also superpoint (N,), superpoint_batch (S,), decoder.
-        """
-        out = self.fusion(batch)
-        logits = self.head(out["feat_fusion"])
-        if self.decoder is None:
-            return {**out, "logits": logits}
-        segments = batch["superpoints"] if "superpoints" in batch else (batch["points"] / self.cell).floor().long()
-        superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
-        count = len(superpoint_batch)
-        centre = pool(batch["coords"], superpoint, count)
-        centre = centre - pool(centre, superpoint_batch, len(batch["name"]))[superpoint_batch]
-        decoder = self.decoder(pool(out["feat_fusion"], superpoint, count) + self.position(centre), superpoint_batch)
-        return {**out, "logits": logits + decoder["semantic_logits"][superpoint], "superpoint": superpoint,
-                "superpoint_batch": superpoint_batch, "decoder": decoder}
 
 
 def build_sets(args):
@@ -599,7 +565,8 @@ def main(argv=None):
                 if metrics["miou"] > best:
                     write_atomically(state, folder / "best.pt")
             best = max(best, metrics["miou"])
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("miou", "ap50") if name in metrics})
+            say(f"epoch {epoch}: " + ", ".join(f"{label} {metrics[label.lower()]:.3f}" for label in (
+                "mIoU", "AP", "AP50", "AP25")[:4 if instances else 1]))
 
     bar.close()
     metrics = finish(metrics)
