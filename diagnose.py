@@ -13,8 +13,11 @@ from torch.nn import functional as F
 def effective_rank(feats: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred rows: how many directions are in use.
 
-    feats (N, C) -> scalar in [1, C]; 1 for fewer than two distinct rows. Roy and Vetterli, "The effective rank", 2007.
+    feats (N, C) -> scalar in [1, C]; 1 for fewer than two distinct rows, NaN where an entry is not finite.
+    Roy and Vetterli, "The effective rank", 2007.
     """
+    if not feats.isfinite().all():
+        return feats.new_full((), torch.nan, dtype=torch.float32)  # LAPACK would raise, and end the run that is watched
     feats = feats.double() - feats.double().mean(0)
     values = torch.linalg.eigvalsh(feats.T @ feats).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -25,7 +28,7 @@ def fusion_statistics(out, batch, max_rows=2048):
     """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; see the README's table of tags."""
     with torch.no_grad():
         feats, valid = out["feat_fusion"].float(), out["valid"]
-        rows = torch.arange(0, len(feats), max(1, len(feats) // max_rows), device=feats.device)
+        rows = torch.arange(0, len(feats), max(1, -(-len(feats) // max_rows)), device=feats.device)
         stats = {"effective_rank": effective_rank(feats[rows])}
         if out["clip_global"] is None:
             return stats
@@ -48,20 +51,25 @@ def palette(count):
 
 
 def splat(image: Tensor, uv: Tensor, colors: Tensor, radius=1) -> Tensor:
-    """A copy of image (3, H, W) in [0, 1], darkened, with a square of 2 * radius + 1 pixels in colors (n, 3) at uv (n, 2).
+    """A darkened copy of image (3, H, W) in [0, 1] with squares of 2 * radius + 1 pixels a side about uv (n, 2), in
+    colors (n, 3); cut where they leave the image.
     """
     image = image * 0.4
     h, w = image.shape[1:]
     u, v = uv.round().long().unbind(1)
-    for dv in range(-radius, radius + 1):
-        for du in range(-radius, radius + 1):
-            image[:, (v + dv).clamp(0, h - 1), (u + du).clamp(0, w - 1)] = colors.T.to(image)
+    for y in range(-radius, radius + 1):
+        for x in range(-radius, radius + 1):
+            inside = (v + y >= 0) & (v + y < h) & (u + x >= 0) & (u + x < w)
+            image[:, v[inside] + y, u[inside] + x] = colors[inside].T.to(image)
     return image
 
 
 def pca_colors(feats: Tensor) -> Tensor:
-    """feats (n, C) -> (n, 3) in [0, 1]: the three directions of most variance, each scaled to its 2nd..98th percentile.
+    """feats (n, C >= 3) -> (n, 3) in [0, 1]: the three directions of most variance, each scaled to its 2nd..98th
+    percentile; black where an entry is not finite.
     """
+    if len(feats) == 0 or not feats.isfinite().all():
+        return torch.zeros(len(feats), 3, device=feats.device)
     feats = feats.float() - feats.float().mean(0)
     _, directions = torch.linalg.eigh(feats.T @ feats)  # ascending; unlike pca_lowrank it draws no random numbers
     feats = feats @ directions[:, -3:].flip(1)
@@ -72,15 +80,15 @@ def pca_colors(feats: Tensor) -> Tensor:
 def pictures(image, uv, depth, labels, fused, clip_map):
     """Named pictures (3, H, W) in [0, 1] of one view of one sample.
 
-    image (3, H, W); of the n points that the view sees: uv (n, 2), depth (n,), labels {name: (n,) int64 with -1 = none},
-    fused (n, C); clip_map (C', Hf, Wf) or None.
+    image (3, H, W); of the n >= 0 points that the view sees: uv (n, 2), depth (n,), labels {name: (n,) int64 with
+    -1 = none}, fused (n, C); clip_map (C', Hf, Wf) or None. Depth is shown by rank, from red (near) to blue (far).
     """
-    near = ((depth - depth.min()) / (depth.max() - depth.min()).clamp(min=1e-6))[:, None]
-    named = {"input_points": splat(image, uv, torch.cat([1 - near, near * 0.6, near], 1), radius=0),
+    far = (depth.argsort().argsort() / max(1, len(depth) - 1))[:, None]
+    named = {"input_points": splat(image, uv, torch.cat([1 - far, far * 0.6, far], 1), radius=0),
              "fused_pca": splat(image, uv, pca_colors(fused))}
     for name, index in labels.items():
-        count = max(32, int(index.max()) + 1)
-        named[name] = splat(image, uv, torch.cat([palette(count), torch.full((1, 3), 0.4)])[index.cpu()])  # -1: grey
+        colors = palette(256).to(index.device)[index % 256]
+        named[name] = splat(image, uv, colors.where(index[:, None] >= 0, 0.4))
     if clip_map is not None:
         cells = pca_colors(clip_map.flatten(1).T).T.unflatten(1, clip_map.shape[1:])
         named["clip_pca"] = F.interpolate(cells[None], size=image.shape[1:], mode="nearest")[0]
