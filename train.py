@@ -35,7 +35,7 @@ from data import PointDataset, RoomFrames, ScanNetFrames, ScanNetScenes, SceneDa
 from decoder import InstanceDecoder, Segmenter, scene_instances
 from diagnose import fusion_statistics, pictures
 from encoder import Enhanced2DEncoder
-from fusion import BiFusionEncoder, apply_transform, project_to_image, visible_mask
+from fusion import BiFusionEncoder, apply_transform
 from losses import ClipConsCriterion, InstanceCriterion, SemanticCriterion, clip_loss_weight, instance_targets
 from metrics import InstanceMeter, SemanticMeter
 from sparse_unet import SMALL, PointEncoder, load_res16unet34c
@@ -122,7 +122,7 @@ def build_parser():
                    "the one at the point")
     g.add_argument("--temperature", type=float, default=0.07, help="of the CLIP loss; floored at 0.1")
     g.add_argument("--gradient-flow-ratio", type=float, default=0.0, help="share of the CLIP loss's gradient that "
-                   "reaches its target, 0 to 1")
+                   "reaches its target, 0 to 1; no effect on a frozen one")
     g.add_argument("--isolate-clip", action="store_true", help="CLIP loss weight 0 throughout: trains as without it, "
                    "to the bit")
 
@@ -145,7 +145,7 @@ def build_parser():
     g.add_argument("--runs", default="runs", help="folder that TensorBoard watches")
     g.add_argument("--name", help="run name (default: bifusion or baseline)")
     g.add_argument("--log-every", type=int, default=10, help="optimiser steps")
-    g.add_argument("--eval-every", type=int, default=5, help="epochs")
+    g.add_argument("--eval-every", type=int, default=5, help="epochs between evaluations; each writes last.pt")
     g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt; other options may be changed")
     g.add_argument("--eval", metavar="CHECKPOINT", help="evaluate only")
     return parser
@@ -155,6 +155,8 @@ def parse_args(argv=None):
     """Options of the command line; those of a checkpoint to resume or evaluate stand in for what is not given."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.resume and args.eval:
+        parser.error("--resume and --eval exclude each other")
     if args.resume or args.eval:
         config = read_checkpoint(args.resume or args.eval)["config"]
         parser.set_defaults(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
@@ -163,6 +165,17 @@ def parse_args(argv=None):
     for name in ("points", "views", "epochs", "batch_size", "accumulate", "log_every", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.data == "rooms" and args.scans:
+        parser.error("--scans holds points alone: give --data, the folder of their frames, too")
+    if args.label_map and not args.scans:
+        parser.error("--label-map is of --scans: label images already hold that table's ids")
+    for name in ("voxel_size", "instance_weight", "clip_norm", "lr"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    if not all(0 <= weight < float("inf") for weight in args.clip_weights):
+        parser.error(f"--clip-weights must be finite and at least 0, got {args.clip_weights}")
     if args.init_3d and args.backbone != "res16unet34c":
         parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
     try:
@@ -173,6 +186,8 @@ def parse_args(argv=None):
         args.clip_weights, args.gradient_flow_ratio = (0.0,) * len(args.clip_weights), 0.0
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
+    if not args.semantic_weight > 0:
+        parser.error(f"--semantic-weight must be above 0, got {args.semantic_weight}")
     return args
 
 
@@ -199,6 +214,9 @@ def build_sets(args):
                                  **options) for scan, split, train in zip(scans, splits, (True, False))]
             return *sets, scans[0].class_names, not args.no_instances
         frames = [ScanNetFrames(args.data, classes, split) for split in splits]
+        for scene in (scene for part in frames for scene in sorted({name.split("/")[0] for name in part.names})):
+            if not (Path(args.data) / scene / "label-filt").is_dir():
+                raise FileNotFoundError(f"{Path(args.data) / scene}: labels, the folder label-filt, do not exist")
     instances = not args.no_instances and all(f[0]["instance"] is not None for f in frames)
     if instances and args.superpoints:
         options["superpoints"] = SuperpointCache(args.superpoint_cache, args.superpoints)
@@ -263,8 +281,8 @@ def average_gradients(parameters, world_size):
 def average_buffers(model, world_size):
     """Running statistics averaged over processes, in place, so that every rank evaluates and saves the same model."""
     if world_size > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
+        for name, buffer in model.named_buffers():
+            if "running_" in name:  # fixed matrices stay to the bit: (x + x + x) / 3 need not be x
                 dist.all_reduce(buffer)
                 buffer /= world_size
 
@@ -288,11 +306,12 @@ def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_si
             out = model(batch)
         semantics.update(out["logits"].argmax(1), batch["labels"])
         if model.decoder is not None:
-            truth = torch.where((batch["labels"] >= 0) & (batch["instances"] >= 0),
-                                (batch["labels"] + 1) * 1000 + batch["instances"] % 1000, 0)
             scenes = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
             for b, scene in enumerate(scenes):
-                instances.update({**scene, "labels": scene["labels"] + 1}, truth[batch["batch"] == b])
+                label, instance = (batch[key][batch["batch"] == b] for key in ("labels", "instances"))
+                number = torch.unique(instance, return_inverse=True)[1]  # the data's own may pass 1000
+                truth = torch.where((label >= 0) & (instance >= 0), (label + 1) * 1000 + number, 0)
+                instances.update({**scene, "labels": scene["labels"] + 1}, truth)
     if world_size > 1:
         dist.all_reduce(semantics.confusion)
         gathered = [None] * world_size
@@ -316,8 +335,9 @@ def draw(model, dataset, index, num_classes, device, min_points):
     out = model(batch)
     image = torch.from_numpy(np.array(dataset.pictures[dataset._samples[index][0]])).to(device)
     image = image.permute(2, 0, 1) / 255
-    uv, depth = project_to_image(apply_transform(batch["points"], batch["world2cam"][0, 0]), batch["intrinsics"][0, 0])
-    seen = visible_mask(uv, depth, image.shape[1:])
+    uv, visible, _ = model.fusion.project(batch, image.shape[1:])
+    uv, seen = uv[:, 0], visible[:, 0]
+    depth = apply_transform(batch["points"], batch["world2cam"][0, 0])[:, 2]
     labels = {"prediction": out["logits"].argmax(1), "truth": batch["labels"]}
     if model.decoder is not None:
         labels["instances_truth"] = batch["instances"]
@@ -374,12 +394,18 @@ def main(argv=None):
     for dataset in (val_set,) if args.eval else (val_set, train_set):
         share = Subset(dataset, range(rank, len(dataset), world_size))
         loader = DataLoader(share, batch_size=None, num_workers=args.workers, generator=torch.Generator())
-        for _ in tqdm(loader, "reading frames", unit="sample", disable=not main_process):
-            pass
+        labelled = torch.zeros((), dtype=torch.int64, device=device)
+        for sample in tqdm(loader, "reading frames", unit="sample", disable=not main_process):
+            labelled += (sample["labels"] >= 0).sum()
+        if world_size > 1:
+            dist.all_reduce(labelled)
+        if labelled == 0:
+            raise ValueError(f"{args.data}: no point of {dataset.frames.names[0]} and the other {len(dataset) - 1} "
+                             "samples has a label of the class list")
     encoder_2d = build_encoder_2d(args, warn)
     planes = {} if args.backbone == "res16unet34c" else SMALL
     encoder_3d = PointEncoder(args.voxel_size, **planes)
-    if args.init_3d:
+    if args.init_3d and state is None:
         say(load_res16unet34c(encoder_3d.backbone, args.init_3d))
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
                              point_target=args.clip_target == "point")
@@ -395,7 +421,7 @@ def main(argv=None):
     if encoder_2d is not None and args.clip_blocks == 0 and args.clip_cache != "none":
         cache = FeatureCache(args.clip_cache, fingerprint, lambda images: encoder_2d.encode(images.to(device)),
                              workers=args.workers)
-        for dataset in (train_set, val_set):
+        for dataset in (val_set,) if args.eval else (train_set, val_set):
             cache.build(dataset.pictures, rank, world_size)
             dataset.cache = cache
         if world_size > 1:
@@ -440,10 +466,17 @@ def main(argv=None):
     total_steps = args.epochs * steps_per_epoch
     epoch, step, skipped_steps, best = 0, 0, 0, -1.0
     if args.resume:
+        if state["epoch"] >= args.epochs:
+            raise ValueError(f"{args.resume}: all {state['epoch']} epochs are done; to go on give --epochs above that")
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        for group, own in zip(optimizer.param_groups, parameter_groups(model, args)):
+            group.update(factor=own["factor"], weight_decay=own["weight_decay"])  # this run's, not the checkpoint's
+        if state["scaler"]:  # empty where it was written without fp16
+            scaler.load_state_dict(state["scaler"])
         epoch, step, skipped_steps, best = (state[k] for k in ("epoch", "step", "skipped_steps", "best"))
         set_rng_state(state["rng"], device)
+        if rank > 0:  # the checkpoint holds the generators of rank 0
+            torch.manual_seed(args.seed + rank + world_size * step)
     else:
         torch.manual_seed(args.seed + rank)  # what was drawn so far depends on how full the caches were
 
@@ -452,8 +485,8 @@ def main(argv=None):
         f"{args.name or ('baseline' if args.no_clip else 'bifusion')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     writer = None
     if main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(folder, purge_step=step if args.resume else None)
+        folder.mkdir(parents=True, exist_ok=bool(args.resume))
+        writer = SummaryWriter(folder, purge_step=step + 1 if args.resume else None)
         table = "\n".join(f"| {k} | {v} |" for k, v in sorted(vars(args).items()))
         writer.add_text("config", f"| option | value |\n| --- | --- |\n{table}", step)
         for text in warnings:
@@ -503,21 +536,26 @@ def main(argv=None):
             bar.update(min(args.batch_size * world_size, (epoch + 1) * len(train_set) - bar.n))
 
             if (i + 1) % args.accumulate == 0 or i + 1 == len(train_loader):
-                factor = lr_factor(step, total_steps, args.lr_warmup, args.schedule)
+                position = epoch * steps_per_epoch + i // args.accumulate  # `step` of a resumed run may differ
+                factor = lr_factor(position, total_steps, args.lr_warmup, args.schedule)
                 for param_group in optimizer.param_groups:
                     param_group["lr"] = args.lr * param_group["factor"] * factor
                 average_gradients(parameters, world_size)  # before unscaling, so that every rank sees the same inf
                 scaler.unscale_(optimizer)
-                log_now = (step + 1) % args.log_every == 0
+                log_now = (step + 1) % args.log_every == 0 or position + 1 == total_steps
                 if log_now and main_process:
                     for name, module in modules.items():
                         grads = [p.grad for p in module.parameters() if p.grad is not None] if module else []
                         if grads:
-                            writer.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm(), step)
+                            writer.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm(),
+                                              step + 1)
                 norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm)
-                if args.amp != "fp16" and not norm.isfinite():
-                    raise FloatingPointError(f"epoch {epoch}, step {step}: gradient norm {norm.item()}, losses "
-                                             f"{ {k: v.item() for k, (v, _) in terms.items()} }")
+                # the fp16 scaler skips such a step and backs off; below 1 it is no longer a search for a scale
+                if not norm.isfinite() and (args.amp != "fp16" or scaler.get_scale() < 1):
+                    if main_process:
+                        writer.flush()
+                    raise FloatingPointError(f"epoch {epoch}, step {step}, {', '.join(batch['name'])}: gradient norm "
+                                             f"{norm.item()}, losses { {k: v.item() for k, (v, _) in terms.items()} }")
                 scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
@@ -532,7 +570,6 @@ def main(argv=None):
                 if log_now and main_process:
                     means = {name: torch.stack([v.cpu() for v in values]).mean().item()
                              for name, values in window.items()}
-                    window.clear()
                     stats = fusion_statistics(out, batch)
                     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
                         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
@@ -543,6 +580,8 @@ def main(argv=None):
                                         "epoch": epoch}.items():
                         writer.add_scalar(name, value, step)
                     bar.set_postfix(loss=f"{means['loss/total']:.3f}", mIoU=f"{metrics['miou']:.3f}")
+                if log_now:
+                    window.clear()  # on every rank
             clock = time.perf_counter()
         epoch += 1
 
@@ -555,8 +594,6 @@ def main(argv=None):
                     writer.add_scalar(f"val/{name}", metrics[name], step)
                 for name, iou in zip(class_names, metrics["iou"]):
                     writer.add_scalar(f"val_iou/{name}", iou, step)
-                for name, picture in draw(model, val_set, 0, num_classes, device, args.min_instance_points).items():
-                    writer.add_image(f"val/{name}", picture, step)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                          "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "skipped_steps": skipped_steps,
                          "best": max(best, metrics["miou"]), "rng": rng_state(device), "config": vars(args),
@@ -564,6 +601,8 @@ def main(argv=None):
                 write_atomically(state, folder / "last.pt")
                 if metrics["miou"] > best:
                     write_atomically(state, folder / "best.pt")
+                for name, picture in draw(model, val_set, 0, num_classes, device, args.min_instance_points).items():
+                    writer.add_image(f"val/{name}", picture, step)
             best = max(best, metrics["miou"])
             say(f"epoch {epoch}: " + ", ".join(f"{label} {metrics[label.lower()]:.3f}" for label in (
                 "mIoU", "AP", "AP50", "AP25")[:4 if instances else 1]))

@@ -310,7 +310,7 @@ def test_two_processes_train_one_model_and_write_once(tmp_path):
             "print('MIOU', metrics['miou'])\n")
     script = tmp_path / "two.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(script), *small(tmp_path)], capture_output=True, text=True, timeout=280,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -329,3 +329,30 @@ def test_readme_lists_every_option_with_its_default():
             ",".join(f"{x:g}" for x in default) if isinstance(default, tuple) else default)
         assert table.pop(action.option_strings[0]).strip() == expected, action.option_strings
     assert not table, f"documented, but not there: {table}"
+
+
+def test_options_given_on_resuming_take_effect(tmp_path):
+    train.main(small(tmp_path, "--no-clip", "--no-instances", "--batch-size", "1", "--epochs", "2"))
+    path, = (tmp_path / "runs").glob("*/last.pt")
+    with pytest.raises(ValueError, match="last.pt: all 2 epochs are done"):
+        train.main(["--resume", str(path)])
+    train.main(["--resume", str(path), "--epochs", "3", "--batch-size", "4", "--amp", "fp16", "--weight-decay", "0.5",
+                "--lr-3d", "0.1"])
+    groups = checkpoint(tmp_path)["optimizer"]["param_groups"]
+    assert {(g["weight_decay"], g["factor"]) for g in groups} == {(0.5, 0.1), (0, 0.1), (0.5, 1), (0, 1)}
+    steps = [event.step for event in scalars(tmp_path).Scalars("val/miou")]
+    assert steps == [4, 8, 9]  # what was logged before is kept
+
+
+def test_frames_without_labels_and_a_loss_that_stays_nan_end_the_run(tmp_path, monkeypatch):
+    options = own_frames(tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / "train0001" / "label-filt")
+    with pytest.raises(FileNotFoundError, match="train0001: .*label-filt"):
+        train.main(small(tmp_path, *options))
+    assert not (tmp_path / "runs").exists()
+    forward = train.SemanticCriterion.forward
+    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * float("nan"))
+    for amp in ("off", "fp16"):
+        with pytest.raises(FloatingPointError, match="gradient norm nan"):
+            train.main(small(tmp_path / amp, "--no-clip", "--no-instances", "--amp", amp, "--epochs", "30",
+                             "--eval-every", "30", "--points", "100"))
