@@ -83,7 +83,7 @@ def build_parser():
     g.add_argument("--train-split", help="file of scenes or scene/frame entries; needed for a data folder")
     g.add_argument("--val-split", help="likewise")
     g.add_argument("--rooms", type=int, default=32, help="built-in training rooms; validation has 3 for every 8")
-    g.add_argument("--frames-per-room", type=int, default=4)
+    g.add_argument("--frames-per-room", type=int, default=4, help="pictures taken in each of them")
     g.add_argument("--points", type=int, default=4096, help="points drawn per sample")
     g.add_argument("--views", type=int, default=1, help="frames that make one sample")
     g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees; multiples "
@@ -113,7 +113,7 @@ def build_parser():
 
     g = parser.add_argument_group("loss")
     g.add_argument("--semantic-weight", type=float, help="default: 0.5 without CLIP, 0.4 with it")
-    g.add_argument("--instance-weight", type=float, default=1.0)
+    g.add_argument("--instance-weight", type=float, default=1.0, help="of the instance criterion")
     g.add_argument("--clip-warmup", type=int_list, default=(10, 20), help="epochs after which the CLIP loss's weight "
                    "changes")
     g.add_argument("--clip-weights", type=float_list, default=(0.0, 0.001, 0.01), help="its weight up to the first, "
@@ -127,24 +127,24 @@ def build_parser():
                    "to the bit")
 
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=24)
+    g.add_argument("--epochs", type=int, default=24, help="passes over the training samples")
     g.add_argument("--batch-size", type=int, default=4, help="samples per process and step")
     g.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
-    g.add_argument("--lr", type=float, default=2e-3)
+    g.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
     g.add_argument("--lr-3d", type=float, default=1.0, help="factor on the 3D encoder's learning rate")
     g.add_argument("--lr-clip", type=float, default=0.01, help="factor on freed CLIP blocks' learning rate")
-    g.add_argument("--weight-decay", type=float, default=0.05)
+    g.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices; 0: none")
     g.add_argument("--schedule", choices=("poly", "cosine"), default="poly", help="poly: (1 - t)^0.9")
     g.add_argument("--lr-warmup", type=int, default=50, help="optimiser steps of linear warm-up; 0: none")
     g.add_argument("--clip-norm", type=float, default=10.0, help="largest gradient norm")
     g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast type")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentation")
     g.add_argument("--device", help="default: cuda where there is one, else cpu")
 
     g = parser.add_argument_group("run")
     g.add_argument("--runs", default="runs", help="folder that TensorBoard watches")
     g.add_argument("--name", help="run name (default: bifusion or baseline)")
-    g.add_argument("--log-every", type=int, default=10, help="optimiser steps")
+    g.add_argument("--log-every", type=int, default=10, help="optimiser steps between entries in TensorBoard")
     g.add_argument("--eval-every", type=int, default=5, help="epochs between evaluations; each writes last.pt")
     g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt; other options may be changed")
     g.add_argument("--eval", metavar="CHECKPOINT", help="evaluate only")
