@@ -274,6 +274,7 @@ def ap(args):
 
 
 def parse_args(argv=None):
+    """The command, its options and their defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("sparse", help="sparse convolution, the U-Net's step, its maps, memory and growth")
@@ -291,6 +292,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Runs one comparison and prints it."""
     args = parse_args(argv)
     args.run(args)
 

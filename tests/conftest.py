@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Tensors as small as these only wait for a thread pool, and for long where other work shares the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

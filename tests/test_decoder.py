@@ -11,14 +11,6 @@ from decoder import (Attention, DecoderLayer, InstanceDecoder, attention_mask, i
 
 SIZES = [7, 1, 0, 12]  # superpoints per scene; one has a single one, one has none
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for a thread pool, and for long where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 def batch_of(sizes):
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))

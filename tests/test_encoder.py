@@ -34,15 +34,6 @@ TOWERS = {
 VITS = [name for name in TOWERS if name != "tiny-resnet"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for a thread pool, and for long where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def towers(tmp_path_factory):
     """Makes the tiny models known to open_clip under their names."""

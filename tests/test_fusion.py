@@ -16,15 +16,6 @@ GRIDS = [(14, 14), (30, 40), (37, 51)]
 K = torch.tensor([[577.87, 0.0, 319.5], [0.0, 579.1, 239.5], [0.0, 0.0, 1.0]])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for a thread pool, and for long where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pose(seed, shift=0.5):
     """A random rigid world2cam (4, 4) that keeps points in front of the camera there."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,14 +11,6 @@ from metrics import evaluate_instances
 
 K = 3
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for a thread pool, and for long where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 def random_scene(num_superpoints=9, num_instances=3, num_queries=6, seed=0, dtype=torch.float64):
     """Prediction of one layer, target, and the superpoint of each query, for one scene."""

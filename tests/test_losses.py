@@ -25,15 +25,6 @@ SETTINGS = [dict(loss_weight=w, temperature=t, gradient_flow_ratio=g, clamp=m, n
     (2.0, 3.0, 1.0, 10.0, 2.0)]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for a thread pool, and for long where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def hostile_rows(n, dtype, generator):
     """(n, C) rows, each of a kind drawn at random: ordinary, tiny, huge, constant, zero, not finite."""
     normal = torch.randn(n, C, generator=generator)
