@@ -403,14 +403,14 @@ def main(argv=None):
             raise ValueError(f"{args.data}: no point of {dataset.frames.names[0]} and the other {len(dataset) - 1} "
                              "samples has a label of the class list")
     encoder_2d = build_encoder_2d(args, warn)
-    planes = {} if args.backbone == "res16unet34c" else SMALL
-    encoder_3d = PointEncoder(args.voxel_size, **planes)
+    full = args.backbone == "res16unet34c"
+    encoder_3d = PointEncoder(args.voxel_size, **({} if full else SMALL))
     if args.init_3d and state is None:
         say(load_res16unet34c(encoder_3d.backbone, args.init_3d))
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
                              point_target=args.clip_target == "point")
     # the small network takes a decoder of its size
-    decoder = InstanceDecoder(256, num_classes, **({} if planes == {} else dict(embed_dim=128, ffn=512)))
+    decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
     model = Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * args.voxel_size).to(device)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
