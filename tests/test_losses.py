@@ -399,3 +399,36 @@ def test_misshapen_semantic_input_is_named(logits, labels, weights, message):
     with pytest.raises(ValueError, match=message):
         semantic_loss(torch.zeros(logits), torch.zeros(labels).long(),
                       class_weights=None if weights is None else torch.ones(weights))
+
+
+@pytest.mark.parametrize("kind, single, half", [  # largest gradient of a row, "dead" or "nan": the README's table
+    ("random", 9e-4, 9e-4), ("huge", 2e-8, "dead"), ("zero rows", 7e9, "nan"), ("zero targets", 9e-4, "nan"),
+    ("tiny", 1.3e5, "nan"), ("inf", "nan", "nan")])
+def test_naive_loss_breaks_as_the_readme_says_and_ours_does_not(kind, single, half):
+    torch.manual_seed(0)
+    fused, target = torch.randn(1024, 256), torch.randn(1024, 256)
+    if kind == "huge":
+        fused = (torch.rand_like(fused) * 2 - 1) * 6e4
+    elif kind == "zero rows":
+        fused[::2] = 0
+    elif kind == "zero targets":
+        target[::2] = 0
+    elif kind == "tiny":
+        fused = F.normalize(fused) * 1e-7
+    elif kind == "inf":
+        fused[0, 0] = torch.inf
+    for dtype, expected in ((torch.float32, single), (torch.float16, half)):
+        f, c = fused.to(dtype).requires_grad_(), target.to(dtype)
+        naive = -torch.log(torch.sigmoid((F.normalize(f) * F.normalize(c)).sum(1) / 0.07)).mean()
+        largest = torch.autograd.grad(naive, f)[0].float().norm(dim=1).max()
+        if expected == "nan":
+            assert largest.isnan()
+        elif expected == "dead":
+            assert largest == 0
+        else:
+            assert largest.item() == pytest.approx(expected, rel=0.25)
+        criterion = ClipConsCriterion(loss_weight=1.0)
+        loss = criterion(f, c)
+        grad, = torch.autograd.grad(loss, f)
+        bound = 1 / (int(criterion.counts[0]) * criterion.temperature * criterion.norm_floor)
+        assert loss.isfinite() and grad.float().norm(dim=1).max() <= 1.01 * bound
