@@ -216,7 +216,7 @@ class PointDataset(Dataset):
     superpoints: a SuperpointCache; samples then hold superpoints (n,), 0..S-1, each of one view.
     voxel_size: metres; elastic augmentation is counted in voxels, see `augment_points`.
 
-    A sample: name, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with -1 = none,
+    A sample: name, seed, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with -1 = none,
     images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
     depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
     """
@@ -290,7 +290,8 @@ class PointDataset(Dataset):
                            for frame in frames],
             "depth": [frame["depth"] for frame in frames],
             "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
-        sample = {"name": name, **{key: torch.from_numpy(value) for key, value in fields.items()},
+        sample = {"name": name, "seed": int(rng.integers(2 ** 62)),  # of what the network draws for this sample
+                  **{key: torch.from_numpy(value) for key, value in fields.items()},
                   **{key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}}
         pictures = [resize_image(frame["color"], self.image_size) for frame in frames]
         if self.cache is None:
@@ -335,12 +336,12 @@ class SceneDataset(PointDataset):
 def collate(samples):
     """Ragged batch: per-point fields are concatenated to (N, ...), all others stacked to (B, V, ...).
 
-    Adds batch (N,) int64, the sample that each point is of; `name` becomes a list. Superpoints and instances keep their
-    numbers within the sample.
+    Adds batch (N,) int64, the sample that each point is of; `name` and `seed` become lists. Superpoints and instances
+    keep their numbers within the sample.
     """
-    batch = {"name": [sample["name"] for sample in samples]}
+    batch = {key: [sample[key] for sample in samples] for key in ("name", "seed")}
     for key in samples[0]:
-        if key == "name":
+        if key in batch:
             continue
         values = [sample[key] for sample in samples]
         if key in PER_POINT:

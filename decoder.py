@@ -114,8 +114,11 @@ class InstanceDecoder(nn.Module):
         self.quality_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.semantic_head = nn.Linear(in_channels, num_classes)
 
-    def forward(self, feats, superpoint_batch):
-        """feats (S, C) superpoint features, superpoint_batch (S,) int64, sorted.
+    def forward(self, feats, superpoint_batch, seeds=None):
+        """feats (S, C) superpoint features, superpoint_batch (S,) int64, sorted; seeds: B integers, or None.
+
+        In training the queries of a scene are drawn by its seed, so that neither the rest of the batch nor the process
+        that it runs on matters; without seeds by torch's own generator.
 
         Returns {
           "layers": num_layers + 1 dicts, the last is the final prediction; each holds tuples over the B scenes:
@@ -130,7 +133,8 @@ class InstanceDecoder(nn.Module):
         if len(feats) == 0:
             raise ValueError("no superpoint in the whole batch")
         sizes = torch.bincount(superpoint_batch).tolist()
-        query_index = tuple(self._select(size, feats.device) for size in sizes)
+        query_index = tuple(self._select(size, feats.device, seed)
+                            for size, seed in zip(sizes, seeds or [None] * len(sizes)))
         query_sizes = [len(index) for index in query_index]
 
         source, mask_feats = self.source_proj(feats), self.mask_proj(feats).split(sizes)
@@ -143,11 +147,12 @@ class InstanceDecoder(nn.Module):
             layers.append(self._predict(query, query_sizes, mask_feats))
         return {"layers": layers, "query": query_index, "semantic_logits": self.semantic_head(feats)}
 
-    def _select(self, size, device):
+    def _select(self, size, device, seed):
         if not self.training:
             return torch.arange(size, device=device)
-        share = torch.empty(()).uniform_(self.min_query_share, 1).item()
-        return torch.randperm(size, device=device)[:math.ceil(share * size)]
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        share = torch.empty(()).uniform_(self.min_query_share, 1, generator=generator).item()
+        return torch.randperm(size, generator=generator)[:math.ceil(share * size)].to(device)
 
     def _predict(self, query, query_sizes, mask_feats):
         query = self.out_norm(query)
@@ -270,6 +275,7 @@ class Segmenter(nn.Module):
         count = len(superpoint_batch)
         centre = pool(batch["coords"], superpoint, count)
         centre = centre - pool(centre, superpoint_batch, len(batch["name"]))[superpoint_batch]
-        decoder = self.decoder(pool(out["feat_fusion"], superpoint, count) + self.position(centre), superpoint_batch)
+        decoder = self.decoder(pool(out["feat_fusion"], superpoint, count) + self.position(centre), superpoint_batch,
+                               batch.get("seed"))
         return {**out, "logits": logits + decoder["semantic_logits"][superpoint], "superpoint": superpoint,
                 "superpoint_batch": superpoint_batch, "decoder": decoder}

@@ -127,7 +127,7 @@ def test_augmentation_changes_coords_and_colors_only(root):
         sample = dataset[1]
         assert not torch.equal(sample["coords"], plain["coords"])
         assert not torch.equal(sample["colors"], plain["colors"])
-        for key in set(plain) - {"name", "coords", "colors"}:
+        for key in set(plain) - {"name", "seed", "coords", "colors"}:
             assert torch.equal(sample[key], plain[key]), key
     assert torch.equal(plain["coords"], plain["points"])
 
@@ -185,7 +185,7 @@ def test_rooms_and_files_give_the_same_kind_of_sample(root):
     samples = [data.PointDataset(frames, 500, (32, 32))[0] for frames in (rooms, data.ScanNetFrames(root, CLASSES))]
     assert samples[0].keys() == samples[1].keys()
     for key, value in samples[0].items():
-        if key != "name":
+        if key not in ("name", "seed"):
             assert value.dtype == samples[1][key].dtype and value.dim() == samples[1][key].dim(), key
     raw = rooms_module.frames("train", 1, 2, size=(60, 80))
     for i, frame in enumerate(raw):  # images hold 1 + class and instances from 1, both 0 = none
@@ -230,7 +230,7 @@ def test_any_number_of_workers_gives_the_same_samples_in_every_epoch(root):
         dataset.set_epoch(epoch)
         for alone, with_workers in zip(*loaders, strict=True):
             assert alone.keys() == with_workers.keys() and alone["name"] == with_workers["name"]
-            assert all(torch.equal(alone[key], with_workers[key]) for key in alone if key != "name")
+            assert all(torch.equal(alone[key], with_workers[key]) for key in alone if key not in ("name", "seed"))
 
 
 def test_views_of_a_sample_are_consecutive_frames_of_one_scene(tmp_path):
@@ -314,7 +314,7 @@ def test_cached_samples_hold_the_features_of_their_pictures(root, tmp_path):
     plain, cached = (data.PointDataset(frames, 100, (24, 32), views=3, augment=True, cache=c) for c in (None, cache))
     batches = [data.collate([dataset[0], dataset[1]]) for dataset in (plain, cached)]
     assert set(batches[1]) == set(batches[0]) - {"images"} | {"clip_tokens", "clip_pooled"}
-    assert all(torch.equal(batches[0][key], batches[1][key]) for key in set(batches[0]) & set(batches[1]) - {"name"})
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in set(batches[0]) & set(batches[1]) - {"name", "seed"})
     tokens, pooled = encode(batches[0]["images"].flatten(0, 1))
     assert torch.equal(batches[1]["clip_tokens"].flatten(0, 1), tokens.half())
     assert torch.equal(batches[1]["clip_pooled"].flatten(0, 1), pooled.half())
@@ -331,7 +331,7 @@ def test_superpoints_are_numbered_without_gaps_and_belong_to_one_view(tmp_path):
     assert ids.dtype == torch.int64 and ids.unique().tolist() == list(range(ids.max() + 1))
     assert 20 < len(ids.unique()) <= 40
     plain = data.PointDataset(frames, 200, (24, 32), views=2)[0]
-    assert all(torch.equal(plain[key], sample[key]) for key in plain if key != "name")
+    assert all(torch.equal(plain[key], sample[key]) for key in plain if key not in ("name", "seed"))
     view = (sample["colors"][:, 2] * 25.5).round()  # the blue channel numbers the frames
     assert all(len(view[ids == i].unique()) == 1 for i in ids.unique())
     assert data.collate([sample, sample])["superpoints"].shape == (400,)
@@ -411,8 +411,8 @@ def test_scans_and_frames_share_one_collate(scene_dataset):
     batch = data.collate([sample, scene_dataset()[0]])
     assert batch["batch"].bincount().tolist() == [len(sample["points"]), 200] and batch["images"].shape[:2] == (2, 3)
     frame = data.PointDataset(scene_dataset().frames, 10, (24, 32), superpoints=SuperpointCache())[0]
-    assert {k: (v.dtype, v.dim()) for k, v in frame.items() if k != "name"} == {
-        k: (v.dtype, v.dim()) for k, v in sample.items() if k != "name"}
+    assert {k: (v.dtype, v.dim()) for k, v in frame.items() if k not in ("name", "seed")} == {
+        k: (v.dtype, v.dim()) for k, v in sample.items() if k not in ("name", "seed")}
 
 
 def test_a_scan_without_frames_is_named(scene_dataset, tmp_path):

@@ -326,3 +326,15 @@ def test_malformed_input_is_named():
         pool(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), 1)
     with pytest.raises(ValueError, match="3 mask queries"):
         instances_from_logits(torch.zeros(2, 4), torch.zeros(3, 3), torch.tensor([0]))
+
+
+def test_training_queries_are_drawn_by_the_scene_seed_alone():
+    torch.manual_seed(0)
+    decoder = InstanceDecoder(16, 3, embed_dim=16, ffn=16).train()
+    feats = torch.randn(30, 16)
+    both = decoder(feats, torch.tensor([0] * 12 + [1] * 18), [7, 2 ** 61])["query"]
+    torch.manual_seed(1)
+    for scene, seed, rows in ((0, 7, feats[:12]), (1, 2 ** 61, feats[12:])):
+        alone, = decoder(rows, torch.zeros(len(rows), dtype=torch.int64), [seed])["query"]
+        assert torch.equal(alone, both[scene])
+    assert any(len(decoder(feats[:12], torch.zeros(12, dtype=torch.int64), [seed])["query"][0]) < 12 for seed in range(5))
