@@ -349,7 +349,8 @@ class BatchNorm(nn.Module):
     """BatchNorm1d under the key `bn`, as in MinkowskiEngine.
 
     Fewer than two rows have no variance: there, in training too, the running statistics serve and stay as they are.
-    A coarse level of a small scene is down to one voxel easily, and that must not end a run.
+    A coarse level of a small scene is down to one voxel easily, and that must not end a run. A norm of another class
+    put in the place of `bn` decides that itself: over several processes, the rows of all of them count.
     """
 
     def __init__(self, channels, momentum):
@@ -357,7 +358,7 @@ class BatchNorm(nn.Module):
         self.bn = nn.BatchNorm1d(channels, momentum=momentum)
 
     def forward(self, x):
-        if len(x) < 2:
+        if len(x) < 2 and type(self.bn) is nn.BatchNorm1d:
             bn = self.bn
             return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
         return self.bn(x)
