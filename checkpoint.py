@@ -12,7 +12,11 @@ import numpy as np
 import torch
 
 FIELDS = {"class_names": list, "config": dict, "model": dict, "clip_fingerprint": (str, type(None)), "optimizer": dict,
-          "scaler": dict, "rng": dict, "epoch": int, "step": int, "skipped_steps": int, "best": float, "warnings": list}
+          "scaler": dict, "rng": dict, "epoch": int, "step": int, "skipped_steps": int, "bad_steps": int, "best": float,
+          "warnings": list}
+# a step that was not finite, saved to be run again
+STEP_FIELDS = {"class_names": list, "config": dict, "model": dict, "clip_fingerprint": (str, type(None)), "batch": dict,
+               "rng": dict, "clip_weight": float, "scale": float, "epoch": int, "step": int, "findings": list}
 
 
 def write_atomically(state, path):
@@ -25,8 +29,8 @@ def write_atomically(state, path):
     os.replace(temporary, path)
 
 
-def read_checkpoint(path):
-    """A checkpoint that train.py wrote, whole and on the CPU; a ValueError for anything else."""
+def read_checkpoint(path, fields=FIELDS):
+    """A checkpoint (or, by STEP_FIELDS, a step) that train.py wrote, whole and on the CPU; else a ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if not zipfile.is_zipfile(path):
@@ -39,7 +43,7 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: not a checkpoint of train.py, or damaged ({type(error).__name__})") from error
     if damaged:
         raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
-    for field, kind in FIELDS.items():
+    for field, kind in fields.items():
         if not isinstance(state, dict) or field not in state:
             raise ValueError(f"{path}: not a checkpoint of train.py, field {field!r} is missing")
         if not isinstance(state[field], kind):

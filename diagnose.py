@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the training loop asks about its features, and the pictures that it logs.
+"""What the training loop asks about its features, where a step stopped being finite, and the pictures that it logs.
 
 Imports torch.
 """
 import colorsys
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -24,12 +25,16 @@ def effective_rank(feats: Tensor) -> Tensor:
     return torch.exp(-torch.xlogy(share, share).sum()).float()
 
 
-def fusion_statistics(out, batch, max_rows=2048):
+def thinned(feats, max_rows=2048):
+    """Every k-th row, at most max_rows of them: a spectrum does not need more."""
+    return feats[::max(1, -(-len(feats) // max_rows))]
+
+
+def fusion_statistics(out, batch):
     """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; see the README's table of tags."""
     with torch.no_grad():
         feats, valid = out["feat_fusion"].float(), out["valid"]
-        rows = torch.arange(0, len(feats), max(1, -(-len(feats) // max_rows)), device=feats.device)
-        stats = {"effective_rank": effective_rank(feats[rows])}
+        stats = {"effective_rank": effective_rank(thinned(feats))}
         if out["clip_global"] is None:
             return stats
         seen = valid.sum().clamp(min=1)
@@ -39,6 +44,111 @@ def fusion_statistics(out, batch, max_rows=2048):
         return {**stats, "valid_share": valid.float().mean(), "gate_mean": mean,
                 "gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
                 "clip_cosine": cosine.where(valid, 0).sum() / seen}
+
+
+# ---------------------------------------------------------------------------------------------- who fights whom
+
+
+@torch.no_grad()
+def pairwise_cosine(feats: Tensor) -> Tensor:
+    """Mean cosine of two different rows of feats (n, C), without the (n, n) matrix: 1 = all point one way. 0 if n < 2."""
+    n = len(feats)
+    unit = F.normalize(feats.double(), dim=1)
+    return ((unit.sum(0).square().sum() - unit.square().sum()) / max(1, n * (n - 1))).float()
+
+
+def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
+    """How the loss terms pull at the fused features, as a dict of 0-d tensors; see the README's table of tags.
+
+    terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were made of. With g_i
+    the gradient of term i at feat_fusion and g their sum: |g_i|, cos(g_i, g_j), and the share <g_i, g> / <g, g> of the
+    step that a term explains; shares sum to 1, one below 0 is overruled by the others.
+    scale: of the loss, so that half precision does not lose small gradients.
+    """
+    fused = out["feat_fusion"]
+    grads = {}
+    for name, term in terms.items():
+        grad, = torch.autograd.grad(term * scale, fused, retain_graph=True, materialize_grads=True)
+        grads[name] = grad.flatten().double() / scale
+    names, total = list(grads), sum(grads.values())
+    tiny = torch.finfo(total.dtype).tiny
+    stats = {f"grad_norm_{name}": grad.norm() for name, grad in grads.items()}
+    stats |= {f"share_{name}": grad @ total / (total @ total).clamp(min=tiny) for name, grad in grads.items()}
+    stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny)
+              for i, a in enumerate(names) for b in names[i + 1:]}
+    with torch.no_grad():
+        feats, baseline, valid = fused.float(), out["feat_3d"].float(), out["valid"]
+        drift = (feats - baseline).norm(dim=1) / baseline.norm(dim=1).clamp(min=1e-6)
+        return {**stats, "pairwise_cosine": pairwise_cosine(feats), "effective_rank": effective_rank(thinned(feats)),
+                "drift": drift.where(valid, 0).sum() / valid.sum().clamp(min=1)}
+
+
+# ---------------------------------------------------------------------------------------------- the sentry
+
+
+def tensors_of(value):
+    """Every floating-point tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def is_finite(value):
+    """Whether every tensor in nested tuples, lists and dicts is free of NaN and inf."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors_of(value))
+
+
+def locate_nonfinite(model, batch, losses, scale=1.0):
+    """Where a step first stops being finite: a list of findings, the likeliest cause first; empty where it is finite.
+
+    losses: `batch -> {name: scalar}`, runs the model; scale: of the loss in the backward pass. One pass forward and one
+    backward a term, with hooks on every module; gradients are left as they are, buffers of the model are not. What does
+    not depend on the data is run on any data, so that several processes may look together.
+    """
+    findings = []
+    for name, value in batch.items():
+        bad = torch.zeros(0) if not isinstance(value, Tensor) else ~value.isfinite()
+        if bad.any():
+            first = bad.nonzero()[0].tolist()
+            sample = int(batch["batch"][first[0]]) if len(value) == len(batch["batch"]) else first[0]
+            findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values that "
+                            f"are not finite, the first at {first} of {tuple(value.shape)}")
+    findings += [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not finite"
+                 for name, value in [*model.named_parameters(), *model.named_buffers()] if not is_finite(value)]
+
+    outputs, gradients = [], defaultdict(list)  # names in the order in which they were found
+    term = None
+
+    def after(name):
+        def hook(module, inputs, output):
+            if not is_finite(output):
+                outputs.append((name, type(module).__name__, is_finite(inputs)))
+            for tensor in tensors_of(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad: None if grad.isfinite().all() else gradients[term].append(name))
+        return hook
+
+    handles = [module.register_forward_hook(after(name)) for name, module in model.named_modules() if name]
+    terms = losses(batch)
+    for handle in handles:
+        handle.remove()
+    if outputs:
+        name, kind, fed = outputs[0]
+        findings.append(f"module: {name} ({kind}) is the first with an output that is not finite; its input is "
+                        f"{'finite' if fed else 'not either'}")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for term, value in terms.items():
+        finite = bool(value.isfinite())
+        if not finite:
+            findings.append(f"loss: {term} is {value.item()}")
+        grads = torch.autograd.grad(value * scale, list(parameters.values()), retain_graph=True, allow_unused=True)
+        bad = [name for name, grad in zip(parameters, grads) if grad is not None and not grad.isfinite().all()]
+        if finite and bad:  # of a loss that is not finite nothing else is to be expected
+            where = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
+            findings.append(f"gradient: of {term}, first not finite {where} and so at {len(bad)} of {len(grads)} weights, "
+                            f"with a loss scale of {scale:g}")
+    return findings
 
 
 # ---------------------------------------------------------------------------------------------- pictures

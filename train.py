@@ -6,12 +6,12 @@
     python train.py --no-clip                                          the 3D baseline
     python train.py --resume runs/NAME/last.pt
     python train.py --eval runs/NAME/best.pt
+    python train.py --replay runs/NAME/bad_step_N.pt                   a step that was not finite, once more
     torchrun --nproc-per-node 4 train.py --amp bf16                    the same file on several GPUs
     tensorboard --logdir runs
 
 Imports every sibling but bench.py.
 """
-import argparse
 import json
 import os
 import random
@@ -30,166 +30,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cache import FeatureCache
-from checkpoint import read_checkpoint, restore, rng_state, set_rng_state, write_atomically
+from checkpoint import STEP_FIELDS, read_checkpoint, restore, rng_state, set_rng_state, write_atomically
 from data import PointDataset, RoomFrames, ScanNetFrames, ScanNetScenes, SceneDataset, collate, load_classes
 from decoder import InstanceDecoder, Segmenter, scene_instances
-from diagnose import fusion_statistics, pictures
+from diagnose import fusion_statistics, locate_nonfinite, pictures, term_statistics
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, apply_transform
 from losses import ClipConsCriterion, InstanceCriterion, SemanticCriterion, clip_loss_weight, instance_targets
 from metrics import InstanceMeter, SemanticMeter
+from options import AMP_DTYPES, build_parser, parse_args
 from sparse_unet import SMALL, PointEncoder, load_res16unet34c
 from superpoints import SuperpointCache
-
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# ---------------------------------------------------------------------------------------------- options
-
-
-def int_list(text):
-    """"10,20" -> (10, 20)."""
-    try:
-        return tuple(int(x) for x in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers such as 10,20, got {text!r}") from None
-
-
-def float_list(text):
-    """"0,0.001,0.01" -> (0.0, 0.001, 0.01)."""
-    try:
-        return tuple(float(x) for x in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 0,0.001,0.01, got {text!r}") from None
-
-
-def image_size(text):
-    """"240,320" -> (240, 320)."""
-    size = int_list(text)
-    if len(size) != 2 or min(size) <= 0:
-        raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
-    return size
-
-
-def build_parser():
-    """The one source of every default."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
-    g.add_argument("--classes", help="class list, lines 'id name' (default: classes.txt in the data folder)")
-    g.add_argument("--scans", help="folder of ScanNet's whole scans: points from there, views from --data")
-    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv: class ids of --scans are that table's, "
-                   "as in ScanNet200")
-    g.add_argument("--train-split", help="file of scenes or scene/frame entries; needed for a data folder")
-    g.add_argument("--val-split", help="likewise")
-    g.add_argument("--rooms", type=int, default=32, help="built-in training rooms; validation has 3 for every 8")
-    g.add_argument("--frames-per-room", type=int, default=4, help="pictures taken in each of them")
-    g.add_argument("--points", type=int, default=4096, help="points drawn per sample")
-    g.add_argument("--views", type=int, default=1, help="frames that make one sample")
-    g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees; multiples "
-                   "of its patch")
-    g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
-    g.add_argument("--no-augment", action="store_true", help="no 3D augmentation")
-    g.add_argument("--superpoints", type=int, default=128, help="per frame, for instances; 0: cubes of 4 voxels a side "
-                   "serve")
-    g.add_argument("--superpoint-cache", default=".cache/superpoints", help="folder where they are kept")
-    g.add_argument("--workers", type=int, default=2, help="data-loading processes; 0: none")
-
-    g = parser.add_argument_group("model")
-    g.add_argument("--backbone", choices=("small", "res16unet34c"), default="small", help="the 3D encoder")
-    g.add_argument("--voxel-size", type=float, default=0.08, help="metres")
-    g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained Res16UNet34C weights (ESAM, Mask3D, OpenScene)")
-    g.add_argument("--no-clip", action="store_true", help="the 3D baseline: no pictures, no fusion, no CLIP loss")
-    g.add_argument("--no-instances", action="store_true", help="semantics only (default: instances too, where the data "
-                   "has their labels)")
-    g.add_argument("--min-instance-points", type=int, default=100, help="smaller instances are neither predicted nor "
-                   "scored")
-    g.add_argument("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
-    g.add_argument("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
-    g.add_argument("--clip-blocks", type=int, default=0, help="last transformer blocks of CLIP to train; 0: frozen")
-    g.add_argument("--clip-cache", default=".cache/clip", help="folder of encoded pictures; 'none': encode every time")
-    g.add_argument("--depth-tolerance", type=float, default=0.05, help="metres a point may lie behind the depth image "
-                   "and still be seen")
-
-    g = parser.add_argument_group("loss")
-    g.add_argument("--semantic-weight", type=float, help="default: 0.5 without CLIP, 0.4 with it")
-    g.add_argument("--instance-weight", type=float, default=1.0, help="of the instance criterion")
-    g.add_argument("--clip-warmup", type=int_list, default=(10, 20), help="epochs after which the CLIP loss's weight "
-                   "changes")
-    g.add_argument("--clip-weights", type=float_list, default=(0.0, 0.001, 0.01), help="its weight up to the first, "
-                   "up to the second ..., and after the last of them")
-    g.add_argument("--clip-target", choices=("global", "point"), default="global", help="the scene's CLIP feature, or "
-                   "the one at the point")
-    g.add_argument("--temperature", type=float, default=0.07, help="of the CLIP loss; floored at 0.1")
-    g.add_argument("--gradient-flow-ratio", type=float, default=0.0, help="share of the CLIP loss's gradient that "
-                   "reaches its target, 0 to 1; no effect on a frozen one")
-    g.add_argument("--isolate-clip", action="store_true", help="CLIP loss weight 0 throughout: trains as without it, "
-                   "to the bit")
-
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=24, help="passes over the training samples")
-    g.add_argument("--batch-size", type=int, default=4, help="samples per process and step")
-    g.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step")
-    g.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
-    g.add_argument("--lr-3d", type=float, default=1.0, help="factor on the 3D encoder's learning rate")
-    g.add_argument("--lr-clip", type=float, default=0.01, help="factor on freed CLIP blocks' learning rate")
-    g.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on matrices; 0: none")
-    g.add_argument("--schedule", choices=("poly", "cosine"), default="poly", help="poly: (1 - t)^0.9")
-    g.add_argument("--lr-warmup", type=int, default=50, help="optimiser steps of linear warm-up; 0: none")
-    g.add_argument("--clip-norm", type=float, default=10.0, help="largest gradient norm")
-    g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast type")
-    g.add_argument("--seed", type=int, default=0, help="of weights, draws and augmentation")
-    g.add_argument("--device", help="default: cuda where there is one, else cpu")
-
-    g = parser.add_argument_group("run")
-    g.add_argument("--runs", default="runs", help="folder that TensorBoard watches")
-    g.add_argument("--name", help="run name (default: bifusion or baseline)")
-    g.add_argument("--log-every", type=int, default=10, help="optimiser steps between entries in TensorBoard")
-    g.add_argument("--eval-every", type=int, default=5, help="epochs between evaluations; each writes last.pt")
-    g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt; other options may be changed")
-    g.add_argument("--eval", metavar="CHECKPOINT", help="evaluate only")
-    return parser
-
-
-def parse_args(argv=None):
-    """Options of the command line; those of a checkpoint to resume or evaluate stand in for what is not given."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.resume and args.eval:
-        parser.error("--resume and --eval exclude each other")
-    if args.resume or args.eval:
-        config = read_checkpoint(args.resume or args.eval)["config"]
-        parser.set_defaults(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-                               if k not in ("resume", "eval", "device")})
-        args = parser.parse_args(argv)
-    for name in ("points", "views", "epochs", "batch_size", "accumulate", "log_every", "eval_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.data == "rooms" and args.scans:
-        parser.error("--scans holds points alone: give --data, the folder of their frames, too")
-    if args.label_map and not args.scans:
-        parser.error("--label-map is of --scans: label images already hold that table's ids")
-    for name in ("voxel_size", "instance_weight", "clip_norm", "lr"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, got {args.seed}")
-    if not all(0 <= weight < float("inf") for weight in args.clip_weights):
-        parser.error(f"--clip-weights must be finite and at least 0, got {args.clip_weights}")
-    if args.init_3d and args.backbone != "res16unet34c":
-        parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
-    try:
-        clip_loss_weight(0, args.clip_warmup, args.clip_weights)
-    except ValueError as error:
-        parser.error(f"--clip-warmup, --clip-weights: {error}")
-    if args.isolate_clip:
-        args.clip_weights, args.gradient_flow_ratio = (0.0,) * len(args.clip_weights), 0.0
-    if args.semantic_weight is None:
-        args.semantic_weight = 0.5 if args.no_clip else 0.4
-    if not args.semantic_weight > 0:
-        parser.error(f"--semantic-weight must be above 0, got {args.semantic_weight}")
-    return args
-
 
 # ---------------------------------------------------------------------------------------------- parts
 
@@ -241,6 +92,68 @@ def build_encoder_2d(args, warn):
         return Enhanced2DEncoder(args.clip_model, None, **options)
 
 
+def build_model(args, encoder_2d, num_classes, instances):
+    """The whole network, with fresh weights."""
+    full = args.backbone == "res16unet34c"
+    encoder_3d = PointEncoder(args.voxel_size, **({} if full else SMALL))
+    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
+                             point_target=args.clip_target == "point")
+    # the small network takes a decoder of its size
+    decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
+    return Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * args.voxel_size)
+
+
+def compute_losses(model, batch, criteria, args):
+    """One forward pass -> the model's output and the weighted loss terms; a CLIP term of weight 0 is not computed."""
+    with torch.autocast(batch["points"].device.type, AMP_DTYPES[args.amp], enabled=args.amp != "off"):
+        out = model(batch)
+    terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
+    if model.decoder is not None:
+        targets = instance_targets(batch["labels"], batch["instances"], out["superpoint"], out["superpoint_batch"])
+        terms["instance"] = criteria["instance"](out["decoder"], targets)
+    if out["clip_global"] is not None and criteria["clip"].loss_weight > 0:
+        target = (out["clip_point"], None) if args.clip_target == "point" else (out["clip_global"], batch["batch"])
+        terms["clip"] = criteria["clip"](out["feat_fusion"], *target, out["valid"])
+    return out, terms
+
+
+def examine(model, seen, criteria, args, scale, device):
+    """Looks where a step stopped being finite: findings, and the batch and random state that they are of.
+
+    seen: the (batch, random state) pairs of the step. Every one is run, whatever is found in the first: with several
+    processes a pass has collectives. Running statistics of the model are left moved.
+    """
+    now, found = rng_state(device), []
+    for batch, rng in seen:
+        set_rng_state(rng, device)
+        findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1], scale)
+        found.append((findings, batch, rng))
+    set_rng_state(now, device)
+    return next((entry for entry in found if entry[0]), found[0])
+
+
+def replay(model, state, criteria, args, device):
+    """Runs a saved step again: prints where it stops being finite, then goes backward under anomaly detection, which
+    raises there with the line of the forward pass. A FloatingPointError at the latest, where it is still not finite.
+    """
+    batch = to_device(state["batch"], device)
+    criteria["clip"].loss_weight = state["clip_weight"]
+    model.train()
+    set_rng_state(state["rng"], device)
+    findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1],
+                                state["scale"])
+    print(f"epoch {state['epoch']}, step {state['step']}: {', '.join(batch['name'])}",
+          *(findings or ["every value of this step is finite here"]), sep="\n  ")
+    model.load_state_dict(state["model"])  # the pass above has moved running statistics
+    set_rng_state(state["rng"], device)
+    with torch.autograd.set_detect_anomaly(True):
+        _, terms = compute_losses(model, batch, criteria, args)
+        (sum(terms.values()) * state["scale"]).backward()
+    if findings:
+        raise FloatingPointError(f"{args.replay}: {findings[0]}")
+    return findings
+
+
 def parameter_groups(model, args):
     """AdamW groups: one a part of the model, and one more for what weight decay should leave alone (1-d tensors)."""
     factors = {"encoder_3d": args.lr_3d, "clip_blocks": args.lr_clip, "fusion": 1.0, "head": 1.0}
@@ -287,6 +200,26 @@ def average_buffers(model, world_size):
                 buffer /= world_size
 
 
+def gather(value, world_size):
+    """What every process holds, as a list by rank."""
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def compiled_parts(model):
+    """The modules that --compile compiles: dense, of one shape or nearly; the sparse network's shapes differ by step."""
+    fusion = model.fusion
+    parts = [model.head, fusion.proj_3d]
+    if fusion.encoder_2d is not None:
+        parts += [*fusion.encoder_2d.blocks, fusion.encoder_2d.spatial_proj, fusion.norm_2d, fusion.gate]
+    if model.decoder is not None:
+        parts += [model.position, model.decoder.class_head, model.decoder.quality_head, model.decoder.semantic_head]
+    return parts
+
+
 def to_device(batch, device):
     """A batch with its tensors on a device."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -314,9 +247,7 @@ def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_si
                 instances.update({**scene, "labels": scene["labels"] + 1}, truth)
     if world_size > 1:
         dist.all_reduce(semantics.confusion)
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, instances.scenes)
-        instances.scenes = sum(gathered, [])
+        instances.scenes = sum(gather(instances.scenes, world_size), [])
     model.train()
     result = semantics.compute()
     metrics = {"miou": result["miou"], "iou": [result["per_class"][c] for c in range(num_classes)]}
@@ -361,7 +292,9 @@ def draw(model, dataset, index, num_classes, device, min_points):
 def main(argv=None):
     """One run, from options to the final table. Returns the final validation metrics."""
     args = parse_args(argv)
-    state = read_checkpoint(args.resume or args.eval) if args.resume or args.eval else None
+    state = None
+    if args.resume or args.eval or args.replay:
+        state = read_checkpoint(args.replay, STEP_FIELDS) if args.replay else read_checkpoint(args.resume or args.eval)
 
     # processes: one, or as many as torchrun started
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -386,35 +319,41 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     np.random.seed(args.seed % 2 ** 32)
-    train_set, val_set, class_names, instances = build_sets(args)
+    if args.replay:
+        class_names, instances = state["class_names"], any(key.startswith("decoder.") for key in state["model"])
+    else:
+        train_set, val_set, class_names, instances = build_sets(args)
+        say(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
+            f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
+        # every frame is read before anything is written: a broken file ends the run here; superpoints are made on the way
+        for dataset in (val_set,) if args.eval else (val_set, train_set):
+            share = Subset(dataset, range(rank, len(dataset), world_size))
+            loader = DataLoader(share, batch_size=None, num_workers=args.workers, generator=torch.Generator())
+            labelled = torch.zeros((), dtype=torch.int64, device=device)
+            for sample in tqdm(loader, "reading frames", unit="sample", disable=not main_process):
+                labelled += (sample["labels"] >= 0).sum()
+            if world_size > 1:
+                dist.all_reduce(labelled)
+            if labelled == 0:
+                raise ValueError(f"{args.data}: no point of {dataset.frames.names[0]} and the other {len(dataset) - 1} "
+                                 "samples has a label of the class list")
     num_classes = len(class_names)
-    say(f"{len(train_set)} training and {len(val_set)} validation samples, {num_classes} classes; "
-        f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
-    # every frame is read before anything is written: a broken file ends the run here; superpoints are made on the way
-    for dataset in (val_set,) if args.eval else (val_set, train_set):
-        share = Subset(dataset, range(rank, len(dataset), world_size))
-        loader = DataLoader(share, batch_size=None, num_workers=args.workers, generator=torch.Generator())
-        labelled = torch.zeros((), dtype=torch.int64, device=device)
-        for sample in tqdm(loader, "reading frames", unit="sample", disable=not main_process):
-            labelled += (sample["labels"] >= 0).sum()
-        if world_size > 1:
-            dist.all_reduce(labelled)
-        if labelled == 0:
-            raise ValueError(f"{args.data}: no point of {dataset.frames.names[0]} and the other {len(dataset) - 1} "
-                             "samples has a label of the class list")
     encoder_2d = build_encoder_2d(args, warn)
-    full = args.backbone == "res16unet34c"
-    encoder_3d = PointEncoder(args.voxel_size, **({} if full else SMALL))
+    model = build_model(args, encoder_2d, num_classes, instances)
     if args.init_3d and state is None:
-        say(load_res16unet34c(encoder_3d.backbone, args.init_3d))
-    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
-                             point_target=args.clip_target == "point")
-    # the small network takes a decoder of its size
-    decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
-    model = Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * args.voxel_size).to(device)
+        say(load_res16unet34c(model.fusion.encoder_3d.backbone, args.init_3d))
+    model.to(device)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
-        restore(model, state, args.resume or args.eval, class_names, fingerprint)
+        restore(model, state, args.resume or args.eval or args.replay, class_names, fingerprint)
+    if args.compile:  # in place: names and checkpoints stay as they are
+        for module in compiled_parts(model):
+            module.compile()
+    criteria = {"semantic": SemanticCriterion(args.semantic_weight).to(device),
+                "instance": InstanceCriterion(args.instance_weight),
+                "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss)}
+    if args.replay:
+        return replay(model, state, criteria, args, device)
 
     # CLIP is frozen: encode each picture once
     amp_dtype = AMP_DTYPES[args.amp]
@@ -453,10 +392,7 @@ def main(argv=None):
             dist.destroy_process_group()
         return metrics
 
-    # criteria, optimiser, schedule
-    semantic_criterion = SemanticCriterion(args.semantic_weight).to(device)
-    instance_criterion = InstanceCriterion(args.instance_weight)
-    clip_criterion = ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio)
+    # optimiser, schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     trainable = sum(p.requires_grad for p in model.parameters())
@@ -464,7 +400,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     steps_per_epoch = -(-len(train_loader) // args.accumulate)
     total_steps = args.epochs * steps_per_epoch
-    epoch, step, skipped_steps, best = 0, 0, 0, -1.0
+    epoch, step, skipped_steps, bad_steps, bad_in_a_row, best = 0, 0, 0, 0, 0, -1.0
     if args.resume:
         if state["epoch"] >= args.epochs:
             raise ValueError(f"{args.resume}: all {state['epoch']} epochs are done; to go on give --epochs above that")
@@ -473,7 +409,8 @@ def main(argv=None):
             group.update(factor=own["factor"], weight_decay=own["weight_decay"])  # this run's, not the checkpoint's
         if state["scaler"]:  # empty where it was written without fp16
             scaler.load_state_dict(state["scaler"])
-        epoch, step, skipped_steps, best = (state[k] for k in ("epoch", "step", "skipped_steps", "best"))
+        epoch, step, skipped_steps, bad_steps, best = (state[k] for k in (
+            "epoch", "step", "skipped_steps", "bad_steps", "best"))
         set_rng_state(state["rng"], device)
         if rank > 0:  # the checkpoint holds the generators of rank 0
             torch.manual_seed(args.seed + rank + world_size * step)
@@ -483,6 +420,7 @@ def main(argv=None):
     # where it is logged
     folder = Path(args.resume).parent if args.resume else Path(args.runs) / (
         f"{args.name or ('baseline' if args.no_clip else 'bifusion')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = gather(folder, world_size)[0]  # the clocks of two processes may differ
     writer = None
     if main_process:
         folder.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -492,10 +430,13 @@ def main(argv=None):
         for text in warnings:
             writer.add_text("warning", text, step)
 
-    modules = {"encoder_3d": encoder_3d, "encoder_2d": encoder_2d,
+    fusion = model.fusion
+    modules = {"encoder_3d": fusion.encoder_3d, "encoder_2d": encoder_2d,
                "head": nn.ModuleList([module for name, module in model.named_children() if name != "fusion"]),
                "fusion": nn.ModuleList([fusion.proj_3d, *([fusion.gate, fusion.norm_2d] if encoder_2d else [])])}
-    window = defaultdict(list)  # what was measured since the last log, averaged when it is written
+    statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name or "num_batches" in name]
+    statistics_before = [buffer.clone() for buffer in statistics]
+    window, speed = defaultdict(list), defaultdict(list)  # since the last log: tensors, and numbers of the host
     metrics = {"miou": float("nan")}
     bar = tqdm(total=args.epochs * len(train_set), initial=epoch * len(train_set), unit="sample", smoothing=0.05,
                disable=not main_process, dynamic_ncols=True)
@@ -503,86 +444,117 @@ def main(argv=None):
     while epoch < args.epochs:
         sampler.set_epoch(epoch)
         train_set.set_epoch(epoch)
-        clip_criterion.loss_weight = clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)
-        batches, clock = iter(train_loader), time.perf_counter()
+        criteria["clip"].loss_weight = clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)
+        batches = iter(train_loader)
         for i in range(len(train_loader)):
-            batch = to_device(next(batches), device)
-            waited = time.perf_counter() - clock
-
-            # forward; a CLIP term of weight 0 is not computed at all
-            with torch.autocast(device.type, amp_dtype, enabled=args.amp != "off"):
-                out = model(batch)
-            terms = {"semantic": (semantic_criterion(out["logits"], batch["labels"]), args.semantic_weight)}
-            if instances:
-                targets = instance_targets(batch["labels"], batch["instances"], out["superpoint"],
-                                           out["superpoint_batch"])
-                terms["instance"] = (instance_criterion(out["decoder"], targets), args.instance_weight)
-                for name, value in instance_criterion.terms.items():
-                    window[f"loss/instance_{name}"].append(value)
-            if encoder_2d is not None and clip_criterion.loss_weight > 0:
-                target = (out["clip_point"], None) if args.clip_target == "point" else (
-                    out["clip_global"], batch["batch"])
-                terms["clip"] = (clip_criterion(out["feat_fusion"], *target, out["valid"]), clip_criterion.loss_weight)
-                window["clip/nonfinite_rows"].append(clip_criterion.counts[1].float())
-            loss = sum(weighted for weighted, _ in terms.values())
-
-            # backward; the last group of an epoch may be smaller
-            group = min(args.accumulate, len(train_loader) - i // args.accumulate * args.accumulate)
-            scaler.scale(loss / group).backward()
-            for name, (weighted, weight) in terms.items():
-                window[f"weighted/{name}"].append(weighted.detach())
-                window[f"loss/{name}"].append(weighted.detach() / weight)
-            window["loss/total"].append(loss.detach())
-            bar.update(min(args.batch_size * world_size, (epoch + 1) * len(train_set) - bar.n))
-
-            if (i + 1) % args.accumulate == 0 or i + 1 == len(train_loader):
+            # the first batch of a step; the last step of an epoch may have fewer
+            if i % args.accumulate == 0:
                 position = epoch * steps_per_epoch + i // args.accumulate  # `step` of a resumed run may differ
-                factor = lr_factor(position, total_steps, args.lr_warmup, args.schedule)
-                for param_group in optimizer.param_groups:
-                    param_group["lr"] = args.lr * param_group["factor"] * factor
-                average_gradients(parameters, world_size)  # before unscaling, so that every rank sees the same inf
-                scaler.unscale_(optimizer)
-                log_now = (step + 1) % args.log_every == 0 or position + 1 == total_steps
-                if log_now and main_process:
-                    for name, module in modules.items():
-                        grads = [p.grad for p in module.parameters() if p.grad is not None] if module else []
-                        if grads:
-                            writer.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm(),
-                                              step + 1)
-                norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm)
-                # the fp16 scaler skips such a step and backs off; below 1 it is no longer a search for a scale
-                if not norm.isfinite() and (args.amp != "fp16" or scaler.get_scale() < 1):
-                    if main_process:
-                        writer.flush()
-                    raise FloatingPointError(f"epoch {epoch}, step {step}, {', '.join(batch['name'])}: gradient norm "
-                                             f"{norm.item()}, losses { {k: v.item() for k, (v, _) in terms.items()} }")
-                scale = scaler.get_scale()
+                group = min(args.accumulate, len(train_loader) - i)
+                seen, step_loss, waited = [], torch.zeros((), device=device), 0.0
+                if statistics:
+                    torch._foreach_copy_(statistics_before, statistics)
+                clock = time.perf_counter()
+
+            waiting = time.perf_counter()
+            batch = to_device(next(batches), device)
+            waited += time.perf_counter() - waiting
+            seen.append((batch, rng_state(device)))
+
+            # forward and backward
+            out, terms = compute_losses(model, batch, criteria, args)
+            loss = sum(terms.values())
+            if args.diagnose and (step + 1) % args.diagnose == 0 and len(seen) == group and main_process:
+                for name, value in term_statistics(terms, out, scaler.get_scale()).items():
+                    writer.add_scalar(f"diagnose/{name}", value, step + 1)
+                writer.add_histogram("diagnose/gate", out["alpha"][out["valid"]].float().detach(), step + 1)
+            scaler.scale(loss / group).backward()
+            step_loss += loss.detach() / group
+            window["loss/total"].append(loss.detach())
+            for name, weighted in terms.items():
+                window[f"weighted/{name}"].append(weighted.detach())
+                window[f"loss/{name}"].append(weighted.detach() / criteria[name].loss_weight)
+            if "instance" in terms:
+                for name, value in criteria["instance"].terms.items():
+                    window[f"loss/instance_{name}"].append(value)
+            if "clip" in terms:
+                window["clip/nonfinite_rows"].append(criteria["clip"].counts[1])
+            bar.update(min(args.batch_size * world_size, (epoch + 1) * len(train_set) - bar.n))
+            if len(seen) < group:
+                continue
+
+            # optimiser step
+            factor = lr_factor(position, total_steps, args.lr_warmup, args.schedule)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = args.lr * param_group["factor"] * factor
+            average_gradients(parameters, world_size)  # before unscaling, so that every rank sees the same inf
+            scaler.unscale_(optimizer)
+            log_now = (step + 1) % args.log_every == 0 or position + 1 == total_steps
+            if log_now and main_process:
+                for name, module in modules.items():
+                    grads = [p.grad for p in module.parameters() if p.grad is not None] if module else []
+                    if grads:
+                        writer.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm(), step + 1)
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm)
+            finite, loss_finite = torch.stack([(norm + step_loss).isfinite(), step_loss.isfinite()]).tolist()
+            if finite:
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                skipped_steps += scaler.get_scale() < scale  # the scaler backs off exactly when it skipped
-                window["grad/total"].append(norm.detach())
-                window["speed/samples_per_s"].append(torch.tensor(
-                    len(batch["name"]) * world_size / (time.perf_counter() - clock)))
-                window["speed/data_wait"].append(torch.tensor(waited / (time.perf_counter() - clock)))
-                step += 1
+                bad_in_a_row = 0
+            else:
+                torch._foreach_copy_(statistics, statistics_before)  # a skipped step leaves no trace
+                # fp16 looks for its scale by overflowing: no alarm unless it no longer finds one
+                if args.amp == "fp16" and loss_finite and scaler.get_scale() >= 1:
+                    scaler.update()
+                    skipped_steps += 1
+                else:
+                    bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+                    findings, bad_batch, rng = examine(model, seen, criteria, args, scaler.get_scale(), device)
+                    torch._foreach_copy_(statistics, statistics_before)
+                    path = folder / f"bad_step_{step}{f'_rank{rank}' if world_size > 1 else ''}.pt"
+                    text = f"{', '.join(bad_batch['name'])}:\n  " + "\n  ".join(
+                        findings or ["finite when run a second time"])
+                    if findings and bad_steps <= args.max_bad_steps:
+                        write_atomically({
+                            "model": model.state_dict(), "batch": bad_batch, "rng": rng, "scale": scaler.get_scale(),
+                            "clip_weight": criteria["clip"].loss_weight, "epoch": epoch, "step": step,
+                            "findings": findings, "config": vars(args), "class_names": class_names,
+                            "clip_fingerprint": fingerprint}, path)
+                        text += f"\nrun it again with: python train.py --replay {path}"
+                    texts = gather(text, world_size)
+                    text = f"epoch {epoch}, step {step} is not finite and is skipped, {bad_in_a_row} in a row; " + \
+                        "\n".join(texts)
+                    say(text)
+                    if main_process:
+                        writer.add_text("sentry", text.replace("\n", "  \n"), step)
+                        writer.flush()
+                    if bad_in_a_row >= args.max_bad_steps:
+                        raise FloatingPointError(f"{args.max_bad_steps} steps in a row were not finite, the last: {text}")
+                    scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            window["grad/total"].append(norm.detach())
+            spent = time.perf_counter() - clock
+            speed["speed/samples_per_s"].append(sum(len(b["name"]) for b, _ in seen) * world_size / spent)
+            speed["speed/data_wait"].append(waited / spent)
+            step += 1
 
-                if log_now and main_process:
-                    means = {name: torch.stack([v.cpu() for v in values]).mean().item()
-                             for name, values in window.items()}
-                    stats = fusion_statistics(out, batch)
-                    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
-                        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-                    for name, value in {**means, **{f"fusion/{k}": v for k, v in stats.items()},
-                                        **{f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups},
-                                        "clip/weight": clip_criterion.loss_weight, "amp/scale": scale,
-                                        "amp/skipped_steps": skipped_steps, "memory/peak_gib": memory / 2 ** 30,
-                                        "epoch": epoch}.items():
-                        writer.add_scalar(name, value, step)
-                    bar.set_postfix(loss=f"{means['loss/total']:.3f}", mIoU=f"{metrics['miou']:.3f}")
-                if log_now:
-                    window.clear()  # on every rank
-            clock = time.perf_counter()
+            if log_now and main_process:
+                # one copy to the host for all of them
+                values = torch.stack([torch.stack(values).float().mean() for values in window.values()]).tolist()
+                stats = fusion_statistics(out, batch)
+                memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
+                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+                for name, value in {**dict(zip(window, values)), **{k: np.mean(v) for k, v in speed.items()},
+                                    **{f"fusion/{k}": v for k, v in stats.items()},
+                                    **{f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups},
+                                    "clip/weight": criteria["clip"].loss_weight, "amp/scale": scaler.get_scale(),
+                                    "amp/skipped_steps": skipped_steps, "sentry/bad_steps": bad_steps,
+                                    "memory/peak_gib": memory / 2 ** 30, "epoch": epoch}.items():
+                    writer.add_scalar(name, value, step)
+                bar.set_postfix(loss=f"{values[0]:.3f}", mIoU=f"{metrics['miou']:.3f}")
+            if log_now:  # on every rank
+                window.clear()
+                speed.clear()
         epoch += 1
 
         if epoch % args.eval_every == 0 or epoch == args.epochs:
@@ -596,7 +568,7 @@ def main(argv=None):
                     writer.add_scalar(f"val_iou/{name}", iou, step)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                          "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "skipped_steps": skipped_steps,
-                         "best": max(best, metrics["miou"]), "rng": rng_state(device), "config": vars(args),
+                         "bad_steps": bad_steps, "best": max(best, metrics["miou"]), "rng": rng_state(device), "config": vars(args),
                          "class_names": class_names, "clip_fingerprint": fingerprint, "warnings": warnings}
                 write_atomically(state, folder / "last.pt")
                 if metrics["miou"] > best:

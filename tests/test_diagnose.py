@@ -117,12 +117,119 @@ def test_the_baseline_has_a_rank_alone():
     assert diagnose.fusion_statistics({**out, "clip_global": None}, batch).keys() == {"effective_rank"}
 
 
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 127, 129])
-def test_no_more_rows_than_allowed_enter_the_rank(n, monkeypatch):
-    rows = []
-    monkeypatch.setattr(diagnose, "effective_rank", lambda feats: rows.append(len(feats)) or torch.zeros(()))
-    diagnose.fusion_statistics(*output(n), max_rows=64)
-    assert min(n, 32) <= rows[0] <= 64
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 129])
+def test_no_more_rows_than_allowed_enter_the_rank(n):
+    assert min(n, 32) <= len(diagnose.thinned(torch.zeros(n, 3), 64)) <= 64
+
+
+# --------------------------------------------------------------------------------------------------- terms
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 50])
+def test_pairwise_cosine_is_the_mean_over_all_pairs(n):
+    torch.manual_seed(0)
+    feats = torch.randn(n, 8) + 0.5
+    matrix = F.cosine_similarity(feats[:, None], feats[None], dim=-1)
+    pairs = matrix[~torch.eye(n, dtype=torch.bool)]
+    assert diagnose.pairwise_cosine(feats).item() == pytest.approx(pairs.mean().item() if n > 1 else 0, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0 ** 16])
+def test_term_statistics_equal_the_gradients_of_known_terms(scale):
+    """Linear terms <a, f> and <b, f> have the gradients a and b; a constant one has none."""
+    out, _ = output()
+    out["feat_fusion"] = feats = out["feat_fusion"].detach().requires_grad_()
+    out["feat_3d"] = feats.detach().clone()
+    a, b = torch.randn(2, *feats.shape)
+    terms = {"a": (a * feats).sum(), "b": (b * feats).sum(), "none": feats.new_zeros((), requires_grad=True) * 1}
+    stats = {name: value.item() for name, value in diagnose.term_statistics(terms, out, scale).items()}
+    total = (a + b).flatten()
+    expected = {"grad_norm_a": a.norm(), "grad_norm_b": b.norm(), "grad_norm_none": 0, "share_none": 0,
+                "cosine_a_b": F.cosine_similarity(a.flatten(), b.flatten(), 0), "cosine_a_none": 0, "drift": 0,
+                "share_a": a.flatten() @ total / (total @ total), "share_b": b.flatten() @ total / (total @ total)}
+    for name, value in expected.items():
+        assert stats[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+    assert stats["share_a"] + stats["share_b"] == pytest.approx(1)
+    assert feats.grad is None
+    sum(terms.values()).backward()  # the graph is still there
+    moved = {**out, "feat_3d": feats.detach() / 3}
+    assert diagnose.term_statistics({"a": (a * feats).sum()}, moved)["drift"].item() == pytest.approx(2, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- where it broke
+
+
+class Tiny(torch.nn.Module):
+    """Two layers and a function between them that may break forward (log) or backward (sqrt at 0)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+        self.middle = torch.nn.Identity()
+
+    def forward(self, batch):
+        return self.second(self.norm(self.middle(self.first(batch["points"]))))
+
+
+def tiny_batch():
+    return {"name": ["a", "b"], "points": torch.randn(6, 3), "batch": torch.tensor([0, 0, 0, 0, 1, 1])}
+
+
+def tiny_losses(model):
+    return lambda batch: {"mean": model(batch).mean(), "square": model(batch).square().mean()}
+
+
+def test_a_finite_step_has_no_finding_and_leaves_gradients_and_hooks_as_they_were():
+    torch.manual_seed(0)
+    model, batch = Tiny(), tiny_batch()
+    assert diagnose.locate_nonfinite(model, batch, tiny_losses(model)) == []
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_input_is_named_with_its_sample(bad):
+    model, batch = Tiny(), tiny_batch()
+    batch["points"][4, 1] = bad
+    findings = diagnose.locate_nonfinite(model, batch, tiny_losses(model))
+    assert "field 'points' of sample b holds 1 values" in findings[0] and "[4, 1] of (6, 3)" in findings[0]
+    assert "module: first (Linear)" in findings[1] and "its input is not either" in findings[1]
+    assert "loss: mean is nan" in findings[2]
+
+
+def test_a_bad_weight_and_a_bad_buffer_are_named():
+    model, batch = Tiny(), tiny_batch()
+    with torch.no_grad():
+        model.second.weight[0, 2] = math.nan
+        model.norm.running_mean[1] = math.inf
+    findings = diagnose.locate_nonfinite(model, batch, tiny_losses(model))
+    assert "weight: second.weight (1, 4) holds 1 values" in findings[0] and "norm.running_mean" in findings[1]
+    assert "module: second (Linear)" in findings[2] and "its input is finite" in findings[2]
+
+
+def test_a_module_that_makes_it_is_named():
+    model, batch = Tiny(), tiny_batch()
+    model.middle.forward = lambda x: (x - x).log() * 0
+    findings = diagnose.locate_nonfinite(model, batch, tiny_losses(model))
+    assert findings[0].startswith("module: middle (Identity) is the first") and "its input is finite" in findings[0]
+
+
+def test_a_gradient_alone_that_breaks_is_named_with_its_term_and_place():
+    model, batch = Tiny(), tiny_batch()
+    model.middle.forward = lambda x: x + (x - x).sqrt()  # value 0, slope inf
+    findings = diagnose.locate_nonfinite(model, batch, lambda batch: {
+        "whole": model(batch).square().mean(), "bias": model.second.bias.sum()})
+    assert len(findings) == 1 and findings[0].startswith("gradient: of whole, first not finite at the output of module first")
+    assert "at 2 of 6 weights" in findings[0]
+
+
+def test_a_loss_scale_that_overflows_is_named():
+    model, batch = Tiny(), tiny_batch()
+    losses = lambda batch: {"mean": model(batch).half().mean()}
+    assert diagnose.locate_nonfinite(model, batch, losses) == []
+    findings = diagnose.locate_nonfinite(model, batch, losses, scale=2.0 ** 17)
+    assert findings[0].startswith("gradient: of mean, first not finite at the output of module second")
+    assert "loss scale of 131072" in findings[0]
 
 
 # --------------------------------------------------------------------------------------------------- pictures
