@@ -89,20 +89,77 @@ def occluded_mask(uv: Tensor, depth: Tensor, depth_map: Tensor, view: Tensor, to
 def bilinear_corners(uv: Tensor, image_size, grid_size):
     """The four cells around each pixel position and their weights.
 
-    uv (..., 2) finite, image_size (H, W), grid_size (Hf, Wf) -> cell index (..., 4) in row-major order, weight
+    uv (..., 2) finite, image_size (H, W), grid_size (Hf, Wf) -> cell index (..., 4) int32 in row-major order, weight
     (..., 4). Positions beyond the outermost cell centres take the border (`grid_sample`'s padding_mode="border").
     """
     low, high, fraction = [], [], []
     for axis, size, cells in ((0, image_size[1], grid_size[1]), (1, image_size[0], grid_size[0])):
         x = ((uv[..., axis] + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
         x0 = x.floor().clamp(max=max(cells - 2, 0))
-        low.append(x0.long())
-        high.append((x0.long() + 1).clamp(max=cells - 1))
+        low.append(x0.int())
+        high.append((x0.int() + 1).clamp(max=cells - 1))
         fraction.append(x - x0)
     (x0, y0), (x1, y1), (fx, fy) = low, high, fraction
     index = torch.stack([y0, y0, y1, y1], -1) * grid_size[1] + torch.stack([x0, x1, x0, x1], -1)
     weight = torch.stack([(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy], -1)
     return index, weight
+
+
+def weighted_rows(rows, index, weight):
+    """rows (R, C), index (N, K) in [0, R], weight (N, K) -> sum over k of weight[:, k] * rows[index[:, k]], (N, C).
+
+    Index R stands for no row, whatever its weight: 0 * NaN would be NaN. There is no (N, K, C) copy.
+    """
+    return F.embedding_bag(index, F.pad(rows, (0, 0, 0, 1)), mode="sum", per_sample_weights=weight,
+                           padding_idx=len(rows))
+
+
+class WeightedRows(torch.autograd.Function):
+    """`weighted_rows` with a backward pass in which the rows are the bags: on a CPU half the time of the built-in one.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, index, weight):
+        ctx.save_for_backward(rows, index, weight)
+        return weighted_rows(rows, index, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, index, weight = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            entry, order = index.flatten().sort(stable=True)
+            first = torch.searchsorted(entry, torch.arange(len(rows) + 1, dtype=entry.dtype))
+            order = order[:first[-1]]  # what is of no row stands last
+            grad_rows = F.embedding_bag(order // index.shape[1], grad, first, mode="sum", include_last_offset=True,
+                                        per_sample_weights=weight.flatten()[order])
+        if ctx.needs_input_grad[2]:
+            rows = F.pad(rows, (0, 0, 0, 1))
+            grad_weight = torch.stack([(grad * rows[column]).sum(1) for column in index.unbind(1)], 1)
+        return grad_rows, None, grad_weight
+
+
+def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
+    """Which cells of I feature maps a point reads, and how much of each: the mean over the views that see it.
+
+    uv (N, V, 2) pixels of an image_size = (H, W) picture, map_size (I, Hf, Wf), view (N, V) int64 in [0, I), visible
+    (N, V) bool -> index (N, 4 V) int32, weight (N, 4 V). What has no weight has the index one past the last cell.
+    """
+    i, hf, wf = map_size
+    index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))
+    weight = weight * (visible / visible.sum(1, keepdim=True).clamp(min=1))[..., None]
+    index = (index + view[..., None].int() * (hf * wf)).where(weight != 0, i * hf * wf)
+    return index.flatten(1), weight.flatten(1)
+
+
+def sample_cells(feature_map: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """feature_map (I, C, Hf, Wf) and what `view_cells` gives -> (N, C) in the dtype of feature_map (fp32 at least)."""
+    with torch.autocast(feature_map.device.type, enabled=False):
+        rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        function = weighted_rows if rows.is_cuda else WeightedRows.apply
+        return function(rows, index, weight.to(rows.dtype))
 
 
 def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visible: Tensor) -> Tensor:
@@ -112,17 +169,8 @@ def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visi
     in [0, I), visible (N, V) bool -> (N, C) in the dtype of feature_map (fp32 at least).
     A cell that no visible point touches has no influence, whatever it holds, and gets no gradient.
     """
-    i, c, hf, wf = feature_map.shape
-    with torch.autocast(feature_map.device.type, enabled=False):
-        rows = feature_map.permute(0, 2, 3, 1).reshape(-1, c)
-        rows = F.pad(rows.to(torch.promote_types(rows.dtype, torch.float32)), (0, 0, 0, 1))
-        index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))
-        weight = weight * (visible / visible.sum(1, keepdim=True).clamp(min=1))[..., None]
-        # One weighted gather for all scenes, views and corners, without an (N, V, C) copy. What has no weight points at
-        # the padding row, which embedding_bag skips: 0 * NaN would be NaN.
-        index = (index + view[..., None] * (hf * wf)).where(weight != 0, len(rows) - 1)
-        return F.embedding_bag(index.flatten(1), rows, mode="sum", per_sample_weights=weight.flatten(1).to(rows.dtype),
-                               padding_idx=len(rows) - 1)
+    i, _, hf, wf = feature_map.shape
+    return sample_cells(feature_map, *view_cells(uv, image_size, (i, hf, wf), view, visible))
 
 
 def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) -> Tensor:
@@ -146,6 +194,7 @@ class FusionGate(nn.Module):
 
     def __init__(self, dim=256, hidden=64):
         super().__init__()
+        self.dim = dim
         self.gate = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor):
@@ -156,9 +205,21 @@ class FusionGate(nn.Module):
         if feat_3d.shape != feat_2d.shape or valid.shape != feat_3d.shape[:1]:
             raise ValueError(f"feat_3d {tuple(feat_3d.shape)}, feat_2d {tuple(feat_2d.shape)}, valid "
                              f"{tuple(valid.shape)} must be (N, C), (N, C), (N,)")
-        feat_2d = feat_2d.where(valid[:, None], 0).to(feat_3d.dtype)
-        alpha = self.gate(torch.cat([feat_3d, feat_2d], 1)).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
-        return torch.lerp(feat_3d, feat_2d, alpha), alpha
+        feat_2d = feat_2d.where(valid[:, None], 0)
+        return self.mix(feat_3d, feat_2d, self.read_2d(feat_2d), valid)
+
+    def read_2d(self, feat_2d: Tensor) -> Tensor:
+        """What the gate's hidden layer takes from 2D features (..., C) -> (..., hidden).
+
+        Linear, so it may as well be taken of the cells of a feature map and sampled then: there are fewer of them.
+        """
+        return F.linear(feat_2d, self.gate[0].weight[:, self.dim:])
+
+    def mix(self, feat_3d: Tensor, feat_2d: Tensor, read_2d: Tensor, valid: Tensor):
+        """As `forward`, with read_2d (N, hidden), and feat_2d finite where it is not valid."""
+        hidden = F.linear(feat_3d, self.gate[0].weight[:, :self.dim], self.gate[0].bias) + read_2d
+        alpha = self.gate[2](hidden.relu()).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
+        return torch.lerp(feat_3d, feat_2d.to(feat_3d.dtype), alpha), alpha
 
 
 class BiFusionEncoder(nn.Module):
@@ -229,13 +290,14 @@ class BiFusionEncoder(nn.Module):
 
         uv, visible, view = self.project(batch, image_size)
         valid = visible.any(1)
+        cells = view_cells(uv, image_size, (b * v, *spatial.shape[2:]), view, visible)
         # normalised a cell at a time, so that no cell speaks through another
-        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        feat_2d = sample_views(spatial, uv, image_size, view, visible)
-        fused, alpha = self.gate(feat_3d, feat_2d, valid)
+        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))
+        feat_2d, read_2d = (sample_cells(x.permute(0, 3, 1, 2), *cells) for x in (spatial, self.gate.read_2d(spatial)))
+        fused, alpha = self.gate.mix(feat_3d, feat_2d, read_2d, valid)
         clip_point = feat_2d
         if self.point_target:
-            clip_point = sample_views(self.encoder_2d.project_dense(tokens), uv, image_size, view, visible)
+            clip_point = sample_cells(self.encoder_2d.project_dense(tokens), *cells)
         return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, (b, v)).mean(1),
                 "clip_point": clip_point, "valid": valid, "alpha": alpha}
 

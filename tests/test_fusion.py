@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusion import (BiFusionEncoder, FusionGate, apply_transform, bilinear_corners, check_batch, occluded_mask,
-                    project_packed, project_to_image, sample_features, sample_views, transform_packed, visible_mask)
+from fusion import (BiFusionEncoder, FusionGate, WeightedRows, apply_transform, bilinear_corners, check_batch,
+                    occluded_mask, project_packed, project_to_image, sample_cells, sample_features, sample_views,
+                    transform_packed, view_cells, visible_mask, weighted_rows)
 
 SIZE = (480, 640)
 GRIDS = [(14, 14), (30, 40), (37, 51)]
@@ -299,6 +300,29 @@ def test_cells_that_no_visible_point_touches_have_no_influence_and_get_no_gradie
     assert gradient.isfinite().all() and torch.equal(gradient > 0, touched)
 
 
+@pytest.mark.parametrize("function", [weighted_rows, WeightedRows.apply])
+def test_weighted_rows_are_a_product_with_a_matrix_in_both_directions(function):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(8, (40, 5), generator=generator).int()  # 7: no row
+    weight = torch.rand(40, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    matrix = torch.zeros(40, 8, dtype=torch.float64).scatter_add(1, index.long(), weight)[:, :7]
+    upstream = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    ours, theirs = function(rows, index, weight), matrix @ rows
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad((out * upstream).sum(), (rows, weight)) for out in (ours, theirs)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_what_has_no_weight_reads_no_cell_and_the_rest_its_share():
+    generator = torch.Generator().manual_seed(0)
+    uv, visible = torch.rand(30, 3, 2, generator=generator) * 100, torch.rand(30, 3, generator=generator) < 0.5
+    index, weight = view_cells(uv, (100, 100), (6, 4, 5), torch.arange(3).expand(30, 3), visible)
+    assert index.shape == weight.shape == (30, 12) and ((index == 6 * 4 * 5) == (weight == 0)).all()
+    assert (index.view(30, 3, 4)[visible].amin(1) // 20 == torch.arange(3).expand(30, 3)[visible]).all()
+    torch.testing.assert_close(weight.sum(1), visible.any(1).float())
+
+
 def test_a_position_that_is_no_number_samples_zeros():
     uv = torch.tensor([[math.nan, 3.0], [3.0, 3.0], [3.0, math.nan]])
     out = sample_features(torch.ones(1, 2, 4, 4), uv, (8, 8), torch.zeros(3, dtype=torch.long))
@@ -362,6 +386,16 @@ def test_gate_rows_are_independent():
     whole = gate(feat_3d, feat_2d, valid)
     for i in range(6):
         torch.testing.assert_close([x[i:i + 1] for x in whole], list(gate(feat_3d[[i]], feat_2d[[i]], valid[[i]])))
+
+
+def test_what_the_gate_reads_of_sampled_cells_is_the_sample_of_what_it_reads():
+    torch.manual_seed(0)
+    gate, maps, feat_3d = FusionGate(8, 4), torch.randn(2, 3, 5, 8), torch.randn(40, 8)
+    visible = torch.rand(40, 2) < 0.7
+    cells = view_cells(torch.rand(40, 2, 2) * 50, (50, 50), (2, 3, 5), torch.arange(2).expand(40, 2), visible)
+    feat_2d, read_2d = (sample_cells(x.permute(0, 3, 1, 2), *cells) for x in (maps, gate.read_2d(maps)))
+    valid = visible.any(1)
+    torch.testing.assert_close(gate.mix(feat_3d, feat_2d, read_2d, valid), gate(feat_3d, feat_2d, valid))
 
 
 @pytest.mark.parametrize("feat_2d, valid", [((4, 7), (4,)), ((3, 8), (4,)), ((4, 8), (4, 1)), ((4, 8), (3,))])
@@ -454,6 +488,14 @@ def test_the_global_target_is_the_mean_over_the_views_of_a_scene():
     expected = torch.stack([torch.stack([net.encoder_2d(view[None])[1][0] for view in views]).mean(0)
                             for views in scenes["images"]])
     torch.testing.assert_close(net(scenes)["clip_global"], expected)
+
+
+def test_the_fused_feature_is_the_gate_of_its_two_parts():
+    net, scene = model(), sample(60, v=3)
+    out = net(scene)
+    fused, alpha = net.gate(out["feat_3d"], out["clip_point"], out["valid"])
+    torch.testing.assert_close(out["feat_fusion"], fused)
+    torch.testing.assert_close(out["alpha"], alpha)
 
 
 def test_point_order_does_not_matter():
