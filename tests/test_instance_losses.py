@@ -8,6 +8,7 @@ import torch
 from decoder import InstanceDecoder, pool, scene_instances, superpoint_index
 from losses import InstanceCriterion, dice_loss, instance_loss, instance_targets, match_instances
 from metrics import evaluate_instances
+from test_losses import two_processes
 
 K = 3
 
@@ -246,11 +247,42 @@ def test_degenerate_scenes_have_a_finite_loss_with_a_graph(scene, matches):
         assert x.grad is not None and x.grad.isfinite().all()
 
 
+def no_point():
+    layer, target, query = random_scene()
+    return ({name: x[:0, :0] if name == "mask_logits" else x[:0] for name, x in layer.items()},
+            {"masks": target["masks"][:0, :0], "labels": target["labels"][:0]}, query[:0])
+
+
 def test_a_scene_without_points_changes_nothing():
     scene = random_scene()
-    empty = ({name: x[:0, :0] if name == "mask_logits" else x[:0] for name, x in scene[0].items()},
-             {"masks": scene[1]["masks"][:0, :0], "labels": scene[1]["labels"][:0]}, scene[2][:0])
-    assert loss_of([scene, empty, scene]).item() == pytest.approx(loss_of([scene]).item(), abs=1e-12)
+    assert loss_of([scene, no_point(), scene]).item() == pytest.approx(loss_of([scene]).item(), abs=1e-12)
+
+
+def test_scenes_without_points_alone_have_a_zero_loss_with_a_graph():
+    scene = with_gradients(no_point())
+    loss = loss_of([scene, scene])
+    loss.backward()
+    assert loss.item() == 0 and scene[0]["class_logits"].grad is not None
+
+
+@pytest.mark.parametrize("first, second", [
+    ([1], [2, 3]), ([1], ["no instance"]), (["no instance"], [1, 2, "no query inside"]), (["no point"], [1]),
+    (["no point", "no instance"], [2, "no point"]), (["no point"], ["no instance"])], ids=str)
+def test_a_batch_may_be_split_over_processes(first, second):
+    degenerate = {"no instance": no_instance, "no query inside": no_query_inside, "no point": no_point}
+    halves = [[with_gradients(degenerate[x]() if x in degenerate else random_scene(seed=x)) for x in half]
+              for half in (first, second)]
+    inputs = [x for half in halves for layer, _, _ in half for x in layer.values()]
+
+    def run(scenes, world_mean):
+        layer, targets, query = batched(scenes)
+        criterion, calls = InstanceCriterion(world_mean=world_mean and (lambda x: calls.append(x) or world_mean(x))), []
+        loss = criterion({"layers": [layer, layer], "query": query}, targets)
+        assert world_mean is None or [x.shape for x in calls] == [(4,), (4,)]
+        return [loss.detach(), *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True),
+                torch.stack(list(criterion.terms.values()))]
+
+    torch.testing.assert_close(two_processes(run, halves), run(halves[0] + halves[1], None), rtol=1e-9, atol=1e-12)
 
 
 def test_all_points_ignored_trains_the_class_head_towards_no_object_alone():

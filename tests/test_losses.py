@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """losses.py: the consistency loss keeps its bounds on hostile input, equals the plain formula, and needs every guard.
 
-`check_promises` holds what the docstring of ClipConsCriterion promises, and a float64 reference in numpy. It runs on
-the shipped file and, in `test_every_safeguard_is_needed`, on copies with one safeguard taken out.
+`check_promises` holds what the docstring of ClipConsCriterion promises, and a float64 reference in numpy;
+`check_two_processes` that a batch may be split. They run on the shipped file and, in
+`test_every_safeguard_is_needed`, on copies with one safeguard taken out.
 """
 import itertools
 import math
@@ -15,14 +16,17 @@ import torch
 from torch.nn import functional as F
 
 import losses
-from losses import ClipConsCriterion, SemanticCriterion, clip_consistency, clip_loss_weight, semantic_loss
+from losses import (CLIP_LOSSES, CONTRASTIVE, ClipConsCriterion, SemanticCriterion, clip_consistency, clip_loss_weight,
+                    draw_negatives, semantic_loss)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+VARIANTS = list(CLIP_LOSSES)
 C = 16
-SETTINGS = [dict(loss_weight=w, temperature=t, gradient_flow_ratio=g, clamp=m, norm_floor=r) for w, t, g, m, r in [
-    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, 10.0, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1),
-    (0.01, 1e-4, 0.25, 10.0, 0.5), (1.0, 0.0, 1.0, 10.0, 0.01), (0.05, 0.07, 0.3, 2.0, 0.1),
-    (2.0, 3.0, 1.0, 10.0, 2.0)]]
+SETTINGS = [dict(loss_weight=w, temperature=t, gradient_flow_ratio=g, clamp=m, norm_floor=r, max_negatives=j)
+            for w, t, g, m, r, j in [
+    (0.05, 0.07, 0.0, 10.0, 0.1, 512), (0.05, 0.1, 0.5, 10.0, 0.1, 20), (1.0, 0.5, 1.0, 10.0, 0.1, 512),
+    (0.01, 1e-4, 0.25, 10.0, 0.5, 2), (1.0, 0.0, 1.0, 10.0, 0.01, 512), (0.05, 0.07, 0.3, 2.0, 0.1, 512),
+    (2.0, 3.0, 1.0, 10.0, 2.0, 60)]]
 
 
 def hostile_rows(n, dtype, generator):
@@ -50,54 +54,152 @@ def hostile_pair(n, dtype, generator):
     return feat, clip
 
 
-def reference(feat, clip, used, loss_weight, temperature, clamp, norm_floor, **_):
-    """The documented formula in float64 numpy, row by row, over the rows that count."""
-    rows = []
-    for f, c in zip(feat[used].double().numpy(), clip[used].double().numpy()):
-        cos = f @ c / max(np.linalg.norm(f), norm_floor) / max(np.linalg.norm(c), norm_floor)
-        rows.append(np.logaddexp(0, -np.clip(cos / max(temperature, 0.1), -clamp, clamp)))
-    return loss_weight * np.mean(rows) if rows else 0.0
+def hostile_batch(call, rows, dtype, generator):
+    """feat (n, C), clip (n, C) or (B, C), batch (n,) or None, valid (n,); every fourth is odd as a whole."""
+    odd = call // 4 % 9 if call % 4 == 0 else None
+    n = odd if odd in (0, 1, 2) else rows
+    feat, clip = hostile_pair(n, dtype, generator)
+    batch, valid = None, torch.rand(n, generator=generator) < 0.9
+    if odd == 3:
+        valid = torch.zeros(n, dtype=torch.bool)
+    elif odd in (4, 7, 8):  # every row the same, and so its target; then one valid row of these
+        feat = torch.randn(1, C, generator=generator).to(dtype).expand(n, C).clone()
+        clip = feat.clone()
+        valid = valid if odd == 4 else torch.arange(n) == n - 1
+    elif odd in (5, 6) or odd is None and torch.rand((), generator=generator) < 0.5:
+        scenes = 1 if odd == 5 else 5 if odd == 6 else int(torch.randint(3, 9, (), generator=generator))
+        batch = torch.randint(scenes, (n,), generator=generator)
+        clip = hostile_rows(scenes, dtype, generator) if odd != 6 else torch.full((scenes, C), math.nan, dtype=dtype)
+    return feat, clip, batch, valid
 
 
-def check_promises(module, dtype, calls, rows, seed=0):
+def floored_unit(x, floor):
+    x = x.double().numpy()
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), floor)
+
+
+def reference(variant, feat, clip, own, negatives, is_negative, t, m, norm_floor):
+    """The documented losses of rows in float64 numpy, all of finite rows."""
+    z = np.clip(floored_unit(feat, norm_floor) @ floored_unit(clip, norm_floor).T / t, -m, m)
+    positive, negative = np.take_along_axis(z, own[:, None], 1)[:, 0], z[:, negatives]
+    if variant == "cosine":
+        return 1 - positive
+    row = np.logaddexp(0, -positive)
+    if variant == "siglip":
+        repelled = np.where(is_negative, np.logaddexp(0, negative), 0).sum(1)
+        row = row / 2 + repelled / np.maximum(is_negative.sum(1), 1) / 2
+    if variant == "infonce":
+        others = np.logaddexp.reduce(np.where(is_negative, negative, -np.inf), 1, initial=-np.inf)
+        row = np.logaddexp(0, others - positive) / 2
+    return row
+
+
+def check_promises(module, dtype, variant, calls, rows, seed=0):
     """What ClipConsCriterion promises, on `calls` batches of `rows` hostile rows; returns how many rows took part."""
     generator, taken = torch.Generator().manual_seed(seed), 0
     for call, setting in zip(range(calls), itertools.cycle(SETTINGS)):
-        n = rows if call % 8 else call // 8 % 3  # also batches of none, one, and two rows
-        feat, clip = (x.requires_grad_() for x in hostile_pair(n, dtype, generator))
-        valid = torch.rand(n, generator=generator) < 0.9
-        criterion = module.ClipConsCriterion(**setting)
-        loss = criterion(feat, clip, valid=valid)
+        feat, clip, batch, valid = hostile_batch(call, rows, dtype, generator)
+        feat.requires_grad_(), clip.requires_grad_()
+        criterion = module.ClipConsCriterion(**setting, variant=variant)
+        torch.manual_seed(call)
+        loss = criterion(feat, clip, batch, valid)
         loss.backward()
 
-        usable = valid & torch.tensor([bool(np.isfinite(f).all() and np.isfinite(c).all()) for f, c in
-                                       zip(feat.detach().float().numpy(), clip.detach().float().numpy())], dtype=bool)
+        n, T, weight = len(feat), len(clip), setting["loss_weight"]
+        own = torch.arange(n) if batch is None else batch
+        feat_finite, clip_finite = (torch.from_numpy(np.isfinite(x.detach().float().numpy()).all(1))
+                                    for x in (feat, clip))
+        usable = valid & feat_finite & clip_finite[own]
         used = int(usable.sum())
         taken += used
+        assert criterion.counts.tolist() == [used, int(valid.sum()) - used]
 
-        t = max(setting["temperature"], 0.1)
-        m = min(setting["clamp"], 1 / t)
-        low, high = (setting["loss_weight"] * math.log1p(math.exp(x)) for x in (-m, m)) if used else (0, 0)
-        assert low * (1 - 1e-5) <= loss.item() <= high * (1 + 1e-5)
-        bound = setting["loss_weight"] / (max(used, 1) * t * setting["norm_floor"])
+        candidates, negatives = usable if batch is None else clip_finite, torch.arange(T)
+        if T > setting["max_negatives"]:
+            torch.manual_seed(call)
+            negatives = module.draw_negatives(candidates, setting["max_negatives"])
+            assert len(negatives.unique()) == setting["max_negatives"]
+            assert candidates[negatives].sum() == min(setting["max_negatives"], int(candidates.sum()))
+        is_negative = candidates[negatives] & (negatives != own[usable, None])
+        most = int(is_negative.sum(1).max()) if used and T else 0
+
+        t, clamp = max(setting["temperature"], 0.1), setting["clamp"]
+        if variant == "cosine":
+            t, clamp = 1, 1
+        m = min(clamp, 1 / t)
+        low, high = {"sigmoid": (math.log1p(math.exp(-m)), math.log1p(math.exp(m))), "cosine": (0, 2),
+                     "siglip": (math.log1p(math.exp(-m)) / 2, math.log1p(math.exp(m))),
+                     "infonce": (0, math.log1p(most * math.exp(2 * m)) / 2)}[variant] if used else (0, 0)
+        assert weight * low * (1 - 1e-5) <= loss.item() <= weight * high * (1 + 1e-5)
+
+        bound = weight / (max(used, 1) * t * setting["norm_floor"])
         assert (feat.grad.double().norm(dim=1) <= 1.01 * bound).all()  # false for NaN
         assert not feat.grad[~usable].any()
         ratio = setting["gradient_flow_ratio"]
         if ratio == 0:
             assert clip.grad is None
-        else:
-            assert (clip.grad.double().norm(dim=1) <= 1.01 * ratio * bound).all()
-            assert not clip.grad[~usable].any()
+        else:  # 0 for a target that is neither positive nor negative
+            share = torch.zeros(T, dtype=torch.float64)
+            share.index_add_(0, own[usable], torch.ones(used).double() / (2 if variant in CONTRASTIVE else 1))
+            if variant in CONTRASTIVE:
+                each = 2 * is_negative.sum(1, keepdim=True).clamp(min=1) if variant == "siglip" else 2
+                share.index_add_(0, negatives, (is_negative.double() / each).sum(0))
+            assert (clip.grad.double().norm(dim=1) <= 1.01 * ratio * bound * share).all()
 
-        assert criterion.counts.tolist() == [used, int(valid.sum()) - used]
-        expected = reference(feat.detach(), clip.detach(), usable, **setting)
-        assert loss.item() == pytest.approx(expected, rel=2e-5, abs=1e-9)
+        table = torch.where(clip_finite[:, None], clip.detach(), 0)
+        row = reference(variant, feat.detach()[usable], table, own[usable].numpy(), negatives.numpy(),
+                        is_negative.numpy(), t, clamp, setting["norm_floor"])
+        expected = weight * row.mean() if used else 0
+        near_one = 3e-7 * weight if variant in ("cosine", "infonce") else 1e-9  # differences of numbers around 1
+        assert loss.item() == pytest.approx(expected, rel=2e-5, abs=near_one)
     return taken
 
 
+def two_processes(run, halves):
+    """run(half, world_mean) of two processes that average their denominators -> the mean of what they return."""
+    seen = [[], []]
+    for half, masses in zip(halves, seen):
+        run(half, lambda mass: masses.append(mass.clone()) or mass)
+    assert len(seen[0]) == len(seen[1]) > 0, "one process would wait for the other"
+    means = [torch.stack(pair).mean(0) for pair in zip(*seen)]
+    results = []
+    for half in halves:
+        queue = iter(means)
+        results.append(run(half, lambda mass: next(queue)))
+    return [(a + b) / 2 for a, b in zip(*results)]
+
+
+def check_two_processes(module):
+    """The mean loss and gradient of two halves equal those of the undivided batch, for every variant."""
+    generator = torch.Generator().manual_seed(0)
+    feat, table = (torch.randn(n, C, generator=generator, requires_grad=True) for n in (30, 4))
+    batch, valid = torch.arange(30) % 4, torch.arange(30) % 3 > 0
+    for variant, per_point in itertools.product(VARIANTS, (False, True)):
+        if per_point and variant in CONTRASTIVE:
+            continue  # negatives are those of the process
+
+        def run(rows, world_mean):
+            criterion = module.ClipConsCriterion(gradient_flow_ratio=0.5, variant=variant, world_mean=world_mean)
+            target = (table[batch[rows]], None) if per_point else (table, batch[rows])
+            loss = criterion(feat[rows], *target, valid[rows])
+            return [loss.detach(), *torch.autograd.grad(loss, (feat, table))]
+
+        whole = run(torch.arange(30), None)
+        for cut in (0, 1, 17):  # the first row is not valid, so also a half with rows but none used
+            parts = two_processes(run, (torch.arange(30)[:cut], torch.arange(30)[cut:]))
+            torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-8)
+        one = two_processes(run, (torch.arange(1), torch.arange(1, 2)))  # none and one
+        torch.testing.assert_close(one, run(torch.arange(1, 2), None), rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_loss_and_gradient_stay_within_their_bounds_on_hostile_rows(dtype):
-    assert check_promises(losses, dtype, calls=800, rows=36) >= 10_000
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_stay_within_their_bounds_on_hostile_rows(variant, dtype):
+    assert check_promises(losses, dtype, variant, calls=324, rows=72) >= 10_000
+
+
+def test_a_batch_may_be_split_over_processes():
+    check_two_processes(losses)
 
 
 SAFEGUARDS = {
@@ -107,14 +209,30 @@ SAFEGUARDS = {
     "fp32 inside": ("(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (feat_fusion, clip_feat))",
                     "(feat_fusion, clip_feat)"),
     "temperature floor": ("max(temperature, TEMPERATURE_FLOOR)", "max(temperature, 1e-6)"),
-    "non-finite features are dropped": ("used = wanted & feat_finite & clip_finite", "used = wanted & clip_finite"),
-    "non-finite targets are dropped": ("used = wanted & feat_finite & clip_finite", "used = wanted & feat_finite"),
+    "non-finite features are dropped": ("wanted & feat_finite & (clip_finite", "wanted & (clip_finite"),
+    "non-finite targets are dropped": (" & (clip_finite if per_point else clip_finite[batch])", ""),
     "invalid rows are dropped": ("torch.ones_like(feat_finite) if valid is None else valid",
                                  "torch.ones_like(feat_finite)"),
-    "features are selected, not multiplied": ("feat.where(feat_finite[:, None], 0)", "feat * feat_finite[:, None]"),
-    "targets are selected, not multiplied": ("clip.where(clip_finite[:, None], 0)", "clip * clip_finite[:, None]"),
-    "rows are counted before the division": ("rows.clamp(min=1)", "rows"),
-    "clamp": (".clamp(-clamp, clamp)", ""),
+    "features are selected, not multiplied": ("feat.where(used[:, None], 0)", "feat * used[:, None]"),
+    "targets are selected, not multiplied": ("clip.where(candidates[:, None], 0)", "clip * candidates[:, None]"),
+    "unused rows have no loss": (".where(used, 0).sum()", ".sum()"),
+    "no division by no row": ("torch.where(mass > 0, mass, 1)", "mass"),
+    "a mass below one stays": ("torch.where(mass > 0, mass, 1)", "mass.clamp(min=1)"),
+    "the mass is that of all processes": ("mass = world_mean(mass)", "world_mean(mass)"),
+    "clamp": ("(cos / temperature).clamp(-clamp, clamp)", "(cos / temperature)"),
+    "cosine has no temperature": ('if variant == "cosine":', "if False:"),
+    "cosine does not pass 1": ("temperature, clamp = 1.0, 1.0", "temperature, clamp = 1.0, 2.0"),
+    "the own target is no negative": ("candidates[negatives] & (negatives != own[:, None])",
+                                      "candidates[negatives].expand(len(own), -1)"),
+    "only candidates are negatives": ("candidates[negatives] & (", "("),
+    "only usable points are candidates": ("used if per_point else clip_finite\n", "clip_finite\n"),
+    "candidates are drawn first": (".where(candidates, -1).topk", ".topk"),
+    "siglip without negatives": ("is_negative.sum(1).clamp(min=1)", "is_negative.sum(1)"),
+    "siglip masks": ("F.softplus(negative).where(is_negative, 0)", "F.softplus(negative)"),
+    "siglip averages its negatives": (" / is_negative.sum(1).clamp(min=1)", ""),
+    "siglip halves": ("(F.softplus(-positive) + repelled) / 2", "(F.softplus(-positive) + repelled)"),
+    "infonce masks": ("negative.where(is_negative, -torch.inf)", "negative"),
+    "infonce halves": ("log_softmax(1)[:, 0] / 2", "log_softmax(1)[:, 0]"),
     "the target is detached": ("if gradient_flow_ratio == 0:", "if gradient_flow_ratio < 0:"),
     "gradient flow ratio": ("clip.detach() + gradient_flow_ratio * (clip - clip.detach())", "clip"),
 }
@@ -133,8 +251,9 @@ def without(old, new):
 def test_every_safeguard_is_needed(name):
     module = without(*SAFEGUARDS[name])
     with pytest.raises((AssertionError, RuntimeError)):
-        for dtype in DTYPES:
-            check_promises(module, dtype, calls=60, rows=32)
+        for dtype, variant in itertools.product(DTYPES, VARIANTS):
+            check_promises(module, dtype, variant, calls=72, rows=32)
+        check_two_processes(module)
 
 
 def test_half_precision_rows_do_not_overflow_in_their_sum():
@@ -143,35 +262,56 @@ def test_half_precision_rows_do_not_overflow_in_their_sum():
     assert loss.item() == pytest.approx(math.log1p(math.exp(10)), rel=1e-3) and counts.tolist() == [40_000, 0]
 
 
-def test_equals_the_plain_formula_where_that_is_healthy():
+def plain_formula(variant, feat, clip, own):
+    """Written with what torch offers, without any guard; every other row of clip is a negative."""
+    cos = F.normalize(feat) @ F.normalize(clip).T
+    positive, is_own = cos[torch.arange(len(feat)), own], F.one_hot(own, len(clip)).bool()
+    if variant == "sigmoid":
+        return -torch.sigmoid(positive / 0.3).log().mean()
+    if variant == "cosine":
+        return F.cosine_embedding_loss(feat, clip[own], torch.ones(len(feat)))
+    if variant == "infonce":
+        return F.cross_entropy(cos / 0.3, own) / 2
+    entropy = F.binary_cross_entropy_with_logits(cos / 0.3, is_own.float(), reduction="none")
+    return entropy[is_own].mean() / 2 + entropy[~is_own].mean() / 2
+
+
+@pytest.mark.parametrize("target", ["points", "scenes"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_plain_formula_where_that_is_healthy(variant, target):
     torch.manual_seed(0)
-    feat, clip = torch.randn(500, 32, requires_grad=True), torch.randn(500, 32)
-    loss = ClipConsCriterion(loss_weight=1.0, temperature=0.3)(feat, clip)
-    plain = -torch.sigmoid(F.cosine_similarity(feat, clip) / 0.3).log().mean()
+    feat = torch.randn(500, 32, requires_grad=True)
+    clip = torch.randn(500 if target == "points" else 7, 32, requires_grad=True)
+    batch = None if target == "points" else torch.arange(500) % 7
+    loss = ClipConsCriterion(1.0, temperature=0.3, gradient_flow_ratio=1.0, variant=variant)(feat, clip, batch)
+    plain = plain_formula(variant, feat, clip, torch.arange(500) if batch is None else batch)
     assert abs(loss.item() - plain.item()) < 1e-6
-    ours, theirs = (torch.autograd.grad(x, feat)[0] for x in (loss, plain))
+    ours, theirs = (torch.autograd.grad(x, (feat, clip)) for x in (loss, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e3])
 @pytest.mark.parametrize("target", ["points", "scenes"])
-def test_gradcheck_in_double_above_and_below_the_floor(size, target):
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck_in_double_above_and_below_the_floor(variant, ratio, target, size):
     torch.manual_seed(0)
-    batch = torch.tensor([0, 0, 1, 1, 1])
+    batch = None if target == "points" else torch.tensor([0, 0, 1, 1, 1])
     feat = (size * torch.randn(5, 4, dtype=torch.float64)).requires_grad_()
-    clip = (size * torch.randn(5 if target == "points" else 2, 4, dtype=torch.float64)).requires_grad_()
+    clip = (size * torch.randn(5 if target == "points" else 3, 4, dtype=torch.float64)).requires_grad_(ratio > 0)
     valid = torch.tensor([True, True, False, True, True])
     assert torch.autograd.gradcheck(
-        lambda f, c: clip_consistency(f, c, None if target == "points" else batch, valid, 0.3, 1.0)[0], (feat, clip),
+        lambda f, c: clip_consistency(f, c, batch, valid, 0.3, ratio, variant=variant)[0], (feat, clip),
         eps=1e-6 * size)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
-def test_gradient_flow_ratio_scales_the_target_gradient_and_nothing_else(ratio):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_flow_ratio_scales_the_target_gradient_and_nothing_else(variant, ratio):
     torch.manual_seed(0)
     feat, clip = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    full = torch.autograd.grad(clip_consistency(feat, clip, gradient_flow_ratio=1.0)[0], (feat, clip))
-    loss = clip_consistency(feat, clip, gradient_flow_ratio=ratio)[0]
+    full = torch.autograd.grad(clip_consistency(feat, clip, gradient_flow_ratio=1.0, variant=variant)[0], (feat, clip))
+    loss = clip_consistency(feat, clip, gradient_flow_ratio=ratio, variant=variant)[0]
     part = torch.autograd.grad(loss, (feat, clip), allow_unused=True)
     torch.testing.assert_close(part[0], full[0])
     if ratio == 0:
@@ -180,25 +320,48 @@ def test_gradient_flow_ratio_scales_the_target_gradient_and_nothing_else(ratio):
         torch.testing.assert_close(part[1], ratio * full[1])
 
 
-def test_row_order_does_not_matter():
+@pytest.mark.parametrize("target", ["points", "scenes"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_row_order_does_not_matter(variant, target):
     torch.manual_seed(0)
-    feat, clip, valid = torch.randn(300, 16, requires_grad=True), torch.randn(4, 16), torch.rand(300) < 0.7
-    batch, order = torch.arange(300) % 4, torch.randperm(300)
-    loss = clip_consistency(feat, clip, batch, valid)[0]
-    other = clip_consistency(feat[order], clip, batch[order], valid[order])[0]
+    feat, valid, order = torch.randn(300, 16, requires_grad=True), torch.rand(300) < 0.7, torch.randperm(300)
+    negatives = torch.randperm(300)[:20] if target == "points" else torch.tensor([2, 0, 3])
+    clip = torch.randn(300 if target == "points" else 4, 16)
+    batch = None if target == "points" else torch.arange(300) % 4
+    loss = clip_consistency(feat, clip, batch, valid, variant=variant, negatives=negatives)[0]
+    if target == "points":
+        clip, negatives = clip[order], order.argsort()[negatives]
+    else:
+        batch = batch[order]
+    other = clip_consistency(feat[order], clip, batch, valid[order], variant=variant,
+                             negatives=negatives[torch.randperm(len(negatives))])[0]
     torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, feat)[0] for x in (loss, other)), rtol=1e-5, atol=1e-9)
 
 
-def test_a_batch_is_the_row_weighted_mean_of_its_scenes():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_is_the_row_weighted_mean_of_its_scenes(variant):
     torch.manual_seed(0)
     feat, clip, valid = torch.randn(60, 16), torch.randn(4, 16), torch.rand(60) < 0.7
     batch = torch.tensor([0] * 30 + [2] * 29 + [3])  # scene 1 has no point
-    whole, (rows, _) = clip_consistency(feat, clip, batch, valid)
-    scenes = [clip_consistency(feat[batch == s], clip[s].expand(int((batch == s).sum()), -1), None, valid[batch == s])
-              for s in range(4)]
+    whole, (rows, _) = clip_consistency(feat, clip, batch, valid, variant=variant)
+    scenes = []
+    for own in (batch == s for s in range(4)):
+        # with negatives a scene needs the targets of the others, without it is alone
+        target = (clip, batch[own]) if variant in CONTRASTIVE else (clip[batch[own]], None)
+        scenes.append(clip_consistency(feat[own], *target, valid[own], variant=variant))
     assert sum(n for _, (n, _) in scenes) == rows
     torch.testing.assert_close(whole, sum(loss * n for loss, (n, _) in scenes) / rows)
+
+
+@pytest.mark.parametrize("variant", CONTRASTIVE)
+def test_points_are_the_mean_of_their_parts_given_the_same_targets_and_negatives(variant):
+    torch.manual_seed(0)
+    feat, clip, negatives = torch.randn(60, 16), torch.randn(60, 16), torch.tensor([59, 3, 31])
+    whole = clip_consistency(feat, clip, negatives=negatives, variant=variant)[0]
+    parts = [clip_consistency(feat[rows], clip, rows, negatives=negatives, variant=variant)[0]
+             for rows in torch.arange(60).split(20)]
+    torch.testing.assert_close(whole, sum(parts) / 3)
 
 
 def test_a_scene_target_equals_the_same_target_given_to_every_point():
@@ -217,15 +380,16 @@ def test_shared_scene_target_gets_the_sum_of_its_points_gradients():
     torch.testing.assert_close(scene.grad, torch.zeros(3, 8).index_add_(0, batch, point.grad))
 
 
-def test_one_bad_row_leaves_the_others_as_if_it_were_not_there():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_bad_row_leaves_the_others_as_if_it_were_not_there(variant):
     torch.manual_seed(0)
     feat, clip = torch.randn(50, 16), torch.randn(50, 16)
     feat[7, 3], clip[11, 0] = math.nan, -math.inf
     feat.requires_grad_()
     keep = torch.ones(50, dtype=torch.bool)
     keep[[7, 11]] = False
-    loss, counts = clip_consistency(feat, clip)
-    alone = clip_consistency(feat[keep], clip[keep])[0]
+    loss, counts = clip_consistency(feat, clip, variant=variant)
+    alone = clip_consistency(feat[keep], clip[keep], variant=variant)[0]
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
     assert counts.tolist() == [48, 2]
     gradient, = torch.autograd.grad(loss, feat)
@@ -233,18 +397,62 @@ def test_one_bad_row_leaves_the_others_as_if_it_were_not_there():
     torch.testing.assert_close(gradient[keep], torch.autograd.grad(alone, feat)[0][keep], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("feat, clip, batch, valid", [
     (torch.zeros(0, 8), torch.zeros(0, 8), None, None),
     (torch.zeros(0, 8), torch.ones(2, 8), torch.zeros(0, dtype=torch.long), None),
     (torch.ones(5, 8), torch.ones(5, 8), None, torch.zeros(5, dtype=torch.bool)),
     (torch.full((5, 8), math.nan), torch.ones(1, 8), torch.zeros(5, dtype=torch.long), None),
     (torch.ones(1, 8), torch.full((1, 8), math.inf), None, None)])
-def test_no_usable_row_gives_a_zero_that_still_has_a_graph(feat, clip, batch, valid):
+def test_no_usable_row_gives_a_zero_that_still_has_a_graph(feat, clip, batch, valid, variant):
     feat = feat.clone().requires_grad_()
-    criterion = ClipConsCriterion()
+    criterion = ClipConsCriterion(variant=variant)
     loss = criterion(feat, clip, batch, valid)
     loss.backward()
     assert loss.item() == 0 and criterion.counts[0] == 0 and feat.grad is not None and not feat.grad.any()
+
+
+@pytest.mark.parametrize("target", ["one point", "one scene", "other points not valid", "other scenes not finite"])
+def test_without_a_negative_siglip_keeps_its_positive_half_and_infonce_is_a_zero_with_a_graph(target):
+    torch.manual_seed(0)
+    feat, clip, batch, valid = torch.randn(6, 8, requires_grad=True), torch.randn(3, 8), torch.zeros(6).long(), None
+    if target == "one point":
+        feat, clip, batch = feat[:1], clip[:1], None
+    elif target == "one scene":
+        clip = clip[:1]
+    elif target == "other points not valid":
+        clip, batch, valid = torch.randn(6, 8), None, torch.arange(6) == 2
+    else:
+        clip[1:] = torch.tensor([[math.nan], [math.inf]])
+    sigmoid, siglip, infonce = (clip_consistency(feat, clip, batch, valid, variant=variant)[0]
+                                for variant in ("sigmoid", "siglip", "infonce"))
+    assert torch.equal(siglip, sigmoid / 2)
+    assert infonce == 0 and infonce.requires_grad and not torch.autograd.grad(infonce, feat)[0].any()
+
+
+def test_negatives_are_drawn_at_random_without_repetition_and_usable_ones_first():
+    torch.manual_seed(0)
+    candidates = torch.arange(40) % 4 > 0
+    draws = torch.stack([draw_negatives(candidates, 10) for _ in range(3000)])
+    assert candidates[draws].all() and (draws.sort(1).values.diff(dim=1) > 0).all()
+    frequency = torch.bincount(draws.flatten(), minlength=40)[candidates] / 3000
+    assert (frequency - 10 / 30).abs().max() < 5 * math.sqrt(2 / 9 / 3000)  # five standard deviations
+    assert set(draw_negatives(candidates, 34).tolist()) > set(candidates.nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("variant", CONTRASTIVE)
+def test_the_class_draws_anew_at_each_call_and_no_more_than_it_may(variant):
+    torch.manual_seed(0)
+    feat, clip, batch = torch.randn(9, 8), torch.randn(40, 8, requires_grad=True), torch.zeros(9).long()
+    clip.data[5:10] = math.nan
+    criterion = ClipConsCriterion(gradient_flow_ratio=1.0, variant=variant, max_negatives=7)
+    met = [set(torch.autograd.grad(criterion(feat, clip, batch), clip)[0].any(1).nonzero()[:, 0].tolist())
+           for _ in range(20)]
+    assert all(0 in rows and len(rows) in (7, 8) and not rows & set(range(5, 10)) for rows in met)
+    assert len(set(map(frozenset, met))) > 10
+    state = torch.get_rng_state()
+    assert criterion(feat, clip[:5], batch) == criterion(feat, clip[:5], batch)  # all, where there are few
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_the_loss_still_pulls_where_half_precision_would_be_silently_dead():
@@ -255,40 +463,45 @@ def test_the_loss_still_pulls_where_half_precision_would_be_silently_dead():
     assert feat.grad.isfinite().all() and (feat.grad != 0).any(1).all()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast_changes_neither_loss(dtype):
+def test_autocast_changes_neither_loss(dtype, variant):
     torch.manual_seed(0)
     feat, clip, logits, labels = torch.randn(40, 16), torch.randn(40, 16), torch.randn(40, 5), torch.arange(40) % 5
-    expected = ClipConsCriterion()(feat, clip), SemanticCriterion()(logits, labels)
+    expected = ClipConsCriterion(variant=variant)(feat, clip), SemanticCriterion()(logits, labels)
     with torch.autocast("cpu", dtype):
-        got = ClipConsCriterion()(feat, clip), SemanticCriterion()(logits, labels)
+        got = ClipConsCriterion(variant=variant)(feat, clip), SemanticCriterion()(logits, labels)
     assert got == expected and all(x.dtype == torch.float32 for x in got)
 
 
-def test_arguments_are_left_alone():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_arguments_are_left_alone(variant):
     feat, clip = hostile_pair(30, torch.float32, torch.Generator().manual_seed(0))
     before = feat.clone(), clip.clone()
-    ClipConsCriterion(gradient_flow_ratio=0.5)(feat, clip)
+    ClipConsCriterion(gradient_flow_ratio=0.5, variant=variant, max_negatives=9)(feat, clip)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip((feat, clip), before))
 
 
-def test_the_criterion_is_its_weight_times_the_function():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_criterion_is_its_weight_times_the_function(variant):
     torch.manual_seed(0)
     feat, clip = torch.randn(9, 8), torch.randn(9, 8)
-    criterion = ClipConsCriterion(loss_weight=0.3, temperature=0.4, clamp=1.5, norm_floor=3.0)
-    assert torch.equal(criterion(feat, clip),
-                       0.3 * clip_consistency(feat, clip, temperature=0.4, clamp=1.5, norm_floor=3.0)[0])
+    settings = dict(temperature=0.4, clamp=1.5, norm_floor=3.0, variant=variant)
+    criterion = ClipConsCriterion(loss_weight=0.3, **settings)
+    assert torch.equal(criterion(feat, clip), 0.3 * clip_consistency(feat, clip, **settings)[0])
 
 
 def test_the_attributes_hold_what_is_used():
     criterion = ClipConsCriterion(temperature=0.07)
+    assert (criterion.variant, criterion.max_negatives, criterion.world_mean) == ("sigmoid", 512, None)
     assert (criterion.loss_weight, criterion.temperature, criterion.gradient_flow_ratio, criterion.clamp) == (
         0.05, 0.1, 0.0, 10.0) and criterion.norm_floor > 0
     assert ClipConsCriterion(temperature=0.2).temperature == 0.2
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=-1), dict(temperature=math.nan), dict(norm_floor=0), dict(clamp=0),
-                                 dict(gradient_flow_ratio=1.5), dict(gradient_flow_ratio=-0.1), dict(loss_weight=-1)])
+                                 dict(gradient_flow_ratio=1.5), dict(gradient_flow_ratio=-0.1), dict(loss_weight=-1),
+                                 dict(variant="softmax"), dict(max_negatives=0)])
 def test_a_setting_without_a_bound_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         ClipConsCriterion(**bad)
@@ -303,6 +516,13 @@ def test_misshapen_input_is_named(shapes, message):
     with pytest.raises(ValueError, match=message):
         clip_consistency(torch.zeros(feat), torch.zeros(clip), None if batch is None else torch.zeros(batch).long(),
                          None if valid is None else torch.ones(valid).bool())
+
+
+def test_a_variant_or_negatives_that_mean_nothing_are_named():
+    with pytest.raises(ValueError, match="'softmax' must be one of sigmoid, cosine, siglip, infonce"):
+        clip_consistency(torch.ones(4, 8), torch.ones(4, 8), variant="softmax")
+    with pytest.raises(ValueError, match=r"negatives \(2, 1\)"):
+        clip_consistency(torch.ones(4, 8), torch.ones(4, 8), variant="siglip", negatives=torch.zeros(2, 1).long())
 
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -390,6 +610,21 @@ def test_semantic_criterion_is_its_weight_times_the_function_and_saves_no_state(
     criterion = SemanticCriterion(0.4, class_weights=[1, 2, 3, 4])
     assert torch.equal(criterion(logits, labels), 0.4 * semantic_loss(logits, labels, -1, torch.tensor([1., 2, 3, 4])))
     assert not criterion.state_dict()
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 3.0]])
+@pytest.mark.parametrize("cut", [0, 1, 2, 13, 30])
+def test_semantic_loss_of_a_batch_may_be_split_over_processes(cut, weights):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(30, 3, requires_grad=True), torch.arange(30) % 3
+    labels[torch.arange(30) % 4 == 0] = -1  # also the first, so that one half has a row but no label
+
+    def run(rows, world_mean):
+        loss = SemanticCriterion(class_weights=weights, world_mean=world_mean)(logits[rows], labels[rows])
+        return [loss.detach(), *torch.autograd.grad(loss, logits)]
+
+    halves = torch.arange(30)[:cut], torch.arange(30)[cut:]
+    torch.testing.assert_close(two_processes(run, halves), run(torch.arange(30), None), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("logits, labels, weights, message", [
