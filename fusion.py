@@ -197,29 +197,28 @@ class FusionGate(nn.Module):
         self.dim = dim
         self.gate = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
-    def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor):
+    def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor, read_2d=None):
         """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
 
         Where not valid: fused is feat_3d to the bit, alpha is 0, feat_2d is not read and gets no gradient.
+        read_2d (N, hidden): `self.read_2d` of feat_2d, where it is at hand; feat_2d is then 0 where it is not valid.
         """
         if feat_3d.shape != feat_2d.shape or valid.shape != feat_3d.shape[:1]:
             raise ValueError(f"feat_3d {tuple(feat_3d.shape)}, feat_2d {tuple(feat_2d.shape)}, valid "
                              f"{tuple(valid.shape)} must be (N, C), (N, C), (N,)")
-        feat_2d = feat_2d.where(valid[:, None], 0)
-        return self.mix(feat_3d, feat_2d, self.read_2d(feat_2d), valid)
-
-    def read_2d(self, feat_2d: Tensor) -> Tensor:
-        """What the gate's hidden layer takes from 2D features (..., C) -> (..., hidden).
-
-        Linear, so it may as well be taken of the cells of a feature map and sampled then: there are fewer of them.
-        """
-        return F.linear(feat_2d, self.gate[0].weight[:, self.dim:])
-
-    def mix(self, feat_3d: Tensor, feat_2d: Tensor, read_2d: Tensor, valid: Tensor):
-        """As `forward`, with read_2d (N, hidden), and feat_2d finite where it is not valid."""
+        if read_2d is None:
+            feat_2d = feat_2d.where(valid[:, None], 0)
+            read_2d = self.read_2d(feat_2d)
         hidden = F.linear(feat_3d, self.gate[0].weight[:, :self.dim], self.gate[0].bias) + read_2d
         alpha = self.gate[2](hidden.relu()).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
         return torch.lerp(feat_3d, feat_2d.to(feat_3d.dtype), alpha), alpha
+
+    def read_2d(self, feat_2d: Tensor) -> Tensor:
+        """What the gate's hidden layer takes from 2D features: (..., C) -> (..., hidden).
+
+        Linear, so it may as well be taken of the cells of a feature map and then sampled: there are fewer of them.
+        """
+        return F.linear(feat_2d, self.gate[0].weight[:, self.dim:])
 
 
 class BiFusionEncoder(nn.Module):
@@ -294,7 +293,7 @@ class BiFusionEncoder(nn.Module):
         # normalised a cell at a time, so that no cell speaks through another
         spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))
         feat_2d, read_2d = (sample_cells(x.permute(0, 3, 1, 2), *cells) for x in (spatial, self.gate.read_2d(spatial)))
-        fused, alpha = self.gate.mix(feat_3d, feat_2d, read_2d, valid)
+        fused, alpha = self.gate(feat_3d, feat_2d, valid, read_2d)
         clip_point = feat_2d
         if self.point_target:
             clip_point = sample_cells(self.encoder_2d.project_dense(tokens), *cells)

@@ -395,7 +395,7 @@ def test_what_the_gate_reads_of_sampled_cells_is_the_sample_of_what_it_reads():
     cells = view_cells(torch.rand(40, 2, 2) * 50, (50, 50), (2, 3, 5), torch.arange(2).expand(40, 2), visible)
     feat_2d, read_2d = (sample_cells(x.permute(0, 3, 1, 2), *cells) for x in (maps, gate.read_2d(maps)))
     valid = visible.any(1)
-    torch.testing.assert_close(gate.mix(feat_3d, feat_2d, read_2d, valid), gate(feat_3d, feat_2d, valid))
+    torch.testing.assert_close(gate(feat_3d, feat_2d, valid, read_2d), gate(feat_3d, feat_2d, valid))
 
 
 @pytest.mark.parametrize("feat_2d, valid", [((4, 7), (4,)), ((3, 8), (4,)), ((4, 8), (4, 1)), ((4, 8), (3,))])
