@@ -13,7 +13,6 @@
 Imports every sibling but bench.py.
 """
 import json
-import os
 import random
 import resource
 import sys
@@ -34,6 +33,7 @@ from checkpoint import STEP_FIELDS, read_checkpoint, restore, rng_state, set_rng
 from data import PointDataset, RoomFrames, ScanNetFrames, ScanNetScenes, SceneDataset, collate, load_classes
 from decoder import InstanceDecoder, Segmenter, scene_instances
 from diagnose import fusion_statistics, locate_nonfinite, pictures, term_statistics
+from distributed import average_buffers, average_gradients, setup, synchronize_batch_norm, world_mean
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, apply_transform
 from losses import ClipConsCriterion, InstanceCriterion, SemanticCriterion, clip_loss_weight, instance_targets
@@ -118,8 +118,9 @@ def compute_losses(model, batch, criteria, args):
 
 
 def examine(model, seen, criteria, args, scale, device):
-    """Looks where a step stopped being finite: findings, and the batch and random state that they are of.
+    """Looks where a step stopped being finite: depth of the cause, findings, their batch and its random state.
 
+    The depth orders causes, of batches and of processes: what one holds (0) explains what others see in a shared norm.
     seen: the (batch, random state) pairs of the step. Every one is run, whatever is found in the first: with several
     processes a pass has collectives. Running statistics of the model are left moved.
     """
@@ -127,9 +128,10 @@ def examine(model, seen, criteria, args, scale, device):
     for batch, rng in seen:
         set_rng_state(rng, device)
         findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1], scale)
-        found.append((findings, batch, rng))
+        kinds = ("input", "weight", "module", "loss", "gradient")
+        found.append((kinds.index(findings[0].split(":")[0]) if findings else len(kinds), findings, batch, rng))
     set_rng_state(now, device)
-    return next((entry for entry in found if entry[0]), found[0])
+    return min(found, key=lambda entry: entry[0])
 
 
 def replay(model, state, criteria, args, device):
@@ -172,32 +174,6 @@ def lr_factor(step, total, warmup, schedule):
     t = step / max(1, total)
     decay = (1 - t) ** 0.9 if schedule == "poly" else 0.5 * (1 + np.cos(np.pi * t))
     return min(1.0, (step + 1) / max(1, warmup)) * float(decay)
-
-
-def average_gradients(parameters, world_size):
-    """Averages gradients over processes, in place: what DistributedDataParallel does, without a wrapper to see through.
-
-    One flat all-reduce; a parameter without a gradient on this rank (nothing matched, no valid point) counts as zero.
-    """
-    if world_size == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(flat)
-    flat /= world_size
-    for parameter, grad in zip(parameters, flat.split([parameter.numel() for parameter in parameters])):
-        parameter.grad.copy_(grad.view_as(parameter))
-
-
-def average_buffers(model, world_size):
-    """Running statistics averaged over processes, in place, so that every rank evaluates and saves the same model."""
-    if world_size > 1:
-        for name, buffer in model.named_buffers():
-            if "running_" in name:  # fixed matrices stay to the bit: (x + x + x) / 3 need not be x
-                dist.all_reduce(buffer)
-                buffer /= world_size
 
 
 def gather(value, world_size):
@@ -297,13 +273,7 @@ def main(argv=None):
         state = read_checkpoint(args.replay, STEP_FIELDS) if args.replay else read_checkpoint(args.resume or args.eval)
 
     # processes: one, or as many as torchrun started
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else device.index or 0)
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world_size, device = setup(args.device)
     main_process = rank == 0
     warnings = []
 
@@ -343,15 +313,17 @@ def main(argv=None):
     if args.init_3d and state is None:
         say(load_res16unet34c(model.fusion.encoder_3d.backbone, args.init_3d))
     model.to(device)
+    synchronize_batch_norm(model)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval or args.replay, class_names, fingerprint)
     if args.compile:  # in place: names and checkpoints stay as they are
         for module in compiled_parts(model):
             module.compile()
-    criteria = {"semantic": SemanticCriterion(args.semantic_weight).to(device),
-                "instance": InstanceCriterion(args.instance_weight),
-                "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss)}
+    criteria = {"semantic": SemanticCriterion(args.semantic_weight, world_mean=world_mean).to(device),
+                "instance": InstanceCriterion(args.instance_weight, world_mean=world_mean),
+                "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,
+                                          world_mean=world_mean)}
     if args.replay:
         return replay(model, state, criteria, args, device)
 
@@ -487,7 +459,8 @@ def main(argv=None):
             factor = lr_factor(position, total_steps, args.lr_warmup, args.schedule)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = args.lr * param_group["factor"] * factor
-            average_gradients(parameters, world_size)  # before unscaling, so that every rank sees the same inf
+            # before unscaling, so that every rank sees the same inf; the loss travels along for the same reason
+            step_loss, = average_gradients(parameters, world_size, [step_loss])
             scaler.unscale_(optimizer)
             log_now = (step + 1) % args.log_every == 0 or position + 1 == total_steps
             if log_now and main_process:
@@ -509,12 +482,13 @@ def main(argv=None):
                     skipped_steps += 1
                 else:
                     bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-                    findings, bad_batch, rng = examine(model, seen, criteria, args, scaler.get_scale(), device)
+                    depth, findings, bad_batch, rng = examine(model, seen, criteria, args, scaler.get_scale(), device)
                     torch._foreach_copy_(statistics, statistics_before)
                     path = folder / f"bad_step_{step}{f'_rank{rank}' if world_size > 1 else ''}.pt"
                     text = f"{', '.join(bad_batch['name'])}:\n  " + "\n  ".join(
                         findings or ["finite when run a second time"])
-                    if findings and bad_steps <= args.max_bad_steps:
+                    cause = min(gather(depth, world_size))
+                    if findings and depth == cause and bad_steps <= args.max_bad_steps:
                         write_atomically({
                             "model": model.state_dict(), "batch": bad_batch, "rng": rng, "scale": scaler.get_scale(),
                             "clip_weight": criteria["clip"].loss_weight, "epoch": epoch, "step": step,
@@ -538,9 +512,9 @@ def main(argv=None):
             speed["speed/data_wait"].append(waited / spent)
             step += 1
 
+            if log_now:  # means over processes, too, and one copy to the host for all of them
+                values = world_mean(torch.stack([torch.stack(v).float().mean() for v in window.values()])).tolist()
             if log_now and main_process:
-                # one copy to the host for all of them
-                values = torch.stack([torch.stack(values).float().mean() for values in window.values()]).tolist()
                 stats = fusion_statistics(out, batch)
                 memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from test_train import checkpoint, scalars, small
+from test_train import checkpoint, scalars, small, torchrun
 
 
 def broken_batches(monkeypatch, breaks, when=(3,)):
@@ -185,3 +185,24 @@ def test_diagnosis_is_written_every_k_steps_and_changes_nothing(tmp_path):
     assert all(math.isfinite(value) for series in values.values() for _, value in series)
     for i in range(2):
         assert sum(values[f"share_{term}"][i][1] for term in terms) == pytest.approx(1, abs=1e-4)
+
+
+def test_nan_on_one_of_two_processes_is_skipped_by_both_and_saved_by_the_one_that_has_it(tmp_path):
+    code = ("collate, count = train.collate, [0]\n"
+            "def breaks(samples):\n"
+            "    batch = collate(samples)\n"
+            "    count[0] += batch['name'][0].startswith('train')\n"
+            "    if count[0] == 4 and os.environ['RANK'] == '1':\n"
+            "        batch['colors'][3] = float('nan')\n"
+            "    return batch\n"
+            "train.collate = breaks\n"
+            "train.main(sys.argv[1:])\n")
+    done = torchrun(tmp_path, code, small(tmp_path, "--epochs", "8", "--eval-every", "8", "--no-clip", "--batch-size", "1",
+                                          "--accumulate", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = checkpoint(tmp_path)
+    assert state["bad_steps"] == 1 and state["step"] == 8
+    assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
+    path, = (tmp_path / "runs").glob("*/bad_step_*.pt")
+    assert path.name == "bad_step_1_rank1.pt"
+    assert "field 'colors'" in torch.load(path, weights_only=True)["findings"][0]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -295,10 +296,16 @@ def test_checkpoint_of_another_tower_or_network_is_refused(tmp_path):
         train.main(["--eval", str(path)])
 
 
-def test_two_processes_train_one_model_and_write_once(tmp_path):
-    code = ("import sys, torch, train, torch.distributed as dist\n"
-            "seen = {}\n"
-            "average = train.average_buffers\n"
+def torchrun(folder, code, arguments):
+    """Runs Python code that calls train.main(sys.argv[1:]) in two processes; returns what subprocess.run does."""
+    (folder / "two.py").write_text("import os, signal, sys, time, torch, train, torch.distributed as dist\n" + code)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(folder / "two.py"), *arguments], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_path):
+    code = ("average = train.average_buffers\n"
             "def check(model, world):\n"
             "    average(model, world)\n"
             "    for p in [*model.parameters(), *model.buffers()]:\n"
@@ -308,15 +315,33 @@ def test_two_processes_train_one_model_and_write_once(tmp_path):
             "train.average_buffers = check\n"
             "metrics = train.main(sys.argv[1:])\n"
             "print('MIOU', metrics['miou'])\n")
-    script = tmp_path / "two.py"
-    script.write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(script), *small(tmp_path)], capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    options = ["--rooms", "4", "--epochs", "10", "--eval-every", "10", "--clip-warmup", "1,2", "--clip-weights",
+               "0.001,0.01,0.1", "--clip-cache", str(tmp_path / "clip")]
+    metrics = train.main(small(tmp_path / "one", *options, "--batch-size", "4"))
+    done = torchrun(tmp_path, code, small(tmp_path / "two", *options, "--batch-size", "2"))
     assert done.returncode == 0, done.stderr[-3000:]
-    values = re.findall(r"MIOU (\S+)", done.stdout)
-    assert len(values) == 2 and values[0] == values[1]
-    assert len(list((tmp_path / "runs").iterdir())) == 1
+    values = [float(value) for value in re.findall(r"MIOU (\S+)", done.stdout)]
+    assert values == pytest.approx([metrics["miou"]] * 2, abs=1e-3)
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")  # of one run each: one process writes
+    assert len(one.Scalars("loss/total")) == 20
+    for tag in ("loss/total", "loss/semantic", "loss/instance", "loss/clip"):
+        theirs = [e.value for e in two.Scalars(tag)]
+        assert theirs == pytest.approx([e.value for e in one.Scalars(tag)], rel=1e-4), tag
+
+
+def test_a_killed_process_ends_the_other_within_a_minute_and_with_a_message(tmp_path):
+    code = ("factor = train.lr_factor\n"
+            "def die(position, *rest):\n"
+            "    if position == 3 and os.environ['RANK'] == '1':\n"
+            "        open(sys.argv[-1] + '/died', 'w').close()\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return factor(position, *rest)\n"
+            "train.lr_factor = die\n"
+            "train.main(sys.argv[1:-1])\n")
+    done = torchrun(tmp_path, code, [*small(tmp_path, "--epochs", "1000", "--no-clip", "--no-instances"),
+                                     str(tmp_path)])
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
+    assert done.returncode != 0 and re.search(r"exitcode\s*: -9|SIGKILL", done.stderr)
 
 
 def test_readme_lists_every_option_with_its_default():
