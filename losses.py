@@ -129,7 +129,8 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
     feat_fusion (N, C); clip_feat (N, C), one target a point, or (B, C) with batch (N,) int64; valid (N,) bool.
     clip_feat is read as one target a point whenever it has N rows.
     negatives (M,) int64: the rows of clip_feat that a contrastive variant pushes every row away from, None for all;
-    never a row's own target, nor one that is not usable. It takes memory for N x M numbers.
+    never a row's own target, nor one that is not usable. It takes memory for a few times N x M numbers.
+    world_mean: see the top of the file.
     Returns the loss, a scalar (a zero with a graph where no row is usable), and (2,) int64 counts: the rows that took
     part, and the valid ones that were left out because they or their target hold NaN or inf.
     """
@@ -151,24 +152,25 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
         if 0 < gradient_flow_ratio < 1:
             clip = clip.detach() + gradient_flow_ratio * (clip - clip.detach())
 
-        cosines = [(feat * (clip if per_point else clip[batch])).sum(1)]
-        masks = []
+        def logits(cosines):
+            return (cosines / temperature).clamp(-clamp, clamp)
+
+        arguments = [logits((feat * (clip if per_point else clip[batch])).sum(1))]
         if variant in CONTRASTIVE:
             rows = torch.arange(len(clip), device=clip.device)
             own = rows if per_point else batch
             negatives = rows if negatives is None else negatives
-            cosines.append(feat @ clip[negatives].T)
-            masks.append(candidates[negatives] & (negatives != own[:, None]))
-        logits = [(cos / temperature).clamp(-clamp, clamp) for cos in cosines]
-        total = CLIP_LOSSES[variant](*logits, *masks).where(used, 0).sum()
+            arguments.append(logits(feat @ clip[negatives].T))
+            arguments.append(candidates[negatives] & (negatives != own[:, None]))
+        total = CLIP_LOSSES[variant](*arguments).where(used, 0).sum()
         return mean_over(total, used.sum(), world_mean), torch.stack([used.sum(), dropped.sum()])
 
 
 class ClipConsCriterion(nn.Module):
     """Ties fused point features to CLIP's meaning, with a gradient that cannot blow up.
 
-    With z+ = clip(cos / t, +-clamp) of a row with its target and z_j of it with each of its J negatives, m = min(clamp,
-    1 / t), and t = max(temperature, 0.1):
+    With z+ = clip(cos / t, +-clamp) of a row with its target, z_j of it with each of its J negatives (in the interval:
+    the most that a row has), m = min(clamp, 1 / t), and t = max(temperature, 0.1):
 
         variant    loss of a row                                            lies in
         sigmoid    softplus(-z+)                                            [softplus(-m), softplus(m)]

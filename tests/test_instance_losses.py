@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Instance targets, matcher and criterion of losses.py against brute force, closed formulas and finite differences."""
+import contextlib
 import math
 
 import pytest
@@ -365,6 +366,16 @@ def test_class_agnostic_mode_is_blind_to_labels_and_class_aware_is_not():
     assert blind[0] == blind[1]
     with pytest.raises(ValueError, match=r"\(Q, 2\), got \(6, 4\)"):
         loss_of([random_scene()], class_agnostic=True)
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+    layer, targets, query = batched([random_scene(), no_instance(), no_point()])
+    layer = {name: tuple(x.to("meta").requires_grad_() for x in tensors) for name, tensors in layer.items()}
+    targets = [{name: x.to("meta") for name, x in target.items()} for target in targets]
+    loss = InstanceCriterion()({"layers": [layer], "query": tuple(x.to("meta") for x in query)}, targets)
+    loss.backward()  # tensors without numbers: reading one would have raised
+    assert loss.shape == () and layer["mask_logits"][0].grad is not None
 
 
 def test_arguments_are_left_alone_and_shapes_are_checked():

@@ -5,6 +5,7 @@
 `check_two_processes` that a batch may be split. They run on the shipped file and, in
 `test_every_safeguard_is_needed`, on copies with one safeguard taken out.
 """
+import contextlib
 import itertools
 import math
 import types
@@ -219,7 +220,7 @@ SAFEGUARDS = {
     "no division by no row": ("torch.where(mass > 0, mass, 1)", "mass"),
     "a mass below one stays": ("torch.where(mass > 0, mass, 1)", "mass.clamp(min=1)"),
     "the mass is that of all processes": ("mass = world_mean(mass)", "world_mean(mass)"),
-    "clamp": ("(cos / temperature).clamp(-clamp, clamp)", "(cos / temperature)"),
+    "clamp": ("(cosines / temperature).clamp(-clamp, clamp)", "(cosines / temperature)"),
     "cosine has no temperature": ('if variant == "cosine":', "if False:"),
     "cosine does not pass 1": ("temperature, clamp = 1.0, 1.0", "temperature, clamp = 1.0, 2.0"),
     "the own target is no negative": ("candidates[negatives] & (negatives != own[:, None])",
@@ -472,6 +473,19 @@ def test_autocast_changes_neither_loss(dtype, variant):
     with torch.autocast("cpu", dtype):
         got = ClipConsCriterion(variant=variant)(feat, clip), SemanticCriterion()(logits, labels)
     assert got == expected and all(x.dtype == torch.float32 for x in got)
+
+
+@pytest.mark.parametrize("target", ["points", "scenes"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_device(monkeypatch, variant, target):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+    with torch.device("meta"):  # tensors without numbers: reading one raises
+        feat, clip = torch.empty(90, 8, requires_grad=True), torch.empty(90 if target == "points" else 40, 8)
+        batch, valid = torch.empty(90, dtype=torch.long), torch.empty(90, dtype=torch.bool)
+        loss = ClipConsCriterion(variant=variant, max_negatives=20)(feat, clip, batch, valid)
+        loss = loss + SemanticCriterion(class_weights=[1.0] * 8)(feat, batch)
+        loss.backward()
+    assert loss.shape == () and feat.grad.shape == feat.shape
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
