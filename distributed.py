@@ -122,7 +122,7 @@ def _world_statistics(x):
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     C, rows = x.shape[1], max(len(x), 1)
     mean = x.sum(0) / rows
-    local = torch.cat((mean, (x - mean).square().sum(0), mean.new_full((1,), len(x))))
+    local = torch.cat((mean, (x - mean).square_().sum(0), mean.new_full((1,), len(x))))
     parts = [local]
     if _world_size() > 1:
         parts = [torch.empty_like(local) for _ in range(_world_size())]
@@ -145,20 +145,20 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mean, std, share):
         ctx.save_for_backward(x, weight, mean, std, share)
-        return torch.addcmul(bias, x - mean, weight / std).to(x.dtype)
+        return (x - mean).mul_(weight / std).add_(bias).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, mean, std, share = ctx.saved_tensors
-        z = (x - mean) / std
-        grad = grad.to(z.dtype)
-        local = torch.stack((grad.sum(0), (grad * z).sum(0)))
+        centred = x - mean  # changed in place below: on a CPU new memory costs more than the arithmetic
+        grad = grad.to(centred.dtype)
+        local = torch.stack((grad.sum(0), (grad * centred).sum(0) / std))
         total = local.clone()
         if _world_size() > 1:
             dist.all_reduce(total)
         total *= share
-        grad_x = (grad - total[0] - z * total[1]) * (weight / std)
+        grad_x = centred.mul_(-total[1] / std).sub_(total[0]).add_(grad).mul_(weight / std)
         return grad_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None, None
 
 
