@@ -123,9 +123,7 @@ def criterion_study(draws):
 RECIPE = ("--rooms 32 --frames-per-room 1 --points 1024 --voxel-size 0.15 --no-instances --image-size 96,128 "
           "--clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 --batch-size 4 --lr 4e-3 "
           "--lr-warmup 10 --clip-warmup 4,8 --log-every 4 --eval-every 1000").split()
-QUICK = ("--rooms 2 --points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 --clip-warmup 0,1 "
-         "--log-every 1").split()
-
+QUICK = "--rooms 2 --points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 --clip-warmup 0,1".split()
 WEIGHT_1 = "--clip-weights 0,0.1,1"
 OURS = {  # options beside those of RECIPE
     "3D baseline": "--no-clip",
@@ -174,7 +172,7 @@ def watched(loss, kind, seen):
             grad, = torch.autograd.grad(value, feat, retain_graph=True)
             bound = self.loss_weight / (max(1, int(self.counts[0])) * TEMPERATURE * NORM_FLOOR)
             largest = torch.linalg.vector_norm(grad.double(), dim=1).max().item() / bound
-            seen.append(largest if math.isfinite(value) else math.nan)
+            seen.append(largest if value.isfinite() else math.nan)
             return value
     return Watched
 
@@ -219,8 +217,8 @@ def print_training(finished):
         deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "-"
 
-    print("\nTrainings, mean +- standard deviation over seeds. finished: runs that came to their end; bad: steps skipped "
-          "in\nthese; grad: as above; gain: mIoU over the 3D baseline of the same seed; cosine: to the scene's target\n")
+    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped in these;\n"
+          "grad: as above; gain: mIoU over the 3D baseline of the same seed; cosine: of features and their targets\n")
     print(f"{'setting':34s}{'finished':>9s}{'bad':>5s}{'grad':>9s}{'mIoU':>16s}{'gain':>17s}{'effective rank':>17s}"
           f"{'cosine':>8s}")
     baseline = finished.get("3D baseline", {})
