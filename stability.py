@@ -217,7 +217,7 @@ def print_training(finished):
         deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "-"
 
-    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped in these;\n"
+    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped;\n"
           "grad: as above; gain: mIoU over the 3D baseline of the same seed; cosine: of features and their targets\n")
     print(f"{'setting':34s}{'finished':>9s}{'bad':>5s}{'grad':>9s}{'mIoU':>16s}{'gain':>17s}{'effective rank':>17s}"
           f"{'cosine':>8s}")
