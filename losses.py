@@ -142,8 +142,9 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
         temperature, clamp = 1.0, 1.0  # rounding alone takes a cosine past 1
     used, dropped, candidates = usable_rows(feat_fusion, clip_feat, batch, valid)
     per_point = clip_feat.shape[0] == feat_fusion.shape[0]
+    dtype = torch.promote_types(torch.promote_types(feat_fusion.dtype, clip_feat.dtype), torch.float32)
     with torch.autocast(feat_fusion.device.type, enabled=False):
-        feat, clip = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (feat_fusion, clip_feat))
+        feat, clip = feat_fusion.to(dtype), clip_feat.to(dtype)
         # where, not a product: 0 * NaN is NaN, in the loss and in the gradient
         feat = floored_normalize(feat.where(used[:, None], 0), norm_floor)
         if gradient_flow_ratio == 0:
@@ -182,19 +183,20 @@ class ClipConsCriterion(nn.Module):
     input in fp32, fp16 or bf16:
 
         | d loss / d feat_fusion[i] |  <=  loss_weight / (rows * t * norm_floor)
-        | d loss / d clip_feat[k] |    <=  gradient_flow_ratio * the same, once for each row that k is positive (in
-                                           siglip and infonce: half) or negative to (infonce: half; siglip: 1 / 2J)
+        | d loss / d clip_feat[k] |    <=  gradient_flow_ratio times that, for each row it is positive or negative to
 
     Derivation. A row's loss has the slopes s in its logits: sigmoid s+ = -(1 - sigmoid(z+)); cosine s+ = -1; siglip
     s+ = -(1 - sigmoid(z+)) / 2, s_j = sigmoid(z_j) / 2J; infonce s+ = -(1 - p+) / 2, s_j = p_j / 2 with the softmax p,
     so sum_j p_j = 1 - p+. Hence |s+| + sum_j |s_j| <= 1 in all. dz / dcos = 1 / t, or 0 where clamped; |dcos / df^| =
     |c^| <= 1 with f^, c^ the floored unit vectors; and |df^ / df| <= 1 / max(|f|, norm_floor): below the floor f^ =
-    f / norm_floor, above it the Jacobian is the projection (I - f^ f^T) / |f|. The same with f and c exchanged. With
-    the default clamp of 10 and t >= 0.1 the clamp never acts but on rounding, so it silences no row.
+    f / norm_floor, above it the Jacobian is the projection (I - f^ f^T) / |f|. The same with f and c exchanged, where a
+    row counts |s|: in siglip and infonce at most half, for a negative of siglip at most 1 / 2J. With the default clamp
+    of 10 and t >= 0.1 the clamp never acts but on rounding, so it silences no row.
 
     Negatives are the other rows of clip_feat: other scenes' targets, or those of other points that take part. Where
     clip_feat has more than max_negatives rows, that many usable ones are drawn anew at each call, for all rows alike.
-    Without a negative siglip keeps its positive half and infonce is 0. They are sought among this process's rows.
+    Without a negative siglip keeps its positive half and infonce is 0. A process sees no negatives but its own. Points
+    of one image patch have almost the same target, so that some negatives are false ones.
 
     loss_weight: what the schedule (`clip_loss_weight`) sets by epoch. temperature is floored at 0.1; the attribute
     holds the floored value. gradient_flow_ratio in [0, 1]: the share of the gradient that reaches clip_feat.

@@ -207,8 +207,7 @@ SAFEGUARDS = {
     "norm floor": ("torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor / scale)",
                    "torch.linalg.vector_norm(x, dim=-1, keepdim=True), 1e-12 / scale)"),
     "division by the largest entry": (".amax(-1, keepdim=True).clamp(min=1)", ".amax(-1, keepdim=True).clamp(1, 1)"),
-    "fp32 inside": ("(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (feat_fusion, clip_feat))",
-                    "(feat_fusion, clip_feat)"),
+    "fp32 inside": ("feat_fusion.to(dtype), clip_feat.to(dtype)", "feat_fusion, clip_feat"),
     "temperature floor": ("max(temperature, TEMPERATURE_FLOOR)", "max(temperature, 1e-6)"),
     "non-finite features are dropped": ("wanted & feat_finite & (clip_finite", "wanted & (clip_finite"),
     "non-finite targets are dropped": (" & (clip_finite if per_point else clip_finite[batch])", ""),
@@ -255,6 +254,18 @@ def test_every_safeguard_is_needed(name):
         for dtype, variant in itertools.product(DTYPES, VARIANTS):
             check_promises(module, dtype, variant, calls=72, rows=32)
         check_two_processes(module)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("one, other, common", [(torch.float16, torch.bfloat16, torch.float32),
+                                                (torch.float32, torch.float64, torch.float64)], ids=str)
+def test_features_and_targets_may_differ_in_precision(one, other, common, variant):
+    torch.manual_seed(0)
+    a, b = torch.randn(9, 8).to(one), torch.randn(9, 8).to(other)
+    for feat, clip in ((a, b), (b, a)):
+        loss = clip_consistency(feat, clip, variant=variant)[0]
+        assert loss.dtype == common
+        assert torch.equal(loss, clip_consistency(feat.to(common), clip.to(common), variant=variant)[0])
 
 
 def test_half_precision_rows_do_not_overflow_in_their_sum():
