@@ -216,8 +216,8 @@ class PointDataset(Dataset):
     superpoints: a SuperpointCache; samples then hold superpoints (n,), 0..S-1, each of one view.
     voxel_size: metres; elastic augmentation is counted in voxels, see `augment_points`.
 
-    A sample: name, seed, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with -1 = none,
-    images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
+    A sample: name, seed, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with
+    -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
     depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
     """
 

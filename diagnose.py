@@ -51,7 +51,7 @@ def fusion_statistics(out, batch):
 
 @torch.no_grad()
 def pairwise_cosine(feats: Tensor) -> Tensor:
-    """Mean cosine of two different rows of feats (n, C), without the (n, n) matrix: 1 = all point one way. 0 if n < 2."""
+    """Mean cosine of two different rows of feats (n, C), without an (n, n) matrix: 1 = all point one way; 0 if n < 2."""
     n = len(feats)
     unit = F.normalize(feats.double(), dim=1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / max(1, n * (n - 1))).float()
@@ -112,10 +112,10 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
         if bad.any():
             first = bad.nonzero()[0].tolist()
             sample = int(batch["batch"][first[0]]) if len(value) == len(batch["batch"]) else first[0]
-            findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values that "
-                            f"are not finite, the first at {first} of {tuple(value.shape)}")
-    findings += [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not finite"
-                 for name, value in [*model.named_parameters(), *model.named_buffers()] if not is_finite(value)]
+            findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
+                            f"that are not finite, the first at {first} of {tuple(value.shape)}")
+    findings += [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not "
+                 "finite" for name, value in [*model.named_parameters(), *model.named_buffers()] if not is_finite(value)]
 
     outputs, gradients = [], defaultdict(list)  # names in the order in which they were found
     term = None
@@ -146,8 +146,8 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
         bad = [name for name, grad in zip(parameters, grads) if grad is not None and not grad.isfinite().all()]
         if finite and bad:  # of a loss that is not finite nothing else is to be expected
             where = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
-            findings.append(f"gradient: of {term}, first not finite {where} and so at {len(bad)} of {len(grads)} weights, "
-                            f"with a loss scale of {scale:g}")
+            findings.append(f"gradient: of {term}, first not finite {where} and so at {len(bad)} of {len(grads)} "
+                            f"weights, with a loss scale of {scale:g}")
     return findings
 
 

@@ -85,8 +85,8 @@ def build_parser():
                    "changes")
     g.add_argument("--clip-weights", type=float_list, default=(0.0, 0.001, 0.01), help="its weight up to the first, "
                    "up to the second ..., and after the last of them")
-    g.add_argument("--clip-loss", choices=tuple(CLIP_LOSSES), default="sigmoid", help="-log sigmoid(cos / t), 1 - cos, or "
-                   "against the targets of other scenes or points: sigmoid or softmax")
+    g.add_argument("--clip-loss", choices=tuple(CLIP_LOSSES), default="sigmoid", help="-log sigmoid(cos / t), 1 - cos, "
+                   "or against the targets of other scenes or points: sigmoid or softmax")
     g.add_argument("--clip-target", choices=("global", "point"), default="global", help="the scene's CLIP feature, or "
                    "the one at the point")
     g.add_argument("--temperature", type=float, default=0.07, help="of the CLIP loss; floored at 0.1")

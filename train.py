@@ -117,21 +117,33 @@ def compute_losses(model, batch, criteria, args):
     return out, terms
 
 
-def examine(model, seen, criteria, args, scale, device):
-    """Looks where a step stopped being finite: depth of the cause, findings, their batch and its random state.
+def examine(model, seen, criteria, args, device, world_size, path, facts):
+    """Looks where a step stopped being finite, saves what is needed to run it again, and says so in a text.
 
-    The depth orders causes, of batches and of processes: what one holds (0) explains what others see in a shared norm.
-    seen: the (batch, random state) pairs of the step. Every one is run, whatever is found in the first: with several
-    processes a pass has collectives. Running statistics of the model are left moved.
+    seen: the (batch, random state) pairs of the step; every one is run, whatever is found in the first: with several
+    processes a pass has collectives. Of batches and processes the one that holds the cause is saved, not those that
+    meet it in a shared batch norm. path: None to save nothing; facts: what else goes into the file.
     """
-    now, found = rng_state(device), []
+    now, buffers = rng_state(device), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kinds, found = ("input", "weight", "module", "loss", "gradient"), []
     for batch, rng in seen:
         set_rng_state(rng, device)
-        findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1], scale)
-        kinds = ("input", "weight", "module", "loss", "gradient")
-        found.append((kinds.index(findings[0].split(":")[0]) if findings else len(kinds), findings, batch, rng))
+        findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1],
+                                    facts["scale"])
+        depth = kinds.index(findings[0].split(":")[0]) if findings else len(kinds)
+        found.append((depth, len(found), findings))
     set_rng_state(now, device)
-    return min(found, key=lambda entry: entry[0])
+    for name, buffer in model.named_buffers():  # the passes have moved running statistics
+        buffer.copy_(buffers[name])
+    depth, index, findings = min(found)
+    batch, rng = seen[index]
+    text = "\n  ".join([f"{', '.join(batch['name'])}:", *(findings or ["finite when run a second time"])])
+    cause = min(gather(depth, world_size))
+    if path and findings and depth == cause:
+        write_atomically({"model": model.state_dict(), "batch": batch, "rng": rng, "findings": findings,
+                          "clip_weight": criteria["clip"].loss_weight, "config": vars(args), **facts}, path)
+        text += f"\nrun it again with: python train.py --replay {path}"
+    return "\n".join(gather(text, world_size))
 
 
 def replay(model, state, criteria, args, device):
@@ -186,7 +198,7 @@ def gather(value, world_size):
 
 
 def compiled_parts(model):
-    """The modules that --compile compiles: dense, of one shape or nearly; the sparse network's shapes differ by step."""
+    """The modules that --compile compiles: the dense ones; the shapes of the sparse network differ by step."""
     fusion = model.fusion
     parts = [model.head, fusion.proj_3d]
     if fusion.encoder_2d is not None:
@@ -295,7 +307,7 @@ def main(argv=None):
         train_set, val_set, class_names, instances = build_sets(args)
         say(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
             f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
-        # every frame is read before anything is written: a broken file ends the run here; superpoints are made on the way
+        # every frame is read before anything is written: a broken file ends the run here; superpoints are made, too
         for dataset in (val_set,) if args.eval else (val_set, train_set):
             share = Subset(dataset, range(rank, len(dataset), world_size))
             loader = DataLoader(share, batch_size=None, num_workers=args.workers, generator=torch.Generator())
@@ -482,28 +494,18 @@ def main(argv=None):
                     skipped_steps += 1
                 else:
                     bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-                    depth, findings, bad_batch, rng = examine(model, seen, criteria, args, scaler.get_scale(), device)
-                    torch._foreach_copy_(statistics, statistics_before)
                     path = folder / f"bad_step_{step}{f'_rank{rank}' if world_size > 1 else ''}.pt"
-                    text = f"{', '.join(bad_batch['name'])}:\n  " + "\n  ".join(
-                        findings or ["finite when run a second time"])
-                    cause = min(gather(depth, world_size))
-                    if findings and depth == cause and bad_steps <= args.max_bad_steps:
-                        write_atomically({
-                            "model": model.state_dict(), "batch": bad_batch, "rng": rng, "scale": scaler.get_scale(),
-                            "clip_weight": criteria["clip"].loss_weight, "epoch": epoch, "step": step,
-                            "findings": findings, "config": vars(args), "class_names": class_names,
-                            "clip_fingerprint": fingerprint}, path)
-                        text += f"\nrun it again with: python train.py --replay {path}"
-                    texts = gather(text, world_size)
-                    text = f"epoch {epoch}, step {step} is not finite and is skipped, {bad_in_a_row} in a row; " + \
-                        "\n".join(texts)
+                    facts = {"scale": scaler.get_scale(), "epoch": epoch, "step": step, "class_names": class_names,
+                             "clip_fingerprint": fingerprint}
+                    where = examine(model, seen, criteria, args, device, world_size,
+                                    path if bad_steps <= args.max_bad_steps else None, facts)
+                    text = f"epoch {epoch}, step {step} is not finite and is skipped, {bad_in_a_row} in a row; {where}"
                     say(text)
                     if main_process:
                         writer.add_text("sentry", text.replace("\n", "  \n"), step)
                         writer.flush()
                     if bad_in_a_row >= args.max_bad_steps:
-                        raise FloatingPointError(f"{args.max_bad_steps} steps in a row were not finite, the last: {text}")
+                        raise FloatingPointError(f"{bad_in_a_row} steps in a row were not finite, the last: {text}")
                     scaler.update()
             optimizer.zero_grad(set_to_none=True)
             window["grad/total"].append(norm.detach())
@@ -542,8 +544,9 @@ def main(argv=None):
                     writer.add_scalar(f"val_iou/{name}", iou, step)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                          "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "skipped_steps": skipped_steps,
-                         "bad_steps": bad_steps, "best": max(best, metrics["miou"]), "rng": rng_state(device), "config": vars(args),
-                         "class_names": class_names, "clip_fingerprint": fingerprint, "warnings": warnings}
+                         "bad_steps": bad_steps, "best": max(best, metrics["miou"]), "rng": rng_state(device),
+                         "config": vars(args), "class_names": class_names, "clip_fingerprint": fingerprint,
+                         "warnings": warnings}
                 write_atomically(state, folder / "last.pt")
                 if metrics["miou"] > best:
                     write_atomically(state, folder / "best.pt")

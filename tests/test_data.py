@@ -314,7 +314,8 @@ def test_cached_samples_hold_the_features_of_their_pictures(root, tmp_path):
     plain, cached = (data.PointDataset(frames, 100, (24, 32), views=3, augment=True, cache=c) for c in (None, cache))
     batches = [data.collate([dataset[0], dataset[1]]) for dataset in (plain, cached)]
     assert set(batches[1]) == set(batches[0]) - {"images"} | {"clip_tokens", "clip_pooled"}
-    assert all(torch.equal(batches[0][key], batches[1][key]) for key in set(batches[0]) & set(batches[1]) - {"name", "seed"})
+    shared = set(batches[0]) & set(batches[1]) - {"name", "seed"}
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in shared)
     tokens, pooled = encode(batches[0]["images"].flatten(0, 1))
     assert torch.equal(batches[1]["clip_tokens"].flatten(0, 1), tokens.half())
     assert torch.equal(batches[1]["clip_pooled"].flatten(0, 1), pooled.half())

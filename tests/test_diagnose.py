@@ -219,8 +219,9 @@ def test_a_gradient_alone_that_breaks_is_named_with_its_term_and_place():
     model.middle.forward = lambda x: x + (x - x).sqrt()  # value 0, slope inf
     findings = diagnose.locate_nonfinite(model, batch, lambda batch: {
         "whole": model(batch).square().mean(), "bias": model.second.bias.sum()})
-    assert len(findings) == 1 and findings[0].startswith("gradient: of whole, first not finite at the output of module first")
-    assert "at 2 of 6 weights" in findings[0]
+    finding, = findings
+    assert finding.startswith("gradient: of whole, first not finite at the output of module first")
+    assert "at 2 of 6 weights" in finding
 
 
 def test_a_loss_scale_that_overflows_is_named():

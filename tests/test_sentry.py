@@ -38,7 +38,7 @@ def replayed(path, capsys, error=(FloatingPointError, RuntimeError)):
 
 
 def one_bad_step(folder, step=3):
-    """Checks that one step of a run was left out and all else went on; returns the file of that step and its findings."""
+    """Checks that one step was left out and all else went on; returns the file of that step and its findings."""
     state = checkpoint(folder)
     assert state["bad_steps"] == 1 and state["step"] == 8
     assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
@@ -197,8 +197,8 @@ def test_nan_on_one_of_two_processes_is_skipped_by_both_and_saved_by_the_one_tha
             "    return batch\n"
             "train.collate = breaks\n"
             "train.main(sys.argv[1:])\n")
-    done = torchrun(tmp_path, code, small(tmp_path, "--epochs", "8", "--eval-every", "8", "--no-clip", "--batch-size", "1",
-                                          "--accumulate", "2"))
+    done = torchrun(tmp_path, code, small(tmp_path, "--epochs", "8", "--eval-every", "8", "--no-clip", "--batch-size",
+                                          "1", "--accumulate", "2"))
     assert done.returncode == 0, done.stderr[-3000:]
     state = checkpoint(tmp_path)
     assert state["bad_steps"] == 1 and state["step"] == 8
