@@ -3,7 +3,7 @@
 
 `check_promises` holds what the docstring of ClipConsCriterion promises, and a float64 reference in numpy;
 `check_two_processes` that a batch may be split. They run on the shipped file and, in
-`test_every_safeguard_is_needed`, on copies with one safeguard taken out.
+`test_every_safeguard..._is_needed`, on copies with one safeguard taken out.
 """
 import contextlib
 import itertools
@@ -217,8 +217,6 @@ SAFEGUARDS = {
     "targets are selected, not multiplied": ("clip.where(candidates[:, None], 0)", "clip * candidates[:, None]"),
     "unused rows have no loss": (".where(used, 0).sum()", ".sum()"),
     "no division by no row": ("torch.where(mass > 0, mass, 1)", "mass"),
-    "a mass below one stays": ("torch.where(mass > 0, mass, 1)", "mass.clamp(min=1)"),
-    "the mass is that of all processes": ("mass = world_mean(mass)", "world_mean(mass)"),
     "clamp": ("(cosines / temperature).clamp(-clamp, clamp)", "(cosines / temperature)"),
     "cosine has no temperature": ('if variant == "cosine":', "if False:"),
     "cosine does not pass 1": ("temperature, clamp = 1.0, 1.0", "temperature, clamp = 1.0, 2.0"),
@@ -235,6 +233,10 @@ SAFEGUARDS = {
     "infonce halves": ("log_softmax(1)[:, 0] / 2", "log_softmax(1)[:, 0]"),
     "the target is detached": ("if gradient_flow_ratio == 0:", "if gradient_flow_ratio < 0:"),
     "gradient flow ratio": ("clip.detach() + gradient_flow_ratio * (clip - clip.detach())", "clip"),
+}
+SAFEGUARDS_OF_PROCESSES = {
+    "a mass below one stays": ("torch.where(mass > 0, mass, 1)", "mass.clamp(min=1)"),
+    "the mass is that of all processes": ("mass = world_mean(mass)", "world_mean(mass)"),
 }
 
 
@@ -253,6 +255,12 @@ def test_every_safeguard_is_needed(name):
     with pytest.raises((AssertionError, RuntimeError)):
         for dtype, variant in itertools.product(DTYPES, VARIANTS):
             check_promises(module, dtype, variant, calls=72, rows=32)
+
+
+@pytest.mark.parametrize("name", SAFEGUARDS_OF_PROCESSES)
+def test_every_safeguard_of_several_processes_is_needed(name):
+    module = without(*SAFEGUARDS_OF_PROCESSES[name])
+    with pytest.raises(AssertionError):
         check_two_processes(module)
 
 
