@@ -373,7 +373,10 @@ def test_world_mean_and_averaged_buffers(pair):
     pair(means_in_each)
 
 
-def test_one_process_needs_no_group_and_nothing_changes():
+def test_one_process_needs_no_group_and_nothing_changes(monkeypatch):
+    assert setup("cpu") == (0, 1, torch.device("cpu"))
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     assert setup("cpu") == (0, 1, torch.device("cpu")) and not dist.is_initialized()
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model[0].weight.grad = torch.tensor([[1.0, 2], [3, 4]])
