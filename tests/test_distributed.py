@@ -238,7 +238,8 @@ def test_in_evaluation_it_is_batch_norm_and_sends_nothing(pair):
 
 
 def swap_in_each(rank):
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=0.5, momentum=0.02), nn.LayerNorm(4), BatchNorm(4, 0.3))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=0.5, momentum=0.02), nn.LayerNorm(4),
+                          BatchNorm(4, 0.3))
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     synchronize_batch_norm(model)
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -452,7 +453,8 @@ def test_a_process_that_is_killed_or_hangs_ends_the_other_with_an_error(blow, ti
         os.kill(processes[1].pid, blow)
         begin = time.monotonic()
         processes[0].join(60)
-        assert processes[0].exitcode not in (None, 0), f"exit code {processes[0].exitcode} after {time.monotonic() - begin:.1f} s"
+        code, seconds = processes[0].exitcode, time.monotonic() - begin
+        assert code not in (None, 0), f"exit code {code} after {seconds:.1f} s"
         assert pipes[0].poll(0) and len(pipes[0].recv()) > 10  # what it died of
     finally:
         for process in processes:
