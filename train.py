@@ -96,8 +96,7 @@ def build_model(args, encoder_2d, num_classes, instances):
     """The whole network, with fresh weights."""
     full = args.backbone == "res16unet34c"
     encoder_3d = PointEncoder(args.voxel_size, **({} if full else SMALL))
-    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance,
-                             point_target=args.clip_target == "point")
+    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance)
     # the small network takes a decoder of its size
     decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
     return Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * args.voxel_size)
@@ -152,6 +151,7 @@ def replay(model, state, criteria, args, device):
     """
     batch = to_device(state["batch"], device)
     criteria["clip"].loss_weight = state["clip_weight"]
+    model.fusion.point_target = args.clip_target == "point" and state["clip_weight"] > 0
     model.train()
     set_rng_state(state["rng"], device)
     findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1],
@@ -429,6 +429,7 @@ def main(argv=None):
         sampler.set_epoch(epoch)
         train_set.set_epoch(epoch)
         criteria["clip"].loss_weight = clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)
+        fusion.point_target = args.clip_target == "point" and criteria["clip"].loss_weight > 0  # else no time is spent
         batches = iter(train_loader)
         for i in range(len(train_loader)):
             # the first batch of a step; the last step of an epoch may have fewer

@@ -92,6 +92,28 @@ def test_isolated_clip_loss_trains_as_none_at_all_to_the_bit(tmp_path):
     assert any(not torch.equal(runs["full"][key], runs["none"][key]) for key in runs["none"])
 
 
+@pytest.mark.parametrize("target", ["global", "point"])
+def test_no_time_is_spent_on_an_isolated_clip_loss(tmp_path, monkeypatch, target):
+    def never(*args):
+        raise AssertionError("called")
+
+    monkeypatch.setattr(train.ClipConsCriterion, "forward", never)
+    monkeypatch.setattr(Enhanced2DEncoder, "project_dense", never)
+    train.main(small(tmp_path, "--isolate-clip", "--clip-target", target, "--epochs", "1", "--no-instances"))
+
+
+def test_with_a_warm_cache_the_tower_is_never_run(tmp_path, monkeypatch):
+    first = train.main(small(tmp_path))
+    encode = Enhanced2DEncoder.encode
+
+    def only_to_learn_the_shapes(self, images):
+        assert not images.any(), "the tower saw a picture"
+        return encode(self, images)
+
+    monkeypatch.setattr(Enhanced2DEncoder, "encode", only_to_learn_the_shapes)
+    assert train.main(small(tmp_path, "--name", "second"))["miou"] == first["miou"]
+
+
 def test_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, monkeypatch):
     write = train.write_atomically
 
@@ -111,6 +133,8 @@ def test_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, monkeypatch
     resumed = checkpoint(tmp_path / "second")
     assert resumed["epoch"] == straight["epoch"] == 4 and resumed["step"] == straight["step"]
     assert all(torch.equal(resumed["model"][key], straight["model"][key]) for key in straight["model"])
+    logged = scalars(tmp_path / "second").Scalars("clip/weight")
+    assert [e.value for e in logged] == pytest.approx([0.001, 0.001, 0.01, 0.01])  # two steps each of epochs 2 and 3
 
 
 def test_eval_of_a_checkpoint_gives_the_metrics_of_its_training(tmp_path):
