@@ -133,6 +133,7 @@ OURS = {  # options beside those of RECIPE
     "weight x 10": "--clip-weights 0,0.01,0.1",
     "weight x 100": WEIGHT_1,
     "weight x 100, no warm-up": "--clip-warmup=-1 --clip-weights 0,1",
+    "weight x 10,000, no warm-up": "--clip-warmup=-1 --clip-weights 0,100",
     "last CLIP block freed": "--clip-blocks 1",
     "freed, gradient flow 0.5": "--clip-blocks 1 --gradient-flow-ratio 0.5",
     "freed, flow 0.5, weight x 100": f"--clip-blocks 1 --gradient-flow-ratio 0.5 {WEIGHT_1}",
@@ -307,7 +308,8 @@ def stability(args):
 
     results["losses"] = criterion_study(2 if args.quick else 40)
     training_study(args, results["trainings"], save)
-    print_training(results["trainings"])
     save()
+    finished = {name: results["trainings"][name] for name in SETTINGS if name in results["trainings"]}
+    print_training(finished)
     if args.plot:
-        plot(results["losses"], results["trainings"], Path(args.plot))
+        plot(results["losses"], finished, Path(args.plot))
