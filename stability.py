@@ -219,14 +219,14 @@ def print_training(finished):
         return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "-"
 
     print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped;\n"
-          "grad: as above; gain: mIoU over the 3D baseline of the same seed; cosine: of features and their targets\n")
+          "grad: as above; gain: mIoU over the 3D baseline of the same seed; cosine: with the scene's CLIP feature\n")
     print(f"{'setting':34s}{'finished':>9s}{'bad':>5s}{'grad':>9s}{'mIoU':>16s}{'gain':>17s}{'effective rank':>17s}"
           f"{'cosine':>8s}")
-    baseline = finished.get("3D baseline", {})
+    baseline = {seed: record["miou"] for seed, record in finished.get("3D baseline", {}).items() if not record["error"]}
     for name, records in finished.items():
         done = {seed: record for seed, record in records.items() if record["error"] is None}
         mious, ranks, cosines = ([r[key] for r in done.values()] for key in ("miou", "effective_rank", "clip_cosine"))
-        gains = [record["miou"] - baseline[seed]["miou"] for seed, record in done.items() if seed in baseline]
+        gains = [record["miou"] - baseline[seed] for seed, record in done.items() if seed in baseline]
         grads = [record["over_bound"] for record in records.values() if record["over_bound"] is not None]
         print(f"{name:34s}{len(done):>7d}/{len(records)}{sum(record['bad_steps'] for record in done.values()):5.0f}"
               f"{f'{max(grads):.1e}' if grads else '-':>9s}{spread(mious, 3):>16s}{spread(gains, 3):>17s}"
