@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CHUNK = 65_536  # points projected at once: buffers that stay small are used again, those of a million points never
+
 
 # ---------------------------------------------------------------------------------------------- camera geometry
 
@@ -41,23 +43,26 @@ def project_to_image(points_cam: Tensor, intrinsics: Tensor):
     with torch.autocast(points_cam.device.type, enabled=False):
         depth = points_cam[..., 2]
         ray = points_cam[..., None, :2] / depth.where(depth != 0, 1)[..., None, None]
-        # elementwise: one small matrix a point (see project_packed) would be slow as a batched matmul
         return (ray * intrinsics[..., None, :2, :2]).sum(-1) + intrinsics[..., None, :2, 2], depth
 
 
 def transform_packed(points: Tensor, world2cam: Tensor, batch: Tensor) -> Tensor:
     """points (N, 3) of several scenes, world2cam (B, V, 4, 4), batch (N,) -> points_cam (N, V, 3)."""
-    views = []
-    for matrix in world2cam.unbind(1):  # one view at a time: a matrix a point and view would be the largest buffer
-        matrix = matrix[batch]
-        views.append((matrix[:, :3, :3] * points[:, None]).sum(-1) + matrix[:, :3, 3])
-    return torch.stack(views, 1)
+    # column by column, each gathered for all views at once: a product with (N, V, 3, 3) takes several times as long
+    a, b, c, shift = (x.flatten(1).index_select(0, batch).unflatten(1, x.shape[1:])
+                      for x in world2cam[:, :, :3].unbind(-1))
+    x, y, z = points[:, None].split(1, -1)
+    return (a * x).add_(b * y).add_(c * z).add_(shift)
 
 
 def project_packed(points_cam: Tensor, intrinsics: Tensor, batch: Tensor):
     """points_cam (N, V, 3), intrinsics (B, V, 3, 3), batch (N,) -> uv (N, V, 2), depth (N, V)."""
-    uv, depth = project_to_image(points_cam[:, :, None], intrinsics[batch])
-    return uv.squeeze(2), depth.squeeze(2)
+    with torch.autocast(points_cam.device.type, enabled=False):
+        a, b, centre = (x.flatten(1).index_select(0, batch).unflatten(1, x.shape[1:])
+                        for x in intrinsics[:, :, :2].unbind(-1))
+        depth = points_cam[..., 2:]
+        x, y = (points_cam[..., :2] / depth.where(depth != 0, 1)).split(1, -1)
+        return (a * x).add_(b * y).add_(centre), depth.squeeze(-1)
 
 
 def visible_mask(uv: Tensor, depth: Tensor, image_size) -> Tensor:
@@ -195,7 +200,7 @@ class FusionGate(nn.Module):
     def __init__(self, dim=256, hidden=64):
         super().__init__()
         self.dim = dim
-        self.gate = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.gate = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
 
     def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor, read_2d=None):
         """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
@@ -209,8 +214,8 @@ class FusionGate(nn.Module):
         if read_2d is None:
             feat_2d = feat_2d.where(valid[:, None], 0)
             read_2d = self.read_2d(feat_2d)
-        hidden = F.linear(feat_3d, self.gate[0].weight[:, :self.dim], self.gate[0].bias) + read_2d
-        alpha = self.gate[2](hidden.relu()).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
+        read_3d = F.linear(feat_3d, self.gate[0].weight[:, :self.dim], self.gate[0].bias)
+        alpha = self.gate[1:](read_3d.add_(read_2d)).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
         return torch.lerp(feat_3d, feat_2d.to(feat_3d.dtype), alpha), alpha
 
     def read_2d(self, feat_2d: Tensor) -> Tensor:
@@ -256,6 +261,18 @@ class BiFusionEncoder(nn.Module):
             visible &= ~occluded_mask(depth_uv, depth, batch["depth"].flatten(0, 1), view, self.depth_tolerance)
         return uv, visible, view
 
+    def sample(self, batch, image_size, maps):
+        """Feature maps (B * V, C, Hf, Wf) of one Hf, Wf at the batch's points -> valid (N,) bool, [(N, C)] by map."""
+        points, owner, corners = batch["points"], batch["batch"], 4 * batch["world2cam"].shape[1]
+        valid = torch.empty_like(owner, dtype=torch.bool)
+        index, weight = (points.new_empty(len(points), corners, dtype=dtype) for dtype in (torch.int32, points.dtype))
+        for start in range(0, len(points), CHUNK):
+            part = slice(start, start + CHUNK)
+            uv, visible, view = self.project({**batch, "points": points[part], "batch": owner[part]}, image_size)
+            valid[part] = visible.any(1)
+            index[part], weight[part] = view_cells(uv, image_size, (len(maps[0]), *maps[0].shape[2:]), view, visible)
+        return valid, [sample_cells(feature_map, index, weight) for feature_map in maps]
+
     def forward(self, batch):
         """A batch as `collate` makes it -> {"feat_fusion" (N, C), "clip_global" (B, C), "clip_point" (N, C),
         "valid" (N,) bool, "alpha" (N, 1), "feat_3d" (N, C)}; without a 2D encoder the clip entries are None.
@@ -287,18 +304,14 @@ class BiFusionEncoder(nn.Module):
             tokens = batch["clip_tokens"].flatten(0, 1)
             spatial, clip_global = self.encoder_2d.project(tokens, batch["clip_pooled"].flatten(0, 1))
 
-        uv, visible, view = self.project(batch, image_size)
-        valid = visible.any(1)
-        cells = view_cells(uv, image_size, (b * v, *spatial.shape[2:]), view, visible)
-        # normalised a cell at a time, so that no cell speaks through another
-        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))
-        feat_2d, read_2d = (sample_cells(x.permute(0, 3, 1, 2), *cells) for x in (spatial, self.gate.read_2d(spatial)))
-        fused, alpha = self.gate(feat_3d, feat_2d, valid, read_2d)
-        clip_point = feat_2d
+        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))  # a cell at a time, so that no cell speaks through another
+        maps = [x.permute(0, 3, 1, 2) for x in (spatial, self.gate.read_2d(spatial))]
         if self.point_target:
-            clip_point = sample_cells(self.encoder_2d.project_dense(tokens), *cells)
+            maps.append(self.encoder_2d.project_dense(tokens))
+        valid, (feat_2d, read_2d, *target) = self.sample(batch, image_size, maps)
+        fused, alpha = self.gate(feat_3d, feat_2d, valid, read_2d)
         return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, (b, v)).mean(1),
-                "clip_point": clip_point, "valid": valid, "alpha": alpha}
+                "clip_point": target[0] if target else feat_2d, "valid": valid, "alpha": alpha}
 
 
 def check_batch(batch, with_images):

@@ -504,6 +504,19 @@ def test_point_order_does_not_matter():
     torch.testing.assert_close(net(shuffled)["feat_fusion"], net(scene)["feat_fusion"][order], rtol=1e-5, atol=1e-6)
 
 
+def test_points_projected_in_parts_are_those_projected_at_once(monkeypatch):
+    net, scenes = model(), collate([sample(50, v=3, seed=1), sample(30, v=3, seed=2)])
+    results = []
+    for chunk in (10 ** 9, 7):
+        monkeypatch.setattr("fusion.CHUNK", chunk)
+        points = scenes["points"].clone().requires_grad_()
+        out = net({**scenes, "points": points})
+        results.append((out["feat_fusion"], out["valid"], *torch.autograd.grad(out["feat_fusion"].sum(), points)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2])
+    assert results[0][2].any()
+
+
 def test_an_unseen_point_is_the_3d_path_exactly_and_sends_nothing_to_the_picture():
     net, scene = model(), sample(60)
     scene["images"].requires_grad_()
