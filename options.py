@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from checkpoint import STEP_FIELDS, read_checkpoint
-from losses import CLIP_LOSSES, clip_loss_weight
+from losses import CLIP_LOSSES, CONTRASTIVE, clip_loss_weight
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -154,6 +154,9 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be at least 0, got {getattr(args, name)}")
     if not all(0 <= weight < float("inf") for weight in args.clip_weights):
         parser.error(f"--clip-weights must be finite and at least 0, got {args.clip_weights}")
+    if args.clip_loss in CONTRASTIVE and args.clip_target == "global" and args.batch_size == 1:
+        parser.error(f"--clip-loss {args.clip_loss} takes its negatives from the other scenes of a batch: give "
+                     "--batch-size 2 or more, or --clip-target point")
     if args.init_3d and args.backbone != "res16unet34c":
         parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
     try:

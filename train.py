@@ -197,15 +197,20 @@ def gather(value, world_size):
     return values
 
 
-def compiled_parts(model):
-    """The modules that --compile compiles: the dense ones; the shapes of the sparse network differ by step."""
-    fusion = model.fusion
-    parts = [model.head, fusion.proj_3d]
+def compile_parts(model):
+    """torch.compile, in place, for the dense parts: names and checkpoints stay as they are.
+
+    Forward methods and not modules: the compiled code of one class is shared by its instances and has a limited number
+    of versions, which all modules together would use up. The shapes of the sparse network differ by step.
+    """
+    fusion, decoder = model.fusion, model.decoder
+    tower, parts = [], [fusion.proj_3d]
     if fusion.encoder_2d is not None:
-        parts += [*fusion.encoder_2d.blocks, fusion.encoder_2d.spatial_proj, fusion.norm_2d, fusion.gate]
-    if model.decoder is not None:
-        parts += [model.position, model.decoder.class_head, model.decoder.quality_head, model.decoder.semantic_head]
-    return parts
+        tower, parts = fusion.encoder_2d.blocks, [*parts, fusion.gate]
+    if decoder is not None:
+        parts += [decoder.class_head, decoder.quality_head]
+    for module in (*tower, *parts):
+        module.forward = torch.compile(module.forward, dynamic=module in parts)  # the number of points varies
 
 
 def to_device(batch, device):
@@ -329,9 +334,8 @@ def main(argv=None):
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval or args.replay, class_names, fingerprint)
-    if args.compile:  # in place: names and checkpoints stay as they are
-        for module in compiled_parts(model):
-            module.compile()
+    if args.compile:
+        compile_parts(model)
     criteria = {"semantic": SemanticCriterion(args.semantic_weight, world_mean=world_mean).to(device),
                 "instance": InstanceCriterion(args.instance_weight, world_mean=world_mean),
                 "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import rooms
 import train
 from encoder import Enhanced2DEncoder
+from fusion import FusionGate
 from losses import clip_loss_weight
 from test_scannet import POSE, write_scan, write_scannet
 
@@ -144,6 +145,21 @@ def test_eval_of_a_checkpoint_gives_the_metrics_of_its_training(tmp_path):
     assert evaluated["miou"] == trained["miou"] and evaluated["ap50"] == pytest.approx(trained["ap50"], nan_ok=True)
 
 
+def test_compiled_parts_train_as_plain_ones(tmp_path, monkeypatch, caplog):
+    """With the tracer alone: the C++ behind it takes minutes."""
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f.__self__) or compile(
+        f, backend="eager", **options))
+    ends = []
+    for more in ([], ["--compile"]):
+        train.main(small(tmp_path / str(len(more)), "--epochs", "3", "--clip-cache", "none", *more))
+        ends.append(checkpoint(tmp_path / str(len(more)))["model"])
+    assert any(isinstance(module, FusionGate) for module in compiled) and len(compiled) > 12
+    assert ends[0].keys() == ends[1].keys() and "limit" not in caplog.text
+    plain, traced = ([e.value for e in scalars(tmp_path / name).Scalars("loss/total")] for name in "01")
+    assert traced == pytest.approx(plain, rel=1e-5)
+
+
 def test_baseline_never_builds_a_tower(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Enhanced2DEncoder", None)
     metrics = train.main(small(tmp_path, "--no-clip", "--epochs", "1"))
@@ -177,6 +193,15 @@ def test_200_steps_under_autocast_are_finite(tmp_path, amp):
         assert all(torch.tensor([e.value for e in events.Scalars(tag)]).isfinite())
     assert all(v.isfinite().all() for v in checkpoint(tmp_path)["model"].values())
     assert events.Scalars("amp/skipped_steps")[-1].value <= (20 if amp == "fp16" else 0)  # the scaler's back-off
+
+
+@pytest.mark.parametrize("variant", ["cosine", "siglip", "infonce"])
+@pytest.mark.parametrize("target", ["global", "point"])
+def test_every_clip_loss_trains_on_both_targets(tmp_path, variant, target):
+    train.main(small(tmp_path, "--clip-loss", variant, "--clip-target", target, "--no-instances", "--epochs", "1",
+                     "--clip-warmup", "-1", "--clip-weights", "0,0.1", "--name", variant))
+    values = [e.value for e in scalars(tmp_path).Scalars("loss/clip")]
+    assert len(values) == 2 and all(0 < value < 4 for value in values)
 
 
 def test_every_trainable_parameter_gets_a_gradient_and_is_in_one_group():
@@ -221,7 +246,9 @@ def test_schedule_warms_up_and_ends_at_zero():
 @pytest.mark.parametrize("options, message", [
     (["--clip-warmup", "20,10"], "must ascend"), (["--clip-warmup", "ten"], "expected integers"),
     (["--clip-weights", "0,1"], "one entry less"), (["--image-size", "224"], "height,width"),
-    (["--batch-size", "0"], "at least 1"), (["--init-3d", "x.pt"], "--backbone res16unet34c")])
+    (["--batch-size", "0"], "at least 1"), (["--clip-loss", "infonce", "--batch-size", "1"], "--batch-size 2 or more"),
+    (["--diagnose", "-1"], "at least 0"), (["--max-bad-steps", "0"], "at least 1"),
+    (["--resume", "a.pt", "--replay", "b.pt"], "exclude each other"), (["--init-3d", "x.pt"], "--backbone res16unet34c")])
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
         train.main(small(tmp_path, *options))
