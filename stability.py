@@ -161,8 +161,8 @@ def watched(loss, kind, seen):
         def forward(self, feat_fusion, clip_feat, batch=None, valid=None):
             if loss in PLAIN or kind:
                 clip_feat, batch = clip_feat if batch is None else clip_feat[batch], None
-            # a step in four is without a valid point, whichever they are
-            if kind and (kind != "no valid point" or int(valid.sum()) % 4 == 0):
+            # about one step in four is without a valid point: told from its data, so that a repeated pass is one too
+            if kind and (kind != "no valid point" or int(clip_feat.detach().sum()) % 4 == 0):
                 feat_fusion, clip_feat, valid = corrupt(kind, feat_fusion, clip_feat, valid, 10)
             feat = feat_fusion.view_as(feat_fusion)  # the head's gradient does not pass through this one
             if loss in PLAIN:
