@@ -120,6 +120,7 @@ class Enhanced2DEncoder(nn.Module):
 
         if not 0 <= trainable_blocks <= len(blocks):
             raise ValueError(f"trainable_blocks={trainable_blocks}: {model_name} has {len(blocks)} blocks")
+        self.blocks = list(blocks)  # of the tower, for torch.compile; a list registers nothing
         self.trainable = nn.ModuleList(blocks[len(blocks) - trainable_blocks:]).requires_grad_(True)
 
         with torch.no_grad():
