@@ -69,7 +69,7 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
     grads = {}
     for name, term in terms.items():
         grad, = torch.autograd.grad(term * scale, fused, retain_graph=True, materialize_grads=True)
-        grads[name] = grad.flatten().double() / scale
+        grads[name] = grad.flatten().float() / scale
     names, total = list(grads), sum(grads.values())
     tiny = torch.finfo(total.dtype).tiny
     stats = {f"grad_norm_{name}": grad.norm() for name, grad in grads.items()}
@@ -77,9 +77,10 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
     stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny)
               for i, a in enumerate(names) for b in names[i + 1:]}
     with torch.no_grad():
-        feats, baseline, valid = fused.float(), out["feat_3d"].float(), out["valid"]
-        drift = (feats - baseline).norm(dim=1) / baseline.norm(dim=1).clamp(min=1e-6)
-        return {**stats, "pairwise_cosine": pairwise_cosine(feats), "effective_rank": effective_rank(thinned(feats)),
+        feats, baseline, valid = (thinned(out[name]) for name in ("feat_fusion", "feat_3d", "valid"))
+        baseline = baseline.float()
+        drift = (feats.float() - baseline).norm(dim=1) / baseline.norm(dim=1).clamp(min=1e-6)
+        return {**stats, "pairwise_cosine": pairwise_cosine(feats), "effective_rank": effective_rank(feats),
                 "drift": drift.where(valid, 0).sum() / valid.sum().clamp(min=1)}
 
 

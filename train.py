@@ -38,7 +38,7 @@ from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, apply_transform
 from losses import ClipConsCriterion, InstanceCriterion, SemanticCriterion, clip_loss_weight, instance_targets
 from metrics import InstanceMeter, SemanticMeter
-from options import AMP_DTYPES, build_parser, parse_args
+from options import AMP_DTYPES, parse_args
 from sparse_unet import SMALL, PointEncoder, load_res16unet34c
 from superpoints import SuperpointCache
 
@@ -441,8 +441,7 @@ def main(argv=None):
                 position = epoch * steps_per_epoch + i // args.accumulate  # `step` of a resumed run may differ
                 group = min(args.accumulate, len(train_loader) - i)
                 seen, step_loss, waited = [], torch.zeros((), device=device), 0.0
-                if statistics:
-                    torch._foreach_copy_(statistics_before, statistics)
+                torch._foreach_copy_(statistics_before, statistics)
                 clock = time.perf_counter()
 
             waiting = time.perf_counter()

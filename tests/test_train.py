@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import options
 import rooms
 import train
 from encoder import Enhanced2DEncoder
@@ -397,7 +398,7 @@ def test_a_killed_process_ends_the_other_within_a_minute_and_with_a_message(tmp_
 
 def test_readme_lists_every_option_with_its_default():
     table = dict(re.findall(r"^\| `(--[a-z0-9-]+)[^|]*?` \| (.*?) \|", README.replace("\\|", "/"), re.M))
-    for action in train.build_parser()._actions:
+    for action in options.build_parser()._actions:
         if action.dest == "help":
             continue
         default = action.default
