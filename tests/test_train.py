@@ -94,6 +94,16 @@ def test_isolated_clip_loss_trains_as_none_at_all_to_the_bit(tmp_path):
     assert any(not torch.equal(runs["full"][key], runs["none"][key]) for key in runs["none"])
 
 
+def test_cached_and_uncached_runs_train_alike_to_the_error_of_half_precision(tmp_path):
+    curves = []
+    for cache in (str(tmp_path / "clip"), "none"):
+        name = Path(cache).name
+        train.main(small(tmp_path / name, "--epochs", "5", "--eval-every", "5", "--clip-cache", cache, "--no-instances",
+                         "--clip-warmup", "-1", "--clip-weights", "0,0.1"))
+        curves.append([e.value for e in scalars(tmp_path / name).Scalars("loss/total")])
+    assert len(curves[0]) == 10 and curves[0] == pytest.approx(curves[1], rel=2 ** -11)
+
+
 @pytest.mark.parametrize("target", ["global", "point"])
 def test_no_time_is_spent_on_an_isolated_clip_loss(tmp_path, monkeypatch, target):
     def never(*args):
