@@ -36,9 +36,6 @@ from losses import CLIP_LOSSES, ClipConsCriterion
 TEMPERATURE, NORM_FLOOR = ClipConsCriterion().temperature, ClipConsCriterion().norm_floor
 
 
-# ---------------------------------------------------------------------------------------------- the losses compared
-
-
 def plain_loss(feat, clip, valid, temperature=0.07, clamp=math.inf):
     """feat, clip (N, C), valid (N,) bool -> scalar, in the dtype of the features."""
     logits = (F.normalize(feat) * F.normalize(clip)).sum(1) / temperature
@@ -65,15 +62,11 @@ def corrupt(kind, feat, clip, valid, every, tiny=1e-7, huge=1e30):
            "tiny rows": F.normalize(value.float()) * tiny, "huge rows": value / value.abs().amax(1, True) * huge,
            "inf in rows": value.masked_fill(first, torch.inf)}.get(kind, value)
     feat = bad.where(rows, value) + (feat - value)
-    if kind == "zero targets":
-        clip = clip.masked_fill(rows, 0)
-    elif kind == "inf in targets":
-        clip = clip.masked_fill(rows & first, torch.inf)
-    elif kind == "no valid point":
-        valid = torch.zeros_like(valid)
-    elif kind == "one point":
-        feat, clip, valid = feat[:1], clip[:1], torch.ones_like(valid[:1])
-    return feat, clip, valid
+    clip = {"zero targets": clip.masked_fill(rows, 0),
+            "inf in targets": clip.masked_fill(rows & first, torch.inf)}.get(kind, clip)
+    if kind == "one point":
+        return feat[:1], clip[:1], torch.ones_like(valid[:1])
+    return feat, clip, torch.zeros_like(valid) if kind == "no valid point" else valid
 
 
 def criterion_case(loss, dtype, kind, seed, rows=256, channels=128):
@@ -141,21 +134,18 @@ OURS = {  # options beside those of RECIPE
     "point targets, weight x 100": f"--clip-target point {WEIGHT_1}",
     **{f"{name}, weight x 100": f"--clip-loss {name} {WEIGHT_1}" for name in CLIP_LOSSES if name != "sigmoid"},
     "infonce, points, weight x 100": f"--clip-loss infonce --clip-target point {WEIGHT_1}",
-    "bf16": "--amp bf16",
-    "fp16": "--amp fp16"}
+    **{amp: f"--amp {amp}" for amp in ("bf16", "fp16")}}
 SETTINGS = {  # name: options, loss, kind of every tenth row
     **{name: (options, "ours", None) for name, options in OURS.items()},
-    "naive": ("", "naive", None),
-    "naive, bf16": ("--amp bf16", "naive", None),
-    "naive, fp16": ("--amp fp16", "naive", None),
-    "clamp and floor": ("", "clamp and floor", None),
+    **{loss: ("", loss, None) for loss in PLAIN},
+    **{f"naive, {amp}": (f"--amp {amp}", "naive", None) for amp in ("bf16", "fp16")},
     **{f"{kind}: {loss}": ("", loss, kind) for kind in ("zero rows", "huge rows", "inf in targets", "no valid point")
        for loss in (*PLAIN, "ours")}}
 
 
 def watched(loss, kind, seen):
-    """A ClipConsCriterion that computes `loss`, on features of which every tenth row is of a hostile kind, and appends
-    to the list `seen` the largest gradient of a row over the bound; NaN where anything is not finite.
+    """A ClipConsCriterion that computes `loss`, with every tenth row of a hostile kind, and appends to the list `seen`
+    its largest gradient of a row over the bound, not finite where anything is not.
     """
     class Watched(ClipConsCriterion):
         def forward(self, feat_fusion, clip_feat, batch=None, valid=None):
@@ -233,7 +223,7 @@ def print_training(finished):
               f"{spread(ranks, 1):>17s}{statistics.mean(cosines or [math.nan]):8.2f}")
 
 
-# ---------------------------------------------------------------------------------------------- plots, command
+# ---------------------------------------------------------------------------------------------- plots and command
 
 
 def plot(table, finished, folder):
@@ -263,20 +253,18 @@ def plot(table, finished, folder):
     figure, axes = plt.subplots(1, 3, figsize=(10, 0.8 + 0.2 * len(finished)), sharey=True, layout="constrained")
     lost = {name: sum(record["error"] is not None for record in records.values()) for name, records in finished.items()}
     labels = [f"{name} ({n} of {len(finished[name])} lost)" if n else name for name, n in lost.items()]
-    titles = {"miou": "mIoU (grey: the 3D baseline's runs)", "over_bound": "largest gradient of a row / bound",
+    titles = {"miou": "mIoU (grey lines: the 3D baseline)", "over_bound": "largest gradient of a row / bound",
               "effective_rank": "effective rank of fused features"}
     for ax, (key, title) in zip(axes, titles.items()):
         dots = [(record[key], y) for y, records in enumerate(finished.values()) for record in records.values()
                 if record["error"] is None and record[key] is not None]
         ax.plot(*zip(*dots), "o", ms=4, alpha=0.6, color="#1f5fa8")
-        baseline = [value for value, y in dots if labels[y] == "3D baseline"]
-        if baseline:
-            ax.axvspan(min(baseline), max(baseline), color="#cccccc", alpha=0.5, lw=0)
+        for value in (value for value, y in dots if labels[y] == "3D baseline"):
+            ax.axvline(value, color="#cccccc", lw=1, zorder=0)
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)
         ax.grid(color="#eeeeee")
-    axes[0].set_yticks(range(len(labels)), labels)
-    axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     axes[1].set_xscale("log")
     axes[1].axvline(1, color="#c0392b", lw=1)
     figure.savefig(folder / "stability_training.png", dpi=100)
@@ -287,8 +275,7 @@ def stability_options(parser):
     parser.add_argument("--quick", action="store_true", help="a smoke: two draws, two tiny runs")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each setting")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the trainings")
-    parser.add_argument("--out", default="runs/stability", help="folder of stability.json, whose finished runs are not "
-                        "run again, and of the CLIP cache")
+    parser.add_argument("--out", default="runs/stability", help="folder of stability.json, whose runs are not repeated")
     parser.add_argument("--plot", metavar="FOLDER", help="where stability_losses.png and stability_training.png go")
 
 
