@@ -214,8 +214,9 @@ class FusionGate(nn.Module):
         if read_2d is None:
             feat_2d = feat_2d.where(valid[:, None], 0)
             read_2d = self.read_2d(feat_2d)
-        read_3d = F.linear(feat_3d, self.gate[0].weight[:, :self.dim], self.gate[0].bias)
-        alpha = self.gate[1:](read_3d.add_(read_2d)).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
+        weight = self.gate[0].weight[:, :self.dim]
+        logit = self.gate[1:](F.linear(feat_3d, weight, self.gate[0].bias).add_(read_2d))
+        alpha = logit.sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
         return torch.lerp(feat_3d, feat_2d.to(feat_3d.dtype), alpha), alpha
 
     def read_2d(self, feat_2d: Tensor) -> Tensor:
