@@ -253,12 +253,13 @@ def plot(table, finished, folder):
     figure, axes = plt.subplots(1, 3, figsize=(10, 0.8 + 0.2 * len(finished)), sharey=True, layout="constrained")
     lost = {name: sum(record["error"] is not None for record in records.values()) for name, records in finished.items()}
     labels = [f"{name} ({n} of {len(finished[name])} lost)" if n else name for name, n in lost.items()]
-    titles = {"miou": "mIoU (grey lines: the 3D baseline)", "over_bound": "largest gradient of a row / bound",
+    titles = {"miou": "mIoU (grey: 3D baseline; red: other losses)", "over_bound": "largest gradient of a row / bound",
               "effective_rank": "effective rank of fused features"}
     for ax, (key, title) in zip(axes, titles.items()):
         dots = [(record[key], y) for y, records in enumerate(finished.values()) for record in records.values()
                 if record["error"] is None and record[key] is not None]
-        ax.plot(*zip(*dots), "o", ms=4, alpha=0.6, color="#1f5fa8")
+        plain = [any(loss in labels[y] for loss in PLAIN) for _, y in dots]
+        ax.scatter(*zip(*dots), s=16, alpha=0.6, c=["#c0392b" if red else "#1f5fa8" for red in plain], zorder=2)
         for value in (value for value, y in dots if labels[y] == "3D baseline"):
             ax.axvline(value, color="#cccccc", lw=1, zorder=0)
         ax.set_title(title, fontsize=9)
@@ -266,7 +267,7 @@ def plot(table, finished, folder):
         ax.grid(color="#eeeeee")
     axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     axes[1].set_xscale("log")
-    axes[1].axvline(1, color="#c0392b", lw=1)
+    axes[1].axvline(1, color="black", lw=1)
     figure.savefig(folder / "stability_training.png", dpi=100)
 
 
