@@ -3,10 +3,15 @@
 
 A frozen tower maps the same picture to the same tokens for ever, so every epoch after the first pass can read them.
 An entry lies at <folder>/<hash of key>/<xx>/<hash of picture>.feat and holds the header below, the pooled feature (E,)
-and the tokens (D, Hf, Wf), both fp16 (relative rounding error at most 2^-11). Entries are written under a temporary
-name and moved into place, so any number of processes may write at once and a killed build goes on where it stopped.
-The checksum covers header and payload, the header names key and picture: an entry that is truncated, altered or of
-another tower is never used. Pictures, not paths, are hashed: a file that changes is encoded again.
+and the tokens (D, Hf, Wf), both fp16. Entries are written under a temporary name and moved into place, so any number of
+processes may write at once and a killed build goes on where it stopped. The checksum covers header and payload, the
+header names key and picture: an entry that is truncated, altered or of another tower is never used. Pictures, not
+paths, are hashed: a file that changes is encoded again.
+
+A value x comes back within 2^-11 |x|, below 2^-14 within 2^-25, and a token or pooled feature within 2^-11 of its norm.
+Projected and normalised, a cell of ViT-B-16 with random weights differs by 2.4e-4 of its norm. The tower itself should
+run in fp32 where it fills a cache: under fp16 autocast a token is off by 1.3e-3 of its norm, under bf16 by 1.0e-2, five
+and forty times what storing it costs, and it runs only once.
 
 Imports torch, numpy, tqdm.
 """

@@ -52,6 +52,24 @@ def test_features_come_back_to_half_precision(tmp_path):
         assert ((own_tokens.float() - tokens[i]).abs() <= tokens[i].abs() * 2 ** -11).all()
 
 
+def test_the_error_of_a_cached_feature_is_the_one_stated(tmp_path):
+    """2^-11 of a value or 2^-25 absolute, 2^-11 of the norm of a token, and hardly more after projection and norm."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(10, 768, 2, 3, generator=generator) * 10 ** torch.empty(10, 768, 1, 1).uniform_(
+        -6, 1, generator=generator)
+    cache = FeatureCache(tmp_path, "tower", lambda images: (tokens, tokens[:, :512, 0, 0]), batch_size=10)
+    cache.build(PICTURES)
+    stored = torch.stack([cache.get(picture)[0] for picture in PICTURES]).float()
+    error = (stored - tokens).abs()
+    assert (error <= (tokens.abs() * 2 ** -11).clamp(min=2 ** -25)).all() and (tokens.abs() < 2 ** -14).any()
+    assert (error.norm(dim=1) <= 2 ** -11 * tokens.norm(dim=1)).all()
+    torch.manual_seed(0)
+    project = torch.nn.Sequential(torch.nn.Linear(768, 256), torch.nn.LayerNorm(256))
+    with torch.no_grad():
+        exact, cached = (project(x.permute(0, 2, 3, 1)) for x in (tokens, stored))
+    assert ((cached - exact).norm(dim=-1) <= 2 ** -11 * exact.norm(dim=-1)).all()
+
+
 def test_a_second_build_never_runs_the_tower(tmp_path):
     _, first = build(tmp_path)
     cache, second = build(tmp_path)
