@@ -12,7 +12,9 @@
 
 All take --device cuda, and --plot FILE.png (pip install matplotlib). Candidates take turns in one process; a ratio is
 the median over the turns, with its quartiles. With --threads 1 the clock is the CPU time, which other work on the
-machine disturbs least; read ratios rather than milliseconds all the same.
+machine disturbs least; read ratios rather than milliseconds all the same. glibc hands large buffers back to the system
+and takes them again, page by page: on a CPU, `MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
+python bench.py step` shows what a step costs without that, and the same before train.py saves it.
 """
 import argparse
 import copy
