@@ -11,11 +11,10 @@ all, the bound of ClipConsCriterion's defaults on the gradient of a row of the f
 
     loss_weight / (rows * 0.1 * 0.1)
 
-A row is dead where its gradient is exactly zero although its target is not. Imports train.py, losses.py.
+A row is dead where its gradient is exactly zero although its target is not. Imports train, losses, timing.
 """
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 
 import train
 from losses import CLIP_LOSSES, ClipConsCriterion
+from timing import require_matplotlib
 
 TEMPERATURE, NORM_FLOOR = ClipConsCriterion().temperature, ClipConsCriterion().norm_floor
 
@@ -208,9 +208,9 @@ def print_training(finished):
         deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{deviation}" if values else "-"
 
-    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped; grad: as\n"
-          "above; mIoU: also less that of the same seed's 3D baseline, and of fusion with the CLIP loss isolated;\n"
-          "rank: effective rank; cosine: with the scene's CLIP feature\n")
+    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped;\n"
+          "grad: as above; mIoU: also less that of the same seed's 3D baseline, and of fusion with the CLIP loss\n"
+          "isolated; rank: effective rank; cosine: with the scene's CLIP feature\n")
     print(f"{'setting':30s}{'finished':>9s}{'bad':>4s}{'grad':>9s}{'mIoU':>16s}{'- baseline':>17s}{'- isolated':>17s}"
           f"{'rank':>14s}{'cosine':>8s}")
     references = [{seed: record["miou"] for seed, record in finished.get(name, {}).items() if not record["error"]}
@@ -285,8 +285,8 @@ def stability_options(parser):
 
 def stability(args):
     """CLIP consistency losses on hostile features, alone and in short trainings."""
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+    if args.plot:
+        require_matplotlib()
     torch.set_num_threads(1)
     file = Path(args.out) / ("quick.json" if args.quick else "stability.json")
     file.parent.mkdir(parents=True, exist_ok=True)
