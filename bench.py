@@ -56,9 +56,9 @@ NETWORKS = {"default network": "", "Res16UNet34C": "--backbone res16unet34c --vo
 class Step:
     """A training step as train.py makes it; `run(batch)` makes one."""
 
-    def __init__(self, options, encoder_2d, classes, instances, clip_weight=0.0, compiled=False):
+    def __init__(self, options, encoder_2d, classes, instances, clip_weight=0.0, compiled=False, diagnosed=False):
         torch.manual_seed(0)
-        self.options, self.device = options, options.device
+        self.options, self.device, self.diagnosed = options, options.device, diagnosed
         self.model = train.build_model(options, encoder_2d, classes, instances).to(options.device)
         if compiled:
             train.compile_parts(self.model)
@@ -70,8 +70,10 @@ class Step:
         self.scaler = torch.amp.GradScaler(options.device, enabled=options.amp == "fp16")
 
     def run(self, batch):
-        _, terms = train.compute_losses(self.model, batch, self.criteria, self.options)
+        out, terms = train.compute_losses(self.model, batch, self.criteria, self.options)
         loss = sum(terms.values())
+        if self.diagnosed:
+            train.term_statistics(terms, out)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, self.options.clip_norm)
@@ -160,12 +162,15 @@ def data_wait(one, dataset, workers, steps):
 def step(args):
     """A training step of BiFusion with a warm cache, against the 3D baseline's; where its time goes."""
     panels = {}
+    if args.device == "cpu":
+        train.keep_buffers()
     for network in NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             options, dataset, encoder, classes, cached, pictures = step_setup(network, args.device, folder, args.scenes)
             steps = {"3D baseline": (Step(options, None, classes, True), cached),
                      "BiFusion, first epochs: no CLIP loss": (Step(options, encoder, classes, True), cached),
-                     "BiFusion": (Step(options, encoder, classes, True, 0.01), cached)}
+                     "BiFusion": (Step(options, encoder, classes, True, 0.01), cached),
+                     "BiFusion, --diagnose 1": (Step(options, encoder, classes, True, 0.01, diagnosed=True), cached)}
             if args.device == "cuda" or options.backbone == "small":
                 steps["BiFusion, tower in every step"] = (Step(options, encoder, classes, True, 0.01), pictures)
             if args.compile:  # in place, so on a tower of its own
