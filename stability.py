@@ -256,7 +256,7 @@ def plot(table, finished, folder):
     figure, axes = plt.subplots(1, 3, figsize=(10, 0.8 + 0.2 * len(finished)), sharey=True, layout="constrained")
     lost = {name: sum(record["error"] is not None for record in records.values()) for name, records in finished.items()}
     labels = [f"{name} ({n} of {len(finished[name])} lost)" if n else name for name, n in lost.items()]
-    titles = {"miou": "mIoU (grey: 3D baseline; red: other losses)", "over_bound": "largest gradient of a row / bound",
+    titles = {"miou": "mIoU (grey: baseline; red: other losses)", "over_bound": "largest gradient of a row / bound",
               "effective_rank": "effective rank of fused features"}
     for ax, (key, title) in zip(axes, titles.items()):
         dots = [(record[key], y) for y, records in enumerate(finished.values()) for record in records.values()
