@@ -71,7 +71,7 @@ def carry(plain, points, views, backward, device):
     given = Given(points, views)
     net, batch, spent = BiFusionEncoder(given, given).to(device), scene_of(points, views, device), []
     net.proj_3d = nn.Identity()
-    for _ in range(3 if points <= 100_000 else 1):
+    for _ in range(3):
         net.zero_grad(set_to_none=True)
         start = now(device)
         with torch.set_grad_enabled(backward):
