@@ -214,7 +214,7 @@ class PointDataset(Dataset):
     scene reaches back where its frames are not a multiple. augment: for training. color=False: all point colours are 1.
     cache: a FeatureCache built from `.pictures`; samples then hold clip_tokens and clip_pooled instead of images.
     superpoints: a SuperpointCache; samples then hold superpoints (n,), 0..S-1, each of one view.
-    voxel_size: metres; elastic augmentation is counted in voxels, see `augment_points`.
+    voxel_size: metres; elastic augmentation is counted in voxels, see `augment_points`. images=False: no pictures.
 
     A sample: name, seed, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with
     -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
@@ -222,14 +222,14 @@ class PointDataset(Dataset):
     """
 
     def __init__(self, frames, num_points, image_size, views=1, augment=False, color=True, cache=None, seed=0,
-                 superpoints=None, voxel_size=0.02):
+                 superpoints=None, voxel_size=0.02, images=True):
         if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
             raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
         if num_points < 1 or views < 1:
             raise ValueError(f"num_points and views must be at least 1, got {num_points} and {views}")
         self.frames, self.num_points, self.image_size, self.views = frames, num_points, tuple(image_size), views
         self.augment, self.color, self.cache, self.seed = augment, color, cache, seed
-        self.superpoints, self.voxel_size = superpoints, voxel_size
+        self.superpoints, self.voxel_size, self.images = superpoints, voxel_size, images
         self.pictures = Pictures(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
         scenes = {}
@@ -293,6 +293,8 @@ class PointDataset(Dataset):
         sample = {"name": name, "seed": int(rng.integers(2 ** 62)),  # of what the network draws for this sample
                   **{key: torch.from_numpy(value) for key, value in fields.items()},
                   **{key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}}
+        if not self.images:
+            return sample
         pictures = [resize_image(frame["color"], self.image_size) for frame in frames]
         if self.cache is None:
             return {**sample, "images": torch.stack([to_tensor(picture) for picture in pictures])}
@@ -308,8 +310,8 @@ class SceneDataset(PointDataset):
     """
 
     def __init__(self, scenes, frames, num_points, image_size, views, augment=False, color=True, cache=None, seed=0,
-                 voxel_size=0.02):
-        super().__init__(frames, num_points, image_size, views, augment, color, cache, seed, None, voxel_size)
+                 voxel_size=0.02, images=True):
+        super().__init__(frames, num_points, image_size, views, augment, color, cache, seed, None, voxel_size, images)
         self.scenes, taken = scenes, {}
         for index, name in enumerate(frames.names):
             taken.setdefault(name.split("/")[0], []).append(index)

@@ -135,7 +135,7 @@ class WeightedRows(torch.autograd.Function):
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
             entry, order = index.flatten().sort(stable=True)
-            first = torch.searchsorted(entry, torch.arange(len(rows) + 1, dtype=entry.dtype))
+            first = torch.searchsorted(entry, torch.arange(len(rows) + 1, dtype=entry.dtype, device=entry.device))
             order = order[:first[-1]]  # what is of no row stands last
             grad_rows = F.embedding_bag(order // index.shape[1], grad, first, mode="sum", include_last_offset=True,
                                         per_sample_weights=weight.flatten()[order])

@@ -82,7 +82,7 @@ def build_parser():
     g.add_argument("--semantic-weight", type=float, help="default: 0.5 without CLIP, 0.4 with it")
     g.add_argument("--instance-weight", type=float, default=1.0, help="of the instance criterion")
     g.add_argument("--clip-warmup", type=int_list, default=(10, 20), help="epochs after which the CLIP loss's weight "
-                   "changes")
+                   "changes; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
     g.add_argument("--clip-weights", type=float_list, default=(0.0, 0.001, 0.01), help="its weight up to the first, "
                    "up to the second ..., and after the last of them")
     g.add_argument("--clip-loss", choices=tuple(CLIP_LOSSES), default="sigmoid", help="-log sigmoid(cos / t), 1 - cos, "
@@ -116,8 +116,8 @@ def build_parser():
     g.add_argument("--name", help="run name (default: bifusion or baseline)")
     g.add_argument("--log-every", type=int, default=10, help="optimiser steps between entries in TensorBoard")
     g.add_argument("--eval-every", type=int, default=5, help="epochs between evaluations; each writes last.pt")
-    g.add_argument("--max-bad-steps", type=int, default=10, help="steps in a row that may be skipped for a loss or "
-                   "gradient that is not finite; so many are saved in all")
+    g.add_argument("--max-bad-steps", type=int, default=10, help="the run ends after so many steps in a row "
+                   "with a loss or gradient that is not finite; so many are saved in all")
     g.add_argument("--diagnose", type=int, default=0, metavar="K", help="optimiser steps between entries under "
                    "diagnose/; 0: none")
     g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt; other options may be changed")
@@ -139,7 +139,7 @@ def parse_args(argv=None):
                                if k not in ("resume", "eval", "replay", "device")})
         args = parser.parse_args(argv)
     for name in ("points", "views", "epochs", "batch_size", "accumulate", "log_every", "eval_every",
-                 "max_bad_steps"):
+                 "max_bad_steps", "rooms", "frames_per_room", "min_instance_points"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.data == "rooms" and args.scans:
@@ -147,16 +147,20 @@ def parse_args(argv=None):
     if args.label_map and not args.scans:
         parser.error("--label-map is of --scans: label images already hold that table's ids")
     for name in ("voxel_size", "instance_weight", "clip_norm", "lr"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    for name in ("seed", "diagnose"):
+        if not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be finite and above 0, got {getattr(args, name)}")
+    for name in ("lr_3d", "lr_clip", "weight_decay", "depth_tolerance", "temperature"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be finite and at least 0, got {getattr(args, name)}")
+    if not 0 <= args.gradient_flow_ratio <= 1:
+        parser.error(f"--gradient-flow-ratio must be from 0 to 1, got {args.gradient_flow_ratio}")
+    if args.compile and args.diagnose:
+        parser.error("--diagnose goes backward twice through one graph, which --compile does not allow")
+    for name in ("seed", "diagnose", "workers", "superpoints", "lr_warmup"):
         if getattr(args, name) < 0:
-            parser.error(f"--{name} must be at least 0, got {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
     if not all(0 <= weight < float("inf") for weight in args.clip_weights):
         parser.error(f"--clip-weights must be finite and at least 0, got {args.clip_weights}")
-    if args.clip_loss in CONTRASTIVE and args.clip_target == "global" and args.batch_size == 1:
-        parser.error(f"--clip-loss {args.clip_loss} takes its negatives from the other scenes of a batch: give "
-                     "--batch-size 2 or more, or --clip-target point")
     if args.init_3d and args.backbone != "res16unet34c":
         parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
     try:
@@ -165,6 +169,10 @@ def parse_args(argv=None):
         parser.error(f"--clip-warmup, --clip-weights: {error}")
     if args.isolate_clip:
         args.clip_weights, args.gradient_flow_ratio = (0.0,) * len(args.clip_weights), 0.0
+    alone = args.batch_size == 1 and args.clip_target == "global" and not (args.no_clip or args.eval)
+    if args.clip_loss in CONTRASTIVE and alone and max(args.clip_weights) > 0:
+        parser.error(f"--clip-loss {args.clip_loss} takes its negatives from the other scenes of a batch: give "
+                     "--batch-size 2 or more, or --clip-target point")
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if not args.semantic_weight > 0:

@@ -10,7 +10,7 @@
     torchrun --nproc-per-node 4 train.py --amp bf16                    the same file on several GPUs
     tensorboard --logdir runs
 
-Imports every sibling but bench.py.
+Imports its siblings, but for the benchmarks.
 """
 import ctypes
 import json
@@ -49,7 +49,7 @@ from superpoints import SuperpointCache
 def build_sets(args):
     """Training and validation PointDataset, class names, and whether instances are to be trained."""
     options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
-                   seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no object larger
+                   images=not args.no_clip, seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no object larger
     if args.data == "rooms":
         frames = (RoomFrames("train", args.rooms, args.frames_per_room),
                   RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
@@ -125,6 +125,8 @@ def examine(model, seen, criteria, args, device, world_size, path, facts):
     meet it in a shared batch norm. path: None to save nothing; facts: what else goes into the file.
     """
     now, buffers = rng_state(device), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # what is compiled takes no hooks, and no second backward pass
+    compiled = {module: module.__dict__.pop("forward") for module in model.modules() if "forward" in module.__dict__}
     kinds, found = ("input", "weight", "module", "loss", "gradient"), []
     for batch, rng in seen:
         set_rng_state(rng, device)
@@ -135,11 +137,14 @@ def examine(model, seen, criteria, args, device, world_size, path, facts):
     set_rng_state(now, device)
     for name, buffer in model.named_buffers():  # the passes have moved running statistics
         buffer.copy_(buffers[name])
+    for module, forward in compiled.items():
+        module.forward = forward
     depth, index, findings = min(found)
     batch, rng = seen[index]
-    text = "\n  ".join([f"{', '.join(batch['name'])}:", *(findings or ["finite when run a second time"])])
+    text = "\n  ".join([f"{', '.join(batch['name'])}:", *(findings or [
+        "finite when run a second time: a sum or norm of large gradients overflowed, or the device is not deterministic"])])
     cause = min(gather(depth, world_size))
-    if path and findings and depth == cause:
+    if path and depth == cause:
         write_atomically({"model": model.state_dict(), "batch": batch, "rng": rng, "findings": findings,
                           "clip_weight": criteria["clip"].loss_weight, "config": vars(args), **facts}, path)
         text += f"\nrun it again with: python train.py --replay {path}"
@@ -222,8 +227,8 @@ def keep_buffers():
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old ones refuse more than 2^25
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def to_device(batch, device):
@@ -349,8 +354,10 @@ def main(argv=None):
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
         restore(model, state, args.resume or args.eval or args.replay, class_names, fingerprint)
-    if args.compile:
+    if args.compile and not args.replay:
         compile_parts(model)
+    if encoder_2d is not None and args.clip_target == "point" and max(args.clip_weights) > 0:
+        encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1, device=device))  # refused now, not epochs on
     criteria = {"semantic": SemanticCriterion(args.semantic_weight, world_mean=world_mean).to(device),
                 "instance": InstanceCriterion(args.instance_weight, world_mean=world_mean),
                 "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,
@@ -470,7 +477,9 @@ def main(argv=None):
             if args.diagnose and (step + 1) % args.diagnose == 0 and len(seen) == group and main_process:
                 for name, value in term_statistics(terms, out, scaler.get_scale()).items():
                     writer.add_scalar(f"diagnose/{name}", value, step + 1)
-                writer.add_histogram("diagnose/gate", out["alpha"][out["valid"]].float().detach(), step + 1)
+                gates = out["alpha"][out["valid"]].detach().float()
+                if len(gates) and gates.isfinite().all():  # TensorBoard refuses a histogram of nothing
+                    writer.add_histogram("diagnose/gate", gates, step + 1)
             scaler.scale(loss / group).backward()
             step_loss += loss.detach() / group
             window["loss/total"].append(loss.detach())
@@ -507,14 +516,15 @@ def main(argv=None):
                 bad_in_a_row = 0
             else:
                 torch._foreach_copy_(statistics, statistics_before)  # a skipped step leaves no trace
+                scale = scaler.get_scale()
+                scaler.update()
                 # fp16 looks for its scale by overflowing: no alarm unless it no longer finds one
-                if args.amp == "fp16" and loss_finite and scaler.get_scale() >= 1:
-                    scaler.update()
+                if loss_finite and scaler.get_scale() < scale and scale >= 1:
                     skipped_steps += 1
                 else:
                     bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
                     path = folder / f"bad_step_{step}{f'_rank{rank}' if world_size > 1 else ''}.pt"
-                    facts = {"scale": scaler.get_scale(), "epoch": epoch, "step": step, "class_names": class_names,
+                    facts = {"scale": scale / group, "epoch": epoch, "step": step, "class_names": class_names,
                              "clip_fingerprint": fingerprint}
                     where = examine(model, seen, criteria, args, device, world_size,
                                     path if bad_steps <= args.max_bad_steps else None, facts)
@@ -525,7 +535,6 @@ def main(argv=None):
                         writer.flush()
                     if bad_in_a_row >= args.max_bad_steps:
                         raise FloatingPointError(f"{bad_in_a_row} steps in a row were not finite, the last: {text}")
-                    scaler.update()
             optimizer.zero_grad(set_to_none=True)
             window["grad/total"].append(norm.detach())
             spent = time.perf_counter() - clock

@@ -50,6 +50,11 @@ def one_bad_step(folder, step=3):
     return path, torch.load(path, weights_only=True)["findings"]
 
 
+def first_scale(monkeypatch, scale):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(*args, init_scale=scale, **kwargs))
+
+
 RUN = ["--epochs", "4", "--eval-every", "4", "--clip-warmup", "-1", "--clip-weights", "0,0.1", "--no-instances"]
 
 
@@ -87,15 +92,37 @@ def test_nan_in_one_colour_is_named_and_the_running_statistics_stay_clean(tmp_pa
 
 
 def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
-    """The same run whose fourth batch is broken in two ways ends with the same weights and statistics to the bit."""
-    ends = {}
-    for name, value in (("nan", math.nan), ("inf", math.inf)):
-        with monkeypatch.context() as patch:
-            broken_batches(patch, lambda batch: batch["colors"].fill_(value))
-            train.main(small(tmp_path / name, *RUN, "--no-clip"))
-        ends[name] = checkpoint(tmp_path / name)
-        assert ends[name]["bad_steps"] == 1
-    assert all(torch.equal(value, ends["inf"]["model"][key]) for key, value in ends["nan"]["model"].items())
+    """Weights, statistics and counters as the next batch finds them are those that the broken one found."""
+    build, models, states = train.build_model, [], []
+    monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+
+    def look(batch):
+        states.append({key: value.clone() for key, value in models[0].state_dict().items()})
+        if len(states) == 1:
+            batch["colors"].fill_(math.nan)
+
+    broken_batches(monkeypatch, look, when=(3, 4, 5))
+    train.main(small(tmp_path, *RUN, "--no-clip"))
+    assert any("num_batches_tracked" in key for key in states[0])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
+
+
+def test_a_compiled_network_is_searched_uncompiled(tmp_path, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+    broken_batches(monkeypatch, lambda batch: batch["colors"][1500].fill_(math.nan))
+    train.main(small(tmp_path, *RUN, "--no-clip", "--compile"))
+    _, findings = one_bad_step(tmp_path)
+    assert "field 'colors'" in findings[0] and "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
+
+
+def test_a_norm_that_overflows_is_an_alarm_although_every_gradient_is_finite(tmp_path, monkeypatch):
+    forward = train.SemanticCriterion.forward
+    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 3e20)
+    with pytest.raises(FloatingPointError, match="2 steps in a row(.|\n)*norm of large gradients overflowed"):
+        train.main(small(tmp_path, *RUN, "--no-clip", "--points", "100", "--max-bad-steps", "2"))
+    assert sorted(saved_steps(tmp_path)) == [0, 1]
 
 
 def test_a_bad_batch_among_accumulated_ones_is_the_one_that_is_saved(tmp_path, monkeypatch):
@@ -133,27 +160,27 @@ def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, mon
 
 
 def test_the_fp16_scaler_may_search_for_its_scale_without_an_alarm(tmp_path, monkeypatch, capsys):
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(*args, init_scale=2.0 ** 40, **kwargs))
-    train.main(small(tmp_path, *RUN, "--epochs", "20", "--eval-every", "20", "--no-clip", "--points", "100",
+    first_scale(monkeypatch, 2.0 ** 30)
+    train.main(small(tmp_path, *RUN, "--epochs", "10", "--eval-every", "10", "--no-clip", "--points", "100",
                      "--amp", "fp16"))
     state = checkpoint(tmp_path)
-    assert state["bad_steps"] == 0 and 10 <= state["skipped_steps"] < 40 == state["step"]
+    assert state["bad_steps"] == 0 and 5 <= state["skipped_steps"] < 20 == state["step"]
     assert not saved_steps(tmp_path) and "is not finite" not in capsys.readouterr().out
 
 
 def test_a_gradient_beyond_every_fp16_scale_is_named_with_its_term_and_place(tmp_path, monkeypatch, capsys):
+    first_scale(monkeypatch, 4.0)
     forward = train.SemanticCriterion.forward
     monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 1e15)
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
         train.main(small(tmp_path, *RUN, "--epochs", "30", "--eval-every", "30", "--no-clip", "--points", "100",
                          "--amp", "fp16", "--max-bad-steps", "2"))
     steps = saved_steps(tmp_path)
-    assert sorted(steps) == [17, 18]  # 2^16 ... 2^0 are the scaler's own
-    findings = torch.load(steps[17], weights_only=True)["findings"]
+    assert sorted(steps) == [3, 4]  # 4, 2 and 1 are the scaler's own
+    findings = torch.load(steps[3], weights_only=True)["findings"]
     assert "gradient: of semantic, first not finite at the output of module head" in findings[0]
     assert "loss scale of 0.5" in findings[0]
-    printed, message = replayed(steps[17], capsys)
+    printed, message = replayed(steps[3], capsys)
     assert findings[0] in printed and ("nan" in message or "gradient: of semantic" in message)
 
 
@@ -163,6 +190,11 @@ def test_a_file_that_is_no_saved_step_is_refused(tmp_path):
     torch.save({"config": {}}, tmp_path / "bad_step_1.pt")
     with pytest.raises(ValueError, match="bad_step_1.pt: .*field 'class_names' is missing"):
         train.main(["--replay", str(tmp_path / "bad_step_1.pt")])
+
+
+def test_the_baseline_without_gates_may_be_diagnosed(tmp_path):
+    train.main(small(tmp_path, "--epochs", "1", "--no-clip", "--diagnose", "1"))
+    assert scalars(tmp_path).Scalars("diagnose/share_instance")
 
 
 def test_diagnosis_is_written_every_k_steps_and_changes_nothing(tmp_path):

@@ -258,7 +258,8 @@ def test_schedule_warms_up_and_ends_at_zero():
     (["--clip-warmup", "20,10"], "must ascend"), (["--clip-warmup", "ten"], "expected integers"),
     (["--clip-weights", "0,1"], "one entry less"), (["--image-size", "224"], "height,width"),
     (["--batch-size", "0"], "at least 1"), (["--clip-loss", "infonce", "--batch-size", "1"], "--batch-size 2 or more"),
-    (["--diagnose", "-1"], "at least 0"), (["--max-bad-steps", "0"], "at least 1"),
+    (["--diagnose", "-1"], "at least 0"), (["--diagnose", "1", "--compile"], "--compile does not allow"),
+    (["--lr-3d", "-1"], "at least 0"), (["--temperature", "nan"], "at least 0"), (["--gradient-flow-ratio", "2"], "0 to 1"), (["--max-bad-steps", "0"], "at least 1"),
     (["--resume", "a.pt", "--replay", "b.pt"], "exclude each other"), (["--init-3d", "x.pt"], "--backbone res16unet34c")])
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
