@@ -51,7 +51,7 @@ def fusion_statistics(out, batch):
 
 @torch.no_grad()
 def pairwise_cosine(feats: Tensor) -> Tensor:
-    """Mean cosine of two different rows of feats (n, C), without an (n, n) matrix: 1 = all point one way; 0 if n < 2."""
+    """Mean cosine of two different rows of feats (n, C), without an (n, n) matrix: 1 = all point one way; 0: n < 2."""
     n = len(feats)
     unit = F.normalize(feats.double(), dim=1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / max(1, n * (n - 1))).float()
@@ -116,7 +116,8 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
             findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
                             f"that are not finite, the first at {first} of {tuple(value.shape)}")
     findings += [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not "
-                 "finite" for name, value in [*model.named_parameters(), *model.named_buffers()] if not is_finite(value)]
+                 "finite" for name, value in (*model.named_parameters(), *model.named_buffers())
+                 if not is_finite(value)]
 
     outputs, gradients = [], defaultdict(list)  # names in the order in which they were found
     term = None

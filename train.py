@@ -49,7 +49,8 @@ from superpoints import SuperpointCache
 def build_sets(args):
     """Training and validation PointDataset, class names, and whether instances are to be trained."""
     options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
-                   images=not args.no_clip, seed=args.seed, voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no object larger
+                   images=not args.no_clip, seed=args.seed,
+                   voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no object larger
     if args.data == "rooms":
         frames = (RoomFrames("train", args.rooms, args.frames_per_room),
                   RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
@@ -142,7 +143,7 @@ def examine(model, seen, criteria, args, device, world_size, path, facts):
     depth, index, findings = min(found)
     batch, rng = seen[index]
     text = "\n  ".join([f"{', '.join(batch['name'])}:", *(findings or [
-        "finite when run a second time: a sum or norm of large gradients overflowed, or the device is not deterministic"])])
+        "finite when run a second time: a sum or norm of large gradients overflowed, or the device varies"])])
     cause = min(gather(depth, world_size))
     if path and depth == cause:
         write_atomically({"model": model.state_dict(), "batch": batch, "rng": rng, "findings": findings,
@@ -356,8 +357,8 @@ def main(argv=None):
         restore(model, state, args.resume or args.eval or args.replay, class_names, fingerprint)
     if args.compile and not args.replay:
         compile_parts(model)
-    if encoder_2d is not None and args.clip_target == "point" and max(args.clip_weights) > 0:
-        encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1, device=device))  # refused now, not epochs on
+    if encoder_2d is not None and args.clip_target == "point" and max(args.clip_weights) > 0:  # refused now, if at all
+        encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1, device=device))
     criteria = {"semantic": SemanticCriterion(args.semantic_weight, world_mean=world_mean).to(device),
                 "instance": InstanceCriterion(args.instance_weight, world_mean=world_mean),
                 "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,

@@ -17,8 +17,9 @@ CPU = torch.device("cpu")
 
 
 def state_of(model, **changes):
-    return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "step": 12, "skipped_steps": 0, "bad_steps": 0,
-            "best": 0.5, "rng": checkpoint.rng_state(CPU), "config": {"lr": 0.1, "clip_warmup": (10, 20)},
+    return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "step": 12, "skipped_steps": 0,
+            "bad_steps": 0, "best": 0.5, "rng": checkpoint.rng_state(CPU),
+            "config": {"lr": 0.1, "clip_warmup": (10, 20)},
             "class_names": ["wall", "chair"], "clip_fingerprint": None, "warnings": [], **changes}
 
 

@@ -197,7 +197,8 @@ def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path,
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_200_steps_under_autocast_are_finite(tmp_path, amp):
     train.main(small(tmp_path, "--amp", amp, "--epochs", "50", "--points", "100", "--eval-every", "50", "--batch-size",
-                     "1", "--voxel-size", "0.3", "--no-instances", "--clip-warmup", "1,2", "--clip-weights", "0.01,0.05,0.05", "--log-every", "10"))
+                     "1", "--voxel-size", "0.3", "--no-instances", "--clip-warmup", "1,2", "--clip-weights",
+                     "0.01,0.05,0.05", "--log-every", "10"))
     events = scalars(tmp_path)  # a mean over 10 steps is finite only if each of them is
     assert len(events.Scalars("loss/total")) == 20 and checkpoint(tmp_path)["step"] == 200
     for tag in ("loss/total", "loss/clip"):
@@ -259,8 +260,11 @@ def test_schedule_warms_up_and_ends_at_zero():
     (["--clip-weights", "0,1"], "one entry less"), (["--image-size", "224"], "height,width"),
     (["--batch-size", "0"], "at least 1"), (["--clip-loss", "infonce", "--batch-size", "1"], "--batch-size 2 or more"),
     (["--diagnose", "-1"], "at least 0"), (["--diagnose", "1", "--compile"], "--compile does not allow"),
-    (["--lr-3d", "-1"], "at least 0"), (["--temperature", "nan"], "at least 0"), (["--gradient-flow-ratio", "2"], "0 to 1"), (["--max-bad-steps", "0"], "at least 1"),
-    (["--resume", "a.pt", "--replay", "b.pt"], "exclude each other"), (["--init-3d", "x.pt"], "--backbone res16unet34c")])
+    (["--lr-3d", "-1"], "at least 0"), (["--temperature", "nan"], "at least 0"),
+    (["--gradient-flow-ratio", "2"], "0 to 1"),
+    (["--max-bad-steps", "0"], "at least 1"),
+    (["--resume", "a.pt", "--replay", "b.pt"], "exclude each other"),
+    (["--init-3d", "x.pt"], "--backbone res16unet34c")])
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
         train.main(small(tmp_path, *options))
