@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Puts the flat files of the repository root on the import path, and says where shared test data would lie."""
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -19,3 +21,18 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"needs the real frames and reference figures in {folder.name}/ beside the repository")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def made_once(request):
+    """For the tests of whole runs: the rooms that most of them share are rendered once, their random tower made once."""
+    if request.module.__name__ not in ("test_train", "test_sentry"):
+        yield
+        return
+    import encoder
+    import rooms
+    load = functools.lru_cache(encoder.load_clip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms, "frames", functools.lru_cache(rooms.frames))
+        patch.setattr(encoder, "load_clip", lambda name, pretrained: copy.deepcopy(load(name, pretrained)))
+        yield
