@@ -112,6 +112,7 @@ def test_no_time_is_spent_on_an_isolated_clip_loss(tmp_path, monkeypatch, target
     monkeypatch.setattr(train.ClipConsCriterion, "forward", never)
     monkeypatch.setattr(Enhanced2DEncoder, "project_dense", never)
     train.main(small(tmp_path, "--isolate-clip", "--clip-target", target, "--epochs", "1", "--no-instances"))
+    assert checkpoint(tmp_path)["step"] == 2 and "loss/clip" not in scalars(tmp_path).Tags()["scalars"]
 
 
 def test_with_a_warm_cache_the_tower_is_never_run(tmp_path, monkeypatch):
