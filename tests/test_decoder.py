@@ -194,13 +194,7 @@ def test_predictions_under_autocast_are_finite(dtype):
     assert all(x.isfinite().all() for x in tensors(output))
 
 
-def test_class_agnostic_decoder_says_object_or_not_and_keeps_the_semantics():
-    output = small_decoder(class_agnostic=True)(torch.randn(5, 6, dtype=torch.float64), batch_of([5]))
-    assert output["layers"][0]["class_logits"][0].shape[1] == 2 and output["semantic_logits"].shape == (5, 4)
-
-
-@pytest.mark.parametrize("kernel", ["linear", "gaussian"])
-def test_matrix_nms_equals_a_plain_loop_over_pairs(kernel):
+def test_matrix_nms_equals_a_plain_loop_over_pairs():
     torch.manual_seed(0)
     masks, labels, scores = torch.rand(12, 30) < .5, torch.randint(0, 2, (12,)), torch.rand(12, dtype=torch.float64)
     weights = torch.randint(1, 50, (30,)).float()
@@ -214,10 +208,8 @@ def test_matrix_nms_equals_a_plain_loop_over_pairs(kernel):
         above = [i for i in range(12) if scores[i] > scores[j]]
         for i in above:
             own = max((iou(k, i) for k in range(12) if scores[k] > scores[i]), default=0.)
-            decay = ((1 - iou(i, j)) / (1 - own) if kernel == "linear"
-                     else math.exp(-2 * (iou(i, j) ** 2 - own ** 2)))
-            expected[j] = min(expected[j], scores[j] * decay)
-    torch.testing.assert_close(matrix_nms(masks, labels, scores, weights, kernel), expected, rtol=1e-5, atol=1e-6)
+            expected[j] = min(expected[j], scores[j] * (1 - iou(i, j)) / (1 - own))
+    torch.testing.assert_close(matrix_nms(masks, labels, scores, weights), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_matrix_nms_silences_copies_and_spares_other_labels():
@@ -227,50 +219,48 @@ def test_matrix_nms_silences_copies_and_spares_other_labels():
     assert matrix_nms(masks[:0], torch.zeros(0), torch.zeros(0), torch.ones(3)).shape == (0,)
 
 
+@pytest.fixture
 def scene():
     """Two instances over four superpoints of 10, 20, 30, 40 points; three queries, the third a poor copy of the first.
     """
     index = torch.repeat_interleave(torch.arange(4), torch.tensor([10, 20, 30, 40]))
     masks = torch.tensor([[2., 3., -4., -4.], [-4., -4., 1., 4.], [1., 1., -4., -4.]])
     classes = torch.tensor([[5., 0., 0.], [0., 6., 0.], [2., 0., 2.]])
-    return classes, masks, index
+    return classes, masks, torch.ones(3), index
 
 
-def test_score_is_class_probability_times_quality_times_mean_mask_probability():
-    classes, masks, index = scene()
-    quality = torch.tensor([.5, .25, 1.])
-    result = instances_from_logits(classes, masks, index, quality, top_k=2, min_points=1, nms=None)
-    sigmoid = [1 / (1 + math.exp(-x)) for x in (1, 2, 3, 4)]
+def test_score_is_class_probability_times_quality_times_mean_mask_probability(scene):
+    classes, masks, _, index = scene
+    classes[2] = torch.tensor([0., 2., 2.])  # another label than the first, whose mask it shares: no decay
+    result = instances_from_logits(classes, masks, torch.tensor([.5, .25, 1.]), index, top_k=2, min_points=1)
+    sigmoid = [1 / (1 + math.exp(-x)) for x in (1, 2, 3)]
     first = .5 * math.exp(5) / (math.exp(5) + 2) * (sigmoid[1] + sigmoid[2]) / 2
-    copy = math.exp(2) / (2 * math.exp(2) + 1) * sigmoid[0]
-    assert result["scores"].tolist() == pytest.approx([first, copy], abs=1e-6)
-    assert result["labels"].tolist() == [0, 0]
+    third = math.exp(2) / (2 * math.exp(2) + 1) * sigmoid[0]
+    assert result["scores"].tolist() == pytest.approx([first, third], abs=1e-6)
+    assert result["labels"].tolist() == [0, 1]
     assert result["masks"].shape == (2, 100) and result["masks"][0].nonzero().squeeze().tolist() == list(range(30))
 
 
-def test_thresholds_of_size_score_and_mask_are_arguments():
-    classes, masks, index = scene()
-    options = dict(top_k=3, min_points=1)
-    assert len(instances_from_logits(classes, masks, index, **options, nms=None)["scores"]) == 3
-    assert len(instances_from_logits(classes, masks, index, **options)["scores"]) == 2  # the copy has decayed to 0
-    assert instances_from_logits(classes, masks, index, top_k=3, min_points=31)["masks"].sum(1).tolist() == [70]
-    assert len(instances_from_logits(classes, masks, index, top_k=3, min_points=70)["scores"]) == 1
-    assert len(instances_from_logits(classes, masks, index, top_k=3, min_points=71)["scores"]) == 0
-    second = instances_from_logits(classes, masks, index, torch.tensor([1., .2, 1.]), top_k=3, min_points=31)
-    assert second["labels"].tolist() == [1] and second["masks"][0].nonzero().squeeze().tolist() == list(range(30, 100))
-    assert len(instances_from_logits(classes, masks, index, **options, score_threshold=.9)["scores"]) == 1
-    strict = instances_from_logits(classes, masks, index, **options, mask_threshold=.9)
-    assert sorted(strict["masks"].sum(1).tolist()) == [20, 40]
-    with pytest.raises(ValueError, match="kernel"):
-        instances_from_logits(classes, masks, index, nms="hard")
+@pytest.mark.parametrize("thresholds, expected", [
+    (dict(min_points=1), [(0, range(30)), (1, range(30, 100))]),  # the copy has decayed to 0
+    (dict(min_points=31), [(1, range(30, 100))]),
+    (dict(min_points=70), [(1, range(30, 100))]),
+    (dict(min_points=71), []),
+    (dict(min_points=1, top_k=1), [(1, range(30, 100))]),
+    (dict(min_points=1, score_threshold=.9), [(0, range(30))]),
+    (dict(min_points=1, mask_threshold=.9), [(1, range(60, 100)), (0, range(10, 30))])])
+def test_thresholds_of_count_size_score_and_mask_act(scene, thresholds, expected):
+    result = instances_from_logits(*scene, **{"top_k": 3, **thresholds})
+    assert result["labels"].tolist() == [label for label, _ in expected]
+    assert [mask.nonzero().squeeze(1).tolist() for mask in result["masks"]] == [list(points) for _, points in expected]
 
 
 def test_inference_follows_a_permutation_of_points_and_of_queries():
     torch.manual_seed(0)
-    classes, masks, index = torch.randn(9, 5), torch.randn(9, 15), torch.randint(0, 15, (400,))
+    classes, masks, quality, index = torch.randn(9, 5), torch.randn(9, 15), torch.rand(9), torch.randint(0, 15, (400,))
     queries, points = torch.randperm(9), torch.randperm(400)
-    a = instances_from_logits(classes, masks, index, min_points=10)
-    b = instances_from_logits(classes[queries], masks[queries], index[points], min_points=10)
+    a = instances_from_logits(classes, masks, quality, index, min_points=10)
+    b = instances_from_logits(classes[queries], masks[queries], quality[queries], index[points], min_points=10)
     assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["masks"][:, points], b["masks"])
     torch.testing.assert_close(a["scores"], b["scores"], rtol=0, atol=1e-6)
 
@@ -292,40 +282,38 @@ def test_inference_of_a_batch_equals_that_of_its_scenes():
 
 
 def test_inference_without_query_or_above_every_mask_is_empty():
-    nothing = instances_from_logits(torch.zeros(0, 4), torch.zeros(0, 3), torch.tensor([0, 1, 2]))
+    index = torch.tensor([0, 1, 2])
+    nothing = instances_from_logits(torch.zeros(0, 4), torch.zeros(0, 3), torch.zeros(0), index)
     assert nothing["masks"].shape == (0, 3) and nothing["labels"].dtype == torch.int64
-    blank = instances_from_logits(torch.zeros(2, 4), torch.full((2, 3), -9.), torch.tensor([0, 1, 2]))
+    blank = instances_from_logits(torch.zeros(2, 4), torch.full((2, 3), -9.), torch.ones(2), index)
     assert blank["masks"].shape == (0, 3) and blank["scores"].shape == (0,)
 
 
-def test_functions_leave_their_arguments_alone():
-    classes, masks, index = scene()
-    quality, feats, batch = torch.rand(3), torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES)
-    arguments = (classes, masks, index, quality, feats, batch)
+def test_functions_leave_their_arguments_alone(scene):
+    feats, batch = torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES)
+    arguments = (*scene, feats, batch)
     before = [x.clone() for x in arguments]
-    instances_from_logits(classes, masks, index, quality)
+    instances_from_logits(*scene)
     small_decoder()(feats, batch)
     pool(feats, batch, 4)
-    superpoint_index(index, index)
+    superpoint_index(scene[-1], scene[-1])
     assert all(torch.equal(x, y) for x, y in zip(arguments, before))
 
 
-def test_malformed_input_is_named():
-    decoder = small_decoder()
-    with pytest.raises(ValueError, match=r"\(S, 6\).*\(3, 5\)"):
-        decoder(torch.zeros(3, 5).double(), batch_of([3]))
-    with pytest.raises(ValueError, match="no superpoint"):
-        decoder(torch.zeros(0, 6).double(), batch_of([0]))
-    with pytest.raises(ValueError, match="divisible"):
-        InstanceDecoder(embed_dim=10, num_heads=4)
-    with pytest.raises(ValueError, match="min_query_share"):
-        InstanceDecoder(min_query_share=0)
-    with pytest.raises(ValueError, match=r"\(N,\) or \(N, 3\)"):
-        superpoint_index(torch.zeros(4), batch_of([4]))
-    with pytest.raises(ValueError, match=r"index \(N,\)"):
-        pool(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), 1)
-    with pytest.raises(ValueError, match="3 mask queries"):
-        instances_from_logits(torch.zeros(2, 4), torch.zeros(3, 3), torch.tensor([0]))
+@pytest.mark.parametrize("call, message", [
+    (lambda: small_decoder()(torch.zeros(3, 5).double(), batch_of([3])), r"\(S, 6\).*\(3, 5\)"),
+    (lambda: small_decoder()(torch.zeros(0, 6).double(), batch_of([0])), "no superpoint"),
+    (lambda: InstanceDecoder(embed_dim=10, num_heads=4), "divisible"),
+    (lambda: InstanceDecoder(min_query_share=0), "min_query_share"),
+    (lambda: superpoint_index(torch.zeros(4), batch_of([4])), r"\(N,\) or \(N, 3\)"),
+    (lambda: pool(torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), 1), r"index \(N,\)"),
+    (lambda: instances_from_logits(torch.zeros(2, 4), torch.zeros(3, 3), torch.zeros(3), torch.tensor([0])),
+     "3 mask queries"),
+    (lambda: instances_from_logits(torch.zeros(3, 4), torch.zeros(3, 3), torch.zeros(2), torch.tensor([0])),
+     r"quality \(2,\)")])
+def test_malformed_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_training_queries_are_drawn_by_the_scene_seed_alone():
