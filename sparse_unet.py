@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Sparse 3D convolution and Res16UNet34C in plain PyTorch; imports torch alone.
+"""Sparse 3D convolution and Res16UNet34C in plain PyTorch; imports torch only.
 
-A scene is the set of its occupied cells, `coords` (M, 4) int64 as (batch, x, y, z), and one feature row for each.
-A convolution is a kernel and a map that says which input row meets which kernel offset at which output row:
+A batch of scenes is the set of its occupied voxels: `coords` (M, 4) int64 as (batch, x, y, z), and one feature row per
+voxel. A convolution has a kernel and a kernel map. The map says which input row each output row u reads at offset k:
 
     out[u] = sum_k kernel[k]^T in[u + offset_k * dilation * stride_in],    k = ix + K * iy + K^2 * iz
 
-Odd kernels are centred, even ones start at 0. Stride, dilation and transposition live in the map alone, so every
-layer at one resolution shares one map. Submanifold convolution after Graham et al., "3D Semantic Segmentation with
-Submanifold Sparse Convolutional Networks" (CVPR 2018); network, key names and kernel layout after Choy et al.,
-"4D Spatio-Temporal ConvNets" (CVPR 2019), so that checkpoints trained with MinkowskiEngine load unchanged.
+Offsets of an odd kernel are centred on 0, those of an even kernel start at 0. Only the map knows stride, dilation and
+transposition, so all layers of one resolution share one map.
+
+Submanifold convolution: Graham et al., "3D Semantic Segmentation with Submanifold Sparse Convolutional Networks", CVPR
+2018. Network, state-dict keys and kernel layout: Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019, so checkpoints
+trained with MinkowskiEngine load unchanged.
 """
 import math
 import pickle
@@ -20,126 +22,132 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-COORD_LIMIT = 2 ** 31  # cells from the origin, on either side
+COORD_LIMIT = 2 ** 31  # voxels from the origin, in either direction
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Cells and the maps between them
+# Voxels and kernel maps
 
-def _pack(cells, low, high, margin=0):
-    """cells (M, 4) -> one int64 key each, in lexicographic order, and what a step along each column adds to it.
+def _pack(coords, low, high, margin=0):
+    """coords (M, 4) -> int64 keys (M,) in lexicographic order, and the key steps of one voxel along each column.
 
-    `margin` empty cells after each row keep an offset of up to that size from running into the next row.
+    `margin` free keys after each row of voxels keep an offset of up to that size from reaching the next row.
     """
     extent = [high[0] - low[0] + 1, *(hi - lo + 1 + margin for lo, hi in zip(low[1:], high[1:]))]
     if math.prod(extent) >= 2 ** 63:
-        raise ValueError(f"coords span {extent} cells in (batch, x, y, z): 2^63 or more in all")
+        raise ValueError(f"coords span {extent} voxels in (batch, x, y, z), a product of 2^63 or more")
     steps = [math.prod(extent[i + 1:]) for i in range(4)]
-    return sum((column - lo) * step for column, lo, step in zip(cells.unbind(1), low, steps)), steps
+    keys = sum((column - lo) * step for column, lo, step in zip(coords.unbind(1), low, steps))
+    return keys, steps
 
 
-def _unique(cells, low, high):
-    """Distinct cells in lexicographic order, and the row of each given cell among them."""
-    keys, steps = _pack(cells, low, high)
+def _unique(coords, low, high):
+    """Distinct rows of coords in lexicographic order, and the index of each given row among them."""
+    keys, steps = _pack(coords, low, high)
     keys, inverse = keys.unique(return_inverse=True)
-    columns, rest = [], keys
+    columns = []
     for lo, step in zip(low, steps):
-        column = rest // step
+        column = keys // step
         columns.append(column + lo)
-        rest = rest - column * step
+        keys = keys - column * step
     return torch.stack(columns, 1), inverse
 
 
-def voxelize(points, batch, voxel_size):
-    """Cells occupied by a packed batch of points: floor(points / voxel_size).
+def voxelize(points, batch_idx, voxel_size):
+    """Voxels occupied by a packed batch of points: floor(points / voxel_size).
 
-    points (N, 3) float, in metres like voxel_size; batch (N,) int64, which sample each point is of.
-    Returns coords (M, 4) int64 as (batch, x, y, z) in lexicographic order, and inverse (N,) int64, the row of coords
-    that each point falls into. Raises ValueError for wrong shapes, non-finite points and cells beyond 2^31.
+    points (N, 3) float, in metres like voxel_size; batch_idx (N,) int64, the scene of each point.
+    Returns coords (M, 4) int64 as (batch, x, y, z) in lexicographic order, and point_to_voxel (N,) int64, a row of
+    coords per point. Raises ValueError for wrong shapes, non-finite points and voxels 2^31 or more from the origin.
     """
     if points.ndim != 2 or points.shape[1] != 3 or not points.is_floating_point():
         raise ValueError(f"points must be (N, 3) float, got {tuple(points.shape)} {points.dtype}")
-    if batch.shape != points.shape[:1] or batch.dtype != torch.int64:
-        raise ValueError(f"batch must be ({len(points)},) int64, got {tuple(batch.shape)} {batch.dtype}")
+    if batch_idx.shape != points.shape[:1] or batch_idx.dtype != torch.int64:
+        raise ValueError(f"batch_idx must be ({len(points)},) int64, got {tuple(batch_idx.shape)} {batch_idx.dtype}")
     if not voxel_size > 0:
         raise ValueError(f"voxel_size must be positive, got {voxel_size}")
-    cells = torch.floor(points / voxel_size)
-    inside = cells.abs() < COORD_LIMIT  # false for NaN, too
-    if not inside.all():
-        bad = (~inside).any(1).nonzero()[0].item()
-        raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 cells of {voxel_size} m")
-    cells = torch.cat((batch[:, None], cells.long()), 1)
-    if not len(cells):
-        return cells, cells.new_empty(0)
-    low, high = torch.stack(cells.aminmax(dim=0)).tolist()
+    xyz = torch.floor(points / voxel_size)
+    in_range = xyz.abs() < COORD_LIMIT  # also False for NaN
+    if not in_range.all():
+        bad = (~in_range).any(1).nonzero()[0].item()
+        raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 voxels of {voxel_size} m")
+    coords = torch.cat((batch_idx[:, None], xyz.long()), 1)  # (N, 4), one row per point
+    if not len(coords):
+        return coords, coords.new_empty(0)
+    low, high = torch.stack(coords.aminmax(dim=0)).tolist()
     if low[0] < 0:
-        raise ValueError(f"batch must not be negative, got {low[0]}")
-    return _unique(cells, low, high)
+        raise ValueError(f"batch_idx must not be negative, got {low[0]}")
+    return _unique(coords, low, high)
 
 
-def voxel_mean(feats, inverse, num_voxels):
-    """Mean of feats (N, C) over the points of each voxel; inverse (N,) as from `voxelize` -> (num_voxels, C)."""
-    total = feats.new_zeros(num_voxels, feats.shape[1]).index_add_(0, inverse, feats)
-    return total / torch.bincount(inverse, minlength=num_voxels)[:, None]
+def voxel_mean(feats, point_to_voxel, num_voxels):
+    """Mean of feats (N, C) over the points of each voxel -> (num_voxels, C); point_to_voxel (N,) from `voxelize`."""
+    total = feats.new_zeros(num_voxels, feats.shape[1]).index_add_(0, point_to_voxel, feats)
+    return total / torch.bincount(point_to_voxel, minlength=num_voxels)[:, None]
 
 
 class KernelMap:
-    """Which input row each output row meets at each kernel offset; read backwards it is the map of the transpose.
+    """The input row that each output row reads at each kernel offset; it also serves the transposed convolution.
 
-    table (K^3, num_out) int64 holds rows of the input, and num_in where the cell is empty.
+    table (K^3, num_out) int64 holds input rows, and num_in where the voxel is empty.
     """
 
     def __init__(self, table, num_in):
-        self.table, self.num_in, self.num_out = table, num_in, table.shape[1]
+        self.table = table
+        self.num_in = num_in
+        self.num_out = table.shape[1]
 
     @cached_property
     def transposed_table(self):
-        """(K^3, num_in): the output row that each input row goes to, and num_out where there is none."""
+        """(K^3, num_in): the output row that reads each input row, and num_out where none does."""
         rows = torch.arange(self.num_out, device=self.table.device).expand_as(self.table)
         table = self.table.new_full((len(self.table), self.num_in + 1), self.num_out)
         return table.scatter_(1, self.table, rows)[:, :-1]
 
     @cached_property
     def pairs(self):
-        """The occupied entries, offset by offset: (in_index (P,), out_index (P,), [pairs of each offset])."""
+        """The P occupied entries, sorted by offset: input rows (P,), output rows (P,), and K^3 numbers of pairs."""
         occupied = self.table < self.num_in
         entries = occupied.view(-1).nonzero().squeeze(1)
-        return self.table.view(-1)[entries], entries % max(self.num_out, 1), occupied.sum(1).tolist()
+        in_rows = self.table.view(-1)[entries]
+        out_rows = entries % max(self.num_out, 1)
+        return in_rows, out_rows, occupied.sum(1).tolist()
 
-    def blocks(self, rows, transposed=False):
-        """(offset, source rows, target rows) of runs of at most `rows` pairs that share an offset."""
+    def blocks(self, max_rows, transposed=False):
+        """Iterates over (offset, source rows, target rows): runs of at most max_rows pairs of one offset."""
         source, target, sizes = self.pairs
         if transposed:
             source, target = target, source
         offsets, lengths = [], []
         for k, size in enumerate(sizes):
-            for first in range(0, size, rows):
+            for first in range(0, size, max_rows):
                 offsets.append(k)
-                lengths.append(min(rows, size - first))
+                lengths.append(min(max_rows, size - first))
         return zip(offsets, source.split(lengths), target.split(lengths))
 
 
 class VoxelGrid:
-    """The occupied cells of a batch at one stride, with the maps that start here, each built once.
+    """The occupied voxels of a batch at one stride, with the kernel maps that start here, each built once.
 
-    coords (M, 4) integer (batch, x, y, z), multiples of `stride`, of any sign and in any order (sorted ones are
-    faster). Raises ValueError for wrong shapes, duplicates and values out of range.
+    coords: (M, 4) integer (batch, x, y, z), xyz multiples of `stride`, of either sign, in any order (sorted is faster).
+    Raises ValueError for wrong shapes, duplicates and values out of range.
     """
 
     def __init__(self, coords, stride=1):
         if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"coords must be (M, 4) int64 (batch, x, y, z), got {tuple(coords.shape)} {coords.dtype}")
-        self.coords, self.stride = coords.long(), stride
-        self.order = None
-        self.box = ([0] * 4, [0] * 4)
+        self.coords = coords.long()
+        self.stride = stride
+        self.order = None  # sorts coords; None: they are sorted
+        self.bounds = ([0] * 4, [0] * 4)
         self._maps = {}
         if not len(coords):
             return
-        self.box = low, high = torch.stack(self.coords.aminmax(dim=0)).tolist()
+        self.bounds = low, high = torch.stack(self.coords.aminmax(dim=0)).tolist()
         if low[0] < 0 or min(low) < -COORD_LIMIT or max(high) >= COORD_LIMIT:
-            raise ValueError(f"coords run from {low} to {high}: batch must be >= 0 and cells within +-2^31")
+            raise ValueError(f"coords run from {low} to {high}: batch must be >= 0 and xyz within +-2^31")
         if stride > 1 and (self.coords[:, 1:] % stride).any():
-            raise ValueError(f"coords of a grid of stride {stride} must be its multiples")
+            raise ValueError(f"coords of a grid of stride {stride} must be multiples of {stride}")
         keys, _ = _pack(self.coords, low, high)
         if not (keys[1:] > keys[:-1]).all():
             keys, self.order = keys.sort()
@@ -157,20 +165,21 @@ class VoxelGrid:
 
     @cached_property
     def coarser(self):
-        """The grid at twice the stride: parents floor(c / 2s) * 2s."""
+        """The grid at twice the stride; the parent of voxel c is floor(c / 2s) * 2s."""
         stride = 2 * self.stride
         if not len(self):
             return VoxelGrid(self.coords, stride)
-        parents = torch.cat((self.coords[:, :1], self.coords[:, 1:].div(stride, rounding_mode="floor") * stride), 1)
-        low, high = (box[:1] + [c // stride * stride for c in box[1:]] for box in self.box)
+        parents = self.coords.clone()
+        parents[:, 1:] = self.coords[:, 1:].div(stride, rounding_mode="floor") * stride
+        low, high = ([batch] + [c // stride * stride for c in xyz] for batch, *xyz in self.bounds)
         return VoxelGrid(_unique(parents, low, high)[0], stride)
 
     def neighbours(self, kernel_size, dilation=1):
-        """KernelMap of a stride-1 convolution on these cells."""
+        """KernelMap of a stride-1 convolution on these voxels."""
         return self._map(self, kernel_size, dilation)
 
     def down(self, kernel_size=2, dilation=1):
-        """KernelMap of a stride-2 convolution from these cells to `coarser`, and of its transpose back."""
+        """KernelMap of a stride-2 convolution from these voxels to `coarser`, and of its transpose back."""
         return self._map(self.coarser, kernel_size, dilation)
 
     def _map(self, outputs, kernel_size, dilation):
@@ -183,30 +192,37 @@ class VoxelGrid:
 def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     """KernelMap from one VoxelGrid to another; outputs.stride must be inputs.stride or a multiple of it.
 
-    One binary search finds the start of a kernel column along z; the sorted keys make its other cells the next ones,
-    so K^2 searches serve K^3 offsets. On one and the same grid offset k mirrors K^3 - 1 - k, which halves them again.
+    A kernel column is the K offsets that share ix and iy. One binary search finds its first voxel; because keys are
+    sorted with z fastest, the others follow, so K^2 searches serve K^3 offsets. If both grids are the same, offset
+    K^3 - 1 - k is the mirror image of offset k, which halves the searches again.
     """
     if kernel_size < 1 or dilation < 1 or outputs.stride % inputs.stride:
         raise ValueError(f"no map of kernel {kernel_size}, dilation {dilation} "
                          f"from stride {inputs.stride} to {outputs.stride}")
-    K, num_in, num_out = kernel_size, len(inputs), len(outputs)
-    shifts = [(i - K // 2 if K % 2 else i) * dilation * inputs.stride for i in range(K)]
-    low, high = map(min, inputs.box[0], outputs.box[0]), map(max, inputs.box[1], outputs.box[1])
-    low, high, margin = list(low), list(high), max(map(abs, shifts))
+    K = kernel_size
+    num_in = len(inputs)
+    first = -(K // 2) if K % 2 else 0
+    shifts = [(first + i) * dilation * inputs.stride for i in range(K)]
+
+    # keys of both grids in one common box
+    low = list(map(min, inputs.bounds[0], outputs.bounds[0]))
+    high = list(map(max, inputs.bounds[1], outputs.bounds[1]))
+    margin = max(map(abs, shifts))
     keys, (_, x_step, y_step, _) = _pack(inputs.sorted_coords, low, high, margin)
     queries, _ = _pack(outputs.sorted_coords, low, high, margin)
-    keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))
-    rows = torch.arange(num_out, device=keys.device)
+    keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))  # a search may end behind the last key
+
+    rows = torch.arange(len(outputs), device=keys.device)
+    table = keys.new_empty(K ** 3, len(outputs))
     mirrored = inputs is outputs and K % 2 == 1
-    middle = K * K // 2
-    table = keys.new_empty(K ** 3, num_out)
+    middle = K * K // 2  # the column through the centre
     for column in range(middle + 1 if mirrored else K * K):
         start = queries + (shifts[column % K] * x_step + shifts[column // K] * y_step)
         position = torch.searchsorted(keys, start + shifts[0])
         for iz in range(K // 2 if mirrored and column == middle else K):
             target = start + shifts[iz]
             if iz:
-                for _ in range(dilation):  # at most that many cells lie between two steps of the column
+                for _ in range(dilation):  # at most `dilation` voxels lie between two offsets of a column
                     position = position + (keys[position] < target)
             found = torch.where(keys[position] == target, position, num_in)
             k = column + K * K * iz
@@ -215,6 +231,8 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
                 table[-1 - k] = keys.new_full((num_in + 1,), num_in).scatter_(0, found, rows)[:-1]
     if mirrored:
         table[K ** 3 // 2] = rows
+
+    # from sorted rows back to the order of coords
     if inputs.order is not None:
         table = torch.cat((inputs.order, inputs.order.new_tensor([num_in])))[table]
     if outputs.order is not None:
@@ -225,24 +243,24 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
 # ----------------------------------------------------------------------------------------------------------------
 # Convolution
 
-# Values in a gathered block. On a CPU it stays in a core's cache, and the allocator keeps its pages; on a GPU the bound
-# is memory: K^3 copies of the features of a large batch would not fit.
+# Values per gathered block. On a CPU a block stays in the cache of a core, and the allocator reuses its pages. On a GPU
+# the bound saves memory: K^3 copies of the features of a large batch would not fit.
 BLOCK, GPU_BLOCK = 2 ** 17, 2 ** 27
 
 
-def _wide(dtype):
+def _sum_dtype(dtype):
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _use_im2col(device, num_out, c_in, c_out):
-    # On a CPU the per-offset products win because they touch only the neighbours that exist, unless their calls cost
-    # more than the idle products (few rows) or a gathered row is too short to fill a cache line or two (colours).
-    # On a GPU each of their calls is a launch.
+    # On a CPU one product per offset is faster, because it skips empty neighbours. Exceptions: with few rows the calls
+    # cost more than the skipped work, and rows of few channels (colours) are too short to gather. On a GPU every call
+    # is a kernel launch.
     return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 20
 
 
 def _im2col(feats, table):
-    """Blocks of (rows of the output, (rows, K^3 * C) the inputs they meet)."""
+    """Iterates over blocks of output rows: (slice of rows, (rows, K^3 * C) the input features that they read)."""
     padded = torch.cat((feats, feats.new_zeros(1, feats.shape[1])))
     width = len(table) * feats.shape[1]
     rows = max(1, (BLOCK if feats.device.type == "cpu" else GPU_BLOCK) // width)
@@ -256,20 +274,22 @@ def _convolve(feats, kernel, kernel_map, transposed):
     num_out = kernel_map.num_in if transposed else kernel_map.num_out
     c_in, c_out = kernel.shape[1:]
     if _use_im2col(feats.device, num_out, c_in, c_out):
-        out, flat = feats.new_empty(num_out, c_out), kernel.reshape(-1, c_out)
+        out = feats.new_empty(num_out, c_out)
+        flat_kernel = kernel.reshape(-1, c_out)
         for rows, columns in _im2col(feats, kernel_map.transposed_table if transposed else kernel_map.table):
-            torch.mm(columns, flat, out=out[rows])
+            torch.mm(columns, flat_kernel, out=out[rows])
         return out
-    out, weights = feats.new_zeros(num_out, c_out, dtype=_wide(feats.dtype)), kernel.unbind()
+    out = feats.new_zeros(num_out, c_out, dtype=_sum_dtype(feats.dtype))
+    weights = kernel.unbind()
     for k, source, target in kernel_map.blocks(max(1, BLOCK // max(c_in, c_out)), transposed):
         out.index_add_(0, target, (feats.index_select(0, source) @ weights[k]).to(out.dtype))
     return out.to(feats.dtype)
 
 
 def _kernel_grad(feats, grad, kernel_map, transposed):
-    """Gradient of a kernel: feats (rows, Cin), grad (rows of the output, Cout) -> (K^3, Cin, Cout)."""
+    """Gradient of the kernel: feats (input rows, Cin), grad (output rows, Cout) -> (K^3, Cin, Cout)."""
     c_in, c_out = feats.shape[1], grad.shape[1]
-    out = grad.new_zeros(len(kernel_map.table), c_in, c_out, dtype=_wide(feats.dtype))
+    out = grad.new_zeros(len(kernel_map.table), c_in, c_out, dtype=_sum_dtype(feats.dtype))
     if _use_im2col(feats.device, len(grad), c_in, c_out):
         flat = out.view(-1, c_out)
         for rows, columns in _im2col(feats, kernel_map.transposed_table if transposed else kernel_map.table):
@@ -282,32 +302,33 @@ def _kernel_grad(feats, grad, kernel_map, transposed):
 
 
 class _SparseConv(torch.autograd.Function):
-    """Gathers again in the backward pass instead of keeping K^3 gathered copies of the features."""
+    """Gathers once more in the backward pass, instead of keeping K^3 gathered copies of the features."""
 
     @staticmethod
     def forward(ctx, feats, kernel, kernel_map, transposed):
         ctx.save_for_backward(feats, kernel)
-        ctx.map = kernel_map, transposed
+        ctx.kernel_map = kernel_map
+        ctx.transposed = transposed
         return _convolve(feats, kernel, kernel_map, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (feats, kernel), (kernel_map, transposed) = ctx.saved_tensors, ctx.map
+        feats, kernel = ctx.saved_tensors
         grad_feats = grad_kernel = None
         if ctx.needs_input_grad[0]:
-            grad_feats = _convolve(grad, kernel.transpose(1, 2), kernel_map, not transposed)
+            grad_feats = _convolve(grad, kernel.transpose(1, 2), ctx.kernel_map, not ctx.transposed)
         if ctx.needs_input_grad[1]:
-            grad_kernel = _kernel_grad(feats, grad, kernel_map, transposed)
+            grad_kernel = _kernel_grad(feats, grad, ctx.kernel_map, ctx.transposed)
         return grad_feats, grad_kernel, None, None
 
 
 def sparse_conv(feats, kernel, kernel_map, transposed=False):
     """Sparse convolution, or its transpose over the same map; differentiable once, in feats and kernel.
 
-    feats (num_in, Cin), kernel (K^3, Cin, Cout) of one dtype, and a KernelMap -> (num_out, Cout); transposed:
-    (num_out, Cin) -> (num_in, Cout). Under autocast both go to its dtype, as in F.linear, and sums over offsets stay
-    in float32. Raises ValueError where shapes or dtypes disagree.
+    feats (num_in, Cin) and kernel (K^3, Cin, Cout) of one dtype -> (num_out, Cout); transposed: feats (num_out, Cin)
+    -> (num_in, Cout). Autocast casts both to its dtype, as in F.linear; sums over offsets stay in float32. Raises
+    ValueError if shapes or dtypes disagree.
     """
     device = feats.device.type
     if torch.is_autocast_enabled(device) and feats.dtype != torch.float64:
@@ -324,19 +345,21 @@ def sparse_conv(feats, kernel, kernel_map, transposed=False):
 
 
 class SparseConv(nn.Module):
-    """A kernel (K^3, Cin, Cout) without bias; the map says where it is applied.
+    """Sparse convolution without bias, kernel (K^3, Cin, Cout); the kernel map given to forward sets the stride.
 
-    kernel_size 1 is a product with (Cin, Cout) and needs no map.
+    With kernel_size 1 the kernel is (Cin, Cout), and forward needs no map.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size):
         super().__init__()
         shape = (in_channels, out_channels) if kernel_size == 1 else (kernel_size ** 3, in_channels, out_channels)
         self.kernel = nn.Parameter(torch.empty(shape))
-        nn.init.normal_(self.kernel, std=math.sqrt(2 / (kernel_size ** 3 * out_channels)))  # He, fan out
+        nn.init.normal_(self.kernel, std=math.sqrt(2 / (kernel_size ** 3 * out_channels)))  # He et al. 2015, fan out
 
     def forward(self, feats, kernel_map=None, transposed=False):
-        return feats @ self.kernel if self.kernel.ndim == 2 else sparse_conv(feats, self.kernel, kernel_map, transposed)
+        if self.kernel.ndim == 2:
+            return feats @ self.kernel
+        return sparse_conv(feats, self.kernel, kernel_map, transposed)
 
     def extra_repr(self):
         return "x".join(map(str, self.kernel.shape))
@@ -348,9 +371,9 @@ class SparseConv(nn.Module):
 class BatchNorm(nn.Module):
     """BatchNorm1d under the key `bn`, as in MinkowskiEngine.
 
-    Fewer than two rows have no variance: there, in training too, the running statistics serve and stay as they are.
-    A coarse level of a small scene is down to one voxel easily, and that must not end a run. A norm of another class
-    put in the place of `bn` decides that itself: over several processes, the rows of all of them count.
+    One row has no variance, and a small scene often has a single voxel at the coarsest level. With fewer than two rows,
+    training therefore normalizes with the running statistics and leaves them unchanged. A subclass that replaces `bn`
+    handles this case itself: a synchronized norm counts the rows of all processes.
     """
 
     def __init__(self, channels, momentum):
@@ -365,7 +388,7 @@ class BatchNorm(nn.Module):
 
 
 def norm_relu(norm, x):
-    """ReLU in place: the norm keeps its input for the backward pass, not its output."""
+    """ReLU of the norm, in place: for its backward pass, the norm saves its input and not its output."""
     return F.relu(norm(x), inplace=True)
 
 
@@ -386,14 +409,16 @@ class BasicBlock(nn.Module):
     def forward(self, x, kernel_map):
         out = norm_relu(self.norm1, self.conv1(x, kernel_map))
         out = self.norm2(self.conv2(out, kernel_map))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        residual = x if self.downsample is None else self.downsample(x)
+        return F.relu(out + residual, inplace=True)
 
 
 class Stage(nn.Sequential):
-    """BasicBlocks on one grid, and so on one map."""
+    """BasicBlocks that share one grid and one map."""
 
-    def __init__(self, in_channels, out_channels, blocks):
-        super().__init__(*(BasicBlock(out_channels if i else in_channels, out_channels) for i in range(blocks)))
+    def __init__(self, in_channels, out_channels, num_blocks):
+        widths = [in_channels] + [out_channels] * num_blocks
+        super().__init__(*map(BasicBlock, widths, widths[1:]))
 
     def forward(self, x, kernel_map):
         for block in self:
@@ -407,10 +432,10 @@ SMALL = dict(planes=(32, 32, 64, 96, 64, 48, 32, 32), layers=(1,) * 8)  # the de
 
 
 class Res16UNet34C(nn.Module):
-    """The U-Net of ESAM, Mask3D and OpenScene: five resolutions, 37.9 M parameters with the default planes.
+    """The U-Net of ESAM and Mask3D: five resolutions, 37.9 M parameters with the default planes.
 
     forward(coords (M, 4) int64 (batch, x, y, z), feats (M, in_channels)) -> (M, planes[-1]).
-    planes and layers: channels and BasicBlocks of block1 to block8. State-dict keys are MinkowskiEngine's.
+    planes, layers: channels and number of BasicBlocks of block1 to block8. State-dict keys are MinkowskiEngine's.
     """
 
     def __init__(self, in_channels=3, planes=PLANES, layers=LAYERS):
@@ -465,24 +490,18 @@ class Res16UNet34C(nn.Module):
 
 
 def load_res16unet34c(model, checkpoint):
-    """Fill a Res16UNet34C from a checkpoint of ESAM, Mask3D or OpenScene, or from one of its own.
+    """Loads the weights of a Res16UNet34C: a checkpoint of ESAM or Mask3D, or one written by this repository.
 
-    checkpoint: a path, or a dict of tensors, flat or under "state_dict" or "model". What stands before
-    `conv0p1s1.kernel` (`backbone.`, `model.backbone.`) is the prefix of the network: keys without it are left alone,
-    and `final.*` is dropped.
-    Returns one line that says what was loaded. Raises FileNotFoundError, and ValueError with the list of what is
-    missing, unknown or of another shape; then nothing is loaded.
+    checkpoint: a path, or a dict of tensors, flat or under "state_dict" or "model". The prefix of the network is found
+        from the key that ends in `conv0p1s1.kernel` (`backbone.`, `model.backbone.`). Keys without the prefix are
+        ignored, and so is `final.*`, a classifier.
+    Returns a line that says what was loaded. Raises FileNotFoundError; or ValueError with all keys that are missing,
+    unknown or of another shape, in which case the model is unchanged.
     """
     name = "checkpoint"
     if not isinstance(checkpoint, dict):
         name = str(checkpoint)
-        try:
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # torch has one for each damage
-            raise ValueError(f"{name} is no checkpoint of plain tensors; if it holds other objects and you trust it, "
-                             "load it with weights_only=False and save its state_dict alone") from error
+        checkpoint = _read_tensors(checkpoint)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{name} holds a {type(checkpoint).__name__}, expected a dict of tensors")
     tensors = next((checkpoint[key] for key in ("state_dict", "model") if key in checkpoint), checkpoint)
@@ -495,6 +514,7 @@ def load_res16unet34c(model, checkpoint):
     found = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
     dropped = [key for key in found if key.startswith("final.")]
     found = {key: value for key, value in found.items() if key not in dropped}
+
     own = model.state_dict()
     problems = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in found]
     problems += [f"unknown {key}" for key in found if key not in own]
@@ -507,24 +527,42 @@ def load_res16unet34c(model, checkpoint):
             f"left {len(tensors) - len(found) - len(dropped)} keys of other modules")
 
 
-class PointEncoder(nn.Module):
-    """A sparse U-Net as a point network: voxelise, average the colours, run, give each point its voxel's feature.
+def _read_tensors(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # torch raises any of these
+        raise ValueError(f"{path} is not a checkpoint of plain tensors. If it holds other objects and you trust it, "
+                         "load it with weights_only=False and save only its state_dict") from error
 
-    forward(points (N, 3) in units of voxel_size, colors (N, 3) in [0, 1], batch (N,) int64) -> (N, out_channels).
-    Colours enter as colors * 2 - 1. Where planes[-1] is not out_channels, a linear layer on the voxels maps them.
+
+# ----------------------------------------------------------------------------------------------------------------
+# Points
+
+class PointEncoder(nn.Module):
+    """A sparse U-Net for points: averages point features per voxel, and gives each point its voxel's output.
+
+    voxel_size: in metres. in_channels: F, the channels of the point features. planes, layers: of `Res16UNet34C`.
+    out_channels: if planes[-1] differs, a linear layer maps the voxels to out_channels.
     """
 
-    def __init__(self, voxel_size, out_channels=96, planes=PLANES, layers=LAYERS):
+    def __init__(self, voxel_size, in_channels=3, out_channels=96, planes=PLANES, layers=LAYERS):
         super().__init__()
         if not voxel_size > 0:
             raise ValueError(f"voxel_size must be positive, got {voxel_size}")
-        self.voxel_size, self.out_channels = voxel_size, out_channels
-        self.backbone = Res16UNet34C(3, planes, layers)
+        self.voxel_size, self.in_channels, self.out_channels = voxel_size, in_channels, out_channels
+        self.backbone = Res16UNet34C(in_channels, planes, layers)
         self.project = nn.Identity() if planes[-1] == out_channels else nn.Linear(planes[-1], out_channels)
 
-    def forward(self, points, colors, batch):
-        if colors.shape != points.shape:
-            raise ValueError(f"colors must be {tuple(points.shape)} like points, got {tuple(colors.shape)}")
-        coords, inverse = voxelize(points, batch, self.voxel_size)
-        feats = self.project(self.backbone(coords, voxel_mean(colors * 2 - 1, inverse, len(coords))))
-        return feats.index_select(0, inverse)  # its backward adds rows in order; that of feats[inverse] is slower
+    def forward(self, batch):
+        """batch, a dict of "coords" (N, 3) in metres, "features" (N, F) in [0, 1], and "batch" (N,) int64, the scene of
+        each point -> (N, out_channels). The network sees 2 * features - 1.
+        """
+        coords, features, batch_idx = batch["coords"], batch["features"], batch["batch"]
+        if features.shape != (len(coords), self.in_channels):
+            raise ValueError(f"features must be ({len(coords)}, {self.in_channels}), got {tuple(features.shape)}")
+        voxels, point_to_voxel = voxelize(coords, batch_idx, self.voxel_size)  # (M, 4), (N,)
+        feats = voxel_mean(features * 2 - 1, point_to_voxel, len(voxels))      # (M, F)
+        feats = self.project(self.backbone(voxels, feats))                     # (M, out_channels)
+        return feats.index_select(0, point_to_voxel)  # its backward adds rows in a fixed order; feats[...]'s is slower

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Sparse convolution against MinkowskiEngine's own figures, dense conv3d, finite differences and its symmetries.
 
-tests/data holds what MinkowskiEngine 0.5.4 computed on a synthetic room, every eighth row of it; where the full
-figures lie beside the repository, they are checked too. Weights are made from their state-dict keys by `value`.
+tests/data holds every eighth row of what MinkowskiEngine 0.5.4 computed on a synthetic room; if the full figures lie
+beside the repository, they are used instead. `value` makes the weights from their state-dict keys.
 """
+import functools
 import gc
 import itertools
 import json
@@ -40,15 +41,17 @@ def value(key, shape, kind):
     return torch.from_numpy(r.astype(np.float32))
 
 
-@pytest.fixture(scope="module", params=["copy", "full"])
-def figures(request):
-    """The figures as one dict; `step` says that out and gradient rows are every step-th."""
+def copied_figures():
+    """The figures in tests/data as one dict; `step` says that out and gradient rows are every step-th."""
     copy = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(DATA / "minkowski.npz").items()}
-    if request.param == "copy":
-        return copy | {k: copy[k].long() for k in ("coords", "conv_k2s2.out_coords")}  # int16 in the file
+    return copy | {k: copy[k].long() for k in ("coords", "conv_k2s2.out_coords")}  # int16 in the file
+
+
+def full_figures():
+    """The figures beside the repository in the same form, or None if they are not there."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "oracle"
     if not folder.is_dir():
-        pytest.skip("needs shared/oracle beside the repository")
+        return None
     full = {"step": torch.tensor(1)}
     for name in (*CONVOLUTIONS, "res16unet34c"):
         full |= {f"{name}.{k}": torch.from_numpy(v) for k, v in np.load(folder / f"{name}.npz").items()}
@@ -58,6 +61,21 @@ def figures(request):
         assert torch.equal(full[f"{name}.in_coords"], full["coords"])
         assert torch.equal(full[f"{name}.in_feats"], full["feats8"])
     return full
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return full_figures() or copied_figures()
+
+
+def test_the_copied_figures_are_rows_of_the_full_ones():
+    copy, full = copied_figures(), full_figures()
+    if full is None:
+        pytest.skip("needs shared/oracle beside the repository")
+    for key, tensor in copy.items():
+        if key != "step":
+            every = 1 if len(full[key]) == len(tensor) else copy["step"]
+            assert torch.equal(full[key][::every].to(tensor.dtype), tensor), key
 
 
 def error(actual, expected):
@@ -78,11 +96,12 @@ def cloud(cells, span, samples=2, seed=0):
 
 
 def surfaces(points=600, seed=0):
-    """Points on three walls of a room, two samples."""
+    """A batch of points on three walls of a room, two scenes."""
     g = torch.Generator().manual_seed(seed)
     xyz = torch.rand(points, 3, generator=g)
     xyz[torch.arange(points), torch.arange(points) % 3] = 0
-    return xyz - 0.3, torch.rand(points, 3, generator=g), torch.arange(points) * 2 // points
+    return {"coords": xyz - 0.3, "features": torch.rand(points, 3, generator=g),
+            "batch": torch.arange(points) * 2 // points}
 
 
 @pytest.fixture(params=["per offset", "one product"])
@@ -184,7 +203,7 @@ def test_both_passes_equal_dense_conv3d_and_its_transpose(kernel_size, stride, d
     outputs = grid if stride == 1 else grid.coarser
     m = grid.neighbours(K, dilation) if stride == 1 else grid.down(K, dilation)
     first = -(K // 2) * dilation if K % 2 else 0
-    reach = K * dilation + 2
+    reach = K // 2 * dilation  # of the kernel, beyond the cells
     low = torch.tensor([0] + [-6 - reach] * 3)
     for transposed, source, target in ((False, grid, outputs), (True, outputs, grid)):
         feats = torch.randn(len(source), 3, dtype=torch.float64, requires_grad=True)
@@ -302,14 +321,14 @@ def test_double_stays_double_under_autocast():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_step_twice_is_the_same_to_the_bit(dtype):
-    points, colors, batch = surfaces(3000)
+def test_the_same_step_twice_is_bit_exact(dtype):
+    batch = surfaces(3000)
     runs = []
     for _ in range(2):
         torch.manual_seed(0)
         encoder = PointEncoder(0.05, **SMALL)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            out = encoder(points, colors, batch)
+            out = encoder(batch)
         out.float().square().mean().backward()
         runs.append([out, *(p.grad for p in encoder.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
@@ -390,58 +409,14 @@ def test_a_box_of_two_to_the_twenty_cells_a_side_is_resolved():
     assert (table < 32).sum() == 32  # every cell meets itself alone
 
 
-@pytest.mark.parametrize("points, batch, size, message", [
-    (torch.zeros(3, 2), torch.zeros(3).long(), 0.1, r"points must be \(N, 3\) float"),
-    (torch.zeros(3, 3).long(), torch.zeros(3).long(), 0.1, "float"),
-    (torch.zeros(3, 3), torch.zeros(2).long(), 0.1, r"batch must be \(3,\)"),
-    (torch.zeros(3, 3), torch.zeros(3), 0.1, "int64"),
-    (torch.zeros(3, 3), torch.tensor([0, -1, 0]), 0.1, "negative"),
-    (torch.zeros(3, 3), torch.zeros(3).long(), 0.0, "voxel_size"),
-    (torch.zeros(3, 3), torch.zeros(3).long(), float("nan"), "voxel_size"),
-    (torch.tensor([[0.0] * 3, [0, float("nan"), 0]]), torch.zeros(2).long(), 0.1, "point 1"),
-    (torch.tensor([[0.0] * 3, [0, float("inf"), 0]]), torch.zeros(2).long(), 0.1, "point 1"),
-    (torch.tensor([[1e9, 0, 0]]), torch.zeros(1).long(), 0.1, "beyond"),
-    (torch.eye(3) * 1e8 - 1, torch.zeros(3).long(), 0.1, "span")])
-def test_voxelize_refuses_what_has_no_cell(points, batch, size, message):
-    with pytest.raises(ValueError, match=message):
-        voxelize(points, batch, size)
-
-
-@pytest.mark.parametrize("coords, message", [
-    (torch.tensor([[0, 1, 2, 3], [0, 0, 0, 0], [0, 1, 2, 3]]), r"1 duplicates, the first is \[0, 1, 2, 3\]"),
-    (torch.zeros(3, 3).long(), r"\(M, 4\)"),
-    (torch.zeros(3, 4), "int64"),
-    (torch.tensor([[-1, 0, 0, 0]]), "batch must be >= 0"),
-    (torch.tensor([[0, 2 ** 31, 0, 0]]), "within"),
-    (torch.tensor([[0, 0, 0, 0], [0, 2 ** 22, 2 ** 22, 2 ** 22]]), "span")])
-def test_a_grid_refuses_duplicates_and_coordinates_out_of_range(coords, message):
-    with pytest.raises(ValueError, match=message):
-        VoxelGrid(coords)
-
-
-def test_a_convolution_refuses_shapes_that_disagree():
-    m = VoxelGrid(cloud(10, 2)).neighbours(3)
-    for feats, kernel in ((torch.ones(m.num_in, 2), torch.ones(27, 3, 2)), (torch.ones(3, 2), torch.ones(27, 2, 2)),
-                          (torch.ones(m.num_in, 2), torch.ones(8, 2, 2)), (torch.ones(2), torch.ones(27, 2, 2)),
-                          (torch.ones(m.num_in, 2).double(), torch.ones(27, 2, 2))):
-        with pytest.raises(ValueError, match="feats"):
-            sparse_conv(feats, kernel, m)
-    with pytest.raises(ValueError, match="no map"):
-        build_kernel_map(VoxelGrid(cloud(10, 2)).coarser, VoxelGrid(cloud(10, 2)), 3)
-    with pytest.raises(ValueError, match="multiples"):
-        VoxelGrid(torch.tensor([[0, 1, 2, 2]]), stride=2)
-    with pytest.raises(ValueError, match="feats must be"):
-        Res16UNet34C(**TINY)(cloud(10, 2), torch.ones(3, 3))
-
-
 def test_no_argument_is_changed():
     coords = cloud(50, 4)
     feats, kernel = torch.randn(len(coords), 16), torch.randn(27, 16, 16)
-    points, colors, batch = surfaces(100)
-    arguments = [coords, feats, kernel, points, colors, batch]
+    batch = surfaces(100)
+    arguments = [coords, feats, kernel, *batch.values()]
     before = [a.clone() for a in arguments]
     sparse_conv(feats, kernel, VoxelGrid(coords).neighbours(3))
-    PointEncoder(0.1, **TINY)(points, colors, batch)
+    PointEncoder(0.1, **TINY)(batch)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before))
 
 
@@ -452,7 +427,7 @@ def test_no_argument_is_changed():
 def test_an_encoder_takes_no_point_one_point_and_two(points, train):
     encoder = PointEncoder(0.1, **TINY).train(train)
     xyz = torch.rand(points, 3)
-    out = encoder(xyz, xyz, torch.zeros(points, dtype=torch.int64))
+    out = encoder({"coords": xyz, "features": xyz, "batch": torch.zeros(points, dtype=torch.int64)})
     assert out.shape == (points, 96) and torch.isfinite(out).all()
     out.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
@@ -470,37 +445,86 @@ def test_one_voxel_is_normalised_with_running_statistics_and_leaves_them():
 
 # Point encoder
 
-def test_points_of_one_voxel_share_its_feature_and_colours_enter_as_minus_one_to_one():
-    points, colors, batch = surfaces()
-    encoder = PointEncoder(0.2, **TINY).eval()
-    out = encoder(points, colors, batch)
-    coords, inverse = voxelize(points, batch, 0.2)
-    assert len(coords) < len(points)
-    voxels = encoder.backbone(coords, voxel_mean(2 * colors - 1, inverse, len(coords)))
-    torch.testing.assert_close(out, encoder.project(voxels)[inverse])
+@pytest.mark.parametrize("channels", [3, 7])
+def test_points_of_one_voxel_share_its_output_and_features_enter_as_minus_one_to_one(channels):
+    batch = surfaces()
+    batch["features"] = torch.rand(len(batch["coords"]), channels)
+    encoder = PointEncoder(0.2, channels, **TINY).eval()
+    out = encoder(batch)
+    voxels, point_to_voxel = voxelize(batch["coords"], batch["batch"], 0.2)
+    assert len(voxels) < len(out)
+    feats = encoder.backbone(voxels, voxel_mean(2 * batch["features"] - 1, point_to_voxel, len(voxels)))
+    torch.testing.assert_close(out, encoder.project(feats)[point_to_voxel])
 
 
 def test_an_encoder_adds_a_layer_only_where_widths_differ_and_every_parameter_learns():
     assert [k for k, _ in PointEncoder(0.1, out_channels=8, **TINY).named_parameters() if "backbone" not in k] == []
     encoder = PointEncoder(0.05, **SMALL)
-    points, colors, batch = surfaces(3000)
-    out = encoder(points, colors, batch)
+    out = encoder(surfaces(3000))
     assert out.shape == (3000, 96)
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters())
 
 
-def test_an_encoder_refuses_colours_of_another_shape():
-    with pytest.raises(ValueError, match=r"colors must be \(5, 3\)"):
-        PointEncoder(0.1, **TINY)(torch.rand(5, 3), torch.rand(5, 4), torch.zeros(5).long())
-    with pytest.raises(ValueError, match="voxel_size"):
-        PointEncoder(0, **TINY)
-    with pytest.raises(ValueError, match="8 entries"):
-        Res16UNet34C(planes=(8,) * 7)
+# Refusals
+
+def points(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def cells(*rows):
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def small_map():
+    return VoxelGrid(cells([0, 0, 0, 0], [0, 0, 0, 1])).neighbours(3)
+
+
+def encode(features):
+    return PointEncoder(0.1, **TINY)({"coords": torch.rand(5, 3), "features": features, "batch": torch.zeros(5).long()})
+
+
+ONE, TWO = torch.zeros(1).long(), torch.zeros(2).long()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: voxelize(torch.zeros(2, 2), TWO, 0.1), r"points must be \(N, 3\) float"),
+    (lambda: voxelize(torch.zeros(2, 3).long(), TWO, 0.1), "float"),
+    (lambda: voxelize(torch.zeros(2, 3), ONE, 0.1), r"batch_idx must be \(2,\)"),
+    (lambda: voxelize(torch.zeros(2, 3), torch.zeros(2), 0.1), "int64"),
+    (lambda: voxelize(torch.zeros(2, 3), torch.tensor([0, -1]), 0.1), "negative"),
+    (lambda: voxelize(torch.zeros(2, 3), TWO, 0.0), "voxel_size"),
+    (lambda: voxelize(torch.zeros(2, 3), TWO, math.nan), "voxel_size"),
+    (lambda: voxelize(points([0, 0, 0], [0, math.nan, 0]), TWO, 0.1), "point 1"),
+    (lambda: voxelize(points([0, 0, 0], [0, math.inf, 0]), TWO, 0.1), "point 1"),
+    (lambda: voxelize(points([1e9, 0, 0]), ONE, 0.1), "beyond"),
+    (lambda: voxelize(torch.eye(3) * 1e8 - 1, torch.zeros(3).long(), 0.1), "span"),
+    (lambda: VoxelGrid(cells([0, 1, 2, 3], [0, 0, 0, 0], [0, 1, 2, 3])), r"1 duplicates, the first is \[0, 1, 2, 3\]"),
+    (lambda: VoxelGrid(torch.zeros(3, 3).long()), r"\(M, 4\)"),
+    (lambda: VoxelGrid(torch.zeros(3, 4)), "int64"),
+    (lambda: VoxelGrid(cells([-1, 0, 0, 0])), "batch must be >= 0"),
+    (lambda: VoxelGrid(cells([0, 2 ** 31, 0, 0])), "within"),
+    (lambda: VoxelGrid(cells([0, 0, 0, 0], [0, 2 ** 22, 2 ** 22, 2 ** 22])), "span"),
+    (lambda: VoxelGrid(cells([0, 1, 2, 2]), stride=2), "multiples of 2"),
+    (lambda: build_kernel_map(VoxelGrid(cloud(10, 2)).coarser, VoxelGrid(cloud(10, 2)), 3), "no map"),
+    (lambda: sparse_conv(torch.ones(2, 2), torch.ones(27, 3, 2), small_map()), "kernel must be"),
+    (lambda: sparse_conv(torch.ones(2, 2), torch.ones(8, 2, 2), small_map()), "kernel must be"),
+    (lambda: sparse_conv(torch.ones(2, 2).double(), torch.ones(27, 2, 2), small_map()), "float64"),
+    (lambda: sparse_conv(torch.ones(3, 2), torch.ones(27, 2, 2), small_map()), r"feats must be \(2, Cin\)"),
+    (lambda: sparse_conv(torch.ones(2), torch.ones(27, 2, 2), small_map()), r"feats must be \(2, Cin\)"),
+    (lambda: Res16UNet34C(**TINY)(cloud(10, 2), torch.ones(3, 3)), "feats must be"),
+    (lambda: Res16UNet34C(planes=(8,) * 7), "8 entries"),
+    (lambda: encode(torch.rand(5, 4)), r"features must be \(5, 3\), got \(5, 4\)"),
+    (lambda: encode(torch.rand(4, 3)), r"features must be \(5, 3\), got \(4, 3\)"),
+    (lambda: PointEncoder(0, **TINY), "voxel_size")])
+def test_malformed_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Checkpoints
 
+@functools.cache
 def tiny_weights():
     torch.manual_seed(1)
     return Res16UNet34C(**TINY).state_dict()
@@ -549,7 +573,7 @@ def test_a_file_that_holds_code_or_is_absent_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.ckpt"):
         load_res16unet34c(net, tmp_path / "absent.ckpt")
     torch.save({"state_dict": tiny_weights(), "hyper_parameters": Opaque()}, tmp_path / "code.ckpt")
-    with pytest.raises(ValueError, match="code.ckpt is no checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match="code.ckpt is not a checkpoint of plain tensors"):
         load_res16unet34c(net, tmp_path / "code.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "code.ckpt").read_bytes()[:5000])
     (tmp_path / "empty.ckpt").touch()
