@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""N processes that train as one process with the N-fold batch would; imports torch alone.
+"""N processes that train as one process with an N times larger batch would; imports torch only.
 
-Plain functions instead of a wrapper around the model. With one process, with or without torchrun, all of them do
-nothing and need no process group. What depends on the split of a batch, and what makes it independent:
+Plain functions instead of a model wrapper. In a single process, with or without torchrun, they change nothing and need
+no process group. Three things depend on how a batch is split over processes; each is made independent of the split:
 
-    gradients     average_gradients, once a step
-    losses        local sum / world_mean(local mass): the mean of that over processes is the undivided batch's loss
-    batch norms   synchronize_batch_norm: statistics of the rows of all processes, joined after Chan, Golub and LeVeque,
-                  "Algorithms for Computing the Sample Variance" (1983): no cancellation, one message a layer
+    gradients     average_gradients, once per step
+    losses        loss = local sum / world_mean(local normalizer), whose mean over processes is the loss of the whole
+                  batch; a normalizer is what the sum is divided by, for instance the number of labelled points
+    batch norms   synchronize_batch_norm: statistics over the rows of all processes, one message per layer, combined by
+                  Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, without cancellation:
 
     n = sum n_p,   mean = sum n_p mean_p / n,   var = sum (n_p var_p + n_p (mean_p - mean)^2) / n
 
-Nothing here asks how many rows a process has before it sends: every process sends the same messages in the same order,
-or the others would wait for it. The caller's part: every norm's output must reach the loss, with a gradient of zero
-where a process has nothing to learn from, so that its backward pass runs, too.
+Every process must send the same messages in the same order, or the others wait for it. So nothing here skips a message
+when a process has no rows. The caller's part: the output of every norm must reach the loss, with a zero gradient if a
+process has nothing to learn from, so that the backward pass of every norm runs on every process.
 """
 import os
 from datetime import timedelta
@@ -25,31 +26,31 @@ from torch.autograd.function import once_differentiable
 
 
 def setup(device=None, timeout=1800.0):
-    """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun (0, 1, device).
+    """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun: (0, 1, device).
 
-    device: None is cuda where there is one, else cpu; of several processes each takes the GPU of its LOCAL_RANK.
-    timeout: seconds that a process waits for one that is alive and does not answer. One that dies ends the others
-    sooner: on a CPU its connections break, and torchrun stops the rest in any case.
-    Raises ValueError where the environment is not torchrun's or does not fit the device.
+    device: None is cuda if available, else cpu. With several processes each takes the GPU of its LOCAL_RANK.
+    timeout: seconds until the other processes give up on one that hangs. If a process dies, they end sooner: torchrun
+        stops them, and on a CPU their connections break.
+    Raises ValueError if the environment variables are incomplete or do not fit the device.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     rank, local_rank, world_size = 0, device.index or 0, 1
+    found = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     if found["RANK"] is not None or found["WORLD_SIZE"] is not None:
         try:
             rank, local_rank, world_size, _ = map(int, found.values())
         except (TypeError, ValueError):
-            raise ValueError(f"torchrun sets these to integers, the environment has {found}: start with torchrun, or "
-                             "unset RANK and WORLD_SIZE for a single process") from None
+            raise ValueError(f"torchrun sets these variables to integers, but the environment has {found}: start with "
+                             "torchrun, or unset RANK and WORLD_SIZE for a single process") from None
         if not 0 <= local_rank <= rank < world_size:
             raise ValueError(f"0 <= LOCAL_RANK <= RANK < WORLD_SIZE does not hold for {found}")
         if world_size > 1 and device.index is not None:
-            raise ValueError(f"device {device} is one for {world_size} processes: give {device.type}")
+            raise ValueError(f"{world_size} processes cannot share device {device}: give {device.type}")
     if device.type == "cuda":
         device = torch.device("cuda", device.index or local_rank)
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"there is no {device} for local process {local_rank}: {torch.cuda.device_count()} GPUs "
-                             "here, one a process")
+            raise ValueError(f"there is no {device} for local process {local_rank}: this machine has "
+                             f"{torch.cuda.device_count()} GPUs, and each process needs one")
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
         cuda = device.type == "cuda"
@@ -63,12 +64,12 @@ def _world_size():
 
 
 def average_gradients(parameters, world_size, extra=()):
-    """Averages gradients over processes, in place: what DistributedDataParallel does, without a wrapper to see through.
+    """Averages gradients over processes, in place, as DistributedDataParallel does, but without wrapping the model.
 
-    One flat all-reduce in float32 or wider. A parameter without a gradient on this process counts as zero; without one
-    on any, it stays without, as it would in one process, and the optimiser passes over it.
-    extra: 0-d tensors that travel along, such as the loss. Returns their means over processes, (len(extra),): one that
-    is not finite on one process is not finite on all.
+    One flat all-reduce, in float32 or wider. A gradient that is missing on some processes counts as zero there. A
+    gradient that is missing on all stays None, as in a single process, so the optimizer skips the parameter.
+    extra: 0-d tensors to average in the same message, such as the loss.
+    Returns the means of extra, (len(extra),): not finite on any process means not finite on all.
     """
     parameters = list(parameters)
     extra = torch.stack([x.detach() for x in extra]) if len(extra) else torch.empty(0, device=parameters[0].device)
@@ -79,13 +80,15 @@ def average_gradients(parameters, world_size, extra=()):
     for i in missing:
         present[i] = 0
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([present, extra, *(grad.flatten() for grad in grads)])  # cat takes the widest type
+
+    flat = torch.cat([present, extra, *(grad.flatten() for grad in grads)])  # cat promotes to the widest dtype
     dist.all_reduce(flat)
     flat /= world_size
     present, extra, *means = flat.split([len(parameters), len(extra), *(grad.numel() for grad in grads)])
+
     for grad, mean in zip(grads, means):
         grad.copy_(mean.view_as(grad))
-    if missing:  # only then is it worth waiting for the device
+    if missing:  # tolist waits for the device
         present = present.tolist()
         for i in missing:
             parameters[i].grad = grads[i] if present[i] else None
@@ -93,41 +96,52 @@ def average_gradients(parameters, world_size, extra=()):
 
 
 def average_buffers(model, world_size):
-    """Running statistics averaged over processes, in place, so that every rank evaluates and saves the same model."""
-    if world_size > 1:
-        for name, buffer in model.named_buffers():
-            if "running_" in name:  # fixed matrices stay to the bit: (x + x + x) / 3 need not be x
-                dist.all_reduce(buffer)
-                buffer /= world_size
+    """Averages running statistics over processes, in place, so that every rank evaluates and saves the same model."""
+    if world_size == 1:
+        return
+    for name, buffer in model.named_buffers():
+        if "running_" in name:  # other buffers are equal on all ranks, and (x + x + x) / 3 need not be x
+            dist.all_reduce(buffer)
+            buffer /= world_size
 
 
 def world_mean(x):
-    """Mean of a tensor over processes, float and without a gradient: for the denominators of losses."""
+    """Mean of a tensor over processes, as float, without a gradient: for the normalizers of losses."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if _world_size() > 1:
         dist.all_reduce(total)
     return total / _world_size()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Batch normalisation
+def gather_objects(value, world_size):
+    """The picklable values of all processes, as a list in order of rank."""
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
 
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batch normalization
 
 @torch.no_grad()
 def _world_statistics(x):
-    """x (M, C), M of this process -> mean (C,), biased variance (C,), rows (0-d) of all of them, float32 or wider.
+    """x (M, C), the rows of this process -> mean (C,), biased variance (C,), number of rows (0-d) over all processes.
 
-    Each process joins the same gathered numbers, so that the running statistics of all agree to the bit.
+    float32 or wider. All processes combine the same gathered numbers in the same order, so their running statistics are
+    bit-identical.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    C, rows = x.shape[1], max(len(x), 1)
-    mean = x.sum(0) / rows
-    local = torch.cat((mean, (x - mean).square_().sum(0), mean.new_full((1,), len(x))))
-    parts = [local]
+    C = x.shape[1]
+    mean = x.sum(0) / max(len(x), 1)
+    squares = (x - mean).square_().sum(0)
+    local = torch.cat((mean, squares, mean.new_full((1,), len(x))))  # (2 C + 1,)
+    gathered = [local]
     if _world_size() > 1:
-        parts = [torch.empty_like(local) for _ in range(_world_size())]
-        dist.all_gather(parts, local)
-    means, squares, counts = torch.stack(parts).split((C, C, 1), 1)
+        gathered = [torch.empty_like(local) for _ in range(_world_size())]
+        dist.all_gather(gathered, local)
+    means, squares, counts = torch.stack(gathered).split((C, C, 1), 1)  # (N, C), (N, C), (N, 1)
     count = counts.sum()
     mean = (counts * means).sum(0) / count.clamp(min=1)
     squares = (squares + counts * (means - mean).square()).sum(0)
@@ -135,11 +149,11 @@ def _world_statistics(x):
 
 
 class _Normalize(torch.autograd.Function):
-    """y = weight * z + bias, z = (x - mean) / std, where mean and std are those of the rows of all processes.
+    """y = weight * z + bias with z = (x - mean) / std; mean and std are those of the rows of all processes.
 
         dx = weight / std * (dy - share * (sum dy + z * sum dy z)),   sums over the rows of all processes
 
-    share is 1 / rows, and 0 where mean and std do not depend on x.
+    share is 1 / rows, or 0 if mean and std do not depend on x.
     """
 
     @staticmethod
@@ -151,9 +165,9 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, mean, std, share = ctx.saved_tensors
-        centred = x - mean  # changed in place below: on a CPU new memory costs more than the arithmetic
+        centred = x - mean  # reused in place below: on a CPU, new memory costs more than the arithmetic
         grad = grad.to(centred.dtype)
-        local = torch.stack((grad.sum(0), (grad * centred).sum(0) / std))
+        local = torch.stack((grad.sum(0), (grad * centred).sum(0) / std))  # (2, C): gradients of bias and weight
         total = local.clone()
         if _world_size() > 1:
             dist.all_reduce(total)
@@ -163,14 +177,15 @@ class _Normalize(torch.autograd.Function):
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d on the concatenated rows (M, C) of all processes; M may differ between them, and be 0.
+    """nn.BatchNorm1d over the concatenated rows (M, C) of all processes; M may differ between them, and be 0.
 
-    One small message forward and one backward. Fewer than two rows in all have no variance: there the running
-    statistics serve and stay as they are. In evaluation it is nn.BatchNorm1d. float16 and bfloat16 rows are summed in
-    float32. Weight and bias get the gradients of the local rows, for `average_gradients`.
+    One small message forward and one backward. One row in total has no variance: with fewer than two, training
+    normalizes with the running statistics and leaves them unchanged. Evaluation is that of nn.BatchNorm1d. float16 and
+    bfloat16 rows are summed in float32. Weight and bias get the gradients of the local rows; `average_gradients` joins
+    them.
 
-    torch's own SyncBatchNorm refuses a CPU; this one is the same code, and so tested, everywhere, and on a GPU it never
-    waits for the device. Its price is a handful of elementwise passes where theirs is fused.
+    torch's SyncBatchNorm needs a GPU. This one runs, and is tested, on a CPU too, and on a GPU it never waits for the
+    device; the price is a few elementwise passes that theirs fuses.
     """
 
     def forward(self, x):
@@ -179,20 +194,20 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(x)
         mean, var, count = _world_statistics(x)
-        enough = count > 1  # a tensor: asking for its value would wait for the device
+        enough = count > 1  # a tensor, because reading its value would wait for the device
         mean = torch.where(enough, mean, self.running_mean)
-        unbiased = torch.where(enough, var * (count / (count - 1)), self.running_var)
+        unbiased_var = torch.where(enough, var * (count / (count - 1)), self.running_var)
         std = (torch.where(enough, var, self.running_var) + self.eps).sqrt()
         self.running_mean += self.momentum * (mean - self.running_mean)
-        self.running_var += self.momentum * (unbiased - self.running_var)
+        self.running_var += self.momentum * (unbiased_var - self.running_var)
         self.num_batches_tracked += enough
         return _Normalize.apply(x, self.weight, self.bias, mean, std, enough / count.clamp(min=1))
 
 
 def synchronize_batch_norm(model):
-    """Makes every nn.BatchNorm1d of a model a SyncedBatchNorm, in place; call it after `setup`.
+    """Turns every nn.BatchNorm1d of a model into a SyncedBatchNorm, in place; call it after `setup`.
 
-    Parameters, buffers, keys, hooks and references stay the very same objects. Nothing changes in a single process.
+    Modules, parameters, buffers, state-dict keys and hooks stay the same objects. In a single process nothing changes.
     Raises ValueError for a norm without scale and shift, running statistics or a constant momentum.
     """
     if _world_size() == 1:

@@ -14,7 +14,8 @@ import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distributed import SyncedBatchNorm, average_buffers, average_gradients, setup, synchronize_batch_norm, world_mean
+from distributed import (SyncedBatchNorm, average_buffers, average_gradients, gather_objects, setup,
+                         synchronize_batch_norm, world_mean)
 from sparse_unet import BatchNorm, PointEncoder
 
 TINY = dict(out_channels=8, planes=(8,) * 8, layers=(1,) * 8)
@@ -47,7 +48,8 @@ def start(target, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])  # imported once for all processes of this file
     pipes, processes = [], []
     for rank in range(2):
         mine, theirs = context.Pipe()
@@ -111,7 +113,7 @@ def close(actual, expected, tolerance):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Batch normalisation
+# Batch normalization
 
 
 def random_norm(channels, dtype=torch.float32, momentum=0.1):
@@ -143,7 +145,7 @@ def norm_in_each(rank, dtype, tolerance, splits):
             own.grad = other.grad = None
         for own, other in zip(norm.buffers(), reference.buffers()):
             close(own, other, tolerance)
-            assert torch.equal(total(own), own * 2)  # both processes agree to the bit
+            assert torch.equal(total(own), own * 2)  # bit-exact on both processes
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -279,9 +281,9 @@ def test_norm_in_one_process_is_batch_norm_and_its_gradient_is_right():
 
 def masked_loss(out, target, labelled):
     """Squared error over the labelled points of all processes."""
-    mass = world_mean(labelled.sum())
+    normalizer = world_mean(labelled.sum())
     error = (out - target).square().mean(1)
-    return torch.where(labelled, error, 0).sum() / torch.where(mass > 0, mass, 1)
+    return torch.where(labelled, error, 0).sum() / torch.where(normalizer > 0, normalizer, 1)
 
 
 def train_in_each(rank, sizes):
@@ -292,12 +294,13 @@ def train_in_each(rank, sizes):
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9) for m in (model, reference)]
     for step in range(4):
         points, colors = torch.rand(2, sum(sizes), 3, dtype=torch.float64)
-        batch = torch.arange(2).repeat_interleave(torch.tensor(sizes))
+        batch_idx = torch.arange(2).repeat_interleave(torch.tensor(sizes))
         target = torch.randn(len(points), 8, dtype=torch.float64)
-        labelled = (batch == 0) & (torch.arange(len(points)) % 3 > 0) & (step != 1)  # process 1 never has any
-        mine = batch == rank
-        loss = masked_loss(model(points[mine], colors[mine], batch[mine]), target[mine], labelled[mine])
-        error = (reference(points, colors, batch) - target).square().mean(1)
+        labelled = (batch_idx == 0) & (torch.arange(len(points)) % 3 > 0) & (step != 1)  # process 1 never has any
+        mine = batch_idx == rank
+        batch = {"coords": points, "features": colors, "batch": batch_idx}
+        loss = masked_loss(model({key: x[mine] for key, x in batch.items()}), target[mine], labelled[mine])
+        error = (reference(batch) - target).square().mean(1)
         expected = torch.where(labelled, error, 0).sum() / labelled.sum().clamp(min=1)
         loss.backward()
         expected.backward()
@@ -390,6 +393,16 @@ def test_one_process_needs_no_group_and_nothing_changes(monkeypatch):
     synchronize_batch_norm(model)
     average_buffers(model, 1)
     assert type(model[1]) is nn.BatchNorm1d
+    assert gather_objects(loss, 1) == [loss]
+
+
+def gather_in_each(rank):
+    assert gather_objects({"rank": rank, "rows": list(range(rank))}, 2) == [{"rank": 0, "rows": []},
+                                                                           {"rank": 1, "rows": [0]}]
+
+
+def test_gathered_objects_stand_in_order_of_rank(pair):
+    pair(gather_in_each)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -414,7 +427,7 @@ def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch, environmen
     assert not dist.is_initialized()
 
 
-def test_gpus_are_one_a_process(monkeypatch):
+def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
     bound = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", bound.append)
@@ -424,10 +437,10 @@ def test_gpus_are_one_a_process(monkeypatch):
         monkeypatch.setenv(name, value)
     assert setup("cuda") == (3, 4, torch.device("cuda:1"))
     assert bound[2:] == [torch.device("cuda:1"), (("nccl",), torch.device("cuda:1"))]
-    with pytest.raises(ValueError, match="cuda:1 is one for 4 processes"):
+    with pytest.raises(ValueError, match="4 processes cannot share device cuda:1"):
         setup("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="no cuda:2 for local process 2: 2 GPUs here"):
+    with pytest.raises(ValueError, match="no cuda:2 for local process 2: this machine has 2 GPUs"):
         setup("cuda")
 
 
