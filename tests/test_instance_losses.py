@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+import losses
 from decoder import InstanceDecoder, pool, scene_instances, superpoint_index
-from losses import InstanceCriterion, dice_loss, instance_loss, instance_targets, match_instances
+from losses import INSTANCE_WEIGHTS, InstanceCriterion, dice_loss, instance_loss, instance_targets, match_instances
 from metrics import evaluate_instances
 from test_losses import two_processes
 
@@ -31,9 +32,13 @@ def batched(scenes):
     return layers, [target for _, target, _ in scenes], tuple(query for _, _, query in scenes)
 
 
-def loss_of(scenes, **kwargs):
+def weighted(terms):
+    return sum(weight * terms[name] for name, weight in INSTANCE_WEIGHTS.items())
+
+
+def loss_of(scenes):
     layer, targets, query = batched(scenes)
-    return InstanceCriterion(**kwargs)({"layers": [layer], "query": query}, targets)
+    return weighted(InstanceCriterion()({"layers": [layer], "query": query}, targets))
 
 
 def with_gradients(scene):
@@ -111,11 +116,12 @@ def test_scenes_without_instances_have_no_targets():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_matcher_equals_brute_force(seed):
+def test_matcher_equals_brute_force(seed, monkeypatch):
     layer, target, query = random_scene(8, 4, 1 + seed % 8, seed)
     costs = (0.5, 1., 1.) if seed % 2 else (2., .3, .7)
+    monkeypatch.setattr(losses, "MATCHING_COSTS", dict(zip(("class", "bce", "dice"), costs)))
     best, matched = match_instances(layer["class_logits"], layer["mask_logits"], target["labels"], target["masks"],
-                                    query, costs)
+                                    query)
     found = brute_force_match(layer, target, query, costs)
     assert {g: int(best[g]) for g in range(4) if matched[g]} == found
     assert len(set(found.values())) == len(found)
@@ -127,7 +133,7 @@ def test_matcher_equals_brute_force(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_every_term_equals_its_formula(seed):
     layer, target, query = random_scene(seed=seed)
-    terms = instance_loss(*batched([(layer, target, query)]), no_object_weight=0.1)
+    terms = instance_loss(*batched([(layer, target, query)]))
     found = brute_force_match(layer, target, query)
     assert found
     instance_of = {q: g for g, q in found.items()}
@@ -170,23 +176,17 @@ def test_quality_learns_from_good_masks_alone():
     assert good == [g] and terms["quality"].item() == pytest.approx(.75 ** 2, abs=1e-9)
 
 
-def test_the_criterion_weighs_terms_and_sums_layers():
-    scenes = [random_scene(seed=1), random_scene(seed=2)]
-    layer, targets, query = batched(scenes)
+def test_the_criterion_gives_raw_terms_summed_over_layers():
+    layer, targets, query = batched([random_scene(seed=1), random_scene(seed=2)])
     terms = instance_loss(layer, targets, query)
-    criterion = InstanceCriterion(loss_weight=3, class_weight=.2, bce_weight=.3, dice_weight=.4, quality_weight=.7)
-    loss = criterion({"layers": [layer, layer], "query": query}, targets)
-    expected = 6 * (.2 * terms["class"] + .3 * terms["bce"] + .4 * terms["dice"] + .7 * terms["quality"])
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    assert {k: v.item() for k, v in criterion.terms.items()} == pytest.approx({k: 2 * v.item()
-                                                                              for k, v in terms.items()})
+    total = InstanceCriterion()({"layers": [layer, layer], "query": query}, targets)
+    assert list(total) == list(INSTANCE_WEIGHTS)
+    assert all(torch.equal(total[name], 2 * terms[name]) for name in total)
 
 
-def test_the_default_weights_are_those_of_the_published_recipe():
-    layer, targets, query = batched([random_scene(seed=3)])
-    terms = instance_loss(layer, targets, query, no_object_weight=0.1, costs=(0.5, 1.0, 1.0))
-    expected = .5 * terms["class"] + terms["bce"] + terms["dice"] + .5 * terms["quality"]
-    assert loss_of([random_scene(seed=3)]).item() == pytest.approx(expected.item(), abs=1e-9)
+def test_the_weights_are_those_of_the_published_recipe():
+    assert INSTANCE_WEIGHTS == {"class": 0.5, "bce": 1.0, "dice": 1.0, "quality": 0.5}
+    assert losses.MATCHING_COSTS == {"class": 0.5, "bce": 1.0, "dice": 1.0} and losses.NO_OBJECT_WEIGHT == 0.1
 
 
 def test_each_layer_is_matched_anew():
@@ -195,7 +195,7 @@ def test_each_layer_is_matched_anew():
     other = {name: torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(9)).sigmoid()
              for name, x in b[0].items()}
     layers = [batched([(layer, target, query)])[0] for layer in (a[0], other)]
-    both = InstanceCriterion()({"layers": layers, "query": (query,)}, [target])
+    both = weighted(InstanceCriterion()({"layers": layers, "query": (query,)}, [target]))
     single = loss_of([a]) + loss_of([(other, target, query)])
     assert both.item() == pytest.approx(single.item(), abs=1e-9)
 
@@ -216,7 +216,7 @@ def test_gradients_equal_finite_differences(name):
     layer, targets, query = batched(scenes)
 
     def loss(*inputs):
-        return InstanceCriterion()({"layers": [{**layer, name: inputs}], "query": query}, targets)
+        return weighted(InstanceCriterion()({"layers": [{**layer, name: inputs}], "query": query}, targets))
 
     assert torch.autograd.gradcheck(loss, tuple(x.clone().requires_grad_() for x in layer[name]))
 
@@ -278,10 +278,10 @@ def test_a_batch_may_be_split_over_processes(first, second):
     def run(scenes, world_mean):
         layer, targets, query = batched(scenes)
         criterion, calls = InstanceCriterion(world_mean=world_mean and (lambda x: calls.append(x) or world_mean(x))), []
-        loss = criterion({"layers": [layer, layer], "query": query}, targets)
+        terms = criterion({"layers": [layer, layer], "query": query}, targets)
         assert world_mean is None or [x.shape for x in calls] == [(4,), (4,)]
-        return [loss.detach(), *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True),
-                torch.stack(list(criterion.terms.values()))]
+        gradients = torch.autograd.grad(weighted(terms), inputs, allow_unused=True, materialize_grads=True)
+        return [torch.stack(list(terms.values())).detach(), *gradients]
 
     torch.testing.assert_close(two_processes(run, halves), run(halves[0] + halves[1], None), rtol=1e-9, atol=1e-12)
 
@@ -291,7 +291,7 @@ def test_all_points_ignored_trains_the_class_head_towards_no_object_alone():
     decoder = InstanceDecoder(8, K, embed_dim=16, num_layers=1, num_heads=2, ffn=16)
     index, superpoint_batch = torch.arange(6).repeat(3), torch.tensor([0, 0, 0, 0, 1, 1])
     targets = instance_targets(torch.full((18,), -1), torch.full((18,), -1), index, superpoint_batch)
-    loss = InstanceCriterion()(decoder(torch.randn(6, 8), superpoint_batch), targets)
+    loss = weighted(InstanceCriterion()(decoder(torch.randn(6, 8), superpoint_batch), targets))
     loss.backward()
     assert loss.isfinite()
     grads = {name: p.grad for name, p in decoder.named_parameters() if not name.startswith("semantic_head")}
@@ -357,15 +357,10 @@ def test_scenes_without_a_match_do_not_dilute_the_mask_terms():
     assert beside["bce"].item() == pytest.approx(alone["bce"].item(), abs=1e-12)
 
 
-def test_class_agnostic_mode_is_blind_to_labels_and_class_aware_is_not():
+def test_labels_matter():
     layer, target, query = random_scene()
     relabelled = {**target, "labels": (target["labels"] + 1) % K}
     assert loss_of([(layer, relabelled, query)]) != loss_of([(layer, target, query)])
-    layer["class_logits"] = layer["class_logits"][:, :2]
-    blind = [loss_of([(layer, t, query)], class_agnostic=True) for t in (target, relabelled)]
-    assert blind[0] == blind[1]
-    with pytest.raises(ValueError, match=r"\(Q, 2\), got \(6, 4\)"):
-        loss_of([random_scene()], class_agnostic=True)
 
 
 def test_no_step_waits_for_the_device(monkeypatch):
@@ -373,28 +368,33 @@ def test_no_step_waits_for_the_device(monkeypatch):
     layer, targets, query = batched([random_scene(), no_instance(), no_point()])
     layer = {name: tuple(x.to("meta").requires_grad_() for x in tensors) for name, tensors in layer.items()}
     targets = [{name: x.to("meta") for name, x in target.items()} for target in targets]
-    loss = InstanceCriterion()({"layers": [layer], "query": tuple(x.to("meta") for x in query)}, targets)
+    loss = weighted(InstanceCriterion()({"layers": [layer], "query": tuple(x.to("meta") for x in query)}, targets))
     loss.backward()  # tensors without numbers: reading one would have raised
     assert loss.shape == () and layer["mask_logits"][0].grad is not None
 
 
-def test_arguments_are_left_alone_and_shapes_are_checked():
+def test_arguments_are_left_alone():
     layer, target, query = random_scene()
     arguments = [*layer.values(), *target.values(), query]
     before = [x.clone() for x in arguments]
     loss_of([(layer, target, query)])
     assert all(torch.equal(x, y) for x, y in zip(arguments, before))
-    with pytest.raises(ValueError, match="1 scenes, but targets of 2"):
-        InstanceCriterion()({"layers": [batched([(layer, target, query)])[0]], "query": (query,)}, [target, target])
-    with pytest.raises(ValueError, match=r"\(N,\)"):
-        instance_targets(torch.zeros(3), torch.zeros(4), torch.zeros(3), torch.zeros(1))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: InstanceCriterion()({"layers": [], "query": (torch.zeros(2),)}, [{}, {}]), "1 scenes, but targets of 2"),
+    (lambda: instance_targets(torch.zeros(3), torch.zeros(4), torch.zeros(3), torch.zeros(1)), r"\(3,\).*\(4,\)"),
+    (lambda: instance_targets(*3 * [torch.zeros(3, 1)], torch.zeros(1)), r"\(3, 1\)"),
+    (lambda: instance_targets(*3 * [torch.zeros(3)], torch.zeros(1, 1)), r"superpoint_batch \(1, 1\)")])
+def test_misshapen_input_is_refused_with_its_shape(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # ---------------------------------------------------------------------------------------------- all together
 
 
-@pytest.mark.parametrize("class_agnostic", [False, True])
-def test_the_decoder_learns_instances_that_it_can_tell_apart(class_agnostic):
+def test_the_decoder_learns_instances_that_it_can_tell_apart():
     """Superpoint features that name their instance, with noise: AP must reach 1 on the scenes trained on."""
     torch.manual_seed(0)
     batch = torch.repeat_interleave(torch.arange(2), torch.tensor([600, 480]))
@@ -406,17 +406,16 @@ def test_the_decoder_learns_instances_that_it_can_tell_apart(class_agnostic):
     feats = pool(torch.randn(10, 16)[kind] + .1 * torch.randn(1080, 16), index, len(superpoint_batch))
     targets = instance_targets(labels, instances, index, superpoint_batch)
 
-    decoder = InstanceDecoder(16, K, embed_dim=32, num_heads=4, ffn=64, class_agnostic=class_agnostic)
-    criterion = InstanceCriterion(class_agnostic=class_agnostic)
+    decoder = InstanceDecoder(16, K, embed_dim=32, num_heads=4, ffn=64)
+    criterion = InstanceCriterion()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     for _ in range(80):
-        loss = criterion(decoder(feats, superpoint_batch), targets)
+        loss = weighted(criterion(decoder(feats, superpoint_batch), targets))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     scenes = scene_instances(decoder.eval()(feats, superpoint_batch), index, batch)
-    truth_label = torch.zeros_like(labels) if class_agnostic else labels
-    truth = torch.where(instances >= 0, (truth_label + 1) * 1000 + instances + 1, 0)
+    truth = torch.where(instances >= 0, (labels + 1) * 1000 + instances + 1, 0)
     result = evaluate_instances([{**scene, "labels": scene["labels"] + 1} for scene in scenes],
                                 [truth[batch == b] for b in range(2)], range(1, K + 1))
     assert result["ap"] == pytest.approx(1, abs=1e-9)
