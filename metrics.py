@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Semantic IoU and instance average precision, scored as ScanNet scores them.
+"""Semantic IoU and instance average precision (AP), with the rules of the ScanNet benchmark.
 
-Semantics: over the points whose ground truth is one of `class_ids`, IoU = TP / (TP + FP + FN). A prediction outside of
-`class_ids` is a miss of the true class. A class with neither ground truth nor prediction is NaN and left out of the
-mean.
+Semantics: IoU = TP / (TP + FP + FN) per class, over the points whose ground truth is one of `class_ids`. A prediction
+outside `class_ids` is a miss of the true class. A class with neither ground truth nor prediction is NaN and left out of
+the mean.
 
-Instances: AP is the area under the precision-recall curve, averaged over IoU thresholds .50, .55 ... .90, and taken
-alone at .50 and .25. The rules that move the figures, from the benchmark's evaluator (Dai et al., "ScanNet", CVPR 2017,
-evaluate_semantic_instance.py):
-  - a prediction matches an instance of its class where IoU > threshold, strictly;
-  - predictions below `min_points` are dropped; instances below it are ignored, neither hit nor miss;
-  - instances take predictions greedily, by id, in the order in which the predictions stand; where one instance is
-    matched twice, the lower score is a false positive;
-  - an unmatched prediction is a false positive only where the share of its points on void or ignored ground truth is
-    at most the threshold;
-  - a class without ground truth is NaN and left out of the mean; with ground truth but nothing to rank it is 0 (the
-    evaluator itself stops with an error where every prediction of a class is ignored).
+Instances: AP is the area under the precision-recall curve. "AP" is its mean over the IoU thresholds .50, .55 ... .90;
+AP50 and AP25 are its values at .50 and .25. The rules that change the figures, from the benchmark's script
+evaluate_semantic_instance.py (Dai et al., "ScanNet", CVPR 2017):
+  - A prediction matches an instance of its class if IoU > threshold, strictly.
+  - Predictions with fewer than `min_points` points are dropped. Instances with fewer are ignored: neither hit nor miss.
+  - Instances claim predictions in order of their ids. If one claims several, the highest score is the hit and the
+    others are false positives; only the first of them, in the given order, is then out of reach of later instances.
+  - An unmatched prediction is a false positive only if the share of its points on void or ignored ground truth is at
+    most the threshold.
+  - A class without ground truth is NaN and left out of the mean. A class with ground truth but nothing to rank is 0;
+    the script itself stops with an error if every prediction of a class is ignored.
 
-`SemanticMeter.confusion` is one tensor that can be all-reduced; `InstanceMeter.scenes` is a list of small tables, no
-masks, that can be gathered with `torch.distributed.all_gather_object` and concatenated. Neither depends on the order of
-the scenes. Arrays may be tensors on any device or NumPy arrays. Imports torch only.
+With several processes, all-reduce `SemanticMeter.confusion`, and gather and concatenate `InstanceMeter.scenes`, which
+holds small tables and no masks. Neither depends on the order of the scenes. Inputs may be NumPy arrays or tensors on
+any device. Imports torch only.
 """
 import math
 
@@ -32,9 +32,9 @@ LABEL_DIVISOR = 1000  # ground truth id = label * LABEL_DIVISOR + instance
 class SemanticMeter:
     """Confusion matrix over scenes, for mean IoU.
 
-    class_ids: the evaluated labels, e.g. range(K).
-    confusion: (K, K + 1) int64 on `device`, row = truth, column = prediction; the last column holds predictions outside
-    of class_ids. Sum it over processes before `compute`.
+    class_ids: the evaluated labels, for instance range(K).
+    confusion: (K, K + 1) int64 on `device`, row = ground truth, column = prediction; the last column counts predictions
+        outside class_ids. Sum it over processes before `compute`.
     """
 
     def __init__(self, class_ids, device="cpu"):
@@ -43,47 +43,50 @@ class SemanticMeter:
         self.confusion = torch.zeros(K, K + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction, ground_truth):
-        """Adds points: prediction and ground_truth of one integer shape, on one device."""
+        """Adds points: prediction and ground_truth are integers of the same shape, on the same device."""
         prediction, ground_truth = torch.as_tensor(prediction), torch.as_tensor(ground_truth)
         if prediction.shape != ground_truth.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)}, ground truth {tuple(ground_truth.shape)} differ")
+            raise ValueError(f"shapes of prediction {tuple(prediction.shape)} and ground truth "
+                             f"{tuple(ground_truth.shape)} differ")
         for name, labels in (("prediction", prediction), ("ground truth", ground_truth)):
             if labels.is_floating_point() or labels.dtype == torch.bool:
                 raise ValueError(f"{name} must be integer labels, not {labels.dtype}")
         K = len(self.class_ids)
-        truth, guess = self._index(ground_truth), self._index(prediction)
-        pairs = (truth * (K + 1) + guess)[truth < K]
+        truth = self._index(ground_truth)
+        guess = self._index(prediction)
+        pairs = (truth * (K + 1) + guess)[truth < K]  # one code per (row, column)
         self.confusion += torch.bincount(pairs, minlength=K * (K + 1)).view(K, K + 1).to(self.confusion.device)
 
     def _index(self, labels):
-        """Position of every label in class_ids; len(class_ids) where it is not there."""
+        """The position of every label in class_ids, flattened; len(class_ids) for labels outside class_ids."""
         ids, position = torch.tensor(self.class_ids, device=labels.device).sort()
         slot = torch.searchsorted(ids, labels.flatten().long()).clamp(max=len(ids) - 1)
         return torch.where(ids[slot] == labels.flatten(), position[slot], len(ids))
 
     def compute(self):
-        """{"miou": float, "per_class": {class id: IoU, NaN where the class has neither truth nor prediction}}."""
+        """{"miou": float, "per_class": {class id: IoU}}, NaN for a class with neither ground truth nor prediction."""
         K = len(self.class_ids)
         confusion = self.confusion.cpu().double()
         hits = confusion[:, :K].diagonal()
-        iou = hits / (confusion.sum(1) + confusion[:, :K].sum(0) - hits)  # 0 / 0 is the NaN that is asked for
+        union = confusion.sum(1) + confusion[:, :K].sum(0) - hits
+        iou = hits / union  # 0 / 0 is the documented NaN
         return {"miou": iou.nanmean().item(), "per_class": dict(zip(self.class_ids, iou.tolist()))}
 
 
 class InstanceMeter:
-    """Matches over scenes, for average precision.
+    """Overlaps of predicted and true instances over scenes, for average precision.
 
-    class_ids: the evaluated labels, all > 0, because an id below 1000 means "no instance" in the ground truth.
-    min_points: predictions below are dropped, ground truth below is ignored.
-    scenes: one dict per scene, {class id: (instance sizes (G,), prediction sizes (R,), scores (R,), void points of each
-    prediction (R,), intersections (G, R))}, on the CPU.
+    class_ids: the evaluated labels, all > 0, because ground-truth ids below 1000 mean "no instance".
+    min_points: smaller predictions are dropped, smaller ground truth is ignored.
+    scenes: one dict per scene, on the CPU: {class id: (instance sizes (G,), prediction sizes (R,), scores (R,), void
+        points of each prediction (R,), intersections (G, R))}. Concatenate it over processes before `compute`.
     """
 
     def __init__(self, class_ids, min_points=100):
         self.class_ids = _check_class_ids(class_ids)
         if min(self.class_ids) < 1:
-            raise ValueError(f"class ids must be > 0, for a ground truth id is label * {LABEL_DIVISOR} + instance and "
-                             f"label 0 is void; got {self.class_ids}: shift both by 1")
+            raise ValueError(f"class ids must be > 0, because a ground-truth id is label * {LABEL_DIVISOR} + instance "
+                             f"and label 0 is void; got {self.class_ids}: shift class ids and labels by 1")
         if min_points < 1:
             raise ValueError(f"min_points must be at least 1, got {min_points}")
         self.min_points = min_points
@@ -92,9 +95,9 @@ class InstanceMeter:
     def update(self, prediction, ground_truth):
         """Adds one scene.
 
-        prediction: {"masks": (R, P) bool, "labels": (R,), "scores": (R,)}; the order of the rows matters where several
-        predictions claim one instance. ground_truth: (P,) int64, label * 1000 + instance, where a label outside of
-        class_ids is void.
+        prediction: {"masks": (R, P) bool, "labels": (R,), "scores": (R,)}; the order of the rows matters if several
+            predictions match one instance.
+        ground_truth: (P,) int64, label * 1000 + instance; a label outside class_ids is void.
         """
         truth = torch.as_tensor(ground_truth)
         masks = torch.as_tensor(prediction["masks"], device=truth.device)
@@ -110,27 +113,31 @@ class InstanceMeter:
         if not torch.isfinite(scores).all():
             raise ValueError("scores hold a value that is not finite")
 
+        # points of each mask on each of the I ground-truth ids, in one pass over the points inside the masks
         ids, index, sizes = torch.unique(truth, return_inverse=True, return_counts=True)
-        # One pass over the mask entries that are set, instead of one over the points per pair of instance and mask.
         row, point = masks.nonzero(as_tuple=True)
         overlap = torch.bincount(row * len(ids) + index[point], minlength=len(labels) * len(ids))
-        overlap = overlap.view(len(labels), len(ids))  # (R, ground truth ids)
-        sizes, overlap, labels, scores = sizes.cpu(), overlap.cpu(), labels.cpu(), scores.cpu()
-        label_of_id = torch.div(ids, LABEL_DIVISOR, rounding_mode="floor").cpu()
+        overlap = overlap.view(len(labels), len(ids)).cpu()  # (R, I)
+        ids, sizes, labels, scores = ids.cpu(), sizes.cpu(), labels.cpu(), scores.cpu()
 
-        void = overlap[:, ~torch.isin(label_of_id, torch.tensor(self.class_ids))].sum(1)
-        area = overlap.sum(1)
+        label_of_id = torch.div(ids, LABEL_DIVISOR, rounding_mode="floor")  # (I,)
+        is_void = ~torch.isin(label_of_id, torch.tensor(self.class_ids))
+        void = overlap[:, is_void].sum(1)  # (R,)
+        area = overlap.sum(1)              # (R,)
         scene = {}
         for c in self.class_ids:
-            of_class, rows = label_of_id == c, (labels == c) & (area >= self.min_points)
+            of_class = label_of_id == c                            # (I,)
+            rows = (labels == c) & (area >= self.min_points)       # (R,)
             if of_class.any() or rows.any():
                 scene[c] = (sizes[of_class], area[rows], scores[rows], void[rows], overlap[rows][:, of_class].T)
         self.scenes.append(scene)
 
     def compute(self):
         """{"ap", "ap50", "ap25": float, "per_class": {class id: (ap, ap50, ap25)}}; NaN without ground truth."""
-        table = torch.tensor([[_class_ap(self.scenes, c, t, self.min_points) for t in AP_THRESHOLDS + (0.25,)]
-                              for c in self.class_ids], dtype=torch.float64)
+        rows = []
+        for c in self.class_ids:
+            rows.append([_class_ap(self.scenes, c, threshold, self.min_points) for threshold in (*AP_THRESHOLDS, 0.25)])
+        table = torch.tensor(rows, dtype=torch.float64)  # (K, thresholds)
         columns = torch.stack([table[:, :-1].mean(1), table[:, 0], table[:, -1]], dim=1)  # (K, 3)
         ap, ap50, ap25 = columns.nanmean(0).tolist()
         per_class = {c: tuple(row) for c, row in zip(self.class_ids, columns.tolist())}
@@ -146,7 +153,7 @@ def evaluate_semantics(predictions, ground_truth, class_ids):
 
 
 def evaluate_instances(predictions, ground_truth, class_ids):
-    """AP, AP50 and AP25 of a list of scenes; see `InstanceMeter.update` for a scene, `.compute` for the result."""
+    """AP, AP50 and AP25 of lists of scenes; `InstanceMeter.update` describes a scene, `.compute` the result."""
     meter = InstanceMeter(class_ids)
     for prediction, truth in _pairs(predictions, ground_truth):
         meter.update(prediction, truth)
@@ -161,20 +168,22 @@ def _class_ap(scenes, class_id, threshold, min_points):
             continue
         sizes, area, score, void, overlap = scene[class_id]
         matched = overlap / (sizes[:, None] + area - overlap) > threshold  # (G, R)
-        counted = sizes >= min_points
+        counted = sizes >= min_points                                      # (G,)
         num_instances += int(counted.sum())
-        ignored = void + (overlap * ~counted[:, None]).sum(0)
+
+        # unmatched predictions
+        ignored = void + (overlap * ~counted[:, None]).sum(0)              # (R,) points on void or ignored ground truth
         false = ~matched.any(0) & (ignored / area <= threshold)
         scores += score[false].tolist()
         hits += [0.0] * int(false.sum())
 
+        # matched predictions
         taken = set()
         score = score.tolist()
         for row in matched[counted].tolist():
-            # A prediction is taken only as the first of an instance: a spare one may still go to the next instance.
             claims = [r for r, match in enumerate(row) if match and r not in taken]
             if claims:
-                taken.add(claims[0])
+                taken.add(claims[0])  # only the first: the others may still match the next instances, as in the script
                 ranked = sorted((score[r] for r in claims), reverse=True)
                 scores += ranked
                 hits += [1.0] + [0.0] * (len(ranked) - 1)
@@ -182,16 +191,21 @@ def _class_ap(scenes, class_id, threshold, min_points):
         return math.nan
     if not scores:
         return 0.0
+    return _area_under_curve(torch.tensor(scores, dtype=torch.float64), torch.tensor(hits, dtype=torch.float64),
+                             num_instances)
 
-    # One point of the curve for each distinct score, from the lowest cut (all predictions) to the highest; the last
-    # point, precision 1 at recall 0, is added by hand. The weights are central differences of recall.
-    scores, order = torch.tensor(scores, dtype=torch.float64).sort()
-    hits = torch.tensor(hits, dtype=torch.float64)[order]
+
+def _area_under_curve(scores, hits, num_instances):
+    """Area under the precision-recall curve of ranked predictions: scores (R,), hits (R,) 1 or 0, both float64."""
+    scores, order = scores.sort()
+    hits = hits[order]
+    # One point per distinct score, from the lowest (all predictions) to the highest; then precision 1 at recall 0.
     _, ties = torch.unique_consecutive(scores, return_counts=True)
     first = ties.cumsum(0) - ties
     true_positives = hits.sum() - (hits.cumsum(0) - hits)[first]
     precision = torch.cat([true_positives / (len(scores) - first), torch.ones(1)])
     recall = torch.cat([true_positives / num_instances, torch.zeros(1)])
+    # Each point is weighted with the central difference of recall.
     padded = torch.cat([recall[:1], recall, torch.zeros(1)])
     return (precision * (padded[:-2] - padded[2:]) / 2).sum().item()
 

@@ -195,27 +195,25 @@ def test_semantics_of_no_valid_point_is_nan():
     assert math.isnan(evaluate_semantics([], [], [0, 1])["miou"])
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(masks=np.ones((2, 299), bool)), "P = 300"), (dict(masks=np.ones((2, 300))), "bool"),
-    (dict(labels=np.array([5])), r"\(1,\)"), (dict(scores=np.array([.5, np.nan])), "not finite")])
-def test_malformed_predictions_name_what_is_wrong(change, message):
+def evaluate_changed(**change):
     scene = {"masks": np.ones((2, 300), bool), "labels": np.array([5, 5]), "scores": np.array([.5, .6])}
+    evaluate_instances([{**scene, **change}], [np.full(300, 5001)], [5])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: evaluate_changed(masks=np.ones((2, 299), bool)), "P = 300"),
+    (lambda: evaluate_changed(masks=np.ones((2, 300))), "bool"),
+    (lambda: evaluate_changed(labels=np.array([5])), r"\(1,\)"),
+    (lambda: evaluate_changed(scores=np.array([.5, np.nan])), "not finite"),
+    (lambda: evaluate_instances([], [], [0, 1]), "shift"),
+    (lambda: evaluate_semantics([], [], [1, 1]), "distinct"),
+    (lambda: evaluate_semantics([], [], []), "distinct"),
+    (lambda: evaluate_semantics([np.zeros(3, int)], [], [0]), "1 predictions for 0"),
+    (lambda: evaluate_semantics([np.zeros(3, int)], [np.zeros(4, int)], [0]), "differ"),
+    (lambda: evaluate_semantics([np.zeros(3)], [np.zeros(3, int)], [0]), "integer"),
+    (lambda: InstanceMeter([1], min_points=0), "min_points"),
+    (lambda: InstanceMeter([5]).update({"masks": np.ones((0, 3), bool), "labels": [], "scores": []}, np.zeros(3)),
+     r"ground truth must be \(P,\) integers")])
+def test_malformed_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_instances([{**scene, **change}], [np.full(300, 5001)], [5])
-
-
-def test_class_ids_and_list_lengths_are_checked():
-    with pytest.raises(ValueError, match="shift"):
-        evaluate_instances([], [], [0, 1])
-    with pytest.raises(ValueError, match="distinct"):
-        evaluate_semantics([], [], [1, 1])
-    with pytest.raises(ValueError, match="distinct"):
-        evaluate_semantics([], [], [])
-    with pytest.raises(ValueError, match="1 predictions for 0"):
-        evaluate_semantics([np.zeros(3, int)], [], [0])
-    with pytest.raises(ValueError, match="differ"):
-        evaluate_semantics([np.zeros(3, int)], [np.zeros(4, int)], [0])
-    with pytest.raises(ValueError, match="integer"):
-        evaluate_semantics([np.zeros(3)], [np.zeros(3, int)], [0])
-    with pytest.raises(ValueError, match="min_points"):
-        InstanceMeter([1], min_points=0)
+        call()
