@@ -195,7 +195,7 @@ def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) 
 
 
 class FusionGate(nn.Module):
-    """Learned mix of two features of a point: one gate a point, closed where there is no 2D feature."""
+    """Learned mix of the 3D and the 2D feature of a point: one gate per point, closed if no view sees the point."""
 
     def __init__(self, dim=256, hidden=64):
         super().__init__()
@@ -205,8 +205,8 @@ class FusionGate(nn.Module):
     def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor, read_2d=None):
         """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
 
-        Where not valid: fused is feat_3d to the bit, alpha is 0, feat_2d is not read and gets no gradient.
-        read_2d (N, hidden): `self.read_2d` of feat_2d, where it is at hand; feat_2d is then 0 where it is not valid.
+        If a point is not valid, fused is feat_3d bit-exact, alpha is 0, and feat_2d is not read and gets no gradient.
+        read_2d (N, hidden): `self.read_2d` of feat_2d, if precomputed; feat_2d is then 0 where it is not valid.
         """
         if feat_3d.shape != feat_2d.shape or valid.shape != feat_3d.shape[:1]:
             raise ValueError(f"feat_3d {tuple(feat_3d.shape)}, feat_2d {tuple(feat_2d.shape)}, valid "
@@ -228,26 +228,49 @@ class FusionGate(nn.Module):
 
 
 class BiFusionEncoder(nn.Module):
-    """Points with posed pictures -> one fused feature a point, and the CLIP features to tie it to.
+    """Points with posed images -> one fused feature per point, and the CLIP features that a loss may tie it to.
 
-    encoder_2d: `(B, 3, H, W) -> spatial (B, embed_dim, Hf, Wf), global (B, embed_dim)`, or None for the 3D baseline;
-    with cached raw features in the batch also `project(tokens, pooled)` and `image_size`.
-    encoder_3d: `(coords (N, 3), colors (N, 3), batch (N,)) -> (N, dim_3d)`.
-    depth_tolerance: metres by which a point may lie behind the depth map and still be seen.
-    point_target: give `clip_point` through the encoder's fixed `project_dense` (a target that no training can change)
-    instead of the sampled learned feature; needs `encode`, `project`, `project_dense`.
+    encoder_2d: any module `images (B, 3, H, W) -> spatial (B, embed_dim, Hf, Wf), global (B, embed_dim)`. None gives
+        the 3D baseline. For batches that hold cached raw features instead of images it also needs `image_size` (H, W)
+        and `project(tokens, pooled) -> spatial, global`.
+    encoder_3d: any module `batch dict -> (N, dim_3d)`.
+    gate: any module like `FusionGate(embed_dim)`, the default; alpha (N, 1) or (N, embed_dim).
+    depth_tolerance: metres by which a point may lie behind the depth map and still count as seen.
+    dense_target: also give `clip_dense`, CLIP's own feature at every point, a target that no training can change.
+        encoder_2d then needs `encode(images) -> tokens, pooled`, `project` and `project_dense(tokens)`.
     """
 
-    def __init__(self, encoder_2d, encoder_3d, dim_3d=96, embed_dim=256, depth_tolerance=0.05, point_target=False):
+    def __init__(self, encoder_2d, encoder_3d, gate=None, dim_3d=96, embed_dim=256, depth_tolerance=0.05,
+                 dense_target=False):
         super().__init__()
         self.encoder_2d = encoder_2d
         self.encoder_3d = encoder_3d
         self.proj_3d = nn.Sequential(nn.Linear(dim_3d, embed_dim), nn.LayerNorm(embed_dim))
         if encoder_2d is not None:
             self.norm_2d = nn.LayerNorm(embed_dim)
-            self.gate = FusionGate(embed_dim)
+            self.gate = FusionGate(embed_dim) if gate is None else gate
         self.depth_tolerance = depth_tolerance
-        self.point_target = point_target
+        self.dense_target = dense_target
+
+    def encode_images(self, batch):
+        """Feature maps of the batch's B * V images, or of the raw features cached for them.
+
+        Returns spatial (B * V, C, Hf, Wf), global (B * V, C), dense (B * V, C, Hf, Wf) or None, image_size (H, W).
+        """
+        encoder = self.encoder_2d
+        tokens = None
+        if "images" in batch:
+            images = batch["images"].flatten(0, 1)  # (B * V, 3, H, W)
+            image_size = images.shape[-2:]
+            if not self.dense_target:
+                return *encoder(images), None, image_size
+            tokens, pooled = encoder.encode(images)
+        else:
+            image_size = encoder.image_size
+            tokens = batch["clip_tokens"].flatten(0, 1)
+            pooled = batch["clip_pooled"].flatten(0, 1)
+        dense = encoder.project_dense(tokens) if self.dense_target else None
+        return *encoder.project(tokens, pooled), dense, image_size
 
     def project(self, batch, image_size):
         """The batch's points in its views -> uv (N, V, 2), visible (N, V) bool, view (N, V) index into B * V."""
@@ -263,56 +286,54 @@ class BiFusionEncoder(nn.Module):
         return uv, visible, view
 
     def sample(self, batch, image_size, maps):
-        """Feature maps (B * V, C, Hf, Wf) of one Hf, Wf at the batch's points -> valid (N,) bool, [(N, C)] by map."""
-        points, owner, corners = batch["points"], batch["batch"], 4 * batch["world2cam"].shape[1]
+        """Feature maps (B * V, C, Hf, Wf) of one Hf, Wf at the batch's points -> valid (N,) bool, [(N, C)] per map."""
+        points, owner = batch["points"], batch["batch"]
+        corners = 4 * batch["world2cam"].shape[1]
+        map_size = (len(maps[0]), *maps[0].shape[2:])
         valid = torch.empty_like(owner, dtype=torch.bool)
-        index, weight = (points.new_empty(len(points), corners, dtype=dtype) for dtype in (torch.int32, points.dtype))
+        index = points.new_empty(len(points), corners, dtype=torch.int32)
+        weight = points.new_empty(len(points), corners)
         for start in range(0, len(points), CHUNK):
             part = slice(start, start + CHUNK)
-            uv, visible, view = self.project({**batch, "points": points[part], "batch": owner[part]}, image_size)
+            chunk = {**batch, "points": points[part], "batch": owner[part]}
+            uv, visible, view = self.project(chunk, image_size)
             valid[part] = visible.any(1)
-            index[part], weight[part] = view_cells(uv, image_size, (len(maps[0]), *maps[0].shape[2:]), view, visible)
+            index[part], weight[part] = view_cells(uv, image_size, map_size, view, visible)
         return valid, [sample_cells(feature_map, index, weight) for feature_map in maps]
 
     def forward(self, batch):
-        """A batch as `collate` makes it -> {"feat_fusion" (N, C), "clip_global" (B, C), "clip_point" (N, C),
-        "valid" (N,) bool, "alpha" (N, 1), "feat_3d" (N, C)}; without a 2D encoder the clip entries are None.
+        """A batch as `collate` makes it -> dict of
 
-        Fields: points, coords, colors (N, 3), batch (N,), images (B, V, 3, H, W) or clip_tokens (B, V, D, Hf, Wf) and
-        clip_pooled (B, V, E), world2cam (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth (B, V, Hd, Wd) and
-        depth_intrinsics (B, V, 3, 3).
+            feat_fusion (N, C), feat_3d (N, C)   with and without the images
+            clip_global (B, C)                   CLIP's global feature, averaged over the views
+            clip_point (N, C)                    the learned 2D feature at each point, 0 if no view sees it
+            clip_dense (N, C)                    CLIP's own feature at each point, fixed; None without dense_target
+            valid (N,) bool, alpha               whether a view sees the point, and its gate
+
+        Without a 2D encoder the clip entries are None, and valid and alpha are 0.
+
+        Fields: points, coords (N, 3), features (N, F), batch (N,), images (B, V, 3, H, W) or clip_tokens
+        (B, V, D, Hf, Wf) and clip_pooled (B, V, E), world2cam (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth
+        (B, V, Hd, Wd) and depth_intrinsics (B, V, 3, 3). Raises ValueError for others (`check_batch`).
         """
         check_batch(batch, self.encoder_2d is not None)
-        feat_3d = self.proj_3d(self.encoder_3d(batch["coords"], batch["colors"], batch["batch"]))
-        n = len(feat_3d)
+        feat_3d = self.proj_3d(self.encoder_3d(batch))  # (N, C)
         if self.encoder_2d is None:
+            n = len(feat_3d)
             return {"feat_fusion": feat_3d, "feat_3d": feat_3d, "clip_global": None, "clip_point": None,
-                    "valid": torch.zeros(n, dtype=torch.bool, device=feat_3d.device),
+                    "clip_dense": None, "valid": torch.zeros(n, dtype=torch.bool, device=feat_3d.device),
                     "alpha": feat_3d.new_zeros(n, 1)}
 
-        b, v = batch["world2cam"].shape[:2]
-        tokens = None
-        if "images" in batch:
-            image_size = batch["images"].shape[-2:]
-            images = batch["images"].flatten(0, 1)
-            if self.point_target:
-                tokens, pooled = self.encoder_2d.encode(images)
-                spatial, clip_global = self.encoder_2d.project(tokens, pooled)
-            else:
-                spatial, clip_global = self.encoder_2d(images)
-        else:
-            image_size = self.encoder_2d.image_size
-            tokens = batch["clip_tokens"].flatten(0, 1)
-            spatial, clip_global = self.encoder_2d.project(tokens, batch["clip_pooled"].flatten(0, 1))
-
-        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))  # a cell at a time, so that no cell speaks through another
+        spatial, clip_global, dense, image_size = self.encode_images(batch)
+        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))  # per cell, so that no cell reaches another
         maps = [x.permute(0, 3, 1, 2) for x in (spatial, self.gate.read_2d(spatial))]
-        if self.point_target:
-            maps.append(self.encoder_2d.project_dense(tokens))
+        if dense is not None:
+            maps.append(dense)
         valid, (feat_2d, read_2d, *target) = self.sample(batch, image_size, maps)
         fused, alpha = self.gate(feat_3d, feat_2d, valid, read_2d)
-        return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, (b, v)).mean(1),
-                "clip_point": target[0] if target else feat_2d, "valid": valid, "alpha": alpha}
+        views = batch["world2cam"].shape[:2]
+        return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, views).mean(1),
+                "clip_point": feat_2d, "clip_dense": target[0] if target else None, "valid": valid, "alpha": alpha}
 
 
 def check_batch(batch, with_images):
@@ -326,17 +347,18 @@ def check_batch(batch, with_images):
         return got
 
     n, _ = expect("points", ("N", 3))
-    for name in ("coords", "colors"):
-        expect(name, (n, 3))
+    expect("coords", (n, 3))
+    expect("features", (n, "F"))
     expect("batch", (n,))
-    if with_images:
-        b, v, _, _ = expect("world2cam", ("B", "V", 4, 4))
-        expect("intrinsics", (b, v, 3, 3))
-        if "images" in batch or "clip_tokens" not in batch:
-            expect("images", (b, v, 3, "H", "W"))
-        else:
-            expect("clip_tokens", (b, v, "D", "Hf", "Wf"))
-            expect("clip_pooled", (b, v, "E"))
-        if "depth" in batch:
-            expect("depth", (b, v, "Hd", "Wd"))
-            expect("depth_intrinsics", (b, v, 3, 3))
+    if not with_images:
+        return
+    b, v, _, _ = expect("world2cam", ("B", "V", 4, 4))
+    expect("intrinsics", (b, v, 3, 3))
+    if "images" in batch or "clip_tokens" not in batch:
+        expect("images", (b, v, 3, "H", "W"))
+    else:
+        expect("clip_tokens", (b, v, "D", "Hf", "Wf"))
+        expect("clip_pooled", (b, v, "E"))
+    if "depth" in batch:
+        expect("depth", (b, v, "Hd", "Wd"))
+        expect("depth_intrinsics", (b, v, 3, 3))

@@ -439,8 +439,8 @@ class Points(nn.Module):
         super().__init__()
         self.layer = nn.Linear(6, 12)
 
-    def forward(self, coords, colors, batch):
-        return self.layer(torch.cat([coords, colors], 1)).relu()
+    def forward(self, batch):
+        return self.layer(torch.cat([batch["coords"], batch["features"]], 1)).relu()
 
 
 def model(**options):
@@ -455,7 +455,7 @@ def sample(n, v=2, seed=0):
     depth_intrinsics = torch.tensor([[40.0, 0, 23.5], [0, 40, 15.5], [0, 0, 1]])
     return {
         "points": torch.rand(n, 3, generator=generator) * torch.tensor([6.0, 4, 4]) + torch.tensor([-3.0, -2, 0.5]),
-        "coords": torch.randn(n, 3, generator=generator), "colors": torch.rand(n, 3, generator=generator),
+        "coords": torch.randn(n, 3, generator=generator), "features": torch.rand(n, 3, generator=generator),
         "batch": torch.zeros(n, dtype=torch.long), "images": torch.rand(1, v, 3, 64, 96, generator=generator),
         "world2cam": torch.stack([pose(seed * 10 + i, 0.2) for i in range(v)])[None],
         "intrinsics": intrinsics.expand(1, v, 3, 3).clone(),
@@ -469,17 +469,17 @@ def collate(samples):
     return out
 
 
-OUTPUTS = {"feat_fusion", "feat_3d", "clip_global", "clip_point", "valid", "alpha"}
+OUTPUTS = {"feat_fusion", "feat_3d", "clip_global", "clip_point", "clip_dense", "valid", "alpha"}
 
 
-@pytest.mark.parametrize("point_target", [False, True])
-def test_a_batch_equals_its_scenes_one_by_one(point_target):
-    net = model(point_target=point_target)
+@pytest.mark.parametrize("dense_target", [False, True])
+def test_a_batch_equals_its_scenes_one_by_one(dense_target):
+    net = model(dense_target=dense_target)
     scenes = [sample(50, seed=1), sample(0, seed=2), sample(1, seed=3), sample(30, seed=4)]
     whole, parts = net(collate(scenes)), [net(s) for s in scenes]
     assert set(whole) == OUTPUTS and 0 < whole["valid"].sum() < 81
     assert whole["feat_fusion"].shape == (81, 16) and whole["clip_global"].shape == (4, 16)
-    for name in OUTPUTS:
+    for name in OUTPUTS if dense_target else OUTPUTS - {"clip_dense"}:
         torch.testing.assert_close(whole[name], torch.cat([p[name] for p in parts]), rtol=1e-5, atol=1e-6)
 
 
@@ -500,7 +500,7 @@ def test_the_fused_feature_is_the_gate_of_its_two_parts():
 
 def test_point_order_does_not_matter():
     net, scene, order = model(), sample(40), torch.randperm(40)
-    shuffled = {**scene, **{name: scene[name][order] for name in ("points", "coords", "colors")}}
+    shuffled = {**scene, **{name: scene[name][order] for name in ("points", "coords", "features")}}
     torch.testing.assert_close(net(shuffled)["feat_fusion"], net(scene)["feat_fusion"][order], rtol=1e-5, atol=1e-6)
 
 
@@ -535,9 +535,9 @@ def test_an_unseen_point_equals_the_baseline_without_pictures():
     baseline = BiFusionEncoder(None, net.encoder_3d, dim_3d=12, embed_dim=16)
     baseline.load_state_dict({k: v for k, v in net.state_dict().items() if k.startswith(("encoder_3d", "proj_3d"))})
     scene = sample(60)
-    out, alone = net(scene), baseline({k: scene[k] for k in ("points", "coords", "colors", "batch")})
+    out, alone = net(scene), baseline({k: scene[k] for k in ("points", "coords", "features", "batch")})
     assert torch.equal(out["feat_fusion"][~out["valid"]], alone["feat_fusion"][~out["valid"]])
-    assert set(alone) == OUTPUTS and alone["clip_global"] is None and alone["clip_point"] is None
+    assert set(alone) == OUTPUTS and all(alone[name] is None for name in OUTPUTS if "clip" in name)
     assert not alone["valid"].any() and not alone["alpha"].any()
 
 
@@ -606,24 +606,25 @@ def test_depth_hides_points_by_the_tolerance():
     assert torch.equal(model()({**scene, "depth": torch.zeros_like(scene["depth"])})["valid"], free)  # only holes
 
 
-@pytest.mark.parametrize("point_target", [False, True])
+@pytest.mark.parametrize("dense_target", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_cached_features_give_what_the_pictures_give(point_target, dtype):
-    net, scenes = model(point_target=point_target), collate([sample(30, seed=1), sample(20, seed=2)])
+def test_cached_features_give_what_the_pictures_give(dense_target, dtype):
+    net, scenes = model(dense_target=dense_target), collate([sample(30, seed=1), sample(20, seed=2)])
     expected = net(scenes)
     tokens, pooled = net.encoder_2d.encode(scenes["images"].flatten(0, 1))
     cached = {k: x for k, x in scenes.items() if k != "images"}
     cached["clip_tokens"], cached["clip_pooled"] = (x.unflatten(0, (2, 2)).to(dtype) for x in (tokens, pooled))
     out = net(cached)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    for name in OUTPUTS:
+    for name in OUTPUTS if dense_target else OUTPUTS - {"clip_dense"}:
         torch.testing.assert_close(out[name], expected[name], rtol=tolerance, atol=tolerance)
 
 
-def test_the_point_target_cannot_be_trained_and_the_sampled_feature_can():
-    for point_target in (False, True):
-        out = model(point_target=point_target)(sample(30))
-        assert out["clip_point"].requires_grad is not point_target and out["feat_fusion"].requires_grad
+def test_the_dense_target_cannot_be_trained_and_the_sampled_feature_can():
+    plain, dense = (model(dense_target=flag)(sample(30)) for flag in (False, True))
+    assert plain["clip_dense"] is None and not dense["clip_dense"].requires_grad
+    assert plain["clip_point"].requires_grad and torch.equal(plain["clip_point"], dense["clip_point"])
+    assert torch.equal(plain["feat_fusion"], dense["feat_fusion"])
 
 
 @pytest.mark.parametrize("name, points", [
@@ -660,7 +661,7 @@ def test_the_batch_is_left_alone():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("points", None), ("points", (30, 2)), ("coords", None), ("coords", (29, 3)), ("colors", (30, 4)), ("batch", None),
+    ("points", None), ("points", (30, 2)), ("coords", None), ("coords", (29, 3)), ("features", (29, 3)), ("features", (30,)), ("features", None), ("batch", None),
     ("batch", (29,)), ("world2cam", None), ("world2cam", (1, 2, 3, 3)), ("world2cam", (2, 4, 4)), ("intrinsics", None),
     ("intrinsics", (1, 2, 4)), ("intrinsics", (1, 1, 3, 3)), ("images", None), ("images", (1, 3, 64, 96)),
     ("images", (1, 3, 3, 64, 96)), ("images", (1, 2, 1, 64, 96)), ("depth", (1, 2, 48)), ("depth", (2, 2, 32, 48)),
@@ -684,4 +685,4 @@ def test_cached_features_are_checked_and_the_baseline_needs_no_camera():
     scene["clip_tokens"] = torch.zeros(1, 2, 12, 4, 6)
     with pytest.raises(ValueError, match="'clip_pooled'.*missing"):
         check_batch(scene, True)
-    check_batch({name: scene[name] for name in ("points", "coords", "colors", "batch")}, False)
+    check_batch({name: scene[name] for name in ("points", "coords", "features", "batch")}, False)
