@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Features of a frozen image tower, computed once: one checked fp16 file per picture, found by the picture's content.
+"""Results that are computed once and kept on disk, found by the content of what they were computed from.
 
-A frozen tower maps the same picture to the same tokens for ever, so every epoch after the first pass can read them.
-An entry lies at <folder>/<hash of key>/<xx>/<hash of picture>.feat and holds the header below, the pooled feature (E,)
-and the tokens (D, Hf, Wf), both fp16. Entries are written under a temporary name and moved into place, so any number of
-processes may write at once and a killed build goes on where it stopped. The checksum covers header and payload, the
-header names key and picture: an entry that is truncated, altered or of another tower is never used. Pictures, not
-paths, are hashed: a file that changes is encoded again.
+`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an image, and
+`SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a string that names what
+computed the entries) has a subfolder of its own.
 
-A value x comes back within 2^-11 |x|, below 2^-14 within 2^-25, and a token or pooled feature within 2^-11 of its norm.
-Projected and normalised, a cell of ViT-B-16 with random weights differs by 2.4e-4 of its norm. The tower itself should
-run in fp32 where it fills a cache: under fp16 autocast a token is off by 1.3e-3 of its norm, under bf16 by 1.0e-2, five
-and forty times what storing it costs, and it runs only once.
+An entry is <folder>/<hash of owner>/<xx>/<key>. It begins with a magic number, the owner, its key and a checksum of all
+of it, so an entry that is truncated, altered or foreign is never used. Entries are written under a unique temporary
+name and moved into place, so any number of processes may write at once, and a killed process leaves no broken entry.
+
+fp16 keeps a value x to 2^-11 |x| (below 2^-14 to 2^-25), and a token or pooled feature to 2^-11 of its norm. Projected
+and normalised, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm. The encoder itself should run in
+fp32 when it fills a cache: fp16 autocast costs 1.3e-3 of a token's norm and bf16 1.0e-2, and it runs only once.
 
 Imports torch, numpy, tqdm.
 """
+import contextlib
 import hashlib
 import os
 import shutil
 import struct
 import tempfile
+import time
 import uuid
 import zlib
 from pathlib import Path
@@ -29,148 +31,247 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-HEADER = struct.Struct("<8s16s16s4I")  # magic, hash of key, hash of picture, D, Hf, Wf, E; a crc32 follows
-MAGIC = b"BFFEAT1\n"
+MAGIC = b"BFSTORE1"
+HEADER = struct.Struct("<8s16s16s")  # magic, hash of owner, key; a crc32 of header and content follows
+SHAPE = struct.Struct("<4I")  # D, Hf, Wf, E of features
 
 
-def picture_hash(picture):
-    """128-bit content hash of a (H, W, 3) uint8 picture."""
-    if picture.dtype != np.uint8 or picture.ndim != 3:
-        raise ValueError(f"expected a picture (H, W, 3) of uint8, got {picture.shape} of {picture.dtype}")
-    shape = np.array(picture.shape, "<i8").tobytes()
-    return hashlib.blake2b(shape + np.ascontiguousarray(picture).tobytes(), digest_size=16).digest()
+def content_key(*parts):
+    """128-bit hash of arrays, bytes and strings; the shape and type of an array count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str} {part.shape}".encode())
+            digest.update(np.ascontiguousarray(part))
+        else:
+            part = part.encode() if isinstance(part, str) else part
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
 
 
-def to_tensor(picture):
+class Store:
+    """Entries of bytes in a folder, found by a key of 16 bytes.
+
+    folder: where they are kept; None: a temporary folder, deleted with this object (but not with its copies).
+    owner: names all that the entries depend on besides what the keys are hashes of, such as program and settings.
+    """
+
+    def __init__(self, folder, owner):
+        self.owner = owner
+        self._temporary = tempfile.TemporaryDirectory(prefix="store-") if folder is None else None
+        self._owner_hash = content_key(owner)
+        self.folder = Path(folder or self._temporary.name) / self._owner_hash.hex()
+        self._unfinished = self.folder / "tmp"
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        for path in self._unfinished.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+                if path.stat().st_mtime < time.time() - 24 * 3600:
+                    path.unlink()
+        if not (self.folder / "owner.txt").exists():  # for people who look into the folder
+            self._write(self.folder / "owner.txt", owner.encode())
+
+    def __getstate__(self):  # a copy in a worker must not delete the folder
+        return {**self.__dict__, "_temporary": None}
+
+    @property
+    def is_temporary(self):
+        """Whether the folder is deleted with this object."""
+        return self._temporary is not None
+
+    def get(self, key):
+        """The content (n,) of an entry as a writable uint8 array, or None; a damaged entry is deleted."""
+        path = self.path(key)
+        try:
+            entry = np.fromfile(path, np.uint8)
+        except FileNotFoundError:
+            return None
+        header = HEADER.pack(MAGIC, self._owner_hash, key)
+        start = HEADER.size + 4
+        content = entry[start:]
+        checksum = zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
+        if len(entry) < start or entry[:start].tobytes() != header + checksum:
+            path.unlink(missing_ok=True)
+            return None
+        return content
+
+    def put(self, key, content):
+        """Writes an entry, replacing an older one."""
+        header = HEADER.pack(MAGIC, self._owner_hash, key)
+        checksum = zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
+        path = self.path(key)
+        path.parent.mkdir(exist_ok=True)
+        self._write(path, header + checksum + content)
+
+    def size(self, key):
+        """Bytes of an entry's content, or None if there is no entry; the content is not checked."""
+        try:
+            return os.stat(self.path(key)).st_size - HEADER.size - 4
+        except FileNotFoundError:
+            return None
+
+    def path(self, key):
+        """Where an entry lies."""
+        return self.folder / key.hex()[:2] / key.hex()
+
+    def _write(self, path, content):
+        temporary = self._unfinished / uuid.uuid4().hex
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- features
+
+
+def image_key(image):
+    """128-bit content hash of an image (H, W, 3) uint8."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected an image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+    return content_key(image)
+
+
+def to_tensor(image):
     """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32)) / 255
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)) / 255
 
 
 class FeatureCache:
-    """`build` encodes what is missing, `get` reads it back; `get` is safe in data-loading workers.
+    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads; workers may call `get`.
 
-    folder: where the entries live, or None for a temporary folder that goes with this object.
-    key: names all that the features depend on besides the picture: model, fingerprint of the weights, precision.
+    folder: see `Store`. owner: names all that the features depend on besides the image: model, a fingerprint of the
+    weights, precision.
     encode: images (B, 3, H, W) float32 in [0, 1] -> tokens (B, D, Hf, Wf), pooled (B, E), on any device.
-    batch_size, workers: of the build.
+    batch_size, workers: for `build`.
     """
 
-    def __init__(self, folder, key, encode, batch_size=32, workers=0):
-        self.encode, self.batch_size, self.workers = encode, batch_size, workers
-        self._temporary = tempfile.TemporaryDirectory(prefix="clip-cache-") if folder is None else None
-        self._key_hash = hashlib.blake2b(key.encode(), digest_size=16).digest()
-        self.folder = Path(folder or self._temporary.name) / self._key_hash.hex()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "key.txt").exists():
-            self._write(self.folder / "key.txt", key.encode())
+    def __init__(self, folder, owner, encode, batch_size=32, workers=0):
+        self.store = Store(folder, f"image features: {owner}")
+        self.encode = encode
+        self.batch_size = batch_size
+        self.workers = workers
 
-    def __getstate__(self):  # a worker reads: it needs neither the tower nor the right to delete the folder
-        return {**self.__dict__, "encode": None, "_temporary": None}
+    def __getstate__(self):  # a worker reads: it needs no encoder
+        return {**self.__dict__, "encode": None}
 
-    def get(self, picture):
-        """Picture (H, W, 3) uint8 -> tokens (D, Hf, Wf), pooled (E,) float16; ValueError where there is none."""
-        name = picture_hash(picture)
-        try:
-            tokens, pooled = self._read(name)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"no usable features of a picture; run build again: {error}") from None
-        return torch.from_numpy(tokens.copy()), torch.from_numpy(pooled.copy())
+    def get(self, image):
+        """Image (H, W, 3) uint8 -> tokens (D, Hf, Wf), pooled (E,) float16; ValueError if it has no whole entry."""
+        key = image_key(image)
+        content = self.store.get(key)
+        if content is None:
+            raise ValueError(f"an image has no usable features in {self.store.path(key)}; run build again")
+        *grid, width = SHAPE.unpack(content[:SHAPE.size])
+        values = torch.from_numpy(content[SHAPE.size:].view("<f2"))
+        return values[width:].view(*grid), values[:width]
 
-    def build(self, pictures, rank=0, world_size=1):
-        """Checks the entries of all pictures and encodes those that are missing or damaged. Returns how many.
+    def build(self, images, rank=0, world_size=1):
+        """Checks the entries of all images and encodes those that are missing or damaged. Returns how many.
 
-        pictures: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.pictures`. Each of world_size processes
-        takes its share of them; let all have finished before the first `get`.
+        images: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.images_only`. Each of world_size
+        processes takes its share; let all of them finish before the first `get`. If images.signature(indices) gives
+        bytes that change whenever these images may have changed, the keys of the share are remembered under it, and the
+        next call reads no image: it only looks whether the entries exist at their full size.
         """
-        if world_size > 1 and self._temporary is not None:
+        if world_size > 1 and self.store.is_temporary:
             raise ValueError(f"{world_size} processes cannot share a temporary folder: name one")
-        share, todo, damaged = range(rank, len(pictures), world_size), {}, 0
-        loader = DataLoader(Subset(Checked(self, pictures), share), batch_size=None, num_workers=self.workers)
-        for index, (name, state) in zip(share, tqdm(loader, "checking features", unit="img", disable=rank > 0)):
-            damaged += state == "damaged"
-            if state != "whole":
-                todo.setdefault(name, index)
-        if not todo:
+        share = range(rank, len(images), world_size)
+        if not share:
             return 0
-        loader = DataLoader(Subset(pictures, list(todo.values())), self.batch_size, num_workers=self.workers,
-                            collate_fn=list)
-        bar = None
-        for batch in loader:
-            entries = self._encode(batch)
-            if bar is None:
-                size, free = len(entries[0]) * len(todo), shutil.disk_usage(self.folder).free
-                if size > free:
-                    raise ValueError(f"features of {len(todo)} pictures need {size / 2**30:.2f} GiB, "
-                                     f"{self.folder} has {free / 2**30:.2f} GiB left")
-                if rank == 0:
-                    print(f"encoding {len(todo)} of {len(share)} pictures ({damaged} entries were damaged): "
-                          f"{size / 2**30:.2f} GiB in {self.folder}, {free / 2**30:.1f} GiB free", flush=True)
-                bar = tqdm(total=len(todo), desc="encoding pictures", unit="img", disable=rank > 0)
-            for picture, entry in zip(batch, entries):
-                self._write(self._path(picture_hash(picture)), entry)
-            bar.update(len(batch))
-        bar.close()
+        signature = images.signature(share) if hasattr(images, "signature") else None
+        memory = None if signature is None else content_key("keys", signature)
+        known = None if memory is None else self.store.get(memory)
+
+        if known is None:
+            loader = DataLoader(Subset(CheckedImages(self.store, images), share), batch_size=None,
+                                num_workers=self.workers, generator=torch.Generator())
+            keys, whole = zip(*tqdm(loader, "checking features", unit="img", disable=rank > 0))
+        else:
+            size = int.from_bytes(known[:8], "little")
+            keys = [key.tobytes() for key in known[8:].reshape(-1, 16)]
+            whole = [self.store.size(key) == size for key in keys]
+        todo = {}  # key: index of the first image that has it
+        for index, key, is_whole in zip(share, keys, whole):
+            if not is_whole:
+                todo.setdefault(key, index)
+        if todo:
+            self._encode(Subset(images, list(todo.values())), rank)
+        if known is None and memory is not None:
+            self.store.put(memory, self.store.size(keys[0]).to_bytes(8, "little") + b"".join(keys))
         return len(todo)
 
+    def _encode(self, images, rank):
+        """Encodes images and writes their entries."""
+        loader = DataLoader(images, self.batch_size, num_workers=self.workers, collate_fn=list,
+                            generator=torch.Generator())
+        with tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0) as bar:
+            for batch in loader:
+                entries = self._features(batch)
+                if bar.n == 0:
+                    self._announce(len(images), len(entries[0]), rank)
+                for image, entry in zip(batch, entries):
+                    self.store.put(image_key(image), entry)
+                bar.update(len(batch))
+
+    def _announce(self, count, entry_size, rank):
+        """Says how much disk the features need; ValueError if there is less."""
+        folder = self.store.folder
+        size = count * entry_size
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise ValueError(f"features of {count} images need {size / 2**30:.2f} GiB, {folder} has "
+                             f"{free / 2**30:.2f} GiB left")
+        if rank == 0:
+            tqdm.write(f"encoding {count} images: {size / 2**30:.2f} GiB in {folder}, {free / 2**30:.1f} GiB free")
+
     @torch.no_grad()
-    def _encode(self, batch):
-        """Pictures -> the bytes of their entries."""
-        tokens, pooled = self.encode(torch.stack([to_tensor(picture) for picture in batch]))
+    def _features(self, batch):
+        """Images -> the contents of their entries."""
+        tokens, pooled = self.encode(torch.stack([to_tensor(image) for image in batch]))
         if tokens.dim() != 4 or pooled.dim() != 2 or not len(tokens) == len(pooled) == len(batch):
             raise ValueError(f"encode must return tokens (B, D, Hf, Wf) and pooled (B, E) for B = {len(batch)}, got "
                              f"{tuple(tokens.shape)} and {tuple(pooled.shape)}")
         tokens, pooled = tokens.half().cpu(), pooled.half().cpu()
         if not (tokens.isfinite().all() and pooled.isfinite().all()):
             raise ValueError("encode returned features that are not finite in fp16")
-        entries = []
-        for picture, own_tokens, own_pooled in zip(batch, tokens.numpy(), pooled.numpy()):
-            header = HEADER.pack(MAGIC, self._key_hash, picture_hash(picture), *own_tokens.shape, len(own_pooled))
-            payload = own_pooled.tobytes() + own_tokens.tobytes()
-            entries.append(header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload)
-        return entries
-
-    def _path(self, name):
-        return self.folder / name.hex()[:2] / f"{name.hex()}.feat"
-
-    def _write(self, path, content):
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-
-    def _read(self, name):
-        """Hash of a picture -> tokens, pooled as views of the memory-mapped entry; raises where it is not whole."""
-        path = self._path(name)
-        if os.path.getsize(path) < HEADER.size + 4:
-            raise ValueError(f"{path} is truncated")
-        entry = np.memmap(path, mode="r")
-        header, payload = entry[:HEADER.size], entry[HEADER.size + 4:]
-        magic, key, owner, depth, height, width, embed = HEADER.unpack(header)
-        if (magic, key, owner) != (MAGIC, self._key_hash, name):
-            raise ValueError(f"{path} belongs to another tower, picture or program")
-        if len(payload) != 2 * (embed + depth * height * width):
-            raise ValueError(f"{path} is truncated")
-        if zlib.crc32(payload, zlib.crc32(header)) != int.from_bytes(entry[HEADER.size:HEADER.size + 4], "little"):
-            raise ValueError(f"{path} is damaged")
-        values = payload.view("<f2")
-        return values[embed:].reshape(depth, height, width), values[:embed]
+        shape = SHAPE.pack(*tokens.shape[1:], pooled.shape[1])
+        return [shape + own_pooled.tobytes() + own_tokens.tobytes()
+                for own_tokens, own_pooled in zip(tokens.numpy(), pooled.numpy())]
 
 
-class Checked(Dataset):
-    """(hash, "whole" | "missing" | "damaged") of each picture's entry."""
+class CheckedImages(Dataset):
+    """(key, whether its entry is whole) of each image."""
 
-    def __init__(self, cache, pictures):
-        self.cache, self.pictures = cache, pictures
+    def __init__(self, store, images):
+        self.store = store
+        self.images = images
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        name = picture_hash(self.pictures[index])
-        try:
-            self.cache._read(name)
-        except FileNotFoundError:
-            return name, "missing"
-        except ValueError:
-            return name, "damaged"
-        return name, "whole"
+        key = image_key(self.images[index])
+        return key, self.store.get(key) is not None
+
+
+# ------------------------------------------------------------------------------------------------------- superpoints
+
+
+class SuperpointCache:
+    """An oversegmentation, computed once per frame: the first process that needs it leaves it for all others.
+
+    folder: see `Store`. oversegment: (depth (H, W), colors (H, W, 3), intrinsics (3, 3)) -> (H, W) integers.
+    owner: names the method, its version and its settings.
+    """
+
+    def __init__(self, folder, oversegment, owner):
+        self.store = Store(folder, f"superpoints: {owner}")
+        self.oversegment = oversegment
+        self.owner = owner
+
+    def __call__(self, depth, colors, intrinsics):
+        """The result of `oversegment` as (H, W) int64; computed again if its entry is not whole."""
+        key = content_key(depth, colors, np.asarray(intrinsics, np.float64))
+        content = self.store.get(key)
+        if content is not None:
+            return np.frombuffer(zlib.decompress(content), "<i4").reshape(depth.shape).astype(np.int64)
+        segments = self.oversegment(depth, colors, intrinsics)
+        self.store.put(key, zlib.compress(segments.astype("<i4").tobytes(), 1))
+        return segments

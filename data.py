@@ -1,27 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""RGB-D frames from disk or from the built-in rooms, as points with colours, labels and the pictures they project into.
+"""RGB-D frames as training samples: points with features and labels, and the images that they project into.
 
-A *frame* is a dict: name "scene/frame", color (H, W, 3) uint8, depth (Hd, Wd) float32 metres with 0 = unknown,
-label and instance (Hl, Wl) integers with -1 = none (or None), world2cam (4, 4) float64, intrinsics (3, 3) float64 of
-the colour image, depth_intrinsics (3, 3) float64. `ScanNetFrames` and `RoomFrames` are sequences of frames; `PointDataset`
-turns either into samples, `collate` samples into a ragged batch. Cameras have OpenCV axes and pixel centres at integer
-coordinates, colour and depth share one pose. Augmentation moves `coords` alone; `points` stay where the camera saw
-them, so that projection is exact whatever the augmentation does.
+A *frame* is a dict:
 
-Imports torch, numpy, PIL, and its siblings rooms.py (the generator), scannet.py (the readers) and cache.py (a helper).
-A cache.FeatureCache and a superpoints.SuperpointCache are handed in.
+    name              "scene/stem"; frames of one scene share the part before the slash
+    color             (H, W, 3) uint8, RGB
+    depth             (Hd, Wd) float, metres along the optical axis, 0 = unknown
+    world2cam         (4, 4) float, the pose that color and depth share
+    intrinsics        (3, 3) float, of the colour image
+    depth_intrinsics  (3, 3) float, of the depth image
+    label, instance   (H, W) or (Hd, Wd) integers, -1 = none; None or absent if there are no labels
+
+Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates.
+
+A *source* is any sequence of frames: a list of dicts made in a notebook, or a class that reads files when it is
+indexed. A source may also offer
+
+    names             list of the frames' names, so that nothing is read to group frames into scenes
+    color(index)      the colour image alone
+    class_names       list of K class names
+    num_skipped       number of frames left out because their pose is unknown
+    files(index)      list of all paths that a frame is read from
+    settings          what else its frames depend on (a class list, say), as a string
+
+With `files`, a second start on unchanged files reads no frame (see `check_frames`).
+
+`PointDataset` makes samples out of a source, `SceneDataset` out of whole scans, and `collate` makes a ragged batch out
+of samples. Augmentation changes `coords` and `features`. `points` stay where the camera saw them, so projection is
+exact whatever the augmentation does.
+
+Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
+import hashlib
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset
-
-import rooms as rooms_module  # the argument `rooms` below is a number of them
-from cache import to_tensor
-from scannet import ScanNetFrames, ScanNetScenes, load_classes  # noqa: F401 (all sources of frames are found here)
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- geometry
 
@@ -34,7 +53,10 @@ def unproject(uv, depth, intrinsics, world2cam):
 
 
 def backproject(depth, intrinsics, world2cam):
-    """Depth image (H, W) metres, unknown where not a finite number above 0 -> points (n, 3) float32, in row order."""
+    """Depth image (H, W) in metres -> points (n, 3) float32 of its known pixels, row by row.
+
+    A pixel is known if its depth is finite and above 0.
+    """
     if np.ndim(depth) != 2 or np.shape(intrinsics) != (3, 3) or np.shape(world2cam) != (4, 4):
         raise ValueError(f"expected depth (H, W), intrinsics (3, 3), world2cam (4, 4), got {np.shape(depth)}, "
                          f"{np.shape(intrinsics)}, {np.shape(world2cam)}")
@@ -44,7 +66,8 @@ def backproject(depth, intrinsics, world2cam):
 
 def resize_intrinsics(intrinsics, old_size, new_size):
     """Intrinsics (3, 3) of an image resized from old_size to new_size, both (H, W): `c -> (c + 0.5) * s - 0.5`."""
-    sy, sx = new_size[0] / old_size[0], new_size[1] / old_size[1]
+    sy = new_size[0] / old_size[0]
+    sx = new_size[1] / old_size[1]
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
     return np.linalg.inv(half) @ np.diag([sx, sy, 1.0]) @ half @ intrinsics
 
@@ -60,26 +83,25 @@ def crop_intrinsics(intrinsics, top, left):
 def elastic(coords, rng, granularity, magnitude):
     """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in between.
 
-    coords (n, 3) float32; granularity and magnitude in its unit. As in SPFormer, Mask3D and ESAM; the noise is cut at 3
-    sigma, so that no coordinate moves by more than 3 * magnitude (and by a ninth of the magnitude as a rule).
+    coords: (n, 3) float32; granularity and magnitude in the same unit. As in SPFormer, Mask3D and ESAM. The noise is
+    clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a ninth of the magnitude).
     """
     if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or not np.isfinite(coords).all():
         raise ValueError(f"expected finite coords (n, 3) of at least one point, got shape {coords.shape}")
     cloud = torch.from_numpy(coords)
     low, high = torch.aminmax(cloud, dim=0)
-    cells = ((high - low) / (2 * granularity)).long() + 3  # the cloud, and a cell to spare on both sides
+    cells = ((high - low) / (2 * granularity)).long() + 3  # covers the cloud, plus one cell on both sides
     noise = rng.standard_normal((3, *cells.tolist()[::-1]), np.float32)
     noise = torch.from_numpy(noise).clamp(-3, 3)[None]  # (1, 3, z, y, x)
     for _ in range(2):
         noise = F.avg_pool3d(noise, 3, stride=1, padding=1)
-    where = ((cloud - low) / (2 * granularity) + 0.5) / (cells - 1) * 2 - 1
-    shift = F.grid_sample(noise, where.view(1, 1, 1, -1, 3), align_corners=True, padding_mode="border")
+    grid = ((cloud - low) / (2 * granularity) + 0.5) / (cells - 1) * 2 - 1
+    shift = F.grid_sample(noise, grid.view(1, 1, 1, -1, 3), align_corners=True, padding_mode="border")
     return (cloud + magnitude * shift.view(3, -1).T).numpy()
 
 
 def random_similarity(rng):
-    """(3, 3) matrix and (3,) shift: flips of x and y with p 0.5, any turn about z, scale 0.8 to 1.2, shift sigma 0.1 m.
-    """
+    """Random flips of x and y (p 0.5), rotation about z, scale (0.8 to 1.2) as (3, 3), and shift (3,), sigma 0.1 m."""
     angle = rng.uniform(-math.pi, math.pi)
     turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
     flip = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
@@ -101,7 +123,7 @@ def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5):
 
 
 def jitter_colors(colors, rng):
-    """Contrast 0.8 to 1.2 about the mean, a shift (sigma 0.05 a channel), noise (sigma 0.02). (n, 3) in [0, 1]."""
+    """Contrast (0.8 to 1.2 about the mean), shift per channel (sigma 0.05), noise (sigma 0.02). (n, 3) in [0, 1]."""
     mean = colors.mean(0)
     colors = (colors - mean) * rng.uniform(0.8, 1.2) + mean + rng.normal(0, 0.05, 3)
     noise = rng.standard_normal(colors.shape, np.float32)
@@ -111,35 +133,68 @@ def jitter_colors(colors, rng):
 # ------------------------------------------------------------------------------------------------------------ frames
 
 
-class RoomFrames:
-    """Frames of the built-in rooms (rooms.py), generated at construction; the same interface as ScanNetFrames.
+FRAME_FIELDS = {"color": ((None, None, 3), "u", "uint8"), "depth": ((None, None), "f", "floating-point metres"),
+                "world2cam": ((4, 4), "f", "finite floats"), "intrinsics": ((3, 3), "f", "finite floats"),
+                "depth_intrinsics": ((3, 3), "f", "finite floats")}  # shape (None: any), kind of dtype, in words
 
-    split "train" or "val": disjoint rooms; `size` (H, W) of the images.
+
+def check_frame(frame):
+    """Raises a ValueError that names frame, field and shape if a frame dict is not as this file's docstring says."""
+    name = frame.get("name")
+    if not isinstance(name, str) or "/" not in name:
+        raise ValueError(f'a frame needs a name "scene/stem", got {name!r}')
+    for field, (shape, kind, words) in FRAME_FIELDS.items():
+        value = frame.get(field)
+        if not isinstance(value, np.ndarray):
+            raise ValueError(f"frame {name}: {field} must be a numpy array, got {type(value).__name__}")
+        fits = value.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, value.shape))
+        finite = field in ("color", "depth") or np.isfinite(value).all()
+        if not fits or value.dtype.kind != kind or (kind == "u" and value.itemsize > 1) or not finite:
+            expected = str(shape).replace("None", "any")
+            raise ValueError(f"frame {name}: {field} has shape {value.shape} of {value.dtype}, expected {expected} of "
+                             f"{words}")
+    sizes = (frame["color"].shape[:2], frame["depth"].shape)
+    for field in ("label", "instance"):
+        value = frame.get(field)
+        if value is not None and (np.shape(value) not in sizes or value.dtype.kind not in "iu"):
+            raise ValueError(f"frame {name}: {field} has shape {np.shape(value)}, expected integers of the size of "
+                             f"color {sizes[0]} or depth {sizes[1]}")
+
+
+def frame_names(frames):
+    """The name of every frame of a source; a source without `names` is read once."""
+    if hasattr(frames, "names"):
+        return list(frames.names)
+    return [frames[index]["name"] for index in range(len(frames))]
+
+
+def group_by_scene(names):
+    """Names "scene/stem" -> {scene: list of indices}."""
+    scenes = {}
+    for index, name in enumerate(names):
+        scenes.setdefault(name.split("/")[0], []).append(index)
+    return scenes
+
+
+def files_digest(sources, *settings):
+    """Digest of files and settings: 16 bytes, or None if one of the sources has no `files`.
+
+    sources: pairs (source, indices). Covers path, size and modification time of every file of these items, and the
+    sources' own `settings`.
     """
-
-    skipped = 0
-
-    def __init__(self, split, rooms, frames_per_room, seed=0, size=(240, 320)):
-        self.class_names = list(rooms_module.CLASSES)
-        self._frames = rooms_module.frames(split, rooms, frames_per_room, seed, size)
-        self.names = [frame["name"] for frame in self._frames]
-
-    def __len__(self):
-        return len(self.names)
-
-    def color(self, index):
-        """(H, W, 3) uint8 RGB of one frame."""
-        return self._frames[index]["color"]
-
-    def __getitem__(self, index):
-        frame = self._frames[index]
-        label, instance = (frame[kind].astype(np.int32) for kind in ("label", "instance"))
-        return {**frame, "label": label - 1, "instance": np.where(instance > 0, instance, -1)}
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for source, indices in sources:
+        if not hasattr(source, "files"):
+            return None
+        digest.update(f"{getattr(source, 'settings', '')}\n".encode())
+        paths = dict.fromkeys(path for index in indices for path in source.files(index))  # each path once, in order
+        for path in paths:
+            stat = os.stat(path)
+            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.digest()
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
-
-PER_POINT = ("points", "coords", "colors", "labels", "instances", "superpoints")
+# ------------------------------------------------------------------------------------------------- pixels and images
 
 
 def resize_image(color, image_size):
@@ -149,13 +204,26 @@ def resize_image(color, image_size):
     return np.asarray(Image.fromarray(color).resize(image_size[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
-def depth_to_color(frame):
-    """Which colour pixel each depth pixel of known depth falls on: flat indices (n,), (n,) into depth and colour.
+def to_tensor(image):
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)) / 255
 
-    Cameras with one pose see a point along one ray, so the map needs no depth: u_color = K_color inv(K_depth) u_depth.
-    Points outside of the colour image are left out: nobody has seen their colour.
+
+def stack_depth(images):
+    """Depth images (..., H, W) of any sizes -> (len(images), ..., H, W); zeros (unknown) fill up bottom and right."""
+    height = max(image.shape[-2] for image in images)
+    width = max(image.shape[-1] for image in images)
+    return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
+
+
+def depth_to_color(frame):
+    """The known depth pixels that the colour image shows, and the colour pixels that they fall on.
+
+    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along one ray, so the
+    map needs no depth: u_color = K_color inv(K_depth) u_depth.
     """
-    depth, (height, width) = frame["depth"], frame["color"].shape[:2]
+    depth = frame["depth"]
+    height, width = frame["color"].shape[:2]
     known = np.flatnonzero((depth > 0) & np.isfinite(depth))
     if depth.shape == (height, width) and np.array_equal(frame["intrinsics"], frame["depth_intrinsics"]):
         return known, known
@@ -168,107 +236,164 @@ def depth_to_color(frame):
     return known[inside], (y * width + x)[inside]
 
 
-def registered(frame, known, seen):
-    """Depth (Hd, Wd) and colours (Hd, Wd, 3) of one frame pixel by pixel, both 0 where they do not meet."""
-    depth, color = frame["depth"], frame["color"]
+def register_color(frame, known, seen):
+    """Depth (Hd, Wd) and colours (Hd, Wd, 3), pixel by pixel; both are 0 except at the pairs of `depth_to_color`."""
     if known is seen:
-        return depth, color
-    own_depth, own_color = np.zeros(depth.size, np.float32), np.zeros((depth.size, 3), np.uint8)
-    own_depth[known], own_color[known] = depth.ravel()[known], color.reshape(-1, 3)[seen]
-    return own_depth.reshape(depth.shape), own_color.reshape(*depth.shape, 3)
+        return frame["depth"], frame["color"]
+    depth = np.zeros(frame["depth"].shape, np.float32)
+    color = np.zeros((*depth.shape, 3), np.uint8)
+    depth.reshape(-1)[known] = frame["depth"].ravel()[known]
+    color.reshape(-1, 3)[known] = frame["color"].reshape(-1, 3)[seen]
+    return depth, color
 
 
 def pixel_fields(frame, known, seen):
-    """The points of depth pixels `known` (n,), which fall on colour pixels `seen` (n,): arrays (n, ...) by field."""
+    """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features, labels, instances.
+
+    Arrays (n, ...) by field name; known and seen are flat indices.
+    """
     v, u = np.divmod(known, frame["depth"].shape[1])
     points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
-                       frame["world2cam"]).astype(np.float32)
-    fields = {"points": points, "colors": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
-    for key, image in (("labels", frame["label"]), ("instances", frame["instance"])):
+                       frame["world2cam"])
+    fields = {"points": points.astype(np.float32),
+              "features": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
+    for key, image in (("labels", frame.get("label")), ("instances", frame.get("instance"))):
         if image is None:
             fields[key] = np.full(len(known), -1, np.int64)
+        elif image.shape == frame["color"].shape[:2]:
+            fields[key] = image.ravel()[seen].astype(np.int64)
         else:
-            fields[key] = image.ravel()[seen if image.shape == frame["color"].shape[:2] else known].astype(np.int64)
+            fields[key] = image.ravel()[known].astype(np.int64)
     return fields
 
 
-class Pictures(Dataset):
-    """The resized pictures (h, w, 3) uint8 of frames, without points: what a feature cache is built from."""
+# ----------------------------------------------------------------------------------------------------------- samples
+
+PER_POINT = ("points", "coords", "features", "labels", "instances", "superpoints")
+
+
+class ResizedImages(Dataset):
+    """The resized images (h, w, 3) uint8 of a source, without points: what a feature cache is built from."""
 
     def __init__(self, frames, image_size):
-        self.frames, self.image_size = frames, image_size
+        self.frames = frames
+        self.image_size = image_size
 
     def __len__(self):
         return len(self.frames)
 
     def __getitem__(self, index):
-        return resize_image(self.frames.color(index), self.image_size)
+        color = self.frames.color(index) if hasattr(self.frames, "color") else self.frames[index]["color"]
+        return resize_image(color, self.image_size)
+
+    def signature(self, indices):
+        """16 bytes that change when one of these images may have changed; None if the source has no files."""
+        return files_digest([(self.frames, indices)], self.image_size)
 
 
 class PointDataset(Dataset):
     """Samples of points with the views that they project into, drawn and augmented by (seed, epoch, index) alone.
 
-    frames: ScanNetFrames, RoomFrames, or any sequence of frames with `names` and `color(index)`.
-    num_points: drawn without replacement out of a sample's back-projected pixels; all of them where there are fewer.
-    image_size: (H, W) of the pictures. views: consecutive frames of a scene that make one sample; the last sample of a
-    scene reaches back where its frames are not a multiple. augment: for training. color=False: all point colours are 1.
-    cache: a FeatureCache built from `.pictures`; samples then hold clip_tokens and clip_pooled instead of images.
-    superpoints: a SuperpointCache; samples then hold superpoints (n,), 0..S-1, each of one view.
-    voxel_size: metres; elastic augmentation is counted in voxels, see `augment_points`. images=False: no pictures.
+    frames: a source of frames, see the docstring of this file.
+    num_points: drawn without replacement from a sample's back-projected pixels; all of them if there are fewer.
+    image_size: (H, W) of the images.
+    num_views: consecutive frames of a scene per sample. If a scene's frames are not a multiple, its last sample
+    overlaps the one before.
+    augment: for training. color=False: all features are 1. images=False: samples hold no images.
+    voxel_size: metres; elastic augmentation is measured in voxels, see `augment_points`.
+    feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) -> tokens, pooled.
+    Samples then hold clip_tokens and clip_pooled instead of images.
+    superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), numbered
+    0..S-1, each within one view.
 
-    A sample: name, seed, points and coords (n, 3) metres, colors (n, 3) in [0, 1], labels and instances (n,) with
-    -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image,
-    depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
+    A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3), the colours in
+    [0, 1], labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics
+    (V, 3, 3) of the resized image, depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
     """
 
-    def __init__(self, frames, num_points, image_size, views=1, augment=False, color=True, cache=None, seed=0,
-                 superpoints=None, voxel_size=0.02, images=True):
+    def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True, seed=0,
+                 voxel_size=0.02, feature_cache=None, superpoints=None):
         if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
             raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
-        if num_points < 1 or views < 1:
-            raise ValueError(f"num_points and views must be at least 1, got {num_points} and {views}")
-        self.frames, self.num_points, self.image_size, self.views = frames, num_points, tuple(image_size), views
-        self.augment, self.color, self.cache, self.seed = augment, color, cache, seed
-        self.superpoints, self.voxel_size, self.images = superpoints, voxel_size, images
-        self.pictures = Pictures(frames, self.image_size)
+        if num_points < 1 or num_views < 1:
+            raise ValueError(f"num_points and num_views must be at least 1, got {num_points} and {num_views}")
+        self.frames = frames
+        self.num_points = num_points
+        self.image_size = tuple(image_size)
+        self.num_views = num_views
+        self.augment = augment
+        self.color = color
+        self.images = images
+        self.seed = seed
+        self.voxel_size = voxel_size
+        self.feature_cache = feature_cache
+        self.superpoints = superpoints
+        self.images_only = ResizedImages(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
-        scenes = {}
-        for index, name in enumerate(frames.names):
-            scenes.setdefault(name.split("/")[0], []).append(index)
-        self._samples = []
-        for scene, members in scenes.items():
-            if len(members) < views:
-                raise ValueError(f"scene {scene} has {len(members)} frames, fewer than views={views}")
-            starts = range(0, len(members), views)
-            self._samples += [members[min(start, len(members) - views):][:views] for start in starts]
+        self._members = []  # frame indices of each sample
+        for scene, members in group_by_scene(frame_names(frames)).items():
+            if len(members) < num_views:
+                raise ValueError(f"scene {scene} has {len(members)} frames, fewer than num_views={num_views}")
+            for start in range(0, len(members), num_views):
+                start = min(start, len(members) - num_views)
+                self._members.append(members[start:start + num_views])
 
     def set_epoch(self, epoch):
-        """Changes the draw and the augmentation of every sample (of a training set; others stay as they are)."""
+        """Changes the draw and the augmentation of every sample if the set is augmented; others stay as they are."""
         self._epoch.fill_(epoch)
 
     def __len__(self):
-        return len(self._samples)
+        return len(self._members)
+
+    def frame_indices(self, index):
+        """Indices into `frames` of the views of a sample in this epoch."""
+        return self._views(index, self._rng(index))
+
+    def signature(self, indices):
+        """16 bytes that change when one of these samples may have changed; None if that cannot be told from files."""
+        owner = None if self.superpoints is None else getattr(self.superpoints, "owner", None)
+        if self.superpoints is not None and owner is None:
+            return None
+        settings = (type(self).__name__, self.num_points, self.image_size, self.num_views, self.augment, self.color,
+                    self.images, self.seed, int(self._epoch), self.voxel_size, owner)
+        return files_digest(self._sources(indices), *settings)
 
     def __getitem__(self, index):
-        frames = [self.frames[member] for member in self._samples[index]]
         rng = self._rng(index)
+        frames = [self._read(view) for view in self._views(index, rng)]
         pixels = [depth_to_color(frame) for frame in frames]
         ends = np.cumsum([len(known) for known, _ in pixels])
         if ends[-1] == 0:
             raise ValueError(f"no pixel with known depth in {', '.join(frame['name'] for frame in frames)}")
         drawn = self._draw(ends[-1], rng)
-        fields = []
-        for view, (frame, (known, seen), end) in enumerate(zip(frames, pixels, ends)):
-            own = drawn[(drawn >= end - len(known)) & (drawn < end)] - (end - len(known))
-            fields.append(pixel_fields(frame, known[own], seen[own]))
+        parts = []
+        num_pixels = 0  # of the views before: no two views share a superpoint
+        for frame, (known, seen), end in zip(frames, pixels, ends):
+            start = end - len(known)
+            own = drawn[(drawn >= start) & (drawn < end)] - start
+            part = pixel_fields(frame, known[own], seen[own])
             if self.superpoints is not None:
-                segments = self.superpoints.get(*registered(frame, known, seen), frame["depth_intrinsics"])
-                fields[-1]["superpoints"] = segments.ravel()[known[own]] + view * segments.size
-        fields = {key: np.concatenate([part[key] for part in fields]) for key in fields[0]}
+                segments = self.superpoints(*register_color(frame, known, seen), frame["depth_intrinsics"])
+                part["superpoints"] = segments.ravel()[known[own]] + num_pixels
+                num_pixels += segments.size
+            parts.append(part)
+        fields = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         return self._sample(frames[0]["name"], frames, fields, fields["points"], rng)
 
     def _rng(self, index):
         return np.random.default_rng((self.seed, 1 + int(self._epoch) if self.augment else 0, index))
+
+    def _views(self, index, rng):
+        return self._members[index]
+
+    def _sources(self, indices):
+        """The pairs (source, indices) that some samples are read from."""
+        return [(self.frames, [view for index in indices for view in self.frame_indices(index)])]
+
+    def _read(self, view):
+        frame = self.frames[view]
+        check_frame(frame)
+        return frame
 
     def _draw(self, total, rng):
         if total <= self.num_points:
@@ -276,70 +401,89 @@ class PointDataset(Dataset):
         return np.sort(rng.choice(total, self.num_points, replace=False, shuffle=False))
 
     def _sample(self, name, frames, fields, coords, rng):
-        """Views and per-point fields, and the coordinates to augment -> sample."""
+        """Views, per-point fields, and the coordinates to augment -> sample."""
         fields["coords"] = augment_points(coords, rng, self.voxel_size) if self.augment else coords.astype(np.float32)
         if not self.color:
-            fields["colors"] = np.ones_like(fields["colors"])
+            fields["features"] = np.ones_like(fields["features"])
         elif self.augment:
-            fields["colors"] = jitter_colors(fields["colors"], rng)
-        if "superpoints" in fields:  # those that a point was drawn of, numbered without gaps
+            fields["features"] = jitter_colors(fields["features"], rng)
+        if "superpoints" in fields:  # renumbered without gaps: the draw may have missed some
             fields["superpoints"] = np.unique(fields["superpoints"], return_inverse=True)[1]
-        cameras = {
-            "world2cam": [frame["world2cam"] for frame in frames],
-            "intrinsics": [resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size)
-                           for frame in frames],
-            "depth": [frame["depth"] for frame in frames],
-            "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
-        sample = {"name": name, "seed": int(rng.integers(2 ** 62)),  # of what the network draws for this sample
-                  **{key: torch.from_numpy(value) for key, value in fields.items()},
-                  **{key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}}
+        sample = {"name": name, "seed": int(rng.integers(2 ** 62))}
+        sample |= {key: torch.from_numpy(value) for key, value in fields.items()}
+        intrinsics = [resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size)
+                      for frame in frames]
+        cameras = {"world2cam": [frame["world2cam"] for frame in frames], "intrinsics": intrinsics,
+                   "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
+        sample |= {key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}
+        sample["depth"] = stack_depth([torch.from_numpy(frame["depth"].astype(np.float32)) for frame in frames])
         if not self.images:
             return sample
-        pictures = [resize_image(frame["color"], self.image_size) for frame in frames]
-        if self.cache is None:
-            return {**sample, "images": torch.stack([to_tensor(picture) for picture in pictures])}
-        tokens, pooled = zip(*(self.cache.get(picture) for picture in pictures))
-        return {**sample, "clip_tokens": torch.stack(tokens), "clip_pooled": torch.stack(pooled)}
+        images = [resize_image(frame["color"], self.image_size) for frame in frames]
+        if self.feature_cache is None:
+            sample["images"] = torch.stack([to_tensor(image) for image in images])
+            return sample
+        tokens, pooled = zip(*(self.feature_cache.get(image) for image in images))
+        sample["clip_tokens"] = torch.stack(tokens)
+        sample["clip_pooled"] = torch.stack(pooled)
+        return sample
 
 
 class SceneDataset(PointDataset):
-    """Samples of whole scans, with `views` of the frames that were taken in them: evenly spread, or drawn for training.
+    """Samples of whole scans with `num_views` of their frames: evenly spread, or drawn anew each epoch if augmented.
 
-    scenes: ScanNetScenes. frames: ScanNetFrames of the same scenes (its labels are not needed: classes=None).
-    points are those of the poses; coords are axis-aligned, then augmented. Superpoints are those of the scan.
+    scenes: a sequence of scans with `names`, such as scannet.ScanNetScenes; files(index) is optional. A scan is a dict:
+    name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32 in [0, 1], alignment (4, 4) to
+    the axes of the 3D encoder, and optionally labels, instances and superpoints (P,) int64.
+    frames: a source of frames of the same scenes, whose labels are not needed. All else is as in `PointDataset`;
+    `coords` are aligned, then augmented, and superpoints are those of the scan.
     """
 
-    def __init__(self, scenes, frames, num_points, image_size, views, augment=False, color=True, cache=None, seed=0,
-                 voxel_size=0.02, images=True):
-        super().__init__(frames, num_points, image_size, views, augment, color, cache, seed, None, voxel_size, images)
-        self.scenes, taken = scenes, {}
-        for index, name in enumerate(frames.names):
-            taken.setdefault(name.split("/")[0], []).append(index)
+    def __init__(self, scenes, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True,
+                 seed=0, voxel_size=0.02, feature_cache=None):
+        super().__init__(frames, num_points, image_size, num_views, augment, color, images, seed, voxel_size,
+                         feature_cache)
+        self.scenes = scenes
+        members = group_by_scene(frame_names(frames))
         for name in scenes.names:
-            if name not in taken:
+            if name not in members:
                 raise ValueError(f"scan {name} has no frame")
-        self._samples = [taken[name] for name in scenes.names]
+        self._members = [members[name] for name in scenes.names]
 
     def __getitem__(self, index):
-        scene, members = self.scenes[index], self._samples[index]
+        scene = self.scenes[index]
         rng = self._rng(index)
-        chosen = np.linspace(0, len(members) - 1, self.views).round().astype(int)
-        if self.augment:
-            chosen = np.sort(rng.choice(len(members), self.views, replace=False))
+        views = self._views(index, rng)
         drawn = self._draw(len(scene["points"]), rng)
-        fields = {key: scene[key][drawn] for key in PER_POINT if key in scene}
+        fields = {"points": scene["points"][drawn], "features": scene["colors"][drawn]}
+        fields |= {key: scene[key][drawn] for key in ("labels", "instances", "superpoints") if key in scene}
         if "labels" not in fields:
-            fields["labels"] = fields["instances"] = np.full(len(drawn), -1, np.int64)
+            fields["labels"] = np.full(len(drawn), -1, np.int64)
+            fields["instances"] = np.full(len(drawn), -1, np.int64)
         coords = fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3]
-        return self._sample(scene["name"], [self.frames[members[i]] for i in chosen], fields,
-                            coords.astype(np.float32), rng)
+        frames = [self._read(view) for view in views]
+        return self._sample(scene["name"], frames, fields, coords.astype(np.float32), rng)
+
+    def _views(self, index, rng):
+        members = self._members[index]
+        chosen = np.linspace(0, len(members) - 1, self.num_views).round().astype(int)
+        if self.augment:
+            chosen = np.sort(rng.choice(len(members), self.num_views, replace=False))
+        return [members[i] for i in chosen]
+
+    def _sources(self, indices):
+        return [(self.scenes, indices), *super()._sources(indices)]
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
 
 
 def collate(samples):
     """Ragged batch: per-point fields are concatenated to (N, ...), all others stacked to (B, V, ...).
 
-    Adds batch (N,) int64, the sample that each point is of; `name` and `seed` become lists. Superpoints and instances
-    keep their numbers within the sample.
+    Adds batch (N,) int64, the index of each point's sample; `name` and `seed` become lists. Depth images of different
+    sizes are padded with 0 = unknown at bottom and right. Superpoints and instances keep their numbers within the
+    sample. Raises ValueError if another field differs in shape.
     """
     batch = {key: [sample[key] for sample in samples] for key in ("name", "seed")}
     for key in samples[0]:
@@ -349,6 +493,9 @@ def collate(samples):
         if key in PER_POINT:
             batch[key] = torch.cat(values)
             continue
+        if key == "depth" and len({value.shape[0] for value in values}) == 1:
+            batch[key] = stack_depth(values)
+            continue
         if any(value.shape != values[0].shape for value in values):
             raise ValueError(f"{key} differs in shape within a batch: " + ", ".join(
                 f"{name} {tuple(value.shape)}" for name, value in zip(batch["name"], values)))
@@ -356,3 +503,24 @@ def collate(samples):
     sizes = torch.tensor([len(sample["points"]) for sample in samples])
     batch["batch"] = torch.repeat_interleave(torch.arange(len(samples)), sizes)
     return batch
+
+
+def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
+    """Reads every sample of this process's share once -> number of points with a label in it.
+
+    A broken file raises here, by name, before anything is written, and superpoints are computed. store: a cache.Store
+    that remembers the result under a digest of the files (path, size, modification time) and of all settings, so that
+    the next start on unchanged files reads no frame. Sources without `files` are read every time.
+    """
+    share = range(rank, len(dataset), world_size)
+    key = None if store is None else dataset.signature(share)
+    known = None if key is None else store.get(key)
+    if known is not None:
+        return int.from_bytes(known, "little")
+    loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers, generator=torch.Generator())
+    labelled = 0
+    for sample in tqdm(loader, "reading frames", unit="sample", disable=rank > 0):
+        labelled += (sample["labels"] >= 0).sum().item()
+    if key is not None:
+        store.put(key, labelled.to_bytes(8, "little"))
+    return labelled

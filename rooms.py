@@ -407,3 +407,30 @@ def frames(split, rooms, frames_per_room, seed=0, size=(240, 320)):
                           depth_intrinsics=intrinsics.copy())
             result.append(frame)
     return result
+
+
+class RoomFrames:
+    """A source of frames (see data.py): built-in rooms, rendered at construction.
+
+    split: "train", "val" or "test", which share no room. size: (H, W) of the images.
+    """
+
+    num_skipped = 0
+
+    def __init__(self, split, num_rooms, frames_per_room, seed=0, size=(240, 320)):
+        self.class_names = list(CLASSES)
+        self._frames = frames(split, num_rooms, frames_per_room, seed, size)
+        self.names = [frame["name"] for frame in self._frames]
+
+    def __len__(self):
+        return len(self.names)
+
+    def color(self, index):
+        """(H, W, 3) uint8 RGB of one frame."""
+        return self._frames[index]["color"]
+
+    def __getitem__(self, index):
+        frame = self._frames[index]
+        label = frame["label"].astype(np.int32) - 1
+        instance = np.where(frame["instance"] > 0, frame["instance"].astype(np.int32), -1)
+        return {**frame, "label": label, "instance": instance}

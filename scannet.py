@@ -116,7 +116,7 @@ class ScanNetFrames:
     `classes` is a file or dict of `load_classes`, or None: labels and instances are not read. `split` is a file with a
     `scene` or `scene/frame` a line, or None: all.
 
-    Attributes: names ["scene/frame"], class_names (K), skipped (frames left out for a lost pose: inf or NaN).
+    Attributes: names ["scene/frame"], class_names (K), num_skipped (frames left out for a lost pose: inf or NaN).
     """
 
     def __init__(self, root, classes, split=None):
@@ -129,7 +129,8 @@ class ScanNetFrames:
         elif not isinstance(classes, dict):
             classes = load_classes(classes)
         self.class_names, self._table = class_index(classes)
-        self.names, self.skipped = [], 0
+        self.settings = repr(classes)  # with the files, all that the frames depend on
+        self.names, self.num_skipped = [], 0
         self._scenes, self._poses, self._colors = {}, [], []
         for name in self._entries(split):
             scene, _, stem = name.partition("/")
@@ -144,7 +145,7 @@ class ScanNetFrames:
                 path = self.root / scene / "pose" / f"{stem}.txt"
                 pose = read_matrix(path, "pose", [(4, 4)])
                 if not np.isfinite(pose).all():
-                    self.skipped += 1
+                    self.num_skipped += 1
                     continue
                 turn = pose[:3, :3]
                 if np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01:
@@ -156,7 +157,7 @@ class ScanNetFrames:
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise ValueError(f"{split}: frame {twice} is named more than once")
         if not self.names:
-            raise ValueError(f"{split or self.root}: no frame left ({self.skipped} skipped for a lost pose)")
+            raise ValueError(f"{split or self.root}: no frame left ({self.num_skipped} skipped for a lost pose)")
 
     def _entries(self, split):
         if split is None:
@@ -199,6 +200,15 @@ class ScanNetFrames:
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
         return np.asarray(read_image(self._colors[index], "colour").convert("RGB"))
+
+    def files(self, index):
+        """Paths of all files that a frame is read from."""
+        scene, stem = self.names[index].split("/")
+        info, folder = self._scenes[scene], f"{self.root}/{scene}"
+        kinds = ["label-filt"] * info["label-filt"] + ["instance-filt"] * info["instance-filt"]
+        paths = [f"{folder}/{kind}/{stem}.png" for kind in ("depth", *kinds)]
+        paths += [str(self._colors[index]), f"{folder}/pose/{stem}.txt", f"{folder}/intrinsic/intrinsic_color.txt"]
+        return paths + [str(info["depth_intrinsics_path"])] * (info["depth_intrinsics"] is not None)
 
     def __getitem__(self, index):
         name = self.names[index]
@@ -341,6 +351,7 @@ class ScanNetScenes:
             classes = load_classes(classes) if self._labelled else {}
         self.class_names, self._table = class_index(classes)
         self._label_map = None if label_map is None else read_label_map(label_map, "raw_category", "id")
+        self.settings = repr((classes, self._label_map, align))  # with the files, all that the scans depend on
         if split is None:
             self.names = sorted(path.parent.name for path in self.root.glob("*/*_vh_clean_2.ply"))
         elif Path(split).is_file():
@@ -349,13 +360,18 @@ class ScanNetScenes:
             raise FileNotFoundError(f"split file {split} does not exist")
         if not self.names:
             raise ValueError(f"{split or self.root}: no scan in it")
-        needed = ["_vh_clean_2.ply"] + [".txt"] * align
+        self._suffixes = ["_vh_clean_2.ply"] + [".txt"] * align
         if self._labelled:
-            needed += ["_vh_clean_2.0.010000.segs.json", ".aggregation.json"]
-            needed += ["_vh_clean_2.labels.ply"] * (self._label_map is None)
-        for path in (self._path(name, suffix) for name in self.names for suffix in needed):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist")
+            self._suffixes += ["_vh_clean_2.0.010000.segs.json", ".aggregation.json"]
+            self._suffixes += ["_vh_clean_2.labels.ply"] * (self._label_map is None)
+        for index in range(len(self.names)):
+            for path in self.files(index):
+                if not path.is_file():
+                    raise FileNotFoundError(f"{path} does not exist")
+
+    def files(self, index):
+        """Paths of all files that a scan is read from."""
+        return [self._path(self.names[index], suffix) for suffix in self._suffixes]
 
     def _path(self, name, suffix):
         return self.root / name / (name + suffix)

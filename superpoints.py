@@ -9,14 +9,6 @@ tree as one by one, in some 40 vectorised rounds (Murtagh 1983). No random numbe
 
 Imports numpy.
 """
-import hashlib
-import os
-import struct
-import tempfile
-import uuid
-import zlib
-from pathlib import Path
-
 import numpy as np
 
 VERSION = 1  # of the method: another number, other entries in a cache
@@ -142,36 +134,3 @@ def follow(features, coarse, region, rest, step):
             nearest = np.where(distance < closest, region[row, column], nearest)
             closest = np.minimum(distance, closest)
     return nearest
-
-
-class SuperpointCache:
-    """`oversegment`, once per frame: whichever process needs a frame first leaves the result for all others.
-
-    folder: where they are kept, or None for a temporary folder that goes with this object. An entry is found by the
-    content of depth and colours, holds its checksum, and is computed again where it is not whole.
-    """
-
-    def __init__(self, folder=None, count=256):
-        self.count = count
-        self._temporary = tempfile.TemporaryDirectory(prefix="superpoints-") if folder is None else None
-        self.folder = Path(folder or self._temporary.name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __getstate__(self):  # a worker has no right to delete the folder
-        return {**self.__dict__, "_temporary": None}
-
-    def get(self, depth, colors, intrinsics):
-        """The result of `oversegment` (H, W) int64."""
-        content = hashlib.blake2b(repr((VERSION, self.count, depth.shape, np.asarray(intrinsics).tolist())).encode())
-        content.update(np.ascontiguousarray(depth))
-        content.update(np.ascontiguousarray(colors))
-        path = self.folder / f"{content.hexdigest()[:32]}.seg"
-        entry = path.read_bytes() if path.exists() else b""
-        if len(entry) > 4 and zlib.crc32(entry[4:]) == int.from_bytes(entry[:4], "little"):
-            return np.frombuffer(zlib.decompress(entry[4:]), "<i4").reshape(depth.shape).astype(np.int64)
-        segments = oversegment(depth, colors, intrinsics, self.count)
-        packed = zlib.compress(segments.astype("<i4").tobytes(), 1)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        temporary.write_bytes(struct.pack("<I", zlib.crc32(packed)) + packed)
-        os.replace(temporary, path)
-        return segments

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""cache.py: features come back as they were encoded, once; what is damaged, foreign or half-written is never used."""
+"""cache.py: what is stored comes back, once computed; what is damaged, foreign or half-written is never used."""
+import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +14,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cache import FeatureCache, picture_hash, to_tensor
+from cache import FeatureCache, Store, SuperpointCache, image_key, to_tensor
 
-PICTURES = list(np.random.default_rng(0).integers(0, 256, (10, 8, 12, 3), np.uint8))
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (10, 8, 12, 3), np.uint8))
 
 
 class Tower:
-    """A stand-in for an image tower that counts the pictures it has seen."""
+    """A stand-in for an image tower that counts the images it has seen."""
 
     def __init__(self, factor=1.0):
         self.seen, self.factor = 0, factor
@@ -31,22 +33,87 @@ class Tower:
         return tokens.requires_grad_(), images.flatten(1)[:, :5] * self.factor
 
 
-def build(folder, pictures=PICTURES, key="tower, 8x12", tower=None, **options):
+def build(folder, images=IMAGES, owner="tower, 8x12", tower=None, **options):
     tower = tower or Tower()
-    cache = FeatureCache(folder, key, tower, batch_size=3, **options)
-    cache.build(pictures)
+    cache = FeatureCache(folder, owner, tower, batch_size=3, **options)
+    cache.build(images)
     return cache, tower
 
 
 def entries(cache):
-    return sorted(cache.folder.glob("*/*.feat"))
+    return sorted(cache.store.folder.glob("??/*"))
+
+
+# ------------------------------------------------------------------------------------------------------------- store
+
+
+def key_of(number):
+    return number.to_bytes(16, "little")
+
+
+def test_a_store_gives_back_what_was_put_and_nothing_else(tmp_path):
+    store = Store(tmp_path, "owner")
+    assert store.get(key_of(1)) is None and store.size(key_of(1)) is None
+    for content in (b"", b"abc", b"\0" * 1000):
+        store.put(key_of(1), content)
+        assert store.get(key_of(1)).tobytes() == content and store.size(key_of(1)) == len(content)
+    assert store.get(key_of(2)) is None
+    assert Store(tmp_path, "owner").get(key_of(1)).tobytes() == b"\0" * 1000
+
+
+def test_owners_in_one_folder_do_not_meet(tmp_path):
+    """Also if an entry is copied over, or two kinds of cache are given one owner."""
+    first, second = Store(tmp_path, "first"), Store(tmp_path, "second")
+    first.put(key_of(1), b"abc")
+    assert second.get(key_of(1)) is None
+    second.put(key_of(1), b"def")
+    second.path(key_of(1)).write_bytes(first.path(key_of(1)).read_bytes())
+    assert second.get(key_of(1)) is None and first.get(key_of(1)).tobytes() == b"abc"
+    folders = {FeatureCache(tmp_path, "same", None).store.folder, SuperpointCache(tmp_path, None, "same").store.folder,
+               Store(tmp_path, "same").folder}
+    assert len(folders) == 3
+
+
+def test_a_damaged_entry_is_deleted_and_may_be_put_again(tmp_path):
+    store = Store(tmp_path, "owner")
+    store.put(key_of(1), b"abcdef")
+    path = store.path(key_of(1))
+    whole = path.read_bytes()
+    for content in (b"", whole[:30], whole[:-1], whole + b"x", whole[:-1] + b"x", b"x" + whole[1:]):
+        path.write_bytes(content)
+        assert store.get(key_of(1)) is None and not path.exists()
+        store.put(key_of(1), b"abcdef")
+        assert path.read_bytes() == whole
+
+
+def test_temporaries_are_swept_after_a_day(tmp_path):
+    folder = Store(tmp_path, "owner").folder / "tmp"
+    for name, age in (("left by a killed process", 25), ("being written", 1)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - 3600 * age,) * 2)
+    Store(tmp_path, "owner")
+    assert [path.name for path in folder.iterdir()] == ["being written"]
+
+
+def test_a_temporary_store_is_deleted_with_its_owner_and_not_with_a_copy():
+    store = Store(None, "owner")
+    copy = pickle.loads(pickle.dumps(store))
+    copy.put(key_of(1), b"abc")
+    del copy
+    folder = store.folder
+    assert store.get(key_of(1)).tobytes() == b"abc"
+    del store
+    assert not folder.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- features
 
 
 def test_features_come_back_to_half_precision(tmp_path):
     cache, _ = build(tmp_path)
-    tokens, pooled = Tower()(torch.stack([to_tensor(p) for p in PICTURES]))
-    for i, picture in enumerate(PICTURES):
-        own_tokens, own_pooled = cache.get(picture)
+    tokens, pooled = Tower()(torch.stack([to_tensor(p) for p in IMAGES]))
+    for i, image in enumerate(IMAGES):
+        own_tokens, own_pooled = cache.get(image)
         assert own_tokens.dtype == own_pooled.dtype == torch.float16 and not own_tokens.requires_grad
         assert torch.equal(own_tokens, tokens[i].half()) and torch.equal(own_pooled, pooled[i].half())
         assert ((own_tokens.float() - tokens[i]).abs() <= tokens[i].abs() * 2 ** -11).all()
@@ -58,8 +125,8 @@ def test_the_error_of_a_cached_feature_is_the_one_stated(tmp_path):
     tokens = torch.randn(10, 768, 2, 3, generator=generator) * 10 ** torch.empty(10, 768, 1, 1).uniform_(
         -6, 1, generator=generator)
     cache = FeatureCache(tmp_path, "tower", lambda images: (tokens, tokens[:, :512, 0, 0]), batch_size=10)
-    cache.build(PICTURES)
-    stored = torch.stack([cache.get(picture)[0] for picture in PICTURES]).float()
+    cache.build(IMAGES)
+    stored = torch.stack([cache.get(image)[0] for image in IMAGES]).float()
     error = (stored - tokens).abs()
     assert (error <= (tokens.abs() * 2 ** -11).clamp(min=2 ** -25)).all() and (tokens.abs() < 2 ** -14).any()
     assert (error.norm(dim=1) <= 2 ** -11 * tokens.norm(dim=1)).all()
@@ -74,78 +141,78 @@ def test_a_second_build_never_runs_the_tower(tmp_path):
     _, first = build(tmp_path)
     cache, second = build(tmp_path)
     assert first.seen == 10 and second.seen == 0
-    cache.get(PICTURES[3])
+    cache.get(IMAGES[3])
     assert second.seen == 0
 
 
-def test_equal_pictures_are_encoded_once_and_changed_ones_again(tmp_path):
-    _, tower = build(tmp_path, PICTURES[:2] * 3)
+def test_equal_images_are_encoded_once_and_changed_ones_again(tmp_path):
+    _, tower = build(tmp_path, IMAGES[:2] * 3)
     assert tower.seen == 2
-    changed = PICTURES[0].copy()
+    changed = IMAGES[0].copy()
     changed[0, 0, 0] ^= 1
-    _, tower = build(tmp_path, [changed, *PICTURES[:3]])
+    _, tower = build(tmp_path, [changed, *IMAGES[:3]])
     assert tower.seen == 2  # the changed one and the third
 
 
-def test_another_key_has_its_own_entries(tmp_path):
+def test_another_owner_has_its_own_entries(tmp_path):
     build(tmp_path)
-    cache, tower = build(tmp_path, key="another tower", tower=Tower(2.0))
+    cache, tower = build(tmp_path, owner="another tower", tower=Tower(2.0))
     assert tower.seen == 10
-    assert torch.equal(cache.get(PICTURES[0])[1], Tower(2.0)(to_tensor(PICTURES[0])[None])[1][0].half())
-    assert (cache.folder / "key.txt").read_text() == "another tower"
+    assert torch.equal(cache.get(IMAGES[0])[1], Tower(2.0)(to_tensor(IMAGES[0])[None])[1][0].half())
+    assert (cache.store.folder / "owner.txt").read_text() == "image features: another tower"
 
 
-def test_the_shape_of_a_picture_is_part_of_its_hash():
-    assert picture_hash(PICTURES[0]) != picture_hash(PICTURES[0].reshape(12, 8, 3))
-    assert picture_hash(PICTURES[0]) == picture_hash(np.asfortranarray(PICTURES[0]))
+def test_the_shape_of_an_image_is_part_of_its_hash():
+    assert image_key(IMAGES[0]) != image_key(IMAGES[0].reshape(12, 8, 3))
+    assert image_key(IMAGES[0]) == image_key(np.asfortranarray(IMAGES[0]))
     with pytest.raises(ValueError, match="uint8"):
-        picture_hash(PICTURES[0].astype(np.float32))
+        image_key(IMAGES[0].astype(np.float32))
 
 
 def test_every_flipped_byte_and_every_truncation_is_noticed_and_rebuilt(tmp_path):
-    cache, _ = build(tmp_path, PICTURES[:1])
+    cache, _ = build(tmp_path, IMAGES[:1])
     path, = entries(cache)
     whole = path.read_bytes()
     broken = [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:] for i in range(len(whole))]
     broken += [whole[:size] for size in range(0, len(whole), 7)] + [whole + b"\0\0", b"\0" * len(whole)]
     for content in broken:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="run build again.*feat"):
-            cache.get(PICTURES[0])
-    _, tower = build(tmp_path, PICTURES[:1])
+        with pytest.raises(ValueError, match="no usable features in .*run build again"):
+            cache.get(IMAGES[0])
+    _, tower = build(tmp_path, IMAGES[:1])
     assert tower.seen == 1 and path.read_bytes() == whole
 
 
-def test_an_entry_of_another_picture_or_tower_is_not_used(tmp_path):
-    cache, _ = build(tmp_path, PICTURES[:2])
-    first, second = (cache._path(picture_hash(p)) for p in PICTURES[:2])
+def test_an_entry_of_another_image_or_tower_is_not_used(tmp_path):
+    cache, _ = build(tmp_path, IMAGES[:2])
+    first, second = (cache.store.path(image_key(p)) for p in IMAGES[:2])
     first.write_bytes(second.read_bytes())
-    with pytest.raises(ValueError, match="belongs to another"):
-        cache.get(PICTURES[0])
-    other, _ = build(tmp_path, PICTURES[:2], key="another tower")
-    second.write_bytes(other._path(picture_hash(PICTURES[1])).read_bytes())
-    with pytest.raises(ValueError, match="belongs to another"):
-        cache.get(PICTURES[1])
-    assert build(tmp_path, PICTURES[:2])[1].seen == 2
+    with pytest.raises(ValueError, match="no usable features"):
+        cache.get(IMAGES[0])
+    other, _ = build(tmp_path, IMAGES[:2], owner="another tower")
+    second.write_bytes(other.store.path(image_key(IMAGES[1])).read_bytes())
+    with pytest.raises(ValueError, match="no usable features"):
+        cache.get(IMAGES[1])
+    assert build(tmp_path, IMAGES[:2])[1].seen == 2
 
 
-def test_a_picture_that_was_never_encoded_is_an_error(tmp_path):
-    cache, _ = build(tmp_path, PICTURES[:2])
+def test_a_image_that_was_never_encoded_is_an_error(tmp_path):
+    cache, _ = build(tmp_path, IMAGES[:2])
     with pytest.raises(ValueError, match="run build again"):
-        cache.get(PICTURES[5])
+        cache.get(IMAGES[5])
 
 
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
     program = textwrap.dedent(f"""
         import os, sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
-        from test_cache import PICTURES, Tower, FeatureCache
+        from test_cache import IMAGES, Tower, FeatureCache
         class Mortal(Tower):
             def __call__(self, images):
                 if self.seen == 6:
                     os._exit(9)
                 return super().__call__(images)
-        FeatureCache({str(tmp_path)!r}, "tower, 8x12", Mortal(), batch_size=3).build(PICTURES)
+        FeatureCache({str(tmp_path)!r}, "tower, 8x12", Mortal(), batch_size=3).build(IMAGES)
     """)
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 9
     cache, tower = build(tmp_path)
@@ -155,23 +222,23 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
 def test_processes_share_the_work_and_may_overlap(tmp_path):
     towers = [Tower(), Tower(), Tower()]
     for rank in range(2):
-        FeatureCache(tmp_path, "tower, 8x12", towers[rank], batch_size=3).build(PICTURES, rank, 2)
+        FeatureCache(tmp_path, "tower, 8x12", towers[rank], batch_size=3).build(IMAGES, rank, 2)
     assert [tower.seen for tower in towers[:2]] == [5, 5]
     assert build(tmp_path)[1].seen == 0
 
 
-def test_concurrent_builds_of_the_same_pictures_leave_whole_entries(tmp_path):
+def test_concurrent_builds_of_the_same_images_leave_whole_entries(tmp_path):
     program = textwrap.dedent(f"""
         import sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
-        from test_cache import PICTURES, build
-        build({str(tmp_path)!r}, PICTURES * 4)
+        from test_cache import IMAGES, build
+        build({str(tmp_path)!r}, IMAGES * 4)
     """)
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                for _ in range(2)]
     assert [process.wait() for process in running] == [0, 0]
     cache, tower = build(tmp_path)
-    assert tower.seen == 0 and len(entries(cache)) == 10 and not list(cache.folder.glob("*/*.tmp"))
+    assert tower.seen == 0 and len(entries(cache)) == 10 and not list((cache.store.folder / "tmp").iterdir())
 
 
 class Reader(torch.utils.data.Dataset):
@@ -179,10 +246,10 @@ class Reader(torch.utils.data.Dataset):
         self.cache = cache
 
     def __len__(self):
-        return len(PICTURES)
+        return len(IMAGES)
 
     def __getitem__(self, index):
-        return self.cache.get(PICTURES[index])[0]
+        return self.cache.get(IMAGES[index])[0]
 
 
 def test_workers_build_and_read(tmp_path):
@@ -196,12 +263,12 @@ def test_a_temporary_folder_outlives_workers_and_copies_but_not_its_owner():
     cache, _ = build(None)
     list(DataLoader(Reader(cache), 5, num_workers=2))
     copy = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(copy.get(PICTURES[0])[0], cache.get(PICTURES[0])[0]) and copy.encode is None
+    assert torch.equal(copy.get(IMAGES[0])[0], cache.get(IMAGES[0])[0]) and copy.encode is None
     del copy
-    folder = cache.folder
+    folder = cache.store.folder
     assert folder.exists()
     with pytest.raises(ValueError, match="cannot share a temporary folder"):
-        cache.build(PICTURES, 0, 2)
+        cache.build(IMAGES, 0, 2)
     del cache
     assert not folder.exists()
 
@@ -214,16 +281,106 @@ def test_a_temporary_folder_outlives_workers_and_copies_but_not_its_owner():
 def test_features_that_cannot_be_kept_are_refused(tmp_path, encode, message):
     cache = FeatureCache(tmp_path, "bad", encode, batch_size=3)
     with pytest.raises(ValueError, match=message):
-        cache.build(PICTURES)
+        cache.build(IMAGES)
     assert not entries(cache)
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(ValueError, match="10 pictures need .* GiB"):
+    with pytest.raises(ValueError, match="10 images need .* GiB"):
         build(tmp_path)
 
 
 def test_size_is_announced(tmp_path, capsys):
-    build(tmp_path, PICTURES[:4])
-    assert "encoding 4 of 4 pictures (0 entries were damaged): 0.00 GiB in" in capsys.readouterr().out
+    build(tmp_path, IMAGES[:4])
+    assert "encoding 4 images: 0.00 GiB in" in capsys.readouterr().out
+
+
+class SignedImages(list):
+    """Images that say when they change, and count how often one is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+    def signature(self, indices):
+        return b"".join(image_key(list.__getitem__(self, index)) for index in indices)
+
+
+def test_images_whose_signature_is_known_are_not_read(tmp_path):
+    for seen, reads in ((10, 20), (0, 0)):
+        images = SignedImages(IMAGES)
+        assert build(tmp_path, images)[1].seen == seen and images.reads == reads
+    for rank in range(3):  # a share is another set of images
+        images = SignedImages(IMAGES)
+        FeatureCache(tmp_path, "tower, 8x12", None).build(images, rank, 3)
+        assert images.reads == len(range(rank, 10, 3))
+    images = SignedImages(IMAGES[:5])
+    images[2] = IMAGES[2] + 1
+    assert build(tmp_path, images)[1].seen == 1 and images.reads == 6
+
+
+def test_entries_that_vanished_or_shrank_are_encoded_again_without_reading_the_others(tmp_path):
+    cache, _ = build(tmp_path, SignedImages(IMAGES))
+    vanished, shrunk = (cache.store.path(image_key(IMAGES[i])) for i in (2, 7))
+    vanished.unlink()
+    shrunk.write_bytes(shrunk.read_bytes()[:-2])
+    images = SignedImages(IMAGES)
+    cache, tower = build(tmp_path, images)
+    assert tower.seen == images.reads == 2
+    assert all(len(cache.get(image)) == 2 for image in IMAGES)
+
+
+def test_an_entry_that_was_altered_in_place_is_refused_and_encoded_at_the_next_build(tmp_path):
+    cache, _ = build(tmp_path, SignedImages(IMAGES))
+    path = cache.store.path(image_key(IMAGES[4]))
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match="run build again"):
+        cache.get(IMAGES[4])
+    assert build(tmp_path, SignedImages(IMAGES))[1].seen == 1
+    assert len(cache.get(IMAGES[4])) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- superpoints
+
+DEPTH, COLORS, INTRINSICS = np.ones((4, 6), np.float32), np.zeros((4, 6, 3), np.uint8), np.eye(3)
+
+
+def rows(depth, colors, intrinsics):
+    """An oversegmentation."""
+    return np.indices(depth.shape)[0]
+
+
+def never(depth, colors, intrinsics):
+    raise AssertionError("computed")
+
+
+def test_superpoints_are_computed_once_and_damage_is_noticed(tmp_path):
+    def get(oversegment, owner="rows"):
+        return SuperpointCache(tmp_path, oversegment, owner)(DEPTH, COLORS, INTRINSICS)
+
+    for oversegment in (rows, never):
+        assert get(oversegment).dtype == np.int64 and np.array_equal(get(oversegment), np.indices((4, 6))[0])
+    path, = SuperpointCache(tmp_path, never, "rows").store.folder.glob("??/*")
+    whole = path.read_bytes()
+    for content in (b"", whole[:3], whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        path.write_bytes(content)
+        assert np.array_equal(get(rows), np.indices((4, 6))[0]) and path.read_bytes() == whole
+    with pytest.raises(AssertionError, match="computed"):
+        get(never, "columns")
+
+
+@pytest.mark.parametrize("other", [(DEPTH + 1, COLORS, INTRINSICS), (DEPTH, COLORS + 1, INTRINSICS),
+                                   (DEPTH, COLORS, 2 * INTRINSICS),
+                                   (DEPTH.reshape(6, 4), COLORS.reshape(6, 4, 3), INTRINSICS)])
+def test_superpoints_of_another_frame_are_not_used(tmp_path, other):
+    SuperpointCache(tmp_path, rows, "rows")(DEPTH, COLORS, INTRINSICS)
+    with pytest.raises(AssertionError, match="computed"):
+        SuperpointCache(tmp_path, never, "rows")(*other)
+
+
+def test_a_superpoint_cache_works_in_workers(tmp_path):
+    cache = pickle.loads(pickle.dumps(SuperpointCache(tmp_path, rows, "rows")))
+    assert np.array_equal(cache(DEPTH, COLORS, INTRINSICS), np.indices((4, 6))[0])

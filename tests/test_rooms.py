@@ -325,3 +325,15 @@ def test_bad_arguments_are_named():
         render(scene, np.eye(3), INTRINSICS, SIZE)
     with pytest.raises(ValueError, match=r"intrinsics.*\(4, 4\)"):
         render(scene, np.eye(4), np.eye(4), SIZE)
+
+
+def test_room_frames_are_the_rendered_ones_with_labels_from_zero_and_minus_one_for_none():
+    raw, source = frames("val", 2, 2, seed=3, size=(60, 80)), rooms.RoomFrames("val", 2, 2, seed=3, size=(60, 80))
+    assert len(source) == 4 and source.class_names == list(CLASSES) and source.num_skipped == 0
+    for i, frame in enumerate(raw):  # images hold 1 + class, and instances from 1; 0 = none
+        assert source.names[i] == frame["name"] and np.array_equal(source.color(i), frame["color"])
+        expected = {**frame, "label": frame["label"].astype(int) - 1,
+                    "instance": np.where(frame["instance"] == 0, -1, frame["instance"].astype(int))}
+        for key, value in source[i].items():
+            np.testing.assert_array_equal(value, expected[key])
+    assert source[0]["label"].min() == -1 and source[0]["instance"].min() == -1

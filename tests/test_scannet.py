@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """scannet.py: what the files say arrives, in order, and files that are missing or malformed are named."""
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,50 +7,7 @@ import pytest
 from PIL import Image
 
 import scannet
-
-CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
-POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
-POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
-
-
-def intrinsics_of(size, focal=1.1):
-    """A pinhole camera with an off-centre principal point for an image of size (H, W)."""
-    height, width = size
-    return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
-
-
-def project(points, intrinsics, world2cam):
-    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
-    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
-    image = camera @ np.asarray(intrinsics, np.float64).T
-    return image[:, :2] / image[:, 2:], camera[:, 2]
-
-
-def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
-    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
-    rng = np.random.default_rng(0)
-    for scene in range(scenes):
-        folder = root / f"scene{scene:04d}_00"
-        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
-            (folder / kind).mkdir(parents=True)
-        for name, size in (("color", color_size), ("depth", depth_size)):
-            matrix = np.eye(4)
-            matrix[:3, :3] = intrinsics_of(size)
-            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
-        height, width = color_size
-        for frame in range(frames):
-            row, column = np.mgrid[:height, :width]
-            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
-            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
-            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
-            depth[::5] = 0
-            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
-            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
-            if labels:
-                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
-                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
-                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
-    return root
+from helpers import ALIGNMENT, CLASSES, POSE, TABLE, write_scan, write_scannet
 
 
 @pytest.fixture
@@ -75,7 +31,7 @@ def test_lost_poses_are_skipped_and_counted(root):
     for frame, value in ((0, "-inf"), (2, "nan")):
         (root / f"scene0001_00/pose/{frame}.txt").write_text(f"{value} {value} {value} {value}\n" * 4)
     frames = scannet.ScanNetFrames(root, CLASSES)
-    assert frames.skipped == 2 and frames.names[3:] == ["scene0001_00/1"] and len(frames) == 4
+    assert frames.num_skipped == 2 and frames.names[3:] == ["scene0001_00/1"] and len(frames) == 4
 
 
 def test_frames_are_in_numerical_order_and_splits_choose_them(tmp_path):
@@ -208,41 +164,6 @@ def test_a_folder_without_usable_frames_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- scans
-
-ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
-TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
-        "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
-
-
-def write_ply(path, columns):
-    """columns {name: (PLY type, values)} -> a binary PLY mesh with one triangle."""
-    kinds = {"float": "<f4", "uchar": "u1", "ushort": "<u2"}
-    count = len(next(iter(columns.values()))[1])
-    vertices = np.zeros(count, [(name, kinds[kind]) for name, (kind, _) in columns.items()])
-    for name, (_, values) in columns.items():
-        vertices[name] = values
-    properties = "".join(f"property {kind} {name}\n" for name, (kind, _) in columns.items())
-    path.write_bytes((f"ply\nformat binary_little_endian 1.0\ncomment a test\nelement vertex {count}\n{properties}"
-                      "element face 1\nproperty list uchar int vertex_indices\nend_header\n").encode()
-                     + vertices.tobytes() + b"\x03" + np.arange(3, dtype="<i4").tobytes())
-
-
-def write_scan(root, name, points, colors, nyu40, segments, groups):
-    """A tiny scan in ScanNet's layout. groups: (objectId, raw category, segment ids)."""
-    folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    geometry = {**{axis: ("float", points[:, i]) for i, axis in enumerate("xyz")},
-                **{channel: ("uchar", colors[:, i]) for i, channel in enumerate(("red", "green", "blue"))},
-                "alpha": ("uchar", np.full(len(points), 255))}
-    write_ply(folder / f"{name}_vh_clean_2.ply", geometry)
-    write_ply(folder / f"{name}_vh_clean_2.labels.ply", {**geometry, "label": ("ushort", nyu40)})
-    (folder / f"{name}.txt").write_text("axisAlignment = " + " ".join(f"{x:.6f}" for x in ALIGNMENT.ravel())
-                                        + " \ncolorHeight = 968\n")
-    (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"sceneId": name, "segIndices": segments}))
-    (folder / f"{name}.aggregation.json").write_text(json.dumps({"segGroups": [
-        {"id": number, "objectId": number, "segments": own, "label": label} for number, label, own in groups]}))
-    return folder
-
 
 @pytest.fixture
 def scans(tmp_path):

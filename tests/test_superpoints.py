@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""superpoints.py: Ward's tree, regions that keep to objects, the same for the same frame, and a cache that notices."""
-import pickle
-
+"""superpoints.py: Ward's tree, regions that respect object borders, equal results for equal frames."""
 import numpy as np
 import pytest
 import torch
 
-import data
-from superpoints import SuperpointCache, box_mean, oversegment, srgb_to_lab, ward
+from scannet import ScanNetFrames
+from superpoints import box_mean, oversegment, srgb_to_lab, ward
 
 INTRINSICS = np.array([[60, 0, 31.5], [0, 60, 23.5], [0, 0, 1.0]])
 
@@ -155,37 +153,7 @@ def test_malformed_input_is_named():
 
 def test_superpoints_of_real_frames_keep_to_objects(shared):
     """Majority label per superpoint, of all labelled frames of one sequence."""
-    frames = data.ScanNetFrames(shared / "data/ycbv", shared / "data/ycbv/classes.txt")
+    frames = ScanNetFrames(shared / "data/ycbv", shared / "data/ycbv/classes.txt")
     shares = [pure_share(oversegment(frame["depth"], frame["color"], frame["depth_intrinsics"]), frame["label"] + 1)
               for frame in (frames[i] for i in range(0, 20, 4))]
     assert np.mean(shares) > 0.97
-
-
-def test_the_cache_computes_once_and_notices_damage(tmp_path, monkeypatch):
-    depth, colors, _ = scene()
-    expected = oversegment(depth, colors, INTRINSICS, 25)
-    assert np.array_equal(SuperpointCache(tmp_path, 25).get(depth, colors, INTRINSICS), expected)
-    path, = tmp_path.glob("*.seg")
-    whole = path.read_bytes()
-    for content in (b"", whole[:3], whole[:-1], whole[:9] + bytes([whole[9] ^ 1]) + whole[10:]):
-        path.write_bytes(content)
-        assert np.array_equal(SuperpointCache(tmp_path, 25).get(depth, colors, INTRINSICS), expected)
-        assert path.read_bytes() == whole
-    monkeypatch.setattr("superpoints.oversegment", None)
-    assert np.array_equal(SuperpointCache(tmp_path, 25).get(depth, colors, INTRINSICS), expected)
-    for other in ((depth + 1, colors, INTRINSICS), (depth, colors + 1, INTRINSICS), (depth, colors, INTRINSICS * 2)):
-        with pytest.raises(TypeError):  # another frame has no entry: it would be computed
-            SuperpointCache(tmp_path, 25).get(*other)
-    with pytest.raises(TypeError):
-        SuperpointCache(tmp_path, 26).get(depth, colors, INTRINSICS)
-
-
-def test_a_temporary_folder_goes_with_its_owner():
-    cache = SuperpointCache(count=25)
-    copy = pickle.loads(pickle.dumps(cache))
-    copy.get(*scene()[:2], INTRINSICS)
-    folder = cache.folder
-    del copy
-    assert len(list(folder.glob("*.seg"))) == 1
-    del cache
-    assert not folder.exists()

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Builders that several test files share: tiny data sets on disk, a camera, rooms in ScanNet's layout."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import rooms
+
+CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
+POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
+POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
+ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
+TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
+        "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
+
+
+def intrinsics_of(size, focal=1.1):
+    """A pinhole camera with an off-centre principal point for an image of size (H, W)."""
+    height, width = size
+    return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
+
+
+def project(points, intrinsics, world2cam):
+    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
+    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
+    image = camera @ np.asarray(intrinsics, np.float64).T
+    return image[:, :2] / image[:, 2:], camera[:, 2]
+
+
+def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
+    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
+    rng = np.random.default_rng(0)
+    for scene in range(scenes):
+        folder = root / f"scene{scene:04d}_00"
+        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
+            (folder / kind).mkdir(parents=True)
+        for name, size in (("color", color_size), ("depth", depth_size)):
+            matrix = np.eye(4)
+            matrix[:3, :3] = intrinsics_of(size)
+            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
+        height, width = color_size
+        for frame in range(frames):
+            row, column = np.mgrid[:height, :width]
+            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
+            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
+            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
+            depth[::5] = 0
+            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
+            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
+            if labels:
+                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
+                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
+                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
+    return root
+
+
+def write_ply(path, columns):
+    """columns {name: (PLY type, values)} -> a binary PLY mesh with one triangle."""
+    kinds = {"float": "<f4", "uchar": "u1", "ushort": "<u2"}
+    count = len(next(iter(columns.values()))[1])
+    vertices = np.zeros(count, [(name, kinds[kind]) for name, (kind, _) in columns.items()])
+    for name, (_, values) in columns.items():
+        vertices[name] = values
+    properties = "".join(f"property {kind} {name}\n" for name, (kind, _) in columns.items())
+    path.write_bytes((f"ply\nformat binary_little_endian 1.0\ncomment a test\nelement vertex {count}\n{properties}"
+                      "element face 1\nproperty list uchar int vertex_indices\nend_header\n").encode()
+                     + vertices.tobytes() + b"\x03" + np.arange(3, dtype="<i4").tobytes())
+
+
+def write_scan(root, name, points, colors, nyu40, segments, groups):
+    """A tiny scan in ScanNet's layout. groups: (objectId, raw category, segment ids)."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    geometry = {**{axis: ("float", points[:, i]) for i, axis in enumerate("xyz")},
+                **{channel: ("uchar", colors[:, i]) for i, channel in enumerate(("red", "green", "blue"))},
+                "alpha": ("uchar", np.full(len(points), 255))}
+    write_ply(folder / f"{name}_vh_clean_2.ply", geometry)
+    write_ply(folder / f"{name}_vh_clean_2.labels.ply", {**geometry, "label": ("ushort", nyu40)})
+    (folder / f"{name}.txt").write_text("axisAlignment = " + " ".join(f"{x:.6f}" for x in ALIGNMENT.ravel())
+                                        + " \ncolorHeight = 968\n")
+    (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"sceneId": name, "segIndices": segments}))
+    (folder / f"{name}.aggregation.json").write_text(json.dumps({"segGroups": [
+        {"id": number, "objectId": number, "segments": own, "label": label} for number, label, own in groups]}))
+    return folder
+
+
+def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 320)):
+    """Built-in rooms as ScanNet's exporter writes frames, with class list and splits; train.py's options that name them.
+
+    The last frame is the validation split and the rooms before its own are the training split.
+    """
+    frames = rooms.RoomFrames("train", num_rooms, frames_per_room, size=size)
+    for frame in (frames[i] for i in range(len(frames))):
+        scene, stem = frame["name"].split("/")
+        scene = folder / scene
+        for kind in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
+            (scene / kind).mkdir(parents=True, exist_ok=True)
+        images = {"color": frame["color"], "depth": (frame["depth"] * 1000).astype(np.uint16),
+                  "label-filt": (frame["label"] + 1).astype(np.uint8),
+                  "instance-filt": np.maximum(frame["instance"], 0).astype(np.uint8)}
+        for kind, image in images.items():
+            Image.fromarray(image).save(scene / kind / f"{stem}.png")
+        np.savetxt(scene / "pose" / f"{stem}.txt", np.linalg.inv(frame["world2cam"]))
+        np.savetxt(scene / "intrinsic" / "intrinsic_color.txt", frame["intrinsics"])
+        np.savetxt(scene / "intrinsic" / "intrinsic_depth.txt", frame["depth_intrinsics"])
+    names = ["unlabeled", *frames.class_names]
+    (folder / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    scenes = list(dict.fromkeys(name.split("/")[0] for name in frames.names))
+    (folder / "train.txt").write_text("".join(f"{scene}\n" for scene in scenes[:-1]))
+    (folder / "val.txt").write_text(f"{frames.names[-1]}\n")
+    return ["--data", str(folder), "--train-split", str(folder / "train.txt"), "--val-split", str(folder / "val.txt")]
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+TOWER = "ViT-S-32-alt"
+
+
+def small(folder, *more):
+    """Arguments of a run of a few seconds in `folder`."""
+    return ["--rooms", "2", "--frames-per-room", "2", "--num-points", "1000", "--voxel-size", "0.15", "--batch-size",
+            "2", "--image-size", "96,128", "--clip-model", TOWER, "--clip-pretrained", "none", "--workers", "0",
+            "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--superpoints", "24",
+            "--min-instance-points", "20", "--cache", str(folder / "cache"), "--runs", str(folder / "runs"),
+            "--device", "cpu", *more]
+
+
+def last_checkpoint(folder, name="last.pt"):
+    """The path of a checkpoint of the only run in `folder`."""
+    path, = (folder / "runs").glob(f"*/{name}")
+    return path
+
+
+def checkpoint(folder, name="last.pt"):
+    """What that checkpoint holds."""
+    return torch.load(last_checkpoint(folder, name), weights_only=True)
+
+
+def scalars(folder):
+    """What the only run in `folder` wrote to TensorBoard."""
+    run, = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def torchrun(folder, code, arguments):
+    """Runs Python code that calls train.main(sys.argv[1:]) in two processes; returns what subprocess.run does."""
+    (folder / "two.py").write_text("import os, signal, sys, time, torch, train, torch.distributed as dist\n" + code)
+    root = str(Path(rooms.__file__).parent)
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(folder / "two.py"), *arguments], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
