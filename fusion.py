@@ -202,29 +202,21 @@ class FusionGate(nn.Module):
         self.dim = dim
         self.gate = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
 
-    def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor, read_2d=None):
+    def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor):
         """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
 
         If a point is not valid, fused is feat_3d bit-exact, alpha is 0, and feat_2d is not read and gets no gradient.
-        read_2d (N, hidden): `self.read_2d` of feat_2d, if precomputed; feat_2d is then 0 where it is not valid.
+        Raises ValueError for other shapes.
         """
         if feat_3d.shape != feat_2d.shape or valid.shape != feat_3d.shape[:1]:
             raise ValueError(f"feat_3d {tuple(feat_3d.shape)}, feat_2d {tuple(feat_2d.shape)}, valid "
                              f"{tuple(valid.shape)} must be (N, C), (N, C), (N,)")
-        if read_2d is None:
-            feat_2d = feat_2d.where(valid[:, None], 0)
-            read_2d = self.read_2d(feat_2d)
-        weight = self.gate[0].weight[:, :self.dim]
-        logit = self.gate[1:](F.linear(feat_3d, weight, self.gate[0].bias).add_(read_2d))
-        alpha = logit.sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
+        feat_2d = feat_2d.where(valid[:, None], 0)
+        # The first layer of self.gate on [feat_3d, feat_2d], without the copy that a concatenation makes
+        weight_3d, weight_2d = self.gate[0].weight.split(self.dim, 1)
+        hidden = F.linear(feat_3d, weight_3d, self.gate[0].bias) + F.linear(feat_2d, weight_2d)
+        alpha = self.gate[1:](hidden).sigmoid().where(valid[:, None], 0).to(feat_3d.dtype)
         return torch.lerp(feat_3d, feat_2d.to(feat_3d.dtype), alpha), alpha
-
-    def read_2d(self, feat_2d: Tensor) -> Tensor:
-        """What the gate's hidden layer takes from 2D features: (..., C) -> (..., hidden).
-
-        Linear, so it may as well be taken of the cells of a feature map and then sampled: there are fewer of them.
-        """
-        return F.linear(feat_2d, self.gate[0].weight[:, self.dim:])
 
 
 class BiFusionEncoder(nn.Module):
@@ -325,12 +317,10 @@ class BiFusionEncoder(nn.Module):
                     "alpha": feat_3d.new_zeros(n, 1)}
 
         spatial, clip_global, dense, image_size = self.encode_images(batch)
-        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1))  # per cell, so that no cell reaches another
-        maps = [x.permute(0, 3, 1, 2) for x in (spatial, self.gate.read_2d(spatial))]
-        if dense is not None:
-            maps.append(dense)
-        valid, (feat_2d, read_2d, *target) = self.sample(batch, image_size, maps)
-        fused, alpha = self.gate(feat_3d, feat_2d, valid, read_2d)
+        spatial = self.norm_2d(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # LayerNorm per cell, before sampling
+        maps = [spatial] if dense is None else [spatial, dense]
+        valid, (feat_2d, *target) = self.sample(batch, image_size, maps)
+        fused, alpha = self.gate(feat_3d, feat_2d, valid)
         views = batch["world2cam"].shape[:2]
         return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, views).mean(1),
                 "clip_point": feat_2d, "clip_dense": target[0] if target else None, "valid": valid, "alpha": alpha}

@@ -388,14 +388,11 @@ def test_gate_rows_are_independent():
         torch.testing.assert_close([x[i:i + 1] for x in whole], list(gate(feat_3d[[i]], feat_2d[[i]], valid[[i]])))
 
 
-def test_what_the_gate_reads_of_sampled_cells_is_the_sample_of_what_it_reads():
+def test_the_gate_is_its_layers_on_the_concatenated_features():
     torch.manual_seed(0)
-    gate, maps, feat_3d = FusionGate(8, 4), torch.randn(2, 3, 5, 8), torch.randn(40, 8)
-    visible = torch.rand(40, 2) < 0.7
-    cells = view_cells(torch.rand(40, 2, 2) * 50, (50, 50), (2, 3, 5), torch.arange(2).expand(40, 2), visible)
-    feat_2d, read_2d = (sample_cells(x.permute(0, 3, 1, 2), *cells) for x in (maps, gate.read_2d(maps)))
-    valid = visible.any(1)
-    torch.testing.assert_close(gate(feat_3d, feat_2d, valid, read_2d), gate(feat_3d, feat_2d, valid))
+    gate, feat_3d, feat_2d = FusionGate(8, 4), torch.randn(40, 8), torch.randn(40, 8)
+    expected = gate.gate(torch.cat([feat_3d, feat_2d], 1)).sigmoid()
+    torch.testing.assert_close(gate(feat_3d, feat_2d, torch.ones(40, dtype=torch.bool))[1], expected)
 
 
 @pytest.mark.parametrize("feat_2d, valid", [((4, 7), (4,)), ((3, 8), (4,)), ((4, 8), (4, 1)), ((4, 8), (3,))])
@@ -496,6 +493,28 @@ def test_the_fused_feature_is_the_gate_of_its_two_parts():
     fused, alpha = net.gate(out["feat_3d"], out["clip_point"], out["valid"])
     torch.testing.assert_close(out["feat_fusion"], fused)
     torch.testing.assert_close(out["alpha"], alpha)
+
+
+class ChannelGate(nn.Module):
+    """Another gate: one value per channel."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.layer = nn.Linear(2 * dim, dim)
+
+    def forward(self, feat_3d, feat_2d, valid):
+        feat_2d = feat_2d.where(valid[:, None], 0)
+        alpha = self.layer(torch.cat([feat_3d, feat_2d], 1)).sigmoid() * valid[:, None]
+        return torch.lerp(feat_3d, feat_2d, alpha), alpha
+
+
+def test_another_gate_works_unchanged():
+    net, scene = model(gate=ChannelGate(16)), sample(60)
+    out = net(scene)
+    out["feat_fusion"].square().sum().backward()
+    assert set(out) == OUTPUTS and out["alpha"].shape == (60, 16)
+    assert torch.equal(out["feat_fusion"][~out["valid"]], out["feat_3d"][~out["valid"]])
+    assert net.gate.layer.weight.grad.any() and net.encoder_2d.spatial_proj.weight.grad.any()
 
 
 def test_point_order_does_not_matter():
