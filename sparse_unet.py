@@ -6,8 +6,8 @@ voxel. A convolution has a kernel and a kernel map. The map says which input row
 
     out[u] = sum_k kernel[k]^T in[u + offset_k * dilation * stride_in],    k = ix + K * iy + K^2 * iz
 
-Offsets of an odd kernel are centred on 0, those of an even kernel start at 0. Only the map knows stride, dilation and
-transposition, so all layers of one resolution share one map.
+Offsets of an odd kernel are centred on 0, those of an even kernel start at 0. Stride, dilation and transposition are
+properties of the map, so layers with the same resolution and kernel size share one map.
 
 Submanifold convolution: Graham et al., "3D Semantic Segmentation with Submanifold Sparse Convolutional Networks", CVPR
 2018. Network, state-dict keys and kernel layout: Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019, so checkpoints
@@ -29,9 +29,9 @@ COORD_LIMIT = 2 ** 31  # voxels from the origin, in either direction
 # Voxels and kernel maps
 
 def _pack(coords, low, high, margin=0):
-    """coords (M, 4) -> int64 keys (M,) in lexicographic order, and the key steps of one voxel along each column.
+    """coords (M, 4) -> keys (M,) int64 that sort as coords do, and how much one voxel along each column adds to a key.
 
-    `margin` free keys after each row of voxels keep an offset of up to that size from reaching the next row.
+    `margin` unused keys after each row of voxels keep an offset of up to that size from reaching the next row.
     """
     extent = [high[0] - low[0] + 1, *(hi - lo + 1 + margin for lo, hi in zip(low[1:], high[1:]))]
     if math.prod(extent) >= 2 ** 63:
@@ -87,15 +87,13 @@ def voxel_mean(feats, point_to_voxel, num_voxels):
 
 
 class KernelMap:
-    """The input row that each output row reads at each kernel offset; it also serves the transposed convolution.
+    """Which input row each output row reads at each kernel offset; also serves the transposed convolution.
 
-    table (K^3, num_out) int64 holds input rows, and num_in where the voxel is empty.
+    table: (K^3, num_out) int64, input rows, and num_in where the voxel is empty.
     """
 
     def __init__(self, table, num_in):
-        self.table = table
-        self.num_in = num_in
-        self.num_out = table.shape[1]
+        self.table, self.num_in, self.num_out = table, num_in, table.shape[1]
 
     @cached_property
     def transposed_table(self):
@@ -192,9 +190,9 @@ class VoxelGrid:
 def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     """KernelMap from one VoxelGrid to another; outputs.stride must be inputs.stride or a multiple of it.
 
-    A kernel column is the K offsets that share ix and iy. One binary search finds its first voxel; because keys are
-    sorted with z fastest, the others follow, so K^2 searches serve K^3 offsets. If both grids are the same, offset
-    K^3 - 1 - k is the mirror image of offset k, which halves the searches again.
+    A kernel column is the K offsets that share ix and iy. One binary search finds the first voxel of a column; z varies
+    fastest in the sorted keys, so the other voxels are the next keys, and K^2 searches serve K^3 offsets. If both grids
+    are the same, offset K^3 - 1 - k mirrors offset k, which halves the searches.
     """
     if kernel_size < 1 or dilation < 1 or outputs.stride % inputs.stride:
         raise ValueError(f"no map of kernel {kernel_size}, dilation {dilation} "
@@ -210,7 +208,7 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     margin = max(map(abs, shifts))
     keys, (_, x_step, y_step, _) = _pack(inputs.sorted_coords, low, high, margin)
     queries, _ = _pack(outputs.sorted_coords, low, high, margin)
-    keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))  # a search may end behind the last key
+    keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))  # a search may end past the last key
 
     rows = torch.arange(len(outputs), device=keys.device)
     table = keys.new_empty(K ** 3, len(outputs))
@@ -243,8 +241,8 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
 # ----------------------------------------------------------------------------------------------------------------
 # Convolution
 
-# Values per gathered block. On a CPU a block stays in the cache of a core, and the allocator reuses its pages. On a GPU
-# the bound saves memory: K^3 copies of the features of a large batch would not fit.
+# Values per gathered block. On a CPU a block stays in the cache of one core, and the allocator reuses its pages. On a
+# GPU the limit bounds memory: K^3 copies of the features of a large batch would not fit.
 BLOCK, GPU_BLOCK = 2 ** 17, 2 ** 27
 
 
@@ -253,14 +251,15 @@ def _sum_dtype(dtype):
 
 
 def _use_im2col(device, num_out, c_in, c_out):
-    # On a CPU one product per offset is faster, because it skips empty neighbours. Exceptions: with few rows the calls
-    # cost more than the skipped work, and rows of few channels (colours) are too short to gather. On a GPU every call
-    # is a kernel launch.
+    # im2col: one product for all offsets. On a CPU one product per offset is faster, because it skips empty neighbours,
+    # except with few rows, where the calls cost more than they save, and with few channels (colours), where gathered
+    # rows are too short. On a GPU every call is a kernel launch.
     return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 20
 
 
-def _im2col(feats, table):
+def _im2col(feats, kernel_map, transposed):
     """Iterates over blocks of output rows: (slice of rows, (rows, K^3 * C) the input features that they read)."""
+    table = kernel_map.transposed_table if transposed else kernel_map.table
     padded = torch.cat((feats, feats.new_zeros(1, feats.shape[1])))
     width = len(table) * feats.shape[1]
     rows = max(1, (BLOCK if feats.device.type == "cpu" else GPU_BLOCK) // width)
@@ -276,7 +275,7 @@ def _convolve(feats, kernel, kernel_map, transposed):
     if _use_im2col(feats.device, num_out, c_in, c_out):
         out = feats.new_empty(num_out, c_out)
         flat_kernel = kernel.reshape(-1, c_out)
-        for rows, columns in _im2col(feats, kernel_map.transposed_table if transposed else kernel_map.table):
+        for rows, columns in _im2col(feats, kernel_map, transposed):
             torch.mm(columns, flat_kernel, out=out[rows])
         return out
     out = feats.new_zeros(num_out, c_out, dtype=_sum_dtype(feats.dtype))
@@ -292,7 +291,7 @@ def _kernel_grad(feats, grad, kernel_map, transposed):
     out = grad.new_zeros(len(kernel_map.table), c_in, c_out, dtype=_sum_dtype(feats.dtype))
     if _use_im2col(feats.device, len(grad), c_in, c_out):
         flat = out.view(-1, c_out)
-        for rows, columns in _im2col(feats, kernel_map.transposed_table if transposed else kernel_map.table):
+        for rows, columns in _im2col(feats, kernel_map, transposed):
             flat += columns.t() @ grad[rows]
         return out.to(feats.dtype)
     sums = out.unbind()
@@ -326,9 +325,10 @@ class _SparseConv(torch.autograd.Function):
 def sparse_conv(feats, kernel, kernel_map, transposed=False):
     """Sparse convolution, or its transpose over the same map; differentiable once, in feats and kernel.
 
-    feats (num_in, Cin) and kernel (K^3, Cin, Cout) of one dtype -> (num_out, Cout); transposed: feats (num_out, Cin)
-    -> (num_in, Cout). Autocast casts both to its dtype, as in F.linear; sums over offsets stay in float32. Raises
-    ValueError if shapes or dtypes disagree.
+    feats (num_in, Cin) and kernel (K^3, Cin, Cout) of the same dtype -> (num_out, Cout).
+    transposed: feats (num_out, Cin) -> (num_in, Cout).
+    Autocast casts both to its dtype, as in F.linear; sums over offsets stay in float32. Raises ValueError if shapes or
+    dtypes disagree.
     """
     device = feats.device.type
     if torch.is_autocast_enabled(device) and feats.dtype != torch.float64:
