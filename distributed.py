@@ -29,9 +29,9 @@ def setup(device=None, timeout=1800.0):
     """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun: (0, 1, device).
 
     device: None is cuda if available, else cpu. With several processes each takes the GPU of its LOCAL_RANK.
-    timeout: seconds until the other processes give up on one that hangs. If a process dies, they end sooner: torchrun
-        stops them, and on a CPU their connections break.
-    Raises ValueError if the environment variables are incomplete or do not fit the device.
+    timeout: seconds that the other processes wait for one that hangs, before they end with an error. If a process dies,
+        they end at once: torchrun stops them, and on a CPU their connections break.
+    Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rank, local_rank, world_size = 0, device.index or 0, 1
@@ -88,7 +88,7 @@ def average_gradients(parameters, world_size, extra=()):
 
     for grad, mean in zip(grads, means):
         grad.copy_(mean.view_as(grad))
-    if missing:  # tolist waits for the device
+    if missing:  # only then, because tolist waits for the device
         present = present.tolist()
         for i in missing:
             parameters[i].grad = grads[i] if present[i] else None
@@ -106,7 +106,7 @@ def average_buffers(model, world_size):
 
 
 def world_mean(x):
-    """Mean of a tensor over processes, as float, without a gradient: for the normalizers of losses."""
+    """Mean of a tensor over processes, in floating point and without a gradient: for the normalizers of losses."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if _world_size() > 1:
         dist.all_reduce(total)

@@ -10,8 +10,8 @@ AP50 and AP25 are its values at .50 and .25. The rules that change the figures, 
 evaluate_semantic_instance.py (Dai et al., "ScanNet", CVPR 2017):
   - A prediction matches an instance of its class if IoU > threshold, strictly.
   - Predictions with fewer than `min_points` points are dropped. Instances with fewer are ignored: neither hit nor miss.
-  - Instances claim predictions in order of their ids. If one claims several, the highest score is the hit and the
-    others are false positives; only the first of them, in the given order, is then out of reach of later instances.
+  - Instances claim their matches in order of instance id. Of several claims, the highest score is a hit and the others
+    are false positives. Only the first claim in the given order is then taken; later instances may claim the others.
   - An unmatched prediction is a false positive only if the share of its points on void or ignored ground truth is at
     most the threshold.
   - A class without ground truth is NaN and left out of the mean. A class with ground truth but nothing to rank is 0;

@@ -175,7 +175,7 @@ def few_rows_in_each(rank):
         assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 
-def test_fewer_than_two_rows_in_all_are_normalised_with_running_statistics_and_leave_them(pair):
+def test_fewer_than_two_rows_in_all_are_normalized_with_running_statistics_and_leave_them(pair):
     pair(few_rows_in_each)
 
 

@@ -433,7 +433,7 @@ def test_an_encoder_takes_no_point_one_point_and_two(points, train):
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters())
 
 
-def test_one_voxel_is_normalised_with_running_statistics_and_leaves_them():
+def test_one_voxel_is_normalized_with_running_statistics_and_leaves_them():
     norm = BatchNorm(3, 0.1)
     norm(torch.randn(50, 3) * 2 + 1)
     before = {key: tensor.clone() for key, tensor in norm.state_dict().items()}
