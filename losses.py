@@ -66,10 +66,17 @@ def floored_normalize(x: Tensor, floor: float) -> Tensor:
     return x / torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor / scale)
 
 
-def unit_rows(x: Tensor, usable: Tensor, norm_floor: float, dtype: torch.dtype) -> Tensor:
-    """x (T, C) -> `floored_normalize` of its usable rows in dtype; the others are 0, whatever they hold."""
+def unit_rows(x: Tensor, usable: Tensor, clamp, norm_floor: float, dtype: torch.dtype):
+    """`floored_normalize` of the usable rows of x (T, C) in dtype, after their entries are clamped to +-clamp.
+
+    Rows that are not usable become 0, whatever they hold. Returns rows (T, C) and the number of entries clamped.
+    """
     # Select, do not multiply: 0 * NaN is NaN, in the loss and in the gradient.
-    return floored_normalize(x.to(dtype).where(usable[:, None], 0), norm_floor)
+    x = x.to(dtype).where(usable[:, None], 0)
+    if clamp is None:
+        return floored_normalize(x, norm_floor), usable.new_zeros((), dtype=torch.int64)
+    clamped = (x.detach().abs() > clamp).sum()
+    return floored_normalize(x.clamp(-clamp, clamp), norm_floor), clamped
 
 
 def scale_gradient(x: Tensor, ratio: float) -> Tensor:
@@ -118,30 +125,32 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
 
     feat_fusion (N, C); clip_feat (N, C), one target per point, or (B, C), one per scene, with batch (N,) int64, the
     scene of each point; valid (N,) bool. A clip_feat of N rows is always read as one target per point.
-    world_mean: see the top of the file. Computes in fp32; float64 stays float64.
+    clamp: both features are clamped to +-clamp, entry by entry, before the norm; None: not. An entry beyond it gets no
+    gradient. world_mean: see the top of the file. Computes in fp32; float64 stays float64.
 
-    Returns the loss, a scalar (a zero with a graph if no row is usable), and counts (2,) int64: the rows used, and the
-    valid rows left out because they or their target hold NaN or inf.
+    Returns the loss, a scalar (a zero with a graph if no row is usable), and counts (3,) int64: the rows used; the
+    valid rows left out because they or their target hold NaN or inf; the entries clamped, of the used rows of
+    feat_fusion and of the rows of clip_feat that may be read.
     """
     used, dropped, targets = usable_rows(feat_fusion, clip_feat, batch, valid)
     dtype = common_dtype(feat_fusion, clip_feat)
     with torch.autocast(feat_fusion.device.type, enabled=False):
-        feat = unit_rows(feat_fusion, used, norm_floor, dtype)
-        clip = unit_rows(clip_feat, targets, norm_floor, dtype)
+        feat, feat_clamped = unit_rows(feat_fusion, used, clamp, norm_floor, dtype)
+        clip, clip_clamped = unit_rows(clip_feat, targets, clamp, norm_floor, dtype)
         clip = scale_gradient(clip, gradient_flow_ratio)
         if len(clip) != len(feat):
             clip = clip[batch]  # (N, C)
 
-        cosine = (feat * clip).sum(1)
+        cosine = (feat * clip).sum(1).clamp(-1, 1)  # rounding alone takes it past 1
         if variant == "sigmoid":
-            row_loss = F.softplus(-(cosine / temperature).clamp(-clamp, clamp))
+            row_loss = F.softplus(-cosine / temperature)  # -log sigmoid(cosine / temperature)
         elif variant == "cosine":
-            row_loss = 1 - cosine.clamp(-1, 1)  # rounding alone takes a cosine past 1
+            row_loss = 1 - cosine
         else:
             raise ValueError(f"variant={variant!r} must be sigmoid or cosine; infonce is `clip_infonce`")
 
         loss = mean_over(row_loss.where(used, 0).sum(), used.sum(), world_mean)
-    return loss, torch.stack([used.sum(), dropped.sum()])
+    return loss, torch.stack([used.sum(), dropped.sum(), feat_clamped + clip_clamped])
 
 
 def draw_negatives(candidates: Tensor, count: int) -> Tensor:
@@ -176,30 +185,30 @@ def clip_infonce(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None,
         negatives = rows if len(rows) <= MAX_NEGATIVES else draw_negatives(targets, MAX_NEGATIVES)
 
     with torch.autocast(feat_fusion.device.type, enabled=False):
-        feat = unit_rows(feat_fusion, used, norm_floor, dtype)
-        clip = unit_rows(clip_feat, targets, norm_floor, dtype)
+        feat, feat_clamped = unit_rows(feat_fusion, used, clamp, norm_floor, dtype)
+        clip, clip_clamped = unit_rows(clip_feat, targets, clamp, norm_floor, dtype)
         clip = scale_gradient(clip, gradient_flow_ratio)
 
-        positive = ((feat * clip[own]).sum(1) / temperature).clamp(-clamp, clamp)  # (N,)
-        negative = ((feat @ clip[negatives].T) / temperature).clamp(-clamp, clamp)  # (N, M)
+        positive = (feat * clip[own]).sum(1).clamp(-1, 1) / temperature  # (N,)
+        negative = (feat @ clip[negatives].T).clamp(-1, 1) / temperature  # (N, M)
         is_negative = targets[negatives] & (negatives != own[:, None])
         logits = torch.cat([positive[:, None], negative.where(is_negative, -torch.inf)], 1)
         row_loss = -logits.log_softmax(1)[:, 0] / 2
 
         loss = mean_over(row_loss.where(used, 0).sum(), used.sum(), world_mean)
-    return loss, torch.stack([used.sum(), dropped.sum()])
+    return loss, torch.stack([used.sum(), dropped.sum(), feat_clamped + clip_clamped])
 
 
 class ClipConsCriterion(nn.Module):
     """Ties fused point features to CLIP's meaning, with a gradient that cannot blow up.
 
-    With z+ = clip(cos / t, +-clamp) of a row with its target, z_j of it with each of its J negatives,
-    m = min(clamp, 1 / t), and t = max(temperature, 0.1):
+    With z+ = cos / t of a row with its target, z_j of it with each of its J negatives, and t = max(temperature, 0.1)
+    (1 for cosine):
 
         variant    loss of a row                                     lies in
-        sigmoid    softplus(-z+)                                     [softplus(-m), softplus(m)]
-        cosine     1 - cos; it has no clamp, and t = 1 below         [0, 2]
-        infonce    1/2 log(exp(z+) + sum_j exp(z_j)) - 1/2 z+        [0, 1/2 log(1 + J exp(2 m))]
+        sigmoid    softplus(-z+)                                     [softplus(-1 / t), softplus(1 / t)]
+        cosine     1 - cos                                           [0, 2]
+        infonce    1/2 log(exp(z+) + sum_j exp(z_j)) - 1/2 z+        [0, 1/2 log(1 + J exp(2 / t))]
 
     loss = loss_weight * mean over the `rows` that take part, 0 without any. For every variant, and for every input in
     fp32, fp16 or bf16, its gradient is bounded:
@@ -207,28 +216,36 @@ class ClipConsCriterion(nn.Module):
         | d loss / d feat_fusion[i] |  <=  loss_weight / (rows * t * norm_floor)
         | d loss / d clip_feat[k] |    <=  gradient_flow_ratio times that, for each row it is positive or negative to
 
-    Derivation. A row's loss has the slopes s in its logits: sigmoid s+ = -(1 - sigmoid(z+)); cosine s+ = -1; infonce
-    s+ = -(1 - p+) / 2, s_j = p_j / 2 with the softmax p, so sum_j p_j = 1 - p+. Hence |s+| + sum_j |s_j| <= 1 in all.
-    dz / dcos = 1 / t, or 0 where clamped; |dcos / df^| = |c^| <= 1 with f^, c^ the floored unit vectors; and
-    |df^ / df| <= 1 / max(|f|, norm_floor): below the floor f^ = f / norm_floor, above it the Jacobian is the projection
-    (I - f^ f^T) / |f|. The same with f and c exchanged; there a row of infonce counts |s+| <= 1/2 for its target and
-    |s_j| <= 1/2 for a negative.
+    Derivation, by the chain rule. f is a feature, f' the same clamped entry by entry, f^ = f' / max(|f'|, norm_floor);
+    c^ likewise.
+        loss to logits   The slopes of a row's loss are: sigmoid s+ = -(1 - sigmoid(z+)); cosine s+ = -1; infonce
+                         s+ = -(1 - p+) / 2 and s_j = p_j / 2 with the softmax p, so sum_j p_j = 1 - p+.
+                         In all of them |s+| + sum_j |s_j| <= 1.
+        logits to f^     dz / dcos = 1 / t, and |dcos / df^| = |c^| <= 1.
+        f^ to f'         |df^ / df'| <= 1 / max(|f'|, norm_floor): below the floor f^ = f' / norm_floor, above it the
+                         Jacobian is the projection (I - f^ f^T) / |f'|.
+        f' to f          The Jacobian of the clamp is diagonal with entries 0 and 1, so its norm is at most 1.
+    The same with f and c exchanged; there a row of infonce counts |s+| <= 1/2 for its target and |s_j| <= 1/2 for a
+    negative.
 
-    loss_weight: what the schedule (`clip_loss_weight`) sets by epoch. temperature is floored at 0.1; the attribute
-    holds the floored value. gradient_flow_ratio in [0, 1]: the share of the gradient that reaches clip_feat.
+    loss_weight: what the schedule (`clip_loss_weight`) sets by epoch.
+    temperature: floored at 0.1; the attribute holds the floored value.
+    gradient_flow_ratio in [0, 1]: the share of the gradient that reaches clip_feat.
+    clamp: of the entries of both features, before the norm; None: not. It silences the entries it touches.
+    variant: one of CLIP_LOSSES.
     world_mean: see the top of the file; `rows` is then the mean number of rows per process, and the interval is that
-    of the mean loss over the processes. infonce takes the negatives of its own process only.
-    counts (2,): rows used and non-finite rows left out, of the last call, in this process.
+        of the mean loss over the processes. infonce takes the negatives of its own process only.
+    counts (3,): rows used, non-finite rows left out, entries clamped, of the last call, in this process.
     """
 
     def __init__(self, loss_weight=0.05, temperature=0.07, gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1,
                  variant="sigmoid", world_mean=None):
         super().__init__()
-        if not (loss_weight >= 0 and temperature >= 0 and 0 <= gradient_flow_ratio <= 1 and clamp > 0
-                and norm_floor > 0):
+        if not (loss_weight >= 0 and temperature >= 0 and 0 <= gradient_flow_ratio <= 1 and norm_floor > 0
+                and (clamp is None or clamp > 0)):
             raise ValueError(f"loss_weight={loss_weight} and temperature={temperature} must be >= 0, "
-                             f"gradient_flow_ratio={gradient_flow_ratio} in [0, 1], clamp={clamp} and "
-                             f"norm_floor={norm_floor} > 0")
+                             f"gradient_flow_ratio={gradient_flow_ratio} in [0, 1], norm_floor={norm_floor} > 0, "
+                             f"clamp={clamp} > 0 or None")
         if variant not in CLIP_LOSSES:
             raise ValueError(f"variant={variant!r} must be one of {', '.join(CLIP_LOSSES)}")
         self.loss_weight = loss_weight

@@ -17,15 +17,15 @@ import torch
 from torch.nn import functional as F
 
 import losses
-from losses import (CLIP_LOSSES, ClipConsCriterion, SemanticCriterion, clip_consistency, clip_infonce,
-                    clip_loss_weight, draw_negatives, instance_targets, InstanceCriterion, semantic_loss)
+from losses import (CLIP_LOSSES, ClipConsCriterion, SemanticCriterion, clip_consistency, clip_infonce, clip_loss_weight,
+                    draw_negatives, semantic_loss)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 C = 16
 MAX_NEGATIVES = (512, 20, 2, 60)
 SETTINGS = [dict(loss_weight=w, temperature=t, gradient_flow_ratio=g, clamp=m, norm_floor=r) for w, t, g, m, r in [
-    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, 10.0, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1), (0.01, 1e-4, 0.25, 10.0, 0.5),
-    (1.0, 0.0, 1.0, 10.0, 0.01), (0.05, 0.07, 0.3, 2.0, 0.1), (2.0, 3.0, 1.0, 10.0, 2.0)]]
+    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, None, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1), (0.01, 1e-4, 0.25, None, 0.5),
+    (1.0, 0.0, 1.0, None, 0.01), (0.05, 0.07, 0.3, 0.5, 0.1), (2.0, 3.0, 1.0, 10.0, 2.0)]]
 
 
 def hostile_rows(n, dtype, generator):
@@ -79,22 +79,22 @@ def consistency(feat, clip, *args, variant="sigmoid", **options):
     return clip_consistency(feat, clip, *args, variant=variant, **options)
 
 
-def floored_unit(x, floor):
+def floored_unit(x, clamp, floor):
     x = x.double().numpy()
+    x = x if clamp is None else np.clip(x, -clamp, clamp)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), floor)
 
 
 def reference(variant, feat, clip, own, negatives, is_negative, t, clamp, norm_floor):
     """The documented losses of rows in float64 numpy, all of finite rows."""
-    cosine = floored_unit(feat, norm_floor) @ floored_unit(clip, norm_floor).T
+    cosine = floored_unit(feat, clamp, norm_floor) @ floored_unit(clip, clamp, norm_floor).T
     positive = np.take_along_axis(cosine, own[:, None], 1)[:, 0]
     if variant == "cosine":
         return 1 - positive
-    positive, negative = np.clip(positive / t, -clamp, clamp), np.clip(cosine[:, negatives] / t, -clamp, clamp)
     if variant == "sigmoid":
-        return np.logaddexp(0, -positive)
-    others = np.logaddexp.reduce(np.where(is_negative, negative, -np.inf), 1, initial=-np.inf)
-    return np.logaddexp(0, others - positive) / 2
+        return np.logaddexp(0, -positive / t)
+    others = np.logaddexp.reduce(np.where(is_negative, cosine[:, negatives] / t, -np.inf), 1, initial=-np.inf)
+    return np.logaddexp(0, others - positive / t) / 2
 
 
 def check_promises(module, dtype, variant, calls, rows, seed=0):
@@ -120,9 +120,12 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
     feat_finite, clip_finite = (torch.from_numpy(np.isfinite(x.detach().float().numpy()).all(1)) for x in (feat, clip))
     usable = valid & feat_finite & clip_finite[own]
     used = int(usable.sum())
-    assert criterion.counts.tolist() == [used, int(valid.sum()) - used]
-
     candidates, negatives = usable if batch is None else clip_finite, torch.arange(T)
+    clamp = setting["clamp"]
+    beyond = [x.detach().abs() > (math.inf if clamp is None else clamp) for x in (feat, clip)]
+    touched = beyond[0][usable].sum() + beyond[1][candidates].sum()
+    assert criterion.counts.tolist() == [used, int(valid.sum()) - used, touched]
+
     if T > max_negatives:
         torch.manual_seed(seed)
         negatives = module.draw_negatives(candidates, max_negatives)
@@ -131,17 +134,15 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
     is_negative = candidates[negatives] & (negatives != own[usable, None])
     most = int(is_negative.sum(1).max()) if used and T else 0
 
-    t, clamp = max(setting["temperature"], 0.1), setting["clamp"]
-    if variant == "cosine":
-        t = 1
-    m = min(clamp, 1 / t)
+    t = 1 if variant == "cosine" else max(setting["temperature"], 0.1)
+    m = 1 / t
     low, high = {"sigmoid": (math.log1p(math.exp(-m)), math.log1p(math.exp(m))), "cosine": (0, 2),
                  "infonce": (0, math.log1p(most * math.exp(2 * m)) / 2)}[variant] if used else (0, 0)
     assert weight * low * (1 - 1e-5) <= loss.item() <= weight * high * (1 + 1e-5)
 
     bound = weight / (max(used, 1) * t * setting["norm_floor"])
     assert (feat.grad.double().norm(dim=1) <= 1.01 * bound).all()  # false for NaN
-    assert not feat.grad[~usable].any()
+    assert not feat.grad[~usable].any() and not feat.grad[beyond[0]].any()
     ratio = setting["gradient_flow_ratio"]
     if ratio == 0:
         assert clip.grad is None
@@ -151,6 +152,7 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
         if variant == "infonce":
             share.index_add_(0, negatives, is_negative.double().sum(0) / 2)
         assert (clip.grad.double().norm(dim=1) <= 1.01 * ratio * bound * share).all()
+        assert not clip.grad[beyond[1]].any()
 
     table = torch.where(clip_finite[:, None], clip.detach(), 0)
     row = reference(variant, feat.detach()[usable], table, own[usable].numpy(), negatives.numpy(),
@@ -220,10 +222,7 @@ SAFEGUARDS = {
                                  "torch.ones_like(feat_finite)"),
     "rows are selected, not multiplied": (".where(usable[:, None], 0)", " * usable[:, None]"),
     "no division by zero rows": ("torch.where(normalizer > 0, normalizer, 1)", "normalizer"),
-    "the own target is no negative": ("targets[negatives] & (negatives != own[:, None])",
-                                      "targets[negatives].expand(len(own), -1)"),
     "only usable rows are negatives": ("targets[negatives] & (", "("),
-    "the gradient flow ratio": ("x.detach() + ratio * (x - x.detach())", "x"),
 }
 SAFEGUARDS_OF_PROCESSES = {
     "a normalizer below one stays": ("torch.where(normalizer > 0, normalizer, 1)", "normalizer.clamp(min=1)"),
@@ -270,7 +269,7 @@ def test_features_and_targets_may_differ_in_precision(one, other, common, varian
 def test_half_precision_rows_do_not_overflow_in_their_sum():
     feat = torch.randn(40_000, 4).half()
     loss, counts = clip_consistency(feat, -feat)
-    assert loss.item() == pytest.approx(math.log1p(math.exp(10)), rel=1e-3) and counts.tolist() == [40_000, 0]
+    assert loss.item() == pytest.approx(math.log1p(math.exp(10)), rel=1e-3) and counts.tolist() == [40_000, 0, 0]
 
 
 def plain_formula(variant, feat, clip, own):
@@ -359,14 +358,14 @@ def test_a_batch_is_the_row_weighted_mean_of_its_scenes(variant):
     torch.manual_seed(0)
     feat, clip, valid = torch.randn(60, 16), torch.randn(4, 16), torch.rand(60) < 0.7
     batch = torch.tensor([0] * 30 + [2] * 29 + [3])  # scene 1 has no point
-    whole, (rows, _) = consistency(feat, clip, batch, valid, variant=variant)
+    whole, (rows, *_) = consistency(feat, clip, batch, valid, variant=variant)
     scenes = []
     for own in (batch == s for s in range(4)):
         # with negatives a scene needs the targets of the others, without it is alone
         target = (clip, batch[own]) if variant == "infonce" else (clip[batch[own]], None)
         scenes.append(consistency(feat[own], *target, valid[own], variant=variant))
-    assert sum(n for _, (n, _) in scenes) == rows
-    torch.testing.assert_close(whole, sum(loss * n for loss, (n, _) in scenes) / rows)
+    assert sum(n for _, (n, *_) in scenes) == rows
+    torch.testing.assert_close(whole, sum(loss * n for loss, (n, *_) in scenes) / rows)
 
 
 def test_points_are_the_mean_of_their_parts_given_the_same_targets_and_negatives():
@@ -405,7 +404,7 @@ def test_one_bad_row_leaves_the_others_as_if_it_were_not_there(variant):
     loss, counts = consistency(feat, clip, variant=variant)
     alone = consistency(feat[keep], clip[keep], variant=variant)[0]
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
-    assert counts.tolist() == [48, 2]
+    assert counts.tolist() == [48, 2, 0]
     gradient, = torch.autograd.grad(loss, feat)
     assert gradient.isfinite().all() and not gradient[~keep].any()
     torch.testing.assert_close(gradient[keep], torch.autograd.grad(alone, feat)[0][keep], rtol=1e-5, atol=1e-9)
@@ -470,12 +469,29 @@ def test_negatives_are_drawn_anew_in_each_call_from_the_global_generator_and_no_
     assert criterion(feat, clip, batch) == first
 
 
-def test_the_loss_still_pulls_where_half_precision_would_be_silently_dead():
+def test_without_a_clamp_the_loss_still_pulls_where_half_precision_would_be_silently_dead():
     feat = torch.empty(64, C).uniform_(-6e4, 6e4, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
     clip = torch.randn(64, C, generator=torch.Generator().manual_seed(1)).half()
     upstream = 2.0 ** 20  # a loss scale: true gradients of rows this long lie below what fp16 can hold
-    (upstream * clip_consistency(feat, clip)[0]).backward()
+    (upstream * clip_consistency(feat, clip, clamp=None)[0]).backward()
     assert feat.grad.isfinite().all() and (feat.grad != 0).any(1).all()
+
+
+@pytest.mark.parametrize("variant", CLIP_LOSSES)
+def test_the_clamp_acts_on_both_features_entry_by_entry_before_the_norm(variant):
+    torch.manual_seed(0)
+    feat, clip, options = torch.randn(40, C), torch.randn(40, C), dict(variant=variant, gradient_flow_ratio=1.0)
+    results = []
+    for clamp, bound in ((1.5, math.inf), (None, 1.5)):
+        f, c = feat.clone().requires_grad_(), clip.clone().requires_grad_()
+        loss, counts = consistency(f.clamp(-bound, bound), c.clamp(-bound, bound), clamp=clamp, **options)
+        results.append((loss, *torch.autograd.grad(loss, (f, c))))
+        beyond = sum(int((x.abs() > 1.5).sum()) for x in (feat, clip))
+        assert beyond > 0 and counts.tolist() == [40, 0, beyond if clamp else 0]
+    assert all(map(torch.equal, *results))
+    assert not results[0][1][feat.abs() > 1.5].any() and results[0][1][feat.abs() <= 1.5].all()
+    inside, free = (consistency(feat, clip, clamp=clamp, **options)[0] for clamp in (10.0, None))
+    assert torch.equal(inside, free)  # nothing lies beyond 10
 
 
 @pytest.mark.parametrize("variant", CLIP_LOSSES)
@@ -623,8 +639,8 @@ def integers(*shape):
 
 REFUSED = [  # call, what the message must hold
     *((lambda bad=bad: ClipConsCriterion(**bad), next(iter(bad))) for bad in (
-        dict(temperature=-1), dict(temperature=math.nan), dict(norm_floor=0), dict(clamp=0), dict(loss_weight=-1),
-        dict(gradient_flow_ratio=1.5), dict(gradient_flow_ratio=-0.1))),
+        dict(temperature=-1), dict(temperature=math.nan), dict(norm_floor=0), dict(clamp=0), dict(clamp=math.nan),
+        dict(loss_weight=-1), dict(gradient_flow_ratio=1.5), dict(gradient_flow_ratio=-0.1))),
     (lambda: ClipConsCriterion(variant="softmax"), "'softmax' must be one of sigmoid, cosine, infonce"),
     (lambda: clip_consistency(zeros(4, 8), zeros(4, 8), variant="infonce"), "'infonce' must be sigmoid or cosine"),
     (lambda: clip_consistency(zeros(4, 8), zeros(4, 7)), r"\(4, 8\).*\(4, 7\)"),
