@@ -158,3 +158,17 @@ def torchrun(folder, code, arguments):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(folder / "two.py"), *arguments], capture_output=True, text=True, timeout=280,
                           env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+
+
+def two_processes(run, halves):
+    """The mean of what run(half, world_mean) returns in two processes that average their normalizers."""
+    seen = [[], []]
+    for half, calls in zip(halves, seen):
+        run(half, lambda x: calls.append(x.clone()) or x)
+    assert len(seen[0]) == len(seen[1]) > 0, "one process would wait for the other"
+    means = [torch.stack(pair).mean(0) for pair in zip(*seen)]
+    results = []
+    for half in halves:
+        queue = iter(means)
+        results.append(run(half, lambda x: next(queue)))
+    return [(a + b) / 2 for a, b in zip(*results)]

@@ -8,9 +8,9 @@ import torch
 
 import losses
 from decoder import InstanceDecoder, pool, scene_instances, superpoint_index
+from helpers import two_processes
 from losses import INSTANCE_WEIGHTS, InstanceCriterion, dice_loss, instance_loss, instance_targets, match_instances
 from metrics import evaluate_instances
-from test_losses import two_processes
 
 K = 3
 
