@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Furnished rooms from a seed, and a ray-caster that photographs them: RGB, depth, semantic and instance images.
+"""Furnished rooms generated from a seed, and a ray caster that renders RGB, depth, label and instance images of them.
 
-The rooms are made to show what pictures add to geometry. Table, chair, sofa, bed and lamp draw their colours from one
-distribution, so only their shape tells them apart. Door, window, picture, whiteboard and curtain are panels that stand
-less than 1 cm proud of the wall and share one distribution of sizes and heights; cabinet, refrigerator and bookshelf
-share one distribution of boxes: only their appearance tells them apart.
+The rooms show what images add to geometry. Table, chair, sofa, bed and lamp draw their colours from one distribution,
+so only their shape tells them apart. Door, window, picture, whiteboard and curtain are panels less than 1 cm thick on
+the wall that share one distribution of sizes and heights; cabinet, refrigerator and bookshelf share one distribution of
+boxes. Only their appearance tells these apart.
 
-Everything is an axis-aligned box, or the ellipsoid inscribed in one. A pixel (u, v) looks along
-`ray = R^T K^-1 (u, v, 1)`, whose component along the optical axis is 1, so the parameter of a hit is its depth; boxes
-are hit by the slab test (Kay and Kajiya, "Ray tracing complex scenes", SIGGRAPH 1986) inside the rectangle that their
-corners project to. Metres, world z up, OpenCV camera axes, pixel centres at integer coordinates.
+Every surface is an axis-aligned box, or the ellipsoid inscribed in one. A pixel (u, v) looks along
+`ray = R^T K^-1 (u, v, 1)`, whose component along the optical axis is 1, so the parameter of a hit is its depth. Boxes
+are hit by the slab test (Kay and Kajiya, "Ray tracing complex scenes", SIGGRAPH 1986), restricted to the rectangle that
+their corners project to. Metres, world z up, OpenCV camera axes, pixel centres at integer coordinates.
 
 Imports numpy.
 """
@@ -23,17 +23,18 @@ BOXES = ("cabinet", "refrigerator", "bookshelf")
 SHAPES = ("table", "chair", "sofa", "bed", "lamp")
 CLASSES = ("wall", "floor", "ceiling") + PANELS + SHAPES + BOXES  # label images hold 1 + index, 0 = unlabeled
 SPLITS = ("train", "val", "test")
-STUFF = 3  # the first classes of CLASSES have no instances
+STUFF = 3  # the first three classes have no instances
 
 # -------------------------------------------------------------------------------------------------------- appearance
 
 
 def _hsv(rng, hue, saturation, value):
-    """One RGB colour (3,), drawn uniformly from ranges (low, high) in [0, 1]; hues wrap."""
+    """One RGB colour (3,), drawn uniformly from ranges (low, high) in [0, 1]; hues wrap around."""
     return np.array(colorsys.hsv_to_rgb(rng.uniform(*hue) % 1.0, rng.uniform(*saturation), rng.uniform(*value)))
 
 
 def _shades(rng, color, spread, count=16):
+    """(count, 3): a colour, brighter or darker by up to the share `spread`."""
     return color * (1 + spread * rng.uniform(-1, 1, (count, 1)))
 
 
@@ -45,7 +46,7 @@ def _look(palette, cell=(100.0, 100.0), step=(5, 11), joint=(0.0, 0.0), joint_co
 
 
 def _appearance(kind, width, height, rng):
-    """How one object of a class looks: the parameters of `_texture` for faces of about width x height metres."""
+    """Appearance of one object of a class: parameters of `_texture` for faces of about width x height metres."""
     any_hue = (0.0, 1.0)
     if kind == "wall":
         color = _hsv(rng, (-0.1, 0.45), (0.08, 0.3), (0.55, 0.72))
@@ -57,14 +58,16 @@ def _appearance(kind, width, height, rng):
             color = _hsv(rng, (0.05, 0.1), (0.3, 0.6), (0.3, 0.55))
             return _look(_shades(rng, color, 0.15), (rng.uniform(0.12, 0.2), rng.uniform(0.8, 1.4)),
                          joint=(0.008, 0.008), joint_color=0.5 * color)
-        color, side = _hsv(rng, any_hue, (0.03, 0.25), (0.25, 0.5)), rng.uniform(0.3, 0.6)
+        color = _hsv(rng, any_hue, (0.03, 0.25), (0.25, 0.5))  # tiles
+        side = rng.uniform(0.3, 0.6)
         return _look(_shades(rng, color, 0.08), (side, side), joint=(0.015, 0.015), joint_color=1.4 * color)
     if kind == "door":
         color = _hsv(rng, (0.0, 0.06), (0.6, 0.85), (0.25, 0.5))
         return _look(_shades(rng, color, 0.15), (width / rng.integers(3, 7), 100.0), joint=(0.01, 0.0),
                      joint_color=0.5 * color, rim=rng.uniform(0.04, 0.1), rim_color=0.7 * color)
     if kind == "window":  # land below, sky above, white bars
-        land, sky = _hsv(rng, (0.15, 0.4), (0.3, 0.6), (0.4, 0.7)), _hsv(rng, (0.52, 0.63), (0.35, 0.65), (0.85, 1.0))
+        land = _hsv(rng, (0.15, 0.4), (0.3, 0.6), (0.4, 0.7))
+        sky = _hsv(rng, (0.52, 0.63), (0.35, 0.65), (0.85, 1.0))
         share = np.clip((np.arange(16) / 15 - rng.uniform(0.1, 0.4)) / 0.15, 0, 1)[:, None]
         return _look(land + share * (sky - land), (width / rng.integers(1, 4), height / 15.99), step=(0, 1),
                      joint=(0.05, 0.0), joint_color=0.95, rim=rng.uniform(0.04, 0.08), rim_color=0.95)
@@ -92,11 +95,11 @@ def _appearance(kind, width, height, rng):
                      (rng.uniform(0.04, 0.07), rng.uniform(0.25, 0.35)), joint=(0.0, 0.04), joint_color=wood,
                      rim=0.04, rim_color=wood)
     return _look(_shades(rng, _hsv(rng, any_hue, (0.2, 0.6), (0.3, 0.75)), rng.choice([0.0, 0.1])),
-                 (rng.uniform(0.05, 0.2), 100.0))  # one distribution for all that differ by shape
+                 (rng.uniform(0.05, 0.2), 100.0))  # one distribution for all classes that differ by shape
 
 
 def _texture(look, u, v, width, height):
-    """Colours (n, 3) at u, v (n,) metres from the lower left of faces that are width x height (n,) metres."""
+    """Colours (n, 3) at u, v (n,) metres from the lower left corners of faces of width x height (n,) metres."""
     pu, pv = look["cell"]
     i, j = np.floor(u / pu), np.floor(v / pv)
     palette = look["palette"].astype(np.float32)
@@ -112,7 +115,7 @@ def _texture(look, u, v, width, height):
 
 
 def _furniture(kind, rng):
-    """Size (3,) of a piece and its parts (low, high[, is an ellipsoid]); its back is at y = 0, the floor at z = 0."""
+    """Size (3,) of a piece and its parts (low, high[, is_ellipsoid]); its back is at y = 0, the floor at z = 0."""
     if kind in BOXES:
         w, d, h = rng.uniform([0.7, 0.35, 1.0], [1.2, 0.6, 2.0])
         parts = [((0, 0, 0), (w, d, h))]
@@ -142,57 +145,64 @@ def _furniture(kind, rng):
 
 
 def _turned(low, high, quarter, origin):
-    """The box after `quarter` turns by 90 degrees about z and a shift, as sorted corners (2, 3)."""
+    """Sorted corners (2, 3) of a box after `quarter` turns of 90 degrees about z and a shift."""
     c, s = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter]
     corners = np.array([low, high], float) @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1.0]]) + origin
     return np.sort(corners, 0)
 
 
 def _against_wall(room, quarter, along):
-    """Origin (3,) of a thing turned by `quarter` with its back to a wall, `along` metres from a corner."""
+    """Origin (3,) of an object turned by `quarter`, back to a wall, `along` metres from a corner of the room."""
     x, y, _ = room
     return np.array([(along, 0, 0), (x, along, 0), (x - along, y, 0), (0, y - along, 0)][quarter], float)
 
 
-def make_room(seed):
-    """Seed (an int or a sequence of ints >= 0) -> scene, a dict of S surfaces in a room with one corner at 0.
+def _surface(box, kind, instance, look, ellipsoid=False):
+    """One box or ellipsoid of a scene; kind None: small things without a class."""
+    label = 1 + CLASSES.index(kind) if kind else 0
+    return dict(corners=box, ellipsoid=ellipsoid, label=label, instance=instance, look=look)
 
-    size (3,) metres; corners (S, 2, 3) low and high; ellipsoid (S,) bool; label (S,) uint8, 1 + index into CLASSES or
-    0 for small things without a class; instance (S,) uint8, 0 for wall, floor, ceiling and unlabeled; look, a list of
-    S parameter dicts; light (3,) and tint (3,), where the lamp hangs and its colour; ambient, share of light from all
-    around. The same seed gives the same room wherever numpy's Generator draws the same numbers.
-    """
-    rng = np.random.default_rng(seed)
-    room = rng.uniform([4.2, 4.2, 2.4], [6.0, 6.0, 2.8])
-    corners, rounds, labels, instances, looks = [], [], [], [], []
 
-    def add(box, kind, instance, look, ellipsoid=False):
-        corners.append(box), rounds.append(ellipsoid), instances.append(instance), looks.append(look)
-        labels.append(1 + CLASSES.index(kind) if kind else 0)
+def _next_instance(surfaces):
+    return 1 + max(surface["instance"] for surface in surfaces)
 
+
+def _shell(room, rng):
+    """Surfaces of walls, floor and ceiling, 10 cm thick."""
+    surfaces = []
     wall = _appearance("wall", *room[1:], rng)
     for axis, kinds in ((0, ("wall", "wall")), (1, ("wall", "wall")), (2, ("floor", "ceiling"))):
         for side, kind in enumerate(kinds):
             box = np.stack([np.full(3, -0.1), room + 0.1])
             box[1 - side, axis] = (-0.1, room[axis] + 0.1)[side] + (0.1, -0.1)[side]
-            add(box, kind, 0, wall if kind == "wall" else _appearance(kind, *room[:2], rng))
+            look = wall if kind == "wall" else _appearance(kind, *room[:2], rng)
+            surfaces.append(_surface(box, kind, 0, look))
+    return surfaces
 
-    panels = []  # (wall, left, right, bottom) of those in place
+
+def _hang_panels(room, surfaces, rng):
+    """Adds panels where the walls have space for them -> (wall, left, right, bottom) of each."""
+    panels = []
     for kind in rng.permutation([*PANELS, *rng.choice(PANELS, rng.integers(2, 5))]):  # late ones find less space
         for _ in range(30):
-            tall = rng.random() < 0.4
-            w, h, bottom = rng.uniform([0.8, 1.9, 0.0], [1.4, 2.1, 0.1]) if tall else \
-                rng.uniform([0.9, 0.8, 0.7], [1.7, 1.3, 1.0])
+            if rng.random() < 0.4:  # down to the floor
+                w, h, bottom = rng.uniform([0.8, 1.9, 0.0], [1.4, 2.1, 0.1])
+            else:
+                w, h, bottom = rng.uniform([0.9, 0.8, 0.7], [1.7, 1.3, 1.0])
             side = int(rng.integers(4))
             left = rng.uniform(0.05, room[side % 2] - w - 0.05)
             if all(side != s or left > r + 0.1 or left + w < l - 0.1 for s, l, r, _ in panels):
                 panels.append((side, left, left + w, bottom))
                 box = _turned((0, 0, bottom), (w, rng.uniform(0.002, 0.009), bottom + h), side,
                               _against_wall(room, side, left))
-                add(box, kind, 1 + max(instances), _appearance(kind, w, h, rng))
+                surfaces.append(_surface(box, kind, _next_instance(surfaces), _appearance(kind, w, h, rng)))
                 break
+    return panels
 
-    taken = []  # footprints (2, 3)
+
+def _furnish(room, panels, surfaces, rng):
+    """Adds furniture that neither intersects other pieces nor hides a panel, and clutter on the tables."""
+    taken = []  # corners (2, 3) of the pieces in place
     pieces = [*rng.permutation(BOXES), "bed", "sofa", "table", rng.choice(BOXES), "chair", "chair", "lamp",
               *rng.choice(SHAPES[:2] + SHAPES[-1:], 3)]
     for kind in pieces:
@@ -210,20 +220,38 @@ def make_room(seed):
             box = _turned((0, 0, 0), size, side, origin)
             if (box[0] < -1e-9).any() or (box[1] > room + 1e-9).any():
                 continue
-            if all((box[0, :2] > t[1, :2] + 0.08).any() or (box[1, :2] < t[0, :2] - 0.08).any() for t in taken):
-                taken.append(box)
-                instance, look = 1 + max(instances), _appearance(kind, *size[[0, 2]], rng)
-                for low, high, *ellipsoid in parts:
-                    add(_turned(low, high, side, origin), kind, instance, look, bool(ellipsoid))
-                if kind == "table":
-                    for _ in range(rng.integers(0, 4)):
-                        low = np.append(rng.uniform(0.05, size[:2] - 0.3), size[2])
-                        high = low + rng.uniform([0.08, 0.08, 0.05], [0.25, 0.25, 0.25])
-                        clutter = _look(_hsv(rng, (0, 1), (0.3, 0.9), (0.3, 0.9)))
-                        add(_turned(low, high, side, origin), None, 0, clutter)
-                break
-    return dict(size=room, corners=np.array(corners), ellipsoid=np.array(rounds), label=np.array(labels, np.uint8),
-                instance=np.array(instances, np.uint8), look=looks, ambient=rng.uniform(0.5, 0.7),
+            if any((box[0, :2] <= t[1, :2] + 0.08).all() and (box[1, :2] >= t[0, :2] - 0.08).all() for t in taken):
+                continue
+            taken.append(box)
+            instance, look = _next_instance(surfaces), _appearance(kind, *size[[0, 2]], rng)
+            for low, high, *ellipsoid in parts:
+                surfaces.append(_surface(_turned(low, high, side, origin), kind, instance, look, bool(ellipsoid)))
+            if kind == "table":
+                for _ in range(rng.integers(0, 4)):
+                    low = np.append(rng.uniform(0.05, size[:2] - 0.3), size[2])
+                    high = low + rng.uniform([0.08, 0.08, 0.05], [0.25, 0.25, 0.25])
+                    clutter = _look(_hsv(rng, (0, 1), (0.3, 0.9), (0.3, 0.9)))
+                    surfaces.append(_surface(_turned(low, high, side, origin), None, 0, clutter))
+            break
+
+
+def make_room(seed):
+    """Seed (an int or a sequence of ints >= 0) -> scene, a dict of S surfaces in a room with one corner at the origin.
+
+    size (3,) metres; corners (S, 2, 3) low and high; ellipsoid (S,) bool; label (S,) uint8, 1 + index into CLASSES or
+    0 for small things without a class; instance (S,) uint8, 0 for walls, floor, ceiling and unlabeled; look, a list of
+    S parameter dicts; light (3,) and tint (3,), position and colour of the lamp; ambient, the share of ambient light.
+    The same seed gives the same room wherever numpy's Generator draws the same numbers.
+    """
+    rng = np.random.default_rng(seed)
+    room = rng.uniform([4.2, 4.2, 2.4], [6.0, 6.0, 2.8])
+    surfaces = _shell(room, rng)
+    panels = _hang_panels(room, surfaces, rng)
+    _furnish(room, panels, surfaces, rng)
+    columns = {key: [surface[key] for surface in surfaces] for key in surfaces[0]}
+    return dict(size=room, corners=np.array(columns["corners"]), ellipsoid=np.array(columns["ellipsoid"]),
+                label=np.array(columns["label"], np.uint8), instance=np.array(columns["instance"], np.uint8),
+                look=columns["look"], ambient=rng.uniform(0.5, 0.7),
                 light=np.append(rng.uniform(0.3, 0.7, 2) * room[:2], room[2] - 0.2), tint=rng.uniform(0.92, 1.08, 3))
 
 
@@ -231,7 +259,7 @@ def make_room(seed):
 
 
 def look_at(eye, target, roll=0.0):
-    """world2cam (4, 4) of a camera at `eye` (3,) that looks at `target` (3,), upright but for `roll` radians."""
+    """world2cam (4, 4) of a camera at `eye` (3,) that looks at `target` (3,), upright except for `roll` radians."""
     forward = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(forward, [0.0, 0.0, 1.0])
     right /= np.linalg.norm(right)
@@ -244,7 +272,7 @@ def look_at(eye, target, roll=0.0):
 
 
 def _camera(scene, rng):
-    """world2cam (4, 4) at eye height, clear of all furniture, towards some object, and with room in front of it."""
+    """world2cam (4, 4) of a camera at eye height, clear of furniture, that looks at some object from a distance."""
     low, high = scene["corners"][:, 0] - 0.3, scene["corners"][:, 1] + 0.3
     while True:
         eye = rng.uniform([0.35, 0.35, 1.2], [*(scene["size"][:2] - 0.35), 1.8])
@@ -266,7 +294,7 @@ def _camera(scene, rng):
 
 
 def _cast(scene, world2cam, intrinsics, size):
-    """Depth (H, W) float32 with inf where nothing is hit, surface (H, W) int16 with -1 there, rays (3, H, W)."""
+    """Depth (H, W) float32 and surface (H, W) int16 of the first hit, inf and -1 if there is none; rays (3, H, W)."""
     height, width = size
     rotation, corners = world2cam[:3, :3], scene["corners"]
     eye = -(rotation * world2cam[:3, 3:]).sum(0)
@@ -293,7 +321,7 @@ def _cast(scene, world2cam, intrinsics, size):
                 continue
         window = np.s_[top:bottom, left:right]
         if scene["ellipsoid"][index]:
-            # Closest approach to the centre first: the textbook discriminant loses three digits in float32.
+            # from the closest approach to the centre: the textbook discriminant loses three digits in float32
             half = (high - low) / 2
             d, o = rays[:, top:bottom, left:right] / half[:, None, None], ((high + low) / 2 / half)[:, None, None]
             square = (d * d).sum(0)
@@ -315,13 +343,13 @@ def _cast(scene, world2cam, intrinsics, size):
 
 
 def render(scene, world2cam, intrinsics, size=(240, 320), rng=None):
-    """Photograph of a scene -> dict(color (H, W, 3) uint8 RGB, depth (H, W) float32, label and instance (H, W) uint8).
+    """Image of a scene -> dict(color (H, W, 3) uint8 RGB, depth (H, W) float32, label and instance (H, W) uint8).
 
     world2cam (4, 4) rigid, intrinsics (3, 3) in pixels, size (H, W). Depth is metres along the optical axis, 0 = hole.
-    With a Generator `rng` the depth is noisy as a structured-light sensor's, sigma = 0.0012 + 0.0019 (z - 0.4)^2
-    (Nguyen, Izadi and Lovell, "Modeling Kinect sensor noise", 3DIMPVT 2012), and has holes at grazing angles, depth
-    edges, far away and in random blobs, none of which depends on the class; exposure, white balance and pixels vary a
-    little. Without `rng` there is no noise at all. Labels are exact in both cases, also in the holes.
+    With a Generator `rng`, depth has the noise of a structured-light sensor, sigma = 0.0012 + 0.0019 (z - 0.4)^2
+    (Nguyen, Izadi and Lovell, "Modeling Kinect sensor noise", 3DIMPVT 2012), and holes at grazing angles, depth edges,
+    large distances and in random blobs, none of which depends on the class. Exposure, white balance and pixel values
+    vary slightly. Without `rng` there is no noise. Labels are exact in both cases, holes included.
     """
     world2cam, intrinsics = np.asarray(world2cam, np.float64), np.asarray(intrinsics, np.float64)
     if world2cam.shape != (4, 4) or intrinsics.shape != (3, 3):
@@ -380,21 +408,21 @@ def render(scene, world2cam, intrinsics, size=(240, 320), rng=None):
                 depth=np.where(known, depth, 0).astype(np.float32), label=label, instance=instance)
 
 
-def frames(split, rooms, frames_per_room, seed=0, size=(240, 320)):
-    """`rooms` rooms of a split ("train", "val" or "test"), photographed `frames_per_room` times each -> list of dicts.
+def frames(split, num_rooms, frames_per_room, seed=0, size=(240, 320)):
+    """Rooms of a split ("train", "val" or "test"), each rendered from `frames_per_room` cameras -> list of dicts.
 
-    Each holds what `render` gives, and name "<split>0003/2", world2cam (4, 4) and intrinsics (3, 3) float64, and
-    depth_intrinsics, which are the same. A room is drawn from (split, room, seed) and a frame from that and its own
-    number: splits never share a room, and asking for more leaves the first ones as they are.
+    Each holds what `render` gives, name "<split>0003/2", world2cam (4, 4), intrinsics and depth_intrinsics (3, 3),
+    equal, all float64. A room is drawn from (split, room, seed) and a frame from that and its own number, so splits
+    share no room, and asking for more leaves the first ones unchanged.
     """
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, got {split!r}")
-    if min(rooms, frames_per_room, seed) < 0 or min(size) < 1:
-        raise ValueError(f"expected counts and seed >= 0 and a size (H, W) >= 1, got rooms={rooms}, "
+    if min(num_rooms, frames_per_room, seed) < 0 or min(size) < 1:
+        raise ValueError(f"expected counts and seed >= 0 and a size (H, W) >= 1, got num_rooms={num_rooms}, "
                          f"frames_per_room={frames_per_room}, seed={seed}, size={tuple(size)}")
     result = []
-    for room in range(rooms):
-        # The seed stands last: however many words it takes, no two of these lists hold the same words.
+    for room in range(num_rooms):
+        # the seed comes last: however many 32-bit words it takes, no two of these lists hold the same words
         scene = make_room([SPLITS.index(split), room, 0, seed])
         for number in range(frames_per_room):
             rng = np.random.default_rng([SPLITS.index(split), room, 1 + number, seed])

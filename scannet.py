@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """ScanNet (Dai et al. 2017) as its tools write it: exported RGB-D frames, and whole scans with their annotations.
 
-`ScanNetFrames` reads the 2D layout that ScanNet's exporter writes, which many other data sets are converted to;
-`ScanNetScenes` reads meshes, labels, instances and the oversegmentation of a scan. Both are sequences that read when
-indexed, and both say at construction what is missing. Class lists are text files: `load_classes`.
+`ScanNetFrames` reads the 2D layout that ScanNet's exporter writes, to which many other data sets are converted.
+`ScanNetScenes` reads mesh, labels, instances and oversegmentation of whole scans. Both are sequences that read a file
+when they are indexed, and both name missing files at construction. Class lists are text files, see `load_classes`.
 
 Imports numpy, PIL.
 """
@@ -19,9 +19,9 @@ from PIL import Image
 
 
 def load_classes(path):
-    """Class list, a line "id name" each -> {id: name}, with None for the name `unlabeled` = ignored.
+    """Class list with one "id name" pair per line -> {id: name}; the name `unlabeled` becomes None = ignored.
 
-    Several ids may share a name: one class. The line "* unlabeled" gives {"*": None}: ids not listed are ignored too.
+    Ids that share a name are one class. With the line "* unlabeled", ids that are not listed are ignored, too.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,9 +44,9 @@ def load_classes(path):
 
 
 def class_index(classes):
-    """{id: name | None} -> the K class names in order of first appearance, and a lookup table id -> 0..K-1, -1, or -2.
+    """{id: name or None} -> K class names in order of first appearance, and a lookup table id -> 0..K-1, -1 or -2.
 
-    -1 is ignored and -2 is outside of the list; ids past the table's end are what its last entry says.
+    -1 means ignored and -2 not listed. The table's last entry holds for all larger ids.
     """
     names = list(dict.fromkeys(name for name in classes.values() if name is not None))
     ids = [key for key in classes if key != "*"]
@@ -80,6 +80,17 @@ def read_intrinsics(path, field):
     return matrix
 
 
+def read_pose(path):
+    """Text file of a camera-to-world matrix -> (4, 4) float64, or None if the pose is lost (inf or NaN)."""
+    pose = read_matrix(path, "pose", [(4, 4)])
+    if not np.isfinite(pose).all():
+        return None
+    turn = pose[:3, :3]
+    if np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01:
+        raise ValueError(f"{path}: pose is not a rotation and a shift [[R, t], [0, 1]]: {pose.tolist()}")
+    return pose
+
+
 def read_image(path, field):
     """PIL image, decoded to the last byte."""
     try:
@@ -93,7 +104,7 @@ def read_image(path, field):
 
 
 def read_index_image(path, field):
-    """Grey PNG of integers (depth, label, instance) -> (H, W) integer array."""
+    """Greyscale PNG (depth, label, instance) -> (H, W) integer array."""
     array = np.asarray(read_image(path, field))
     if array.ndim != 2 or array.dtype.kind not in "ui":
         raise ValueError(f"{path}: {field} image has shape {array.shape} of {array.dtype}, expected (H, W) of integers")
@@ -101,7 +112,7 @@ def read_index_image(path, field):
 
 
 def natural_key(name):
-    """Sorts "frame-2" before "frame-10"."""
+    """Sort key that puts "frame-2" before "frame-10"."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -109,14 +120,14 @@ def natural_key(name):
 
 
 class ScanNetFrames:
-    """Frames of ScanNet's exported 2D layout, read when indexed.
+    """A source of frames (see data.py) in ScanNet's exported 2D layout, read when indexed.
 
     root/<scene>/{color/<n>.jpg|png, depth/<n>.png (uint16 millimetres), pose/<n>.txt (camera to world),
-    intrinsic/intrinsic_{color,depth}.txt} and, where labelled, {label-filt,instance-filt}/<n>.png (0 = no instance).
-    `classes` is a file or dict of `load_classes`, or None: labels and instances are not read. `split` is a file with a
-    `scene` or `scene/frame` a line, or None: all.
+    intrinsic/intrinsic_{color,depth}.txt} and optionally {label-filt,instance-filt}/<n>.png (0 = no instance).
+    classes: a file for `load_classes` or its result; None: labels and instances are not read.
+    split: a file with one `scene` or `scene/frame` per line; None: all frames.
 
-    Attributes: names ["scene/frame"], class_names (K), num_skipped (frames left out for a lost pose: inf or NaN).
+    Attributes: names ["scene/frame"], class_names (K), num_skipped (frames whose pose is lost: inf or NaN).
     """
 
     def __init__(self, root, classes, split=None):
@@ -130,36 +141,39 @@ class ScanNetFrames:
             classes = load_classes(classes)
         self.class_names, self._table = class_index(classes)
         self.settings = repr(classes)  # with the files, all that the frames depend on
-        self.names, self.num_skipped = [], 0
-        self._scenes, self._poses, self._colors = {}, [], []
-        for name in self._entries(split):
-            scene, _, stem = name.partition("/")
+        self.names = []
+        self.num_skipped = 0
+        self._scenes, self._poses, self._colors = {}, [], []  # by scene, by frame, by frame
+        for entry in self._entries(split):
+            scene, _, stem = entry.partition("/")
             if scene not in self._scenes:
                 self._scenes[scene] = self._open_scene(scene)
-            colors, missing = self._scenes[scene]["colors"], self._scenes[scene]["missing"]
+            colors = self._scenes[scene]["colors"]
             if stem and stem not in colors:
                 raise FileNotFoundError(f"{self.root / scene / 'color'}: no image {stem}.jpg or {stem}.png ({split})")
             for stem in [stem] if stem else sorted(colors, key=natural_key):
-                if stem in missing:
-                    raise FileNotFoundError(f"{missing[stem]} does not exist, but {colors[stem]} does")
-                path = self.root / scene / "pose" / f"{stem}.txt"
-                pose = read_matrix(path, "pose", [(4, 4)])
-                if not np.isfinite(pose).all():
-                    self.num_skipped += 1
-                    continue
-                turn = pose[:3, :3]
-                if np.abs(pose[3] - [0, 0, 0, 1]).max() > 1e-6 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01:
-                    raise ValueError(f"{path}: pose is not a rotation and a shift [[R, t], [0, 1]]: {pose.tolist()}")
-                self.names.append(f"{scene}/{stem}")
-                self._poses.append(pose)
-                self._colors.append(colors[stem])
+                self._add_frame(scene, stem)
         if len(set(self.names)) < len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise ValueError(f"{split}: frame {twice} is named more than once")
         if not self.names:
             raise ValueError(f"{split or self.root}: no frame left ({self.num_skipped} skipped for a lost pose)")
 
+    def _add_frame(self, scene, stem):
+        color = self._scenes[scene]["colors"][stem]
+        missing = self._scenes[scene]["missing"].get(stem)
+        if missing is not None:
+            raise FileNotFoundError(f"{missing} does not exist, but {color} does")
+        pose = read_pose(f"{self.root}/{scene}/pose/{stem}.txt")
+        if pose is None:
+            self.num_skipped += 1
+            return
+        self.names.append(f"{scene}/{stem}")
+        self._poses.append(pose)
+        self._colors.append(color)
+
     def _entries(self, split):
+        """The lines of a split file, or all scenes."""
         if split is None:
             entries = sorted((path.parent.name for path in self.root.glob("*/color")), key=natural_key)
             if not entries:
@@ -178,11 +192,12 @@ class ScanNetFrames:
         return entries
 
     def _open_scene(self, scene):
+        """What the frames of a scene share: colour images and missing files by stem, intrinsics."""
         folder = self.root / scene
         colors = {path.stem: path for path in (folder / "color").iterdir() if path.suffix in (".jpg", ".jpeg", ".png")}
         labelled = {kind: self._labelled and (folder / kind).is_dir() for kind in ("label-filt", "instance-filt")}
         needed = {"depth": ".png", "pose": ".txt", **{kind: ".png" for kind, present in labelled.items() if present}}
-        missing = {}  # listing four folders beats asking for every file of every frame
+        missing = {}  # listing four folders is faster than one look-up per file
         for kind, suffix in needed.items():
             present = {path.name for path in (folder / kind).iterdir()} if (folder / kind).is_dir() else set()
             missing.update({stem: folder / kind / (stem + suffix) for stem in colors if stem + suffix not in present})
@@ -204,7 +219,8 @@ class ScanNetFrames:
     def files(self, index):
         """Paths of all files that a frame is read from."""
         scene, stem = self.names[index].split("/")
-        info, folder = self._scenes[scene], f"{self.root}/{scene}"
+        info = self._scenes[scene]
+        folder = f"{self.root}/{scene}"
         kinds = ["label-filt"] * info["label-filt"] + ["instance-filt"] * info["instance-filt"]
         paths = [f"{folder}/{kind}/{stem}.png" for kind in ("depth", *kinds)]
         paths += [str(self._colors[index]), f"{folder}/pose/{stem}.txt", f"{folder}/intrinsic/intrinsic_color.txt"]
@@ -213,7 +229,8 @@ class ScanNetFrames:
     def __getitem__(self, index):
         name = self.names[index]
         scene, stem = name.split("/")
-        folder, info = self.root / scene, self._scenes[scene]
+        folder = self.root / scene
+        info = self._scenes[scene]
         color = self.color(index)
         depth = read_index_image(folder / "depth" / f"{stem}.png", "depth")
         depth_intrinsics = info["depth_intrinsics"]
@@ -249,7 +266,7 @@ PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": 
 
 
 def read_ply_vertices(path, fields):
-    """Vertices of a binary PLY file -> structured array (P,) that has at least `fields`."""
+    """Vertices of a binary PLY file -> structured array (P,) with at least `fields`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"mesh {path} does not exist")
@@ -265,7 +282,8 @@ def read_ply_vertices(path, fields):
     if any(len(line) != 3 or line[1] not in PLY_TYPES for line in properties):
         raise ValueError(f"{path}: vertices have properties other than plain numbers")
     dtype = np.dtype([(name, "<" + PLY_TYPES[kind]) for _, kind, name in properties])
-    missing, count = set(fields) - set(dtype.names or ()), int(lines[elements[0]][2])
+    missing = set(fields) - set(dtype.names or ())
+    count = int(lines[elements[0]][2])
     if missing:
         raise ValueError(f"{path}: vertices have no property {', '.join(sorted(missing))}, only {dtype.names}")
     if len(body) < count * dtype.itemsize:
@@ -274,7 +292,7 @@ def read_ply_vertices(path, fields):
 
 
 def read_axis_alignment(path):
-    """<scene>.txt -> (4, 4) float64 that turns the scan's walls along x and y and its floor to z = 0."""
+    """<scene>.txt -> (4, 4) float64 that moves the scan's walls parallel to x and y and its floor to z = 0."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"scan description {path} does not exist")
@@ -289,7 +307,7 @@ def read_axis_alignment(path):
 
 
 def read_json(path, field):
-    """One entry of a JSON file."""
+    """The value of `field` in a JSON file that holds one object."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"annotation {path} does not exist")
@@ -303,9 +321,9 @@ def read_json(path, field):
 
 
 def read_label_map(path, source, target):
-    """Two columns of scannetv2-labels.combined.tsv -> {source: target}, whole numbers as int.
+    """Two columns of scannetv2-labels.combined.tsv -> {source: target}, with whole numbers as int.
 
-    ("raw_category", "id") names the ids of annotations; ("id", "nyu40id") turns those of label images into NYU40's.
+    ("raw_category", "id") gives the id of an annotation's label; ("id", "nyu40id") maps ids of label images to NYU40.
     """
     path = Path(path)
     if not path.is_file():
@@ -314,6 +332,7 @@ def read_label_map(path, source, target):
         rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows or not {source, target} <= rows[0].keys():
         raise ValueError(f"{path} is no table with columns {source} and {target}")
+
     def value(text):
         return int(text) if text.isdecimal() else text
 
@@ -321,30 +340,35 @@ def read_label_map(path, source, target):
 
 
 def remap_classes(classes, label_map):
-    """Class list {id: name} and label map {other id: id} -> class list {other id: name}, ignored where unlisted.
+    """Class list {id: name} and label map {other id: id} -> class list {other id: name}; unlisted ids are ignored.
 
     For ScanNet20 on label images: remap_classes(load_classes("labels/scannet20.txt"),
-    read_label_map("scannetv2-labels.combined.tsv", "id", "nyu40id")). ScanNet200's ids are those of the images.
+    read_label_map("scannetv2-labels.combined.tsv", "id", "nyu40id")). ScanNet200 uses the ids of the images.
     """
     return {**{key: classes[value] for key, value in label_map.items() if value in classes}, "*": None}
 
 
 class ScanNetScenes:
-    """Whole scans of ScanNet, read when indexed, as dicts: name, points (P, 3) float32 metres in the frame of the
-    camera poses, alignment (4, 4) float64 (identity for align=False), colors (P, 3) float32 in [0, 1], and, where
-    `classes` is given, labels and instances (P,) int64 with -1 = none, and superpoints (P,) int64 from the mesh's
-    oversegmentation.
+    """Whole scans of ScanNet, read when indexed: what data.SceneDataset takes.
+
+    A scan is a dict: name, points (P, 3) float32 metres in the world of the camera poses, colors (P, 3) float32 in
+    [0, 1], alignment (4, 4) float64 (identity if align=False) and, if `classes` is given, labels and instances (P,)
+    int64 with -1 = none and superpoints (P,) int64 from the mesh's oversegmentation.
 
     root/<scene>/<scene>{_vh_clean_2.ply, .txt} and, for labels, {_vh_clean_2.0.010000.segs.json, .aggregation.json,
-    _vh_clean_2.labels.ply}. `classes` is a file or dict of `load_classes`. Its ids are NYU40's, as labels.ply has them
-    (ScanNet20); with `label_map`, a path of scannetv2-labels.combined.tsv, they are that table's own and taken from
-    the annotation (ScanNet200). `split` is a file with a `scene` (or `scene/frame`) a line.
+    _vh_clean_2.labels.ply}.
+    classes: a file for `load_classes` or its result. Its ids are those of NYU40, as in labels.ply (ScanNet20).
+    label_map: path of scannetv2-labels.combined.tsv. The ids are then that table's, found by the annotated names
+    (ScanNet200).
+    split: a file with one `scene` (or `scene/frame`) per line; None: all scans.
 
     Attributes: names ["scene"], class_names (K).
     """
 
     def __init__(self, root, classes, split=None, label_map=None, align=True):
-        self.root, self.align, self._labelled = Path(root), align, classes is not None
+        self.root = Path(root)
+        self.align = align
+        self._labelled = classes is not None
         if not self.root.is_dir():
             raise FileNotFoundError(f"scan folder {self.root} does not exist")
         if not isinstance(classes, dict):
@@ -395,7 +419,8 @@ class ScanNetScenes:
         if len(segments) != len(mesh):
             raise ValueError(f"{path}: segIndices has {len(segments)} entries, the mesh has {len(mesh)} vertices")
         path = self._path(name, ".aggregation.json")
-        ids, instances = np.zeros(len(segment_ids), np.int64), np.full(len(segment_ids), -1)  # of each segment
+        ids = np.zeros(len(segment_ids), np.int64)  # per segment
+        instances = np.full(len(segment_ids), -1)
         for group in read_json(path, "segGroups"):
             own = np.isin(segment_ids, group["segments"])
             instances[own] = group["objectId"]

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Superpoints of an RGB-D frame: a few hundred small regions that respect the borders of objects.
 
-Agglomerative clustering of the pixel grid under Ward's criterion (Ward 1963): of all neighbouring regions, merge the
-pair that adds least to the sum of squares, `m_a m_b / (m_a + m_b) |mean_a - mean_b|^2`, until `count` are left. A pixel
-is described by its position, in units of the size that a region is to have, and its colour in CIELAB, in units of 10.
-Ward's criterion is reducible, so all pairs that are each other's nearest neighbour may merge in one round: the same
-tree as one by one, in some 40 vectorised rounds (Murtagh 1983). No random numbers: equal frames, equal superpoints.
+Agglomerative clustering of the pixel grid under Ward's criterion (Ward 1963): of all pairs of neighbouring regions,
+merge the one that adds least to the sum of squares, `n_a n_b / (n_a + n_b) |mean_a - mean_b|^2` for regions of n_a and
+n_b pixels, until `count` are left. A pixel is described by its position, in units of the expected region size, and its
+colour in CIELAB, in units of 10. Ward's criterion is reducible, so all pairs of mutual nearest neighbours may merge in
+one round: about 40 vectorised rounds give the same tree as single merges (Murtagh 1983). Nothing is random: equal
+frames give equal superpoints.
 
 Imports numpy.
 """
 import numpy as np
 
-VERSION = 1  # of the method: another number, other entries in a cache
+VERSION = 1  # of the method; part of the owner of a cache, so results of an older method are not used
 
 
 def srgb_to_lab(colors):
@@ -26,7 +27,7 @@ def srgb_to_lab(colors):
 
 
 def box_mean(image, size):
-    """Mean of image (H, W, C) over size x size pixels, size odd; the border is repeated outwards."""
+    """Mean of image (H, W, C) over size x size pixels, size odd; beyond the border its pixels repeat."""
     for axis in (0, 1):
         reach = [(size // 2, size // 2) if i == axis else (0, 0) for i in range(3)]
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, reach, "edge"), size, axis)
@@ -35,37 +36,45 @@ def box_mean(image, size):
 
 
 def ward(features, u, v, count):
-    """Graph of n nodes with edges u - v (E,), (E,) -> region (n,) int64 of each node; `count` regions where connected.
+    """Graph of n nodes with edges u - v, both (E,) -> region (n,) int64 of each node; `count` regions if connected.
 
-    features (n, C) float32. Builds the whole tree in rounds, then undoes its dearest merges; ties go to the first edge.
+    features (n, C) float32. Builds the whole tree in rounds, then undoes its most expensive merges; ties go to the
+    first edge.
     """
     n = len(features)
-    mass, mean, height, node = np.ones(n), features, np.zeros(n), np.arange(n)  # by region; a node that stands for it
-    merges = []  # (node that goes, node that stays, height) of each round
+    size = np.ones(n)  # by region, as are mean, height and node
+    mean = features
+    height = np.zeros(n)  # cost of the merge that made it
+    node = np.arange(n)  # a node that stands for it
+    merges = []  # per round: node that goes, node that stays, height
     while len(u):
         gap = mean[u] - mean[v]
-        cost = mass[u] * mass[v] / (mass[u] + mass[v]) * np.einsum("ec,ec->e", gap, gap)
-        best = np.full(len(mass), np.inf)
+        cost = size[u] * size[v] / (size[u] + size[v]) * np.einsum("ec,ec->e", gap, gap)
+        best = np.full(len(size), np.inf)
         np.minimum.at(best, u, cost)
         np.minimum.at(best, v, cost)
-        chosen = np.full(len(mass), len(u))  # the first of a region's cheapest edges
+        chosen = np.full(len(size), len(u))  # the first of a region's cheapest edges
         for side in (u, v):
             cheapest = np.flatnonzero(cost == best[side])
             np.minimum.at(chosen, side[cheapest], cheapest)
         edges = np.arange(len(u))
         mutual = edges[(chosen[u] == edges) & (chosen[v] == edges)]
         stays, goes = u[mutual], v[mutual]
-        # with borders in the way a later merge can be cheaper: no lower in the tree than those that it builds on
+        # on a graph a later merge can be cheaper: its height is at least that of the merges that it builds on
         height[stays] = np.maximum(cost[mutual], np.maximum(height[stays], height[goes]))
         merges.append((node[goes], node[stays], height[stays]))
-        parent = np.arange(len(mass))
+
+        parent = np.arange(len(size))
         parent[goes] = stays
-        kept = parent == np.arange(len(mass))
+        kept = parent == np.arange(len(size))
         parent = (np.cumsum(kept) - 1)[parent]
-        height, node, size = height[kept], node[kept], np.bincount(parent, mass)
-        mean = np.stack([np.bincount(parent, mass * column) for column in mean.T], 1) / size[:, None]
-        mass, u, v = size, parent[u], parent[v]
-        u, v = np.divmod(np.unique(np.minimum(u, v)[u != v] * len(mass) + np.maximum(u, v)[u != v]), len(mass))
+        height, node = height[kept], node[kept]
+        new_size = np.bincount(parent, size)
+        mean = np.stack([np.bincount(parent, size * column) for column in mean.T], 1) / new_size[:, None]
+        size = new_size
+        u, v = parent[u], parent[v]
+        low, high = np.minimum(u, v)[u != v], np.maximum(u, v)[u != v]
+        u, v = np.divmod(np.unique(low * len(size) + high), len(size))  # each edge once
     region = np.arange(n)
     if merges:
         goes, stays, height = (np.concatenate(part) for part in zip(*merges))
@@ -77,10 +86,11 @@ def ward(features, u, v, count):
 
 
 def oversegment(depth, colors, intrinsics, count=256, nodes=20_000):
-    """Depth (H, W) metres, 0 = unknown, its colors (H, W, 3) uint8 and intrinsics (3, 3) -> (H, W) int64, -1 = unknown.
+    """Superpoint of each pixel of a frame, (H, W) int64 from 0 to count - 1; -1 where depth is unknown.
 
-    Numbers run from 0 to count - 1 (or as many as there are known pixels). Of large pictures every n-th row and column
-    is clustered, about `nodes` pixels; each other pixel follows that one of the four around it which it resembles most.
+    depth (H, W) metres, 0 = unknown; colors (H, W, 3) uint8, pixel by pixel; intrinsics (3, 3). If fewer pixels than
+    `count` are known, each is a superpoint. Of a large image only every n-th row and column is clustered, about `nodes`
+    pixels; each other pixel joins the most similar of the four clustered ones around it.
     """
     if colors.shape != (*depth.shape, 3) or colors.dtype != np.uint8 or np.shape(intrinsics) != (3, 3) or count < 1:
         raise ValueError(f"expected depth (H, W), colors (H, W, 3) uint8, intrinsics (3, 3), count > 0, got "
@@ -94,24 +104,28 @@ def oversegment(depth, colors, intrinsics, count=256, nodes=20_000):
         step, coarse = 1, known
     if not coarse.any():
         return out
+
     v, u = np.indices(depth.shape, np.float32)
     rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T.astype(np.float32)
     points = rays * np.where(known, depth, 0)[..., None].astype(np.float32)
-    # neighbours are the known pixels that follow each other in a row or column: holes do not cut the graph into islands
+
+    # neighbours are consecutive known pixels of a row or column, so holes do not cut the graph into islands
     node = np.full(depth.shape, -1, np.int64)
     node[coarse] = np.arange(coarse.sum())
     rows, columns = node[coarse], node.T[coarse.T]
+
     spacing = np.linalg.norm(np.diff(points[coarse], axis=0), axis=1)
     length = max(np.median(spacing) if len(spacing) else 0, 1e-6) * (len(rows) / count) ** 0.5
-    shades = box_mean(srgb_to_lab(colors), max(step // 2 * 2 - 1, 1))  # texture finer than the clustered grid is noise
+    shades = box_mean(srgb_to_lab(colors), max(step // 2 * 2 - 1, 1))  # blur what the grid cannot show
     features = np.concatenate([points / np.float32(length), shades / 10], -1)
     clustered = features[coarse]
     region = ward(clustered, np.concatenate([rows[:-1], columns[:-1]]), np.concatenate([rows[1:], columns[1:]]), count)
     out[coarse] = region
+
     if step > 1:
         rest = known & ~coarse
         out[rest] = follow(features, coarse, out, rest, step)
-        alone = out[rest] < 0  # nothing clustered around: the region with the most similar mean
+        alone = out[rest] < 0  # no clustered pixel around it: it joins the region with the most similar mean
         mean = np.stack([np.bincount(region, column) for column in clustered.T], 1) / np.bincount(region)[:, None]
         row, column = (index[alone] for index in np.nonzero(rest))
         for part in np.array_split(np.arange(len(row)), len(row) // 1000 + 1):
@@ -121,12 +135,15 @@ def oversegment(depth, colors, intrinsics, count=256, nodes=20_000):
 
 
 def follow(features, coarse, region, rest, step):
-    """Pixels of the mask `rest` -> the region of the most similar of the four `coarse` pixels around each, or -1."""
+    """Region of the most similar of the four `coarse` pixels around each pixel of the mask `rest`, or -1 if none."""
     y, x = np.nonzero(rest)
-    own, nearest, closest = features[y, x], np.full(len(y), -1), np.full(len(y), np.inf)
+    own = features[y, x]
+    nearest = np.full(len(y), -1)
+    closest = np.full(len(y), np.inf)
     for down in (0, step):
         for right in (0, step):
-            row, column = y - y % step + down, x - x % step + right
+            row = y - y % step + down
+            column = x - x % step + right
             row = np.where(row < rest.shape[0], row, row - step)
             column = np.where(column < rest.shape[1], column, column - step)
             gap = own - features[row, column]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builders that several test files share: tiny data sets on disk, a camera, rooms in ScanNet's layout."""
+"""Builders shared by several test files: a camera, tiny data sets on disk, rooms in ScanNet's layout."""
 import json
 import os
 import subprocess
@@ -92,14 +92,14 @@ def write_scan(root, name, points, colors, nyu40, segments, groups):
 
 
 def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 320)):
-    """Built-in rooms as ScanNet's exporter writes frames, with class list and splits; train.py's options that name them.
+    """Built-in rooms in ScanNet's layout, with class list and splits -> the options of train.py that name them.
 
-    The last frame is the validation split and the rooms before its own are the training split.
+    The last frame is the validation split; all rooms but its own are the training split.
     """
     frames = rooms.RoomFrames("train", num_rooms, frames_per_room, size=size)
-    for frame in (frames[i] for i in range(len(frames))):
-        scene, stem = frame["name"].split("/")
-        scene = folder / scene
+    for index, name in enumerate(frames.names):
+        frame = frames[index]
+        scene, stem = folder / name.split("/")[0], name.split("/")[1]
         for kind in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
             (scene / kind).mkdir(parents=True, exist_ok=True)
         images = {"color": frame["color"], "depth": (frame["depth"] * 1000).astype(np.uint16),

@@ -42,15 +42,15 @@ def test_a_pixel_comes_back_to_its_place_through_crop_and_resize(new_size):
 
 
 @pytest.mark.parametrize("scale, new_size", [(1, (56, 42)), (10, (37, 51)), (10, (224, 224)), (1, (96, 200))])
-def test_resized_picture_and_resized_intrinsics_move_together(scale, new_size):
-    """The centre of mass of a blob in the PIL-resized picture is where the resized camera projects its 3D point."""
+def test_resized_image_and_resized_intrinsics_move_together(scale, new_size):
+    """The centre of mass of a blob in the PIL-resized image is where the resized camera projects its 3D point."""
     size, u, v = (96 * scale, 128 * scale), 70.7 * scale, 40.3 * scale
     row, column = np.mgrid[:size[0], :size[1]]
     blob = np.exp(-((row - v) ** 2 + (column - u) ** 2) / (2 * (6 * scale) ** 2))
-    picture = data.resize_image(np.repeat((255 * blob[..., None]).round(), 3, 2).astype(np.uint8), new_size)[..., 0]
+    image = data.resize_image(np.repeat((255 * blob[..., None]).round(), 3, 2).astype(np.uint8), new_size)[..., 0]
     point = data.unproject(np.array([[u, v]]), [2.0], intrinsics_of(size), np.linalg.inv(POSE))
     uv, _ = project(point, data.resize_intrinsics(intrinsics_of(size), size, new_size), np.linalg.inv(POSE))
-    mass = picture / picture.sum(dtype=float)
+    mass = image / image.sum(dtype=float)
     row, column = np.mgrid[:new_size[0], :new_size[1]]
     assert abs((mass * column).sum() - uv[0, 0]) < 0.05 and abs((mass * row).sum() - uv[0, 1]) < 0.05
 
@@ -252,7 +252,7 @@ def test_points_of_several_views_keep_the_color_of_their_own_view(tmp_path):
     assert all(len(pairs[0] & single) > 30 for single in pairs[1:])
 
 
-def test_without_color_all_points_are_white_and_pictures_stay(root):
+def test_without_color_all_points_are_white_and_images_stay(root):
     frames = ScanNetFrames(root, CLASSES)
     plain, white = (data.PointDataset(frames, 100, (24, 32), augment=True, color=color)[0] for color in (True, False))
     assert (white["features"] == 1).all() and torch.equal(white["images"], plain["images"])
@@ -501,14 +501,15 @@ def test_nonsense_counts_are_refused(root):
 # ------------------------------------------------------------------------------------------------------------- cache
 
 
-def test_cached_samples_hold_the_features_of_their_pictures(root, tmp_path):
+def test_cached_samples_hold_the_features_of_their_images(root, tmp_path):
     def encode(images):
         return images[:, :, ::8, ::8], images.mean((2, 3))
 
     frames = ScanNetFrames(root, CLASSES)
     cache = FeatureCache(tmp_path / "cache", "every eighth pixel, 24x32", encode)
     assert cache.build(data.PointDataset(frames, 100, (24, 32)).images_only) == 3  # both scenes hold the same ones
-    plain, cached = (data.PointDataset(frames, 100, (24, 32), num_views=3, augment=True, feature_cache=c) for c in (None, cache))
+    plain, cached = (data.PointDataset(frames, 100, (24, 32), num_views=3, augment=True, feature_cache=feature_cache)
+                     for feature_cache in (None, cache))
     batches = [data.collate([dataset[0], dataset[1]]) for dataset in (plain, cached)]
     assert set(batches[1]) == set(batches[0]) - {"images"} | {"clip_tokens", "clip_pooled"}
     shared = set(batches[0]) & set(batches[1]) - {"name", "seed"}
@@ -562,8 +563,8 @@ def scene_dataset(tmp_path):
     write_scan(tmp_path / "scans", "scene0000_00", points["points"].numpy(), (points["features"] * 255).round().numpy(),
                np.where(np.arange(len(segments)) < 70, 5, 1), segments, [(4, "chair", segments[:70:7])])
     scenes = ScanNetScenes(tmp_path / "scans", {1: "wall", 5: "chair"})
-    return lambda **options: data.SceneDataset(scenes, frames, **{"num_points": 200, "image_size": (24, 32), "num_views": 3,
-                                                                  **options})
+    defaults = {"num_points": 200, "image_size": (24, 32), "num_views": 3}
+    return lambda **options: data.SceneDataset(scenes, frames, **{**defaults, **options})
 
 
 def test_vertices_of_a_scan_project_to_the_pixels_that_they_came_from(scene_dataset):

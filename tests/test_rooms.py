@@ -315,7 +315,7 @@ def test_bad_arguments_are_named():
     scene = make_room(0)
     with pytest.raises(ValueError, match="split.*'training'"):
         frames("training", 1, 1)
-    with pytest.raises(ValueError, match="rooms=-1"):
+    with pytest.raises(ValueError, match="num_rooms=-1"):
         frames("train", -1, 1)
     with pytest.raises(ValueError, match="seed=-3"):
         frames("train", 1, 1, seed=-3)
