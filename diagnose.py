@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""What the training loop asks about its features, where a step stopped being finite, and the pictures that it logs.
+"""Why a training goes wrong: a guard against steps that are not finite, their replay, and who pulls at the features.
 
-Imports torch.
+    python diagnose.py runs/NAME/bad_step_N.pt          runs a step that was not finite again, under anomaly detection
+
+`NonFiniteGuard` skips such a step, names its cause and saves it. `term_statistics` tells how the loss terms pull at the
+fused features, `fusion_statistics` what fusion does to them. docs/diagnostics.md explains how to read all of it.
+
+Imports torch; the command also imports checkpoint, distributed, model and train.
 """
-import colorsys
+import argparse
 from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# ---------------------------------------------------------------------------------------------- the features
+
 
 def effective_rank(feats: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred rows: how many directions are in use.
 
-    feats (N, C) -> scalar in [1, C]; 1 for fewer than two distinct rows, NaN where an entry is not finite.
+    feats (N, C) -> scalar in [1, C]; 1 for fewer than two distinct rows, NaN if an entry is not finite.
     Roy and Vetterli, "The effective rank", 2007.
     """
     if not feats.isfinite().all():
-        return feats.new_full((), torch.nan, dtype=torch.float32)  # LAPACK would raise, and end the run that is watched
+        return feats.new_full((), torch.nan, dtype=torch.float32)  # LAPACK would raise and end the run
     feats = feats.double() - feats.double().mean(0)
     values = torch.linalg.eigvalsh(feats.T @ feats).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
@@ -26,182 +35,296 @@ def effective_rank(feats: Tensor) -> Tensor:
 
 
 def thinned(feats, max_rows=2048):
-    """Every k-th row, at most max_rows of them: a spectrum does not need more."""
+    """Every k-th row, at most max_rows of them: enough for a spectrum."""
     return feats[::max(1, -(-len(feats) // max_rows))]
 
 
-def fusion_statistics(out, batch):
-    """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; see the README's table of tags."""
-    with torch.no_grad():
-        feats, valid = out["feat_fusion"].float(), out["valid"]
-        stats = {"effective_rank": effective_rank(thinned(feats))}
-        if out["clip_global"] is None:
-            return stats
-        seen = valid.sum().clamp(min=1)
-        alpha = out["alpha"].float().squeeze(1)
-        mean = alpha.sum() / seen  # alpha is 0 where not valid
-        cosine = F.cosine_similarity(feats, out["clip_global"].float()[batch["batch"]])
-        return {**stats, "valid_share": valid.float().mean(), "gate_mean": mean,
-                "gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
-                "clip_cosine": cosine.where(valid, 0).sum() / seen}
+@torch.no_grad()
+def fusion_statistics(out, batch_idx):
+    """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; docs/tensorboard.md explains them.
 
-
-# ---------------------------------------------------------------------------------------------- who fights whom
+    batch_idx (N,) int64: the scene of each point. Gate and cosine are means over the points that a view sees.
+    """
+    feats = out["feat_fusion"].float()
+    valid = out["valid"]
+    stats = {"effective_rank": effective_rank(thinned(feats))}
+    if out["clip_global"] is None:
+        return stats
+    seen = valid.sum().clamp(min=1)
+    alpha = out["alpha"].float().mean(1)  # 0 if not valid; a gate may have one value per channel
+    mean = alpha.sum() / seen
+    cosine = F.cosine_similarity(feats, out["clip_global"].float()[batch_idx])
+    return {**stats, "valid_share": valid.float().mean(), "gate_mean": mean,
+            "gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
+            "clip_cosine": cosine.where(valid, 0).sum() / seen}
 
 
 @torch.no_grad()
 def pairwise_cosine(feats: Tensor) -> Tensor:
-    """Mean cosine of two different rows of feats (n, C), without an (n, n) matrix: 1 = all point one way; 0: n < 2."""
+    """Mean cosine of two different rows of feats (n, C), without an (n, n) matrix; 0 if n < 2.
+
+    1 means that all rows point the same way.
+    """
     n = len(feats)
     unit = F.normalize(feats.double(), dim=1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / max(1, n * (n - 1))).float()
 
 
-def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
-    """How the loss terms pull at the fused features, as a dict of 0-d tensors; see the README's table of tags.
+# ---------------------------------------------------------------------------------------------- do the terms conflict?
 
-    terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were made of. With g_i
-    the gradient of term i at feat_fusion and g their sum: |g_i|, cos(g_i, g_j), and the share <g_i, g> / <g, g> of the
-    step that a term explains; shares sum to 1, one below 0 is overruled by the others.
-    scale: of the loss, so that half precision does not lose small gradients.
+
+def grouped(terms):
+    """Terms summed by the first word of their name: instance_class, instance_bce, ... -> instance."""
+    groups = defaultdict(list)
+    for name, term in terms.items():
+        groups[name.partition("_")[0]].append(term)
+    return {name: sum(group) for name, group in groups.items()}
+
+
+def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
+    """How the loss terms pull at the fused features, as a dict of 0-d tensors; docs/diagnostics.md explains them.
+
+    terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were computed from.
+    With g_i the gradient of term i at feat_fusion and g their sum: the norm |g_i|, the cosine of every pair, and the
+    share <g_i, g> / <g, g> of the step that a term explains. Shares sum to 1; a term with a negative share is overruled
+    by the others. scale: of the loss, so that half precision does not lose small gradients.
     """
     fused = out["feat_fusion"]
     grads = {}
     for name, term in terms.items():
         grad, = torch.autograd.grad(term * scale, fused, retain_graph=True, materialize_grads=True)
         grads[name] = grad.flatten().float() / scale
-    names, total = list(grads), sum(grads.values())
+    total = sum(grads.values())
     tiny = torch.finfo(total.dtype).tiny
     stats = {f"grad_norm_{name}": grad.norm() for name, grad in grads.items()}
     stats |= {f"share_{name}": grad @ total / (total @ total).clamp(min=tiny) for name, grad in grads.items()}
-    stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny)
-              for i, a in enumerate(names) for b in names[i + 1:]}
+    stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny) for a, b in combinations(grads, 2)}
     with torch.no_grad():
-        feats, baseline, valid = (thinned(out[name]) for name in ("feat_fusion", "feat_3d", "valid"))
-        baseline = baseline.float()
+        feats = thinned(fused)
+        baseline = thinned(out["feat_3d"]).float()
+        valid = thinned(out["valid"])
         drift = (feats.float() - baseline).norm(dim=1) / baseline.norm(dim=1).clamp(min=1e-6)
         return {**stats, "pairwise_cosine": pairwise_cosine(feats), "effective_rank": effective_rank(feats),
                 "drift": drift.where(valid, 0).sum() / valid.sum().clamp(min=1)}
 
 
-# ---------------------------------------------------------------------------------------------- the sentry
+# ---------------------------------------------------------------------------------------------- where a step broke
 
 
-def tensors_of(value):
+def float_tensors(value):
     """Every floating-point tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in tensors_of(part)]
+    parts = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    return [tensor for part in parts for tensor in float_tensors(part)]
 
 
 def is_finite(value):
     """Whether every tensor in nested tuples, lists and dicts is free of NaN and inf."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors_of(value))
+    return all(bool(tensor.isfinite().all()) for tensor in float_tensors(value))
+
+
+def nonfinite_inputs(batch):
+    """A finding for every field of a batch that holds NaN or inf."""
+    findings = []
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.isfinite().all():
+            continue
+        bad = ~value.isfinite()
+        first = bad.nonzero()[0].tolist()
+        per_point = len(value) == len(batch["batch"])
+        sample = int(batch["batch"][first[0]]) if per_point else first[0]
+        findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
+                        f"that are not finite, the first at {first} of {tuple(value.shape)}")
+    return findings
+
+
+def nonfinite_weights(model):
+    """A finding for every parameter and buffer of a model that holds NaN or inf."""
+    return [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not finite"
+            for name, value in (*model.named_parameters(), *model.named_buffers()) if not is_finite(value)]
 
 
 def locate_nonfinite(model, batch, losses, scale=1.0):
-    """Where a step first stops being finite: a list of findings, the likeliest cause first; empty where it is finite.
+    """Where a step first stops being finite: a list of findings, the likeliest cause first; empty if it is finite.
 
-    losses: `batch -> {name: scalar}`, runs the model; scale: of the loss in the backward pass. One pass forward and one
-    backward a term, with hooks on every module; gradients are left as they are, buffers of the model are not. What does
-    not depend on the data is run on any data, so that several processes may look together.
+    losses: `batch -> {name: scalar}`, runs the model. scale: of the loss in the backward pass. It makes one forward
+    pass, and one backward pass per term, with hooks on every module. Gradients are left as they are; buffers of the
+    model are not. Which passes it makes does not depend on the data, so that several processes may run it together.
     """
-    findings = []
-    for name, value in batch.items():
-        bad = torch.zeros(0) if not isinstance(value, Tensor) else ~value.isfinite()
-        if bad.any():
-            first = bad.nonzero()[0].tolist()
-            sample = int(batch["batch"][first[0]]) if len(value) == len(batch["batch"]) else first[0]
-            findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
-                            f"that are not finite, the first at {first} of {tuple(value.shape)}")
-    findings += [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not "
-                 "finite" for name, value in (*model.named_parameters(), *model.named_buffers())
-                 if not is_finite(value)]
-
-    outputs, gradients = [], defaultdict(list)  # names in the order in which they were found
+    findings = nonfinite_inputs(batch) + nonfinite_weights(model)
+    outputs = []  # (name, class, whether its input was finite) in the order in which they were found
+    gradients = defaultdict(list)  # {term: names of modules} in the order in which they were found
     term = None
 
-    def after(name):
+    def watch(name):
         def hook(module, inputs, output):
             if not is_finite(output):
                 outputs.append((name, type(module).__name__, is_finite(inputs)))
-            for tensor in tensors_of(output):
+            for tensor in float_tensors(output):
                 if tensor.requires_grad:
                     tensor.register_hook(lambda grad: None if grad.isfinite().all() else gradients[term].append(name))
         return hook
 
-    handles = [module.register_forward_hook(after(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     terms = losses(batch)
     for handle in handles:
         handle.remove()
     if outputs:
-        name, kind, fed = outputs[0]
+        name, kind, input_finite = outputs[0]
         findings.append(f"module: {name} ({kind}) is the first with an output that is not finite; its input is "
-                        f"{'finite' if fed else 'not either'}")
+                        f"{'finite' if input_finite else 'not either'}")
+
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for term, value in terms.items():
-        finite = bool(value.isfinite())
-        if not finite:
-            findings.append(f"loss: {term} is {value.item()}")
         grads = torch.autograd.grad(value * scale, list(parameters.values()), retain_graph=True, allow_unused=True)
-        bad = [name for name, grad in zip(parameters, grads) if grad is not None and not grad.isfinite().all()]
-        if finite and bad:  # of a loss that is not finite nothing else is to be expected
-            where = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
-            findings.append(f"gradient: of {term}, first not finite {where} and so at {len(bad)} of {len(grads)} "
+        bad = [name for name, grad in zip(parameters, grads) if not is_finite(grad)]
+        if not value.isfinite():
+            findings.append(f"loss: {term} is {value.item()}")
+        elif bad:  # the gradient of a loss that is not finite tells nothing more
+            place = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
+            findings.append(f"gradient: of {term}, first not finite {place} and so at {len(bad)} of {len(grads)} "
                             f"weights, with a loss scale of {scale:g}")
     return findings
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- the guard
+
+KINDS = ("input", "weight", "module", "loss", "gradient")  # of findings, the likeliest cause first
+MAX_BAD_STEPS = 10
 
 
-def palette(count):
-    """`count` RGB colours in [0, 1], far apart in hue -> (count, 3)."""
-    return torch.tensor([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.55 + 0.4 * (i % 2), 1 - 0.25 * (i % 3))
-                         for i in range(count)]).view(-1, 3)
+class NonFiniteGuard:
+    """Skips steps with a loss or gradient that is not finite, names the cause, and saves what is needed to replay them.
 
-
-def splat(image: Tensor, uv: Tensor, colors: Tensor, radius=1) -> Tensor:
-    """A darkened copy of image (3, H, W) in [0, 1] with squares of 2 * radius + 1 pixels a side about uv (n, 2), in
-    colors (n, 3); cut where they leave the image.
+    folder: of the run. save: `(dict, path)`, writes a file. gather: `value -> list of the values of all processes`.
+    report: takes the text about a bad step. After MAX_BAD_STEPS in a row the run ends with a FloatingPointError; each
+    process saves that many steps at most.
     """
-    image = image * 0.4
-    h, w = image.shape[1:]
-    u, v = uv.round().long().unbind(1)
-    for y in range(-radius, radius + 1):
-        for x in range(-radius, radius + 1):
-            inside = (v + y >= 0) & (v + y < h) & (u + x >= 0) & (u + x < w)
-            image[:, v[inside] + y, u[inside] + x] = colors[inside].T.to(image)
-    return image
+
+    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None):
+        self.model, self.folder, self.rank = model, Path(folder), rank
+        self.report, self.save, self.gather = report, save, gather
+        self.bad_steps = 0  # since the start of the training
+        self.bad_in_a_row = 0
+        self.statistics = [buffer for name, buffer in model.named_buffers()
+                           if "running_" in name or "num_batches" in name]
+        self.statistics_before = [buffer.clone() for buffer in self.statistics]
+
+    def begin_step(self):
+        """Remembers the running statistics, so that a skipped step leaves no trace."""
+        torch._foreach_copy_(self.statistics_before, self.statistics)
+
+    def skip_step(self):
+        """Puts the running statistics back."""
+        torch._foreach_copy_(self.statistics, self.statistics_before)
+
+    def good_step(self):
+        self.bad_in_a_row = 0
+
+    def bad_step(self, micro_batches, losses, facts):
+        """Names and saves the cause of a step that was not finite; raises FloatingPointError after too many.
+
+        losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at least epoch, step and scale.
+        """
+        self.skip_step()
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        cause = self.find_cause(micro_batches, losses, facts)
+        text = (f"epoch {facts['epoch']}, step {facts['step']} is not finite and is skipped, {self.bad_in_a_row} in a "
+                f"row; {cause}")
+        self.report(text)
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
+            raise FloatingPointError(f"{self.bad_in_a_row} steps in a row were not finite, the last: {text}")
+
+    def find_cause(self, micro_batches, losses, facts):
+        """Runs every micro-batch again, saves the one that holds the cause, and returns a text about it.
+
+        All of them are run, whatever is found in the first, because with several processes a pass has collectives. Of
+        the processes the one that holds the cause saves it, not those that meet it in a shared batch norm.
+        """
+        # compiled modules ignore forward hooks, so use the eager forward
+        compiled = {m: m.__dict__.pop("forward") for m in self.model.modules() if "forward" in m.__dict__}
+        found = []
+        for i, batch in enumerate(micro_batches):
+            findings = locate_nonfinite(self.model, batch, losses, facts["scale"])
+            depth = KINDS.index(findings[0].split(":")[0]) if findings else len(KINDS)
+            found.append((depth, i, findings))
+        self.skip_step()  # the passes have moved the running statistics
+        for module, forward in compiled.items():
+            module.forward = forward
+
+        depth, i, findings = min(found)
+        batch = micro_batches[i]
+        reasons = findings or ["finite when run a second time: a sum or norm of large gradients overflowed, or the "
+                               "device varies"]
+        text = "\n  ".join([f"{', '.join(batch['name'])}:", *reasons])
+        likeliest = min(self.gather(depth))
+        if depth == likeliest and self.bad_steps <= MAX_BAD_STEPS:
+            suffix = "" if self.rank is None else f"_rank{self.rank}"
+            path = self.folder / f"bad_step_{facts['step']}{suffix}.pt"
+            self.save({"model": self.model.state_dict(), "batch": batch, "findings": findings, **facts}, path)
+            text += f"\nrun it again with: python diagnose.py {path}"
+        return "\n".join(self.gather(text))
 
 
-def pca_colors(feats: Tensor) -> Tensor:
-    """feats (n, C >= 3) -> (n, 3) in [0, 1]: the three directions of most variance, each scaled to its 2nd..98th
-    percentile; black where an entry is not finite.
+# ---------------------------------------------------------------------------------------------- replay
+
+
+def replay(model, batch, losses, scale):
+    """Runs a saved step again and returns its findings.
+
+    If the step is not finite, the backward pass under anomaly detection stops at the operation that broke and shows the
+    line of the forward pass that it belongs to.
     """
-    if len(feats) == 0 or not feats.isfinite().all():
-        return torch.zeros(len(feats), 3, device=feats.device)
-    feats = feats.float() - feats.float().mean(0)
-    _, directions = torch.linalg.eigh(feats.T @ feats)  # ascending; unlike pca_lowrank it draws no random numbers
-    feats = feats @ directions[:, -3:].flip(1)
-    low, high = (torch.quantile(feats, q, dim=0) for q in (0.02, 0.98))
-    return ((feats - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    findings = locate_nonfinite(model, batch, losses, scale)
+    print(*(findings or ["every value of this step is finite here"]), sep="\n  ")
+    model.load_state_dict(weights)  # the pass has moved the running statistics
+    with torch.autograd.set_detect_anomaly(True):
+        (sum(losses(batch).values()) * scale).backward()
+    return findings
 
 
-def pictures(image, uv, depth, labels, fused, clip_map):
-    """Named pictures (3, H, W) in [0, 1] of one view of one sample.
+def main(argv=None):
+    """Replays one saved step. Raises FloatingPointError if it still is not finite; returns [] if it is."""
+    from checkpoint import STEP_FIELDS, read_checkpoint, restore
+    from distributed import setup
+    from model import build_encoder_2d, build_model, to_device
+    from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, weigh
 
-    image (3, H, W); of the n >= 0 points that the view sees: uv (n, 2), depth (n,), labels {name: (n,) int64 with
-    -1 = none}, fused (n, C); clip_map (C', Hf, Wf) or None. Depth is shown by rank, from red (near) to blue (far).
-    """
-    far = (depth.argsort().argsort() / max(1, len(depth) - 1))[:, None]
-    named = {"input_points": splat(image, uv, torch.cat([1 - far, far * 0.6, far], 1), radius=0),
-             "fused_pca": splat(image, uv, pca_colors(fused))}
-    for name, index in labels.items():
-        colors = palette(256).to(index.device)[index % 256]
-        named[name] = splat(image, uv, colors.where(index[:, None] >= 0, 0.4))
-    if clip_map is not None:
-        cells = pca_colors(clip_map.flatten(1).T).T.unflatten(1, clip_map.shape[1:])
-        named["clip_pca"] = F.interpolate(cells[None], size=image.shape[1:], mode="nearest")[0]
-    return named
+    parser = argparse.ArgumentParser("diagnose.py", description="Runs a saved step again, under anomaly detection.")
+    parser.add_argument("file", help="bad_step_N.pt of a run")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    command = parser.parse_args(argv)
+    state = read_checkpoint(command.file, STEP_FIELDS)
+    args = parse_args([], defaults=state["config"])
+    _, _, device = setup(command.device)
+
+    encoder_2d = build_encoder_2d(vars(args))
+    instances = any(key.startswith("decoder.") for key in state["model"])
+    model = build_model(vars(args), len(state["class_names"]), instances, encoder_2d)
+    fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
+    restore(model, state, command.file, state["class_names"], fingerprint)
+    model.to(device).train()
+    model.fusion.dense_target = args.clip_target == "point" and state["weights"]["clip"] > 0
+    criteria = build_criteria(args)
+
+    def losses(batch):
+        _, terms = compute_losses(model, batch, criteria, state["weights"], AMP_DTYPES[args.amp])
+        return weigh(terms, state["weights"])
+
+    batch = to_device(state["batch"], device)
+    print(f"epoch {state['epoch']}, step {state['step']}: {', '.join(batch['name'])}")
+    findings = replay(model, batch, losses, state["scale"])
+    if findings:
+        raise FloatingPointError(f"{command.file}: {findings[0]}")
+    return findings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Trains 3D scene segmentation with frozen CLIP features fused in. The whole loop is in `main`, top to bottom.
+"""Trains 3D scene segmentation with frozen CLIP features fused in.
 
     python train.py --clip-warmup 10,20                                the built-in rooms, no download
     python train.py --data SCANS --train-split train.txt --val-split val.txt --voxel-size 0.02
     python train.py --no-clip                                          the 3D baseline
-    python train.py --resume runs/NAME/last.pt
-    python train.py --eval runs/NAME/best.pt
-    python train.py --replay runs/NAME/bad_step_N.pt                   a step that was not finite, once more
-    torchrun --nproc-per-node 4 train.py --amp bf16                    the same file on several GPUs
+    python train.py --resume runs/NAME/last.pt                         go on
+    python train.py --eval runs/NAME/best.pt                           score only
+    torchrun --nproc-per-node 4 train.py --amp bf16                    one node with 4 GPUs
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --amp bf16
     tensorboard --logdir runs
 
-Imports its siblings, but for the benchmarks.
+The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup and loop.
+To change the network see model.py; a loss term is one entry of `loss_weights` and one of `compute_losses`; a data set
+is one line of `build_datasets`; the schedule is `lr_factor`.
 """
+import argparse
 import ctypes
+import itertools
 import json
-import random
-import resource
+import math
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -26,571 +28,641 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cache import FeatureCache
-from checkpoint import STEP_FIELDS, read_checkpoint, restore, rng_state, set_rng_state, write_atomically
-from data import PointDataset, RoomFrames, ScanNetFrames, ScanNetScenes, SceneDataset, collate, load_classes
-from decoder import InstanceDecoder, Segmenter, scene_instances
-from diagnose import fusion_statistics, locate_nonfinite, pictures, term_statistics
-from distributed import average_buffers, average_gradients, setup, synchronize_batch_norm, world_mean
-from encoder import Enhanced2DEncoder
-from fusion import BiFusionEncoder, apply_transform
-from losses import ClipConsCriterion, InstanceCriterion, SemanticCriterion, clip_loss_weight, instance_targets
-from metrics import InstanceMeter, SemanticMeter
-from options import AMP_DTYPES, parse_args
-from sparse_unet import SMALL, PointEncoder, load_res16unet34c
-from superpoints import SuperpointCache
+from cache import FeatureCache, Store, SuperpointCache
+from checkpoint import read_checkpoint, restore, write_atomically
+from data import PointDataset, SceneDataset, check_frames, collate
+from decoder import scene_instances
+from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
+from distributed import (average_buffers, average_gradients, gather_objects, setup, synchronize_batch_norm,
+                         world_mean)
+from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
+                    clip_loss_weight, instance_targets)
+from model import build_encoder_2d, build_model, compile_parts, to_device
+from predict import evaluate, format_metrics, paint_instances
+from rooms import RoomFrames
+from runlog import RunLog, peak_memory_gib, visualizations
+from scannet import ScanNetFrames, ScanNetScenes, load_classes
+from sparse_unet import load_res16unet34c
+from superpoints import VERSION, oversegment
 
-# ---------------------------------------------------------------------------------------------- parts
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def build_sets(args):
-    """Training and validation PointDataset, class names, and whether instances are to be trained."""
-    options = dict(num_points=args.points, image_size=args.image_size, views=args.views, color=not args.no_color,
-                   images=not args.no_clip, seed=args.seed,
-                   voxel_size=min(args.voxel_size, 0.02))  # coarse voxels make no object larger
-    if args.data == "rooms":
-        frames = (RoomFrames("train", args.rooms, args.frames_per_room),
-                  RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room))
-    else:
-        missing = [name for name in ("train_split", "val_split") if getattr(args, name) is None]
-        if missing:
-            raise ValueError(f"--data {args.data} needs --{missing[0].replace('_', '-')} FILE, a scene or scene/frame "
-                             "a line")
-        splits = (args.train_split, args.val_split)
-        classes = load_classes(args.classes or Path(args.data) / "classes.txt")
-        if args.scans:
-            scans = [ScanNetScenes(args.scans, classes, split, args.label_map) for split in splits]
-            sets = [SceneDataset(scan, ScanNetFrames(args.data, None, split), augment=train and not args.no_augment,
-                                 **options) for scan, split, train in zip(scans, splits, (True, False))]
-            return *sets, scans[0].class_names, not args.no_instances
-        frames = [ScanNetFrames(args.data, classes, split) for split in splits]
-        for scene in (scene for part in frames for scene in sorted({name.split("/")[0] for name in part.names})):
-            if not (Path(args.data) / scene / "label-filt").is_dir():
-                raise FileNotFoundError(f"{Path(args.data) / scene}: labels, the folder label-filt, do not exist")
-    instances = not args.no_instances and all(f[0]["instance"] is not None for f in frames)
-    if instances and args.superpoints:
-        options["superpoints"] = SuperpointCache(args.superpoint_cache, args.superpoints)
-    return (PointDataset(frames[0], augment=not args.no_augment, **options), PointDataset(frames[1], **options),
-            frames[0].class_names, instances)
+# ---------------------------------------------------------------------------------------------- options
 
 
-def build_encoder_2d(args, warn):
-    """The CLIP tower; on the built-in rooms a random one, with a warning, where its weights cannot be had."""
-    if args.no_clip:
-        return None
-    options = dict(image_size=args.image_size, trainable_blocks=args.clip_blocks)
-    if args.clip_pretrained == "none":
-        return Enhanced2DEncoder(args.clip_model, None, **options)
+def number_in(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a finite number of a kind in [low, high], or in (low, high]."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        inside = low < value <= high if open_low else low <= value <= high
+        if not inside or not math.isfinite(value):
+            limit = f"above {low}" if open_low else f"at least {low}"
+            limit += "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be finite and {limit}, got {text}")
+        return value
+    return convert
+
+
+positive_int = number_in(int, 1)
+nonnegative_int = number_in(int, 0)
+positive_float = number_in(float, 0.0, open_low=True)
+nonnegative_float = number_in(float, 0.0)
+fraction = number_in(float, 0.0, 1.0)
+
+
+def list_of(convert):
+    """An argparse type: comma-separated values -> tuple."""
+    def convert_list(text):
+        try:
+            return tuple(convert(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+    return convert_list
+
+
+def image_size(text):
+    """"240,320" -> (240, 320)."""
+    size = list_of(positive_int)(text)
+    if len(size) != 2:
+        raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
+    return size
+
+
+def build_parser():
+    """The one source of every default."""
+    parser = argparse.ArgumentParser("train.py", description="Trains 3D scene segmentation with frozen CLIP features "
+                                     "fused in.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
+    g.add_argument("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the folder")
+    g.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
+    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv, if the class list holds that table's ids "
+                   "(ScanNet200); only with --scans")
+    g.add_argument("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
+    g.add_argument("--val-split", help="likewise")
+    g.add_argument("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every "
+                   "8 of them")
+    g.add_argument("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
+    g.add_argument("--num-points", type=positive_int, default=4096, help="points drawn per sample")
+    g.add_argument("--num-views", type=positive_int, default=1, help="frames per sample")
+    g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples "
+                   "of its patch size")
+    g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
+    g.add_argument("--no-augment", action="store_true", help="no 3D augmentation")
+    g.add_argument("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for instances; 0: "
+                   "cubes of 4 voxels stand in for them")
+    g.add_argument("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute them "
+                   "every time")
+    g.add_argument("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the loop")
+
+    g = parser.add_argument_group("model")
+    g.add_argument("--backbone", choices=("small", "res16unet34c"), default="small", help="the 3D encoder")
+    g.add_argument("--voxel-size", type=positive_float, default=0.08, help="metres")
+    g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained Res16UNet34C weights (ESAM, Mask3D)")
+    g.add_argument("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
+    g.add_argument("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
+    g.add_argument("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither "
+                   "predicted nor scored")
+    g.add_argument("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
+    g.add_argument("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
+    g.add_argument("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to train; 0: "
+                   "frozen")
+    g.add_argument("--depth-tolerance", type=nonnegative_float, default=0.05, help="metres by which a point may lie "
+                   "behind the depth image and still be seen")
+
+    g = parser.add_argument_group("loss")
+    g.add_argument("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, and 0.5 "
+                   "with --no-clip")
+    g.add_argument("--instance-weight", type=positive_float, default=1.0, help="weight of the instance loss")
+    g.add_argument("--clip-warmup", type=list_of(int), default=(10, 20), help="epochs after which the weight of the "
+                   "CLIP loss changes; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
+    g.add_argument("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="its weights "
+                   "before, between and after those epochs")
+    g.add_argument("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see "
+                   "docs/losses.md")
+    g.add_argument("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP "
+                   "feature of its scene, or to the one that it projects to")
+    g.add_argument("--temperature", type=nonnegative_float, default=0.07, help="of the CLIP loss; floored at 0.1")
+    g.add_argument("--gradient-flow-ratio", type=fraction, default=0.0, help="share of the CLIP loss's gradient that "
+                   "reaches its target; no effect on a frozen one")
+    g.add_argument("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as without "
+                   "the CLIP loss")
+
+    g = parser.add_argument_group("optimization")
+    g.add_argument("--epochs", type=positive_int, default=24, help="passes over the training samples")
+    g.add_argument("--batch-size", type=positive_int, default=4, help="samples per process and micro-batch")
+    g.add_argument("--grad-accum", type=positive_int, default=1, help="micro-batches per optimizer step")
+    g.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW")
+    g.add_argument("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
+    g.add_argument("--lr-clip", type=nonnegative_float, default=0.01, help="multiplier for trained CLIP blocks")
+    g.add_argument("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
+    g.add_argument("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: none")
+    g.add_argument("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down to it")
+    g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype")
+    g.add_argument("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
+    g.add_argument("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
+    g.add_argument("--device", help="not given: cuda if there is one, else cpu")
+
+    g = parser.add_argument_group("run")
+    g.add_argument("--runs", default="runs", help="folder that TensorBoard watches")
+    g.add_argument("--name", help="name of the run; not given: bifusion or baseline")
+    g.add_argument("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
+    g.add_argument("--eval-every", type=positive_int, default=5, help="epochs between evaluations, each of which writes "
+                   "last.pt")
+    g.add_argument("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between entries "
+                   "under diagnose/, see docs/diagnostics.md; 0: none")
+    g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are given")
+    g.add_argument("--eval", metavar="CHECKPOINT", help="score only")
+    return parser
+
+
+def parse_args(argv=None, defaults=None):
+    """The options of a run. defaults: the config of a checkpoint, which stands in for options that are not given."""
+    parser = build_parser()
+    if defaults is not None:
+        own = {key: tuple(value) if isinstance(value, list) else value for key, value in defaults.items()}
+        parser.set_defaults(**{key: own[key] for key in own if key not in ("resume", "eval", "device")})
+    args = parser.parse_args(argv)
+
+    if args.resume and args.eval:
+        parser.error("--resume and --eval exclude each other")
+    if args.data == "rooms" and args.scans:
+        parser.error("--scans holds only points: give --data, the folder of their frames, too")
+    if args.data != "rooms" and not (args.train_split and args.val_split):
+        parser.error(f"--data {args.data} needs --train-split FILE and --val-split FILE")
+    if args.label_map and not args.scans:
+        parser.error("--label-map belongs to --scans: label images already hold that table's ids")
+    if args.init_3d and args.backbone != "res16unet34c":
+        parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
+    if args.compile and args.diagnose:
+        parser.error("--diagnose runs two backward passes through one graph, which --compile does not allow")
     try:
-        return Enhanced2DEncoder(args.clip_model, args.clip_pretrained, **options)
+        clip_loss_weight(0, args.clip_warmup, args.clip_weights)
+    except ValueError as error:
+        parser.error(f"--clip-warmup, --clip-weights: {error}")
+
+    if args.isolate_clip:
+        args.clip_weights = (0.0,) * len(args.clip_weights)
+        args.gradient_flow_ratio = 0.0
+    clip_is_on = max(args.clip_weights) > 0 and not args.no_clip
+    if args.clip_loss == "infonce" and args.batch_size == 1 and args.clip_target == "global" and clip_is_on:
+        parser.error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or "
+                     "more, or --clip-target point")
+    if args.semantic_weight is None:
+        args.semantic_weight = 0.5 if args.no_clip else 0.4
+    return args
+
+
+# ---------------------------------------------------------------------------------------------- parts of a run
+
+
+def build_datasets(args):
+    """Training and validation set, class names, and whether instances are trained. A data set is one line here."""
+    splits = (args.train_split, args.val_split)
+    scans = None
+    if args.data == "rooms":
+        frames = [RoomFrames("train", args.rooms, args.frames_per_room),
+                  RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room)]
+    elif args.scans:
+        classes = load_classes(args.classes or Path(args.data) / "classes.txt")
+        scans = [ScanNetScenes(args.scans, classes, split, args.label_map) for split in splits]
+        frames = [ScanNetFrames(args.data, None, split) for split in splits]
+    else:
+        classes = load_classes(args.classes or Path(args.data) / "classes.txt")
+        frames = [ScanNetFrames(args.data, classes, split) for split in splits]
+        for scene in sorted({name.split("/")[0] for part in frames for name in part.names}):
+            if not (Path(args.data) / scene / "label-filt").is_dir():
+                raise FileNotFoundError(f"{Path(args.data) / scene}: the folder of labels, label-filt, does not exist")
+
+    options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
+                   voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation: coarse voxels make no object larger
+    augment = (not args.no_augment, False)
+    if scans:
+        sets = [SceneDataset(*source, augment=a, **options) for *source, a in zip(scans, frames, augment)]
+        return *sets, scans[0].class_names, not args.no_instances
+    instances = not args.no_instances and all(part[0]["instance"] is not None for part in frames)
+    if instances and args.superpoints:
+        folder = None if args.cache == "none" else args.cache
+        options["superpoints"] = SuperpointCache(folder, Oversegmentation(args.superpoints),
+                                                 f"superpoints {VERSION} {args.superpoints}")
+    sets = [PointDataset(part, augment=a, **options) for part, a in zip(frames, augment)]
+    return *sets, frames[0].class_names, instances
+
+
+class Oversegmentation:
+    """`oversegment` with its count, as an object that data-loading workers can receive."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, depth, colors, intrinsics):
+        return oversegment(depth, colors, intrinsics, self.count)
+
+
+def read_every_frame(datasets, args, rank, world_size):
+    """Fails, before anything is written, if a file is broken or a data set has no labelled point.
+
+    Frames that the cache remembers, with the size and time of their files, are not read again.
+    """
+    store = Store(args.cache, "frames") if args.cache != "none" else None
+    for dataset in datasets:
+        labelled = check_frames(dataset, store, rank, world_size, args.workers)
+        if sum(gather_objects(labelled, world_size)) == 0:
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples from {dataset.frames.names[0]} on "
+                             "has a label of the class list")
+
+
+def open_tower(args, log_warning):
+    """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot be had."""
+    try:
+        return build_encoder_2d(vars(args))
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise
-        warn(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train on a random tower, which shows colours "
-             "and textures but no meaning: good for trying things out, not for results.")
-        return Enhanced2DEncoder(args.clip_model, None, **options)
+        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
+                    "colours and textures but no meaning: good for trying things out, not for results.")
+    args.clip_pretrained = "none"  # what the checkpoint will say
+    return build_encoder_2d(vars(args))
 
 
-def build_model(args, encoder_2d, num_classes, instances):
-    """The whole network, with fresh weights."""
-    full = args.backbone == "res16unet34c"
-    encoder_3d = PointEncoder(args.voxel_size, **({} if full else SMALL))
-    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=args.depth_tolerance)
-    # the small network takes a decoder of its size
-    decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
-    return Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * args.voxel_size)
+def build_criteria(args):
+    """The loss functions; their weights are in `loss_weights`."""
+    return {"semantic": SemanticCriterion(world_mean=world_mean),
+            "instance": InstanceCriterion(world_mean=world_mean),
+            "clip": ClipConsCriterion(1.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,
+                                      world_mean=world_mean)}
 
 
-def compute_losses(model, batch, criteria, args):
-    """One forward pass -> the model's output and the weighted loss terms; a CLIP term of weight 0 is not computed."""
-    with torch.autocast(batch["points"].device.type, AMP_DTYPES[args.amp], enabled=args.amp != "off"):
+def loss_weights(args, epoch):
+    """The weight of every loss term in an epoch."""
+    return {"semantic": args.semantic_weight,
+            **{f"instance_{name}": args.instance_weight * weight for name, weight in INSTANCE_WEIGHTS.items()},
+            "clip": clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)}
+
+
+def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32):
+    """One forward pass -> the model's output and {name: raw loss}; a CLIP term of weight 0 is not computed."""
+    torch.manual_seed(batch["seed"][0])  # what a step draws depends on its samples alone
+    device = batch["points"].device
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
     if model.decoder is not None:
-        targets = instance_targets(batch["labels"], batch["instances"], out["superpoint"], out["superpoint_batch"])
-        terms["instance"] = criteria["instance"](out["decoder"], targets)
-    if out["clip_global"] is not None and criteria["clip"].loss_weight > 0:
-        target = (out["clip_point"], None) if args.clip_target == "point" else (out["clip_global"], batch["batch"])
-        terms["clip"] = criteria["clip"](out["feat_fusion"], *target, out["valid"])
+        targets = instance_targets(batch["labels"], batch["instances"], out["point_to_superpoint"],
+                                   out["superpoint_batch"])
+        for name, term in criteria["instance"](out["decoder"], targets).items():
+            terms[f"instance_{name}"] = term
+    if out["clip_global"] is not None and weights["clip"] > 0:
+        if out["clip_dense"] is None:
+            target, batch_idx = out["clip_global"], batch["batch"]
+        else:
+            target, batch_idx = out["clip_dense"], None
+        terms["clip"] = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"])
     return out, terms
 
 
-def examine(model, seen, criteria, args, device, world_size, path, facts):
-    """Looks where a step stopped being finite, saves what is needed to run it again, and says so in a text.
-
-    seen: the (batch, random state) pairs of the step; every one is run, whatever is found in the first: with several
-    processes a pass has collectives. Of batches and processes the one that holds the cause is saved, not those that
-    meet it in a shared batch norm. path: None to save nothing; facts: what else goes into the file.
-    """
-    now, buffers = rng_state(device), {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # what is compiled takes no hooks, and no second backward pass
-    compiled = {module: module.__dict__.pop("forward") for module in model.modules() if "forward" in module.__dict__}
-    kinds, found = ("input", "weight", "module", "loss", "gradient"), []
-    for batch, rng in seen:
-        set_rng_state(rng, device)
-        findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1],
-                                    facts["scale"])
-        depth = kinds.index(findings[0].split(":")[0]) if findings else len(kinds)
-        found.append((depth, len(found), findings))
-    set_rng_state(now, device)
-    for name, buffer in model.named_buffers():  # the passes have moved running statistics
-        buffer.copy_(buffers[name])
-    for module, forward in compiled.items():
-        module.forward = forward
-    depth, index, findings = min(found)
-    batch, rng = seen[index]
-    text = "\n  ".join([f"{', '.join(batch['name'])}:", *(findings or [
-        "finite when run a second time: a sum or norm of large gradients overflowed, or the device varies"])])
-    cause = min(gather(depth, world_size))
-    if path and depth == cause:
-        write_atomically({"model": model.state_dict(), "batch": batch, "rng": rng, "findings": findings,
-                          "clip_weight": criteria["clip"].loss_weight, "config": vars(args), **facts}, path)
-        text += f"\nrun it again with: python train.py --replay {path}"
-    return "\n".join(gather(text, world_size))
-
-
-def replay(model, state, criteria, args, device):
-    """Runs a saved step again: prints where it stops being finite, then goes backward under anomaly detection, which
-    raises there with the line of the forward pass. A FloatingPointError at the latest, where it is still not finite.
-    """
-    batch = to_device(state["batch"], device)
-    criteria["clip"].loss_weight = state["clip_weight"]
-    model.fusion.point_target = args.clip_target == "point" and state["clip_weight"] > 0
-    model.train()
-    set_rng_state(state["rng"], device)
-    findings = locate_nonfinite(model, batch, lambda batch: compute_losses(model, batch, criteria, args)[1],
-                                state["scale"])
-    print(f"epoch {state['epoch']}, step {state['step']}: {', '.join(batch['name'])}",
-          *(findings or ["every value of this step is finite here"]), sep="\n  ")
-    model.load_state_dict(state["model"])  # the pass above has moved running statistics
-    set_rng_state(state["rng"], device)
-    with torch.autograd.set_detect_anomaly(True):
-        _, terms = compute_losses(model, batch, criteria, args)
-        (sum(terms.values()) * state["scale"]).backward()
-    if findings:
-        raise FloatingPointError(f"{args.replay}: {findings[0]}")
-    return findings
+def weigh(terms, weights):
+    """{name: what the term adds to the total loss}."""
+    return {name: weights[name] * term for name, term in terms.items()}
 
 
 def parameter_groups(model, args):
-    """AdamW groups: one a part of the model, and one more for what weight decay should leave alone (1-d tensors)."""
-    factors = {"encoder_3d": args.lr_3d, "clip_blocks": args.lr_clip, "fusion": 1.0, "head": 1.0}
-    prefixes = {"fusion.encoder_3d.": "encoder_3d", "fusion.encoder_2d.trainable.": "clip_blocks", "fusion.": "fusion"}
-    groups = defaultdict(list)
+    """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d tensors)."""
+    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d), "fusion.encoder_2d.trainable.": ("clip", args.lr_clip),
+             "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
+    groups = {}
     for name, parameter in model.named_parameters():
-        part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "head")
-        if parameter.requires_grad:
-            groups[part, parameter.dim() > 1].append(parameter)
-    return [{"params": parameters, "name": part, "factor": factors[part],
-             "weight_decay": args.weight_decay if decay else 0.0} for (part, decay), parameters in groups.items()]
+        if not parameter.requires_grad:
+            continue
+        part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
+        weight_decay = args.weight_decay if parameter.dim() > 1 else 0.0
+        group = groups.setdefault((part, parameter.dim() > 1), {
+            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
-def lr_factor(step, total, warmup, schedule):
-    """Factor on the learning rate at optimiser step `step` of `total`: linear warm-up times decay to 0."""
-    t = step / max(1, total)
-    decay = (1 - t) ** 0.9 if schedule == "poly" else 0.5 * (1 + np.cos(np.pi * t))
-    return min(1.0, (step + 1) / max(1, warmup)) * float(decay)
+def load_optimizer(optimizer, scaler, state):
+    """Loads their states from a checkpoint, but keeps the multipliers and weight decay of this run."""
+    own = [{"lr_mult": group["lr_mult"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, options in zip(optimizer.param_groups, own):
+        group.update(options)
+    if state["scaler"]:  # empty if the checkpoint was written without fp16
+        scaler.load_state_dict(state["scaler"])
 
 
-def gather(value, world_size):
-    """What every process holds, as a list by rank."""
-    if world_size == 1:
-        return [value]
-    values = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def compile_parts(model):
-    """torch.compile, in place, for the dense parts: names and checkpoints stay as they are.
-
-    Forward methods and not modules: the compiled code of one class is shared by its instances and has a limited number
-    of versions, which all modules together would use up. The shapes of the sparse network differ by step.
-    """
-    fusion, decoder = model.fusion, model.decoder
-    tower, parts = [], [fusion.proj_3d]
-    if fusion.encoder_2d is not None:
-        tower, parts = fusion.encoder_2d.blocks, [*parts, fusion.gate]
-    if decoder is not None:
-        parts += [decoder.class_head, decoder.quality_head]
-    for module in (*tower, *parts):
-        module.forward = torch.compile(module.forward, dynamic=module in parts)  # the number of points varies
+def lr_factor(step, total_steps, warmup):
+    """Factor on the learning rate at optimizer step `step`: linear warm-up times polynomial decay to 0."""
+    decay = (1 - step / max(1, total_steps)) ** 0.9
+    return min(1.0, (step + 1) / max(1, warmup)) * decay
 
 
 def keep_buffers():
-    """Makes glibc keep the memory of large buffers for the next ones; elsewhere nothing.
+    """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
 
-    As it comes it hands them back to the system, which clears them page by page when they are asked for again: a sixth
-    of a step on a CPU.
+    By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
+    sixth of a step on a CPU.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old ones refuse more than 2^25
+        if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old versions refuse above 2^25
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-def to_device(batch, device):
-    """A batch with its tensors on a device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+def run_folder(args, world_size):
+    """The folder of this run: a new one, or that of the checkpoint to go on from."""
+    if args.resume:
+        return Path(args.resume).parent
+    name = args.name or ("baseline" if args.no_clip else "bifusion")
+    folder = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    return gather_objects(folder, world_size)[0]  # the clocks of two processes may differ
+
+
+def logged_modules(model):
+    """The parts of the model whose gradient norms are logged."""
+    fusion = dict(model.fusion.named_children())
+    parts = {name: fusion.pop(name) for name in ("encoder_3d", "encoder_2d") if name in fusion}
+    heads = [module for name, module in model.named_children() if name != "fusion"]
+    return {**parts, "fusion": nn.ModuleList(fusion.values()), "head": nn.ModuleList(heads)}
 
 
 @torch.no_grad()
-def evaluate(model, loader, num_classes, device, amp_dtype, min_points, world_size=1):
-    """Metrics over a loader and all processes: {"miou", "iou" [K]}, with instances also {"ap", "ap50", "ap25", "aps"
-    [K]}.
-    """
+def visualize(model, dataset, index, min_instance_points):
+    """Named images (3, H, W) of one sample: its points in the first view, truth, predictions, features."""
     model.eval()
-    semantics = SemanticMeter(range(num_classes), device)
-    instances = InstanceMeter(range(1, num_classes + 1), min_points)
-    for batch in loader:
-        batch = to_device(batch, device)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            out = model(batch)
-        semantics.update(out["logits"].argmax(1), batch["labels"])
-        if model.decoder is not None:
-            scenes = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
-            for b, scene in enumerate(scenes):
-                label, instance = (batch[key][batch["batch"] == b] for key in ("labels", "instances"))
-                number = torch.unique(instance, return_inverse=True)[1]  # the data's own may pass 1000
-                truth = torch.where((label >= 0) & (instance >= 0), (label + 1) * 1000 + number, 0)
-                instances.update({**scene, "labels": scene["labels"] + 1}, truth)
-    if world_size > 1:
-        dist.all_reduce(semantics.confusion)
-        instances.scenes = sum(gather(instances.scenes, world_size), [])
-    model.train()
-    result = semantics.compute()
-    metrics = {"miou": result["miou"], "iou": [result["per_class"][c] for c in range(num_classes)]}
-    if model.decoder is not None:
-        result = instances.compute()
-        metrics.update({k: result[k] for k in ("ap", "ap50", "ap25")},
-                       aps=[result["per_class"][c] for c in range(1, num_classes + 1)])
-    return metrics
-
-
-@torch.no_grad()
-def draw(model, dataset, index, num_classes, device, min_points):
-    """Pictures of one sample of a dataset: what the first view shows of its points, truth, predictions, features."""
-    model.eval()
-    batch = to_device(collate([dataset[index]]), device)
+    batch = to_device(collate([dataset[index]]), model.head.weight.device)
     out = model(batch)
-    image = torch.from_numpy(np.array(dataset.pictures[dataset._samples[index][0]])).to(device)
-    image = image.permute(2, 0, 1) / 255
+    image = torch.from_numpy(np.array(dataset.images_only[dataset.frame_indices(index)[0]]))
+    image = image.to(batch["points"].device).permute(2, 0, 1) / 255  # (3, H, W)
     uv, visible, _ = model.fusion.project(batch, image.shape[1:])
-    uv, seen = uv[:, 0], visible[:, 0]
-    depth = apply_transform(batch["points"], batch["world2cam"][0, 0])[:, 2]
+    seen = visible[:, 0]
+    rotation, shift = batch["world2cam"][0, 0, 2, :3], batch["world2cam"][0, 0, 2, 3]
+    depth = batch["points"] @ rotation + shift
     labels = {"prediction": out["logits"].argmax(1), "truth": batch["labels"]}
     if model.decoder is not None:
+        scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
+                                 min_points=min_instance_points, score_threshold=0.3)
+        labels["instances"] = paint_instances(scene["masks"])
         labels["instances_truth"] = batch["instances"]
-        labels["instances"] = torch.full_like(batch["labels"], -1)
-        scene, = scene_instances(out["decoder"], out["superpoint"], batch["batch"], min_points=min_points)
-        for i in reversed(range(len(scene["scores"]))):  # the best on top
-            if scene["scores"][i] > 0.3:
-                labels["instances"][scene["masks"][i]] = i
     clip_map = None
-    if out["clip_global"] is not None:
-        clip_map = batch["clip_tokens"][0, 0] if "clip_tokens" in batch else (
-            model.fusion.encoder_2d.encode(batch["images"][0, :1])[0][0])
+    if "clip_tokens" in batch:
+        clip_map = batch["clip_tokens"][0, 0]
+    elif out["clip_global"] is not None:
+        clip_map = model.fusion.encoder_2d.encode(batch["images"][0, :1])[0][0]
     model.train()
-    return pictures(image, uv[seen], depth[seen], {k: v[seen] for k, v in labels.items()}, out["feat_fusion"][seen],
-                    clip_map)
+    return visualizations(image, uv[seen, 0], depth[seen], {name: index[seen] for name, index in labels.items()},
+                          out["feat_fusion"][seen], clip_map)
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, max_grad_norm=10.0,
+               amp_dtype=torch.float32, world_size=1, diagnose=False):
+    """One optimizer step over micro-batches, for every dtype and number of processes.
+
+    A step with a loss or gradient that is not finite changes no weight. Returns the output of the last forward pass and
+    two bools: whether the step was finite, and whether the loss at least was.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step_loss = torch.zeros((), device=parameters[0].device)
+    for i, batch in enumerate(micro_batches):
+        out, terms = compute_losses(model, batch, criteria, weights, amp_dtype)
+        weighted = weigh(terms, weights)
+        loss = sum(weighted.values()) / len(micro_batches)
+        if diagnose and i == len(micro_batches) - 1:
+            for name, value in term_statistics(grouped(weighted), out, scaler.get_scale()).items():
+                log.add_scalar(f"diagnose/{name}", value)
+            log.add_histogram("diagnose/gate", out["alpha"][out["valid"]].detach().float())
+        scaler.scale(loss).backward()
+        step_loss += loss.detach()
+        log.add_losses(terms, weighted)
+        if "clip" in terms:
+            log.add("clip/nonfinite_rows", criteria["clip"].counts[1])
+            log.add("clip/clamped_entries", criteria["clip"].counts[2])
+
+    # before unscaling, so that every process sees the same inf; the loss travels along for the same reason
+    step_loss, = average_gradients(parameters, world_size, [step_loss])
+    scaler.unscale_(optimizer)
+    log.add_gradient_norms()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    log.add("grad/total", grad_norm)
+    checks = torch.stack([(grad_norm + step_loss).isfinite(), step_loss.isfinite()])
+    finite, loss_finite = checks.tolist()
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return out, finite, loss_finite
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def main(argv=None):
-    """One run, from options to the final table. Returns the final validation metrics."""
+def main(argv=None, clip_criterion=None):
+    """One run, from options to the final table; returns the final validation metrics.
+
+    clip_criterion: a module in the place of ClipConsCriterion, with the same `forward` and `counts`.
+    """
+    # options, and the checkpoint to go on from or to score
     args = parse_args(argv)
+    path = args.resume or args.eval
     state = None
-    if args.resume or args.eval or args.replay:
-        state = read_checkpoint(args.replay, STEP_FIELDS) if args.replay else read_checkpoint(args.resume or args.eval)
+    if path:
+        state = read_checkpoint(path)
+        args = parse_args(argv, defaults=state["config"])
+    amp_dtype = AMP_DTYPES[args.amp]
 
     # processes: one, or as many as torchrun started
     rank, world_size, device = setup(args.device)
     main_process = rank == 0
-    warnings = []
     if device.type == "cpu":
         keep_buffers()
+    warnings = []
 
-    def say(text):
+    def print0(text):
         if main_process:
             tqdm.write(text)
 
-    def warn(text):
+    def log_warning(text):
         warnings.append(text)
-        say(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
+        print0(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
 
-    # data and model; the same seed on every rank, for the same initial weights
+    # data; every frame is read before anything is written, so that a broken file stops the run here
+    train_set, val_set, class_names, instances = build_datasets(args)
+    used_sets = [val_set] if args.eval else [val_set, train_set]
+    print0(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
+           f"{train_set.frames.num_skipped} and {val_set.frames.num_skipped} frames skipped for a lost pose")
+    read_every_frame(used_sets, args, rank, world_size)
+
+    # model; the same seed on every process, for the same initial weights
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2 ** 32)
-    if args.replay:
-        class_names, instances = state["class_names"], any(key.startswith("decoder.") for key in state["model"])
-    else:
-        train_set, val_set, class_names, instances = build_sets(args)
-        say(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
-            f"{train_set.frames.skipped} and {val_set.frames.skipped} frames skipped for a lost pose")
-        # every frame is read before anything is written: a broken file ends the run here; superpoints are made, too
-        for dataset in (val_set,) if args.eval else (val_set, train_set):
-            share = Subset(dataset, range(rank, len(dataset), world_size))
-            loader = DataLoader(share, batch_size=None, num_workers=args.workers, generator=torch.Generator())
-            labelled = torch.zeros((), dtype=torch.int64, device=device)
-            for sample in tqdm(loader, "reading frames", unit="sample", disable=not main_process):
-                labelled += (sample["labels"] >= 0).sum()
-            if world_size > 1:
-                dist.all_reduce(labelled)
-            if labelled == 0:
-                raise ValueError(f"{args.data}: no point of {dataset.frames.names[0]} and the other {len(dataset) - 1} "
-                                 "samples has a label of the class list")
-    num_classes = len(class_names)
-    encoder_2d = build_encoder_2d(args, warn)
-    model = build_model(args, encoder_2d, num_classes, instances)
+    encoder_2d = open_tower(args, log_warning)
+    model = build_model(vars(args), len(class_names), instances, encoder_2d)
     if args.init_3d and state is None:
-        say(load_res16unet34c(model.fusion.encoder_3d.backbone, args.init_3d))
+        print0(load_res16unet34c(model.fusion.encoder_3d.backbone, args.init_3d))
     model.to(device)
     synchronize_batch_norm(model)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
-        restore(model, state, args.resume or args.eval or args.replay, class_names, fingerprint)
-    if args.compile and not args.replay:
+        restore(model, state, path, class_names, fingerprint)
+    if args.compile:
         compile_parts(model)
-    if encoder_2d is not None and args.clip_target == "point" and max(args.clip_weights) > 0:  # refused now, if at all
+    clip_is_on = encoder_2d is not None and max(args.clip_weights) > 0
+    if clip_is_on and args.clip_target == "point":  # fail before training starts if the tower has no such target
         encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1, device=device))
-    criteria = {"semantic": SemanticCriterion(args.semantic_weight, world_mean=world_mean).to(device),
-                "instance": InstanceCriterion(args.instance_weight, world_mean=world_mean),
-                "clip": ClipConsCriterion(0.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,
-                                          world_mean=world_mean)}
-    if args.replay:
-        return replay(model, state, criteria, args, device)
+    criteria = build_criteria(args)
+    if clip_criterion is not None:
+        criteria["clip"] = clip_criterion
 
-    # CLIP is frozen: encode each picture once
-    amp_dtype = AMP_DTYPES[args.amp]
-    if encoder_2d is not None and args.clip_blocks == 0 and args.clip_cache != "none":
-        cache = FeatureCache(args.clip_cache, fingerprint, lambda images: encoder_2d.encode(images.to(device)),
+    # a frozen tower encodes every image once
+    if encoder_2d is not None and args.clip_blocks == 0 and args.cache != "none":
+        cache = FeatureCache(args.cache, f"clip {fingerprint}", lambda images: encoder_2d.encode(images.to(device)),
                              workers=args.workers)
-        for dataset in (val_set,) if args.eval else (train_set, val_set):
-            cache.build(dataset.pictures, rank, world_size)
-            dataset.cache = cache
-        if world_size > 1:
-            dist.barrier()
+        for dataset in used_sets:
+            cache.build(dataset.images_only, rank, world_size)
+            dataset.feature_cache = cache
+        gather_objects(None, world_size)  # wait for the others
+
+    # loaders; a separate generator leaves the global one untouched
     sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
     loading = dict(batch_size=args.batch_size, collate_fn=collate, num_workers=args.workers,
-                   persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
-                   generator=torch.Generator())  # its own: a resumed run must find the global one where it was left
+                   persistent_workers=args.workers > 0, pin_memory=device.type == "cuda", generator=torch.Generator())
     train_loader = DataLoader(train_set, sampler=sampler, **loading)
     val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world_size)), **loading)
 
-    def finish(metrics):
-        names = ("AP", "AP50", "AP25") if instances else ()
-        say(f"\n{'class':<24}" + "".join(f"{name:>8}" for name in ("IoU", *names)))
-        for i, name in enumerate(class_names):
-            row = (metrics["iou"][i], *(metrics["aps"][i] if names else ()))
-            say(f"{name:<24}" + "".join(f"{x:>8.3f}" for x in row))
-        say(f"{'mean':<24}" + "".join(f"{metrics[name]:>8.3f}" for name in ("miou", *(n.lower() for n in names))))
-        for text in warnings:
-            say(f"note: {text}")
-        return metrics
-
     if args.eval:
         for text in state["warnings"]:
-            warn(f"of the training: {text}")
-        metrics = finish(evaluate(model, val_loader, num_classes, device, amp_dtype, args.min_instance_points,
-                                  world_size))
+            log_warning(f"of the training: {text}")
+        metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
+        print0(format_metrics(metrics, class_names))
         if world_size > 1:
             dist.destroy_process_group()
         return metrics
 
-    # optimiser, schedule
+    # optimizer and schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    in_optimizer = sum(len(group["params"]) for group in optimizer.param_groups)
     trainable = sum(p.requires_grad for p in model.parameters())
-    assert len(parameters) == trainable, f"{len(parameters)} of {trainable} parameters reached the optimizer"
+    assert in_optimizer == trainable, f"{in_optimizer} of {trainable} parameters reached the optimizer"
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    steps_per_epoch = -(-len(train_loader) // args.accumulate)
+    steps_per_epoch = -(-len(train_loader) // args.grad_accum)
     total_steps = args.epochs * steps_per_epoch
-    epoch, step, skipped_steps, bad_steps, bad_in_a_row, best = 0, 0, 0, 0, 0, -1.0
+    start_epoch, step, skipped_steps, best = 0, 0, 0, -1.0
     if args.resume:
-        if state["epoch"] >= args.epochs:
-            raise ValueError(f"{args.resume}: all {state['epoch']} epochs are done; to go on give --epochs above that")
-        optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(optimizer.param_groups, parameter_groups(model, args)):
-            group.update(factor=own["factor"], weight_decay=own["weight_decay"])  # this run's, not the checkpoint's
-        if state["scaler"]:  # empty where it was written without fp16
-            scaler.load_state_dict(state["scaler"])
-        epoch, step, skipped_steps, bad_steps, best = (state[k] for k in (
-            "epoch", "step", "skipped_steps", "bad_steps", "best"))
-        set_rng_state(state["rng"], device)
-        if rank > 0:  # the checkpoint holds the generators of rank 0
-            torch.manual_seed(args.seed + rank + world_size * step)
-    else:
-        torch.manual_seed(args.seed + rank)  # what was drawn so far depends on how full the caches were
+        start_epoch, step, skipped_steps, best = (state[k] for k in ("epoch", "step", "skipped_steps", "best"))
+        if start_epoch >= args.epochs:
+            raise ValueError(f"{path}: all {start_epoch} epochs are done; to go on give --epochs above that")
+        load_optimizer(optimizer, scaler, state)
 
-    # where it is logged
-    folder = Path(args.resume).parent if args.resume else Path(args.runs) / (
-        f"{args.name or ('baseline' if args.no_clip else 'bifusion')}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = gather(folder, world_size)[0]  # the clocks of two processes may differ
-    writer = None
+    # log and guard
+    folder = run_folder(args, world_size)
     if main_process:
         folder.mkdir(parents=True, exist_ok=bool(args.resume))
-        writer = SummaryWriter(folder, purge_step=step + 1 if args.resume else None)
-        table = "\n".join(f"| {k} | {v} |" for k, v in sorted(vars(args).items()))
-        writer.add_text("config", f"| option | value |\n| --- | --- |\n{table}", step)
-        for text in warnings:
-            writer.add_text("warning", text, step)
+    log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
+                 logged_modules(model), world_mean)
+    log.step = step
+    log.add_table("config", vars(args))
+    for text in warnings:
+        log.add_text("warning", text)
 
-    fusion = model.fusion
-    modules = {"encoder_3d": fusion.encoder_3d, "encoder_2d": encoder_2d,
-               "head": nn.ModuleList([module for name, module in model.named_children() if name != "fusion"]),
-               "fusion": nn.ModuleList([fusion.proj_3d, *([fusion.gate, fusion.norm_2d] if encoder_2d else [])])}
-    statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name or "num_batches" in name]
-    statistics_before = [buffer.clone() for buffer in statistics]
-    window, speed = defaultdict(list), defaultdict(list)  # since the last log: tensors, and numbers of the host
+    def report_nonfinite(text):
+        print0(text)
+        log.add_text("guard", text)
+
+    guard = NonFiniteGuard(model, folder, report_nonfinite, write_atomically,
+                           lambda value: gather_objects(value, world_size), rank if world_size > 1 else None)
+    guard.bad_steps = state["bad_steps"] if args.resume else 0
+
+    # training
     metrics = {"miou": float("nan")}
-    bar = tqdm(total=args.epochs * len(train_set), initial=epoch * len(train_set), unit="sample", smoothing=0.05,
+    bar = tqdm(total=args.epochs * len(train_set), initial=start_epoch * len(train_set), unit="sample", smoothing=0.05,
                disable=not main_process, dynamic_ncols=True)
     model.train()
-    while epoch < args.epochs:
+    for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         train_set.set_epoch(epoch)
-        criteria["clip"].loss_weight = clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)
-        fusion.point_target = args.clip_target == "point" and criteria["clip"].loss_weight > 0  # else no time is spent
+        weights = loss_weights(args, epoch)
+        model.fusion.dense_target = args.clip_target == "point" and weights["clip"] > 0  # costs nothing otherwise
         batches = iter(train_loader)
-        for i in range(len(train_loader)):
-            # the first batch of a step; the last step of an epoch may have fewer
-            if i % args.accumulate == 0:
-                position = epoch * steps_per_epoch + i // args.accumulate  # `step` of a resumed run may differ
-                group = min(args.accumulate, len(train_loader) - i)
-                seen, step_loss, waited = [], torch.zeros((), device=device), 0.0
-                torch._foreach_copy_(statistics_before, statistics)
-                clock = time.perf_counter()
-
-            waiting = time.perf_counter()
-            batch = to_device(next(batches), device)
-            waited += time.perf_counter() - waiting
-            seen.append((batch, rng_state(device)))
-
-            # forward and backward
-            out, terms = compute_losses(model, batch, criteria, args)
-            loss = sum(terms.values())
-            if args.diagnose and (step + 1) % args.diagnose == 0 and len(seen) == group and main_process:
-                for name, value in term_statistics(terms, out, scaler.get_scale()).items():
-                    writer.add_scalar(f"diagnose/{name}", value, step + 1)
-                gates = out["alpha"][out["valid"]].detach().float()
-                if len(gates) and gates.isfinite().all():  # TensorBoard refuses a histogram of nothing
-                    writer.add_histogram("diagnose/gate", gates, step + 1)
-            scaler.scale(loss / group).backward()
-            step_loss += loss.detach() / group
-            window["loss/total"].append(loss.detach())
-            for name, weighted in terms.items():
-                window[f"weighted/{name}"].append(weighted.detach())
-                window[f"loss/{name}"].append(weighted.detach() / criteria[name].loss_weight)
-            if "instance" in terms:
-                for name, value in criteria["instance"].terms.items():
-                    window[f"loss/instance_{name}"].append(value)
-            if "clip" in terms:
-                window["clip/nonfinite_rows"].append(criteria["clip"].counts[1])
-            bar.update(min(args.batch_size * world_size, (epoch + 1) * len(train_set) - bar.n))
-            if len(seen) < group:
-                continue
-
-            # optimiser step
-            factor = lr_factor(position, total_steps, args.lr_warmup, args.schedule)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = args.lr * param_group["factor"] * factor
-            # before unscaling, so that every rank sees the same inf; the loss travels along for the same reason
-            step_loss, = average_gradients(parameters, world_size, [step_loss])
-            scaler.unscale_(optimizer)
-            log_now = (step + 1) % args.log_every == 0 or position + 1 == total_steps
-            if log_now and main_process:
-                for name, module in modules.items():
-                    grads = [p.grad for p in module.parameters() if p.grad is not None] if module else []
-                    if grads:
-                        writer.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm(), step + 1)
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip_norm)
-            finite, loss_finite = torch.stack([(norm + step_loss).isfinite(), step_loss.isfinite()]).tolist()
+        for i in range(steps_per_epoch):
+            start = time.perf_counter()
+            micro_batches = [to_device(batch, device) for batch in itertools.islice(batches, args.grad_accum)]
+            waited = time.perf_counter() - start
+            position = epoch * steps_per_epoch + i  # `step` differs if a resumed run has another batch size
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * group["lr_mult"] * lr_factor(position, total_steps, args.lr_warmup)
+            guard.begin_step()
+            log.begin_step(step + 1, last=position + 1 == total_steps)
+            scale = scaler.get_scale()
+            diagnose = args.diagnose > 0 and (step + 1) % args.diagnose == 0 and main_process
+            out, finite, loss_finite = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log,
+                                                  args.max_grad_norm, amp_dtype, world_size, diagnose)
             if finite:
-                scaler.step(optimizer)
-                scaler.update()
-                bad_in_a_row = 0
+                guard.good_step()
+            elif loss_finite and 1 <= scale > scaler.get_scale():  # fp16 looks for its loss scale by overflowing
+                guard.skip_step()
+                skipped_steps += 1
             else:
-                torch._foreach_copy_(statistics, statistics_before)  # a skipped step leaves no trace
-                scale = scaler.get_scale()
-                scaler.update()
-                # fp16 looks for its scale by overflowing: no alarm unless it no longer finds one
-                if loss_finite and scaler.get_scale() < scale and scale >= 1:
-                    skipped_steps += 1
-                else:
-                    bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-                    path = folder / f"bad_step_{step}{f'_rank{rank}' if world_size > 1 else ''}.pt"
-                    facts = {"scale": scale / group, "epoch": epoch, "step": step, "class_names": class_names,
-                             "clip_fingerprint": fingerprint}
-                    where = examine(model, seen, criteria, args, device, world_size,
-                                    path if bad_steps <= args.max_bad_steps else None, facts)
-                    text = f"epoch {epoch}, step {step} is not finite and is skipped, {bad_in_a_row} in a row; {where}"
-                    say(text)
-                    if main_process:
-                        writer.add_text("sentry", text.replace("\n", "  \n"), step)
-                        writer.flush()
-                    if bad_in_a_row >= args.max_bad_steps:
-                        raise FloatingPointError(f"{bad_in_a_row} steps in a row were not finite, the last: {text}")
-            optimizer.zero_grad(set_to_none=True)
-            window["grad/total"].append(norm.detach())
-            spent = time.perf_counter() - clock
-            speed["speed/samples_per_s"].append(sum(len(b["name"]) for b, _ in seen) * world_size / spent)
-            speed["speed/data_wait"].append(waited / spent)
+                facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights,
+                         "config": vars(args), "class_names": class_names, "clip_fingerprint": fingerprint}
+                guard.bad_step(micro_batches, lambda batch: weigh(compute_losses(
+                    model, batch, criteria, weights, amp_dtype)[1], weights), facts)
             step += 1
 
-            if log_now:  # means over processes, too, and one copy to the host for all of them
-                values = world_mean(torch.stack([torch.stack(v).float().mean() for v in window.values()])).tolist()
-            if log_now and main_process:
-                stats = fusion_statistics(out, batch)
-                memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else (
-                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-                for name, value in {**dict(zip(window, values)), **{k: np.mean(v) for k, v in speed.items()},
-                                    **{f"fusion/{k}": v for k, v in stats.items()},
-                                    **{f"lr/{g['name']}": g["lr"] for g in optimizer.param_groups},
-                                    "clip/weight": criteria["clip"].loss_weight, "amp/scale": scaler.get_scale(),
-                                    "amp/skipped_steps": skipped_steps, "sentry/bad_steps": bad_steps,
-                                    "memory/peak_gib": memory / 2 ** 30, "epoch": epoch}.items():
-                    writer.add_scalar(name, value, step)
-                bar.set_postfix(loss=f"{values[0]:.3f}", mIoU=f"{metrics['miou']:.3f}")
-            if log_now:  # on every rank
-                window.clear()
-                speed.clear()
-        epoch += 1
+            # log
+            samples = sum(len(batch["name"]) for batch in micro_batches) * world_size
+            spent = time.perf_counter() - start
+            log.add("speed/samples_per_s", samples / spent)
+            log.add("speed/data_wait", waited / spent)
+            bar.update(min(samples, (epoch + 1) * len(train_set) - bar.n))
+            if log.due:
+                statistics = fusion_statistics(out, micro_batches[-1]["batch"])
+                averages = log.write({
+                    **{f"fusion/{name}": value for name, value in statistics.items()},
+                    **{f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups},
+                    "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(),
+                    "amp/skipped_steps": skipped_steps, "guard/bad_steps": guard.bad_steps,
+                    "memory/peak_gib": peak_memory_gib(device), "epoch": epoch})
+                bar.set_postfix(loss=f"{averages['loss/total']:.3f}", mIoU=f"{metrics['miou']:.3f}")
 
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            average_buffers(model, world_size)
-            metrics = evaluate(model, val_loader, num_classes, device, amp_dtype, args.min_instance_points,
-                               world_size)
-            if main_process:
-                for name in ("miou", "ap", "ap50", "ap25")[:4 if instances else 1]:
-                    writer.add_scalar(f"val/{name}", metrics[name], step)
-                for name, iou in zip(class_names, metrics["iou"]):
-                    writer.add_scalar(f"val_iou/{name}", iou, step)
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict(), "epoch": epoch, "step": step, "skipped_steps": skipped_steps,
-                         "bad_steps": bad_steps, "best": max(best, metrics["miou"]), "rng": rng_state(device),
-                         "config": vars(args), "class_names": class_names, "clip_fingerprint": fingerprint,
-                         "warnings": warnings}
-                write_atomically(state, folder / "last.pt")
-                if metrics["miou"] > best:
-                    write_atomically(state, folder / "best.pt")
-                for name, picture in draw(model, val_set, 0, num_classes, device, args.min_instance_points).items():
-                    writer.add_image(f"val/{name}", picture, step)
-            best = max(best, metrics["miou"])
-            say(f"epoch {epoch}: " + ", ".join(f"{label} {metrics[label.lower()]:.3f}" for label in (
-                "mIoU", "AP", "AP50", "AP25")[:4 if instances else 1]))
+        # evaluate and save
+        if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
+            continue
+        average_buffers(model, world_size)
+        metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
+        scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
+        print0(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        for name, value in scores.items():
+            log.add_scalar(f"val/{name}", value)
+        for name, value in zip(class_names, metrics["iou"]):
+            log.add_scalar(f"val_iou/{name}", value)
+        is_best, best = metrics["miou"] > best, max(best, metrics["miou"])
+        if main_process:
+            images = visualize(model, val_set, 0, args.min_instance_points)
+            log.add_images({f"val/{name}": image for name, image in images.items()})
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                     "epoch": epoch + 1, "step": step, "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps,
+                     "best": best, "config": vars(args), "class_names": class_names, "clip_fingerprint": fingerprint,
+                     "warnings": warnings}
+            if is_best:
+                write_atomically(state, folder / "best.pt")
+            write_atomically(state, folder / "last.pt")
 
     bar.close()
-    metrics = finish(metrics)
-    if main_process:
-        writer.add_text("result", json.dumps({**metrics, "classes": class_names}))
-        writer.close()
-        say(f"\nbest mIoU {best:.3f}; checkpoints in {folder}; look at it with: tensorboard --logdir {args.runs}")
+    print0("\n" + format_metrics(metrics, class_names))
+    for text in warnings:
+        print0(f"note: {text}")
+    print0(f"\nbest mIoU {best:.3f}; checkpoints in {folder}; look at it with: tensorboard --logdir {args.runs}")
+    log.add_text("result", json.dumps({**metrics, "classes": class_names}))
+    log.close()
     if world_size > 1:
         dist.destroy_process_group()
     return metrics

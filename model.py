@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The whole network: fused point features, and the semantics and instances that are read off them.
+
+    from model import load_model
+    model, class_names, config = load_model("runs/NAME/best.pt")          # in eval mode, ready for predict.predict_frames
+
+`Segmenter` puts a linear semantic head and, if wanted, an instance decoder behind a `BiFusionEncoder`. `build_model`
+makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another backbone or gate is one line
+of `build_model`.
+
+Imports torch and its parts: checkpoint, decoder, encoder, fusion, sparse_unet.
+"""
+import warnings
+
+import torch
+from torch import nn
+
+from checkpoint import read_checkpoint, restore
+from decoder import InstanceDecoder, pool, superpoint_index
+from encoder import Enhanced2DEncoder
+from fusion import BiFusionEncoder
+from sparse_unet import SMALL, PointEncoder
+
+
+class Segmenter(nn.Module):
+    """Semantic logits for every point, and instances as sets of superpoints.
+
+    fusion: a BiFusionEncoder with outputs (N, embed_dim). decoder: an InstanceDecoder, or None for semantics alone.
+    With a decoder, the logits of a point are the sum of its own and its superpoint's: the superpoint sees more context,
+    the point sees sharper borders. If a batch has no superpoints, cubes of `cell` metres stand in for them.
+    """
+
+    def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
+        super().__init__()
+        self.cell = cell
+        self.fusion = fusion
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.decoder = decoder
+        if decoder is not None:  # the position separates instances that look alike
+            self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
+
+    def forward(self, batch):
+        """batch of `data.collate` -> the output of `fusion` and "logits" (N, K).
+
+        With a decoder also "point_to_superpoint" (N,) in [0, S), "superpoint_batch" (S,) and "decoder", its output.
+        """
+        out = self.fusion(batch)
+        out["logits"] = self.head(out["feat_fusion"])  # (N, K)
+        if self.decoder is None:
+            return out
+        if "superpoints" in batch:
+            segments = batch["superpoints"]
+        else:
+            segments = (batch["points"] / self.cell).floor().long()  # (N, 3)
+        point_to_superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
+        S = len(superpoint_batch)
+
+        # position of a superpoint within its scene
+        centre = pool(batch["coords"], point_to_superpoint, S)  # (S, 3)
+        scene_centre = pool(centre, superpoint_batch, len(batch["name"]))  # (B, 3)
+        position = self.position(centre - scene_centre[superpoint_batch])  # (S, C)
+
+        feats = pool(out["feat_fusion"], point_to_superpoint, S) + position
+        decoded = self.decoder(feats, superpoint_batch, batch.get("seed"))
+        out["logits"] = out["logits"] + decoded["semantic_logits"][point_to_superpoint]
+        return {**out, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
+                "decoder": decoded}
+
+
+def build_encoder_2d(config):
+    """The CLIP tower that the options of a run name, or None for the 3D baseline."""
+    if config["no_clip"]:
+        return None
+    pretrained = None if config["clip_pretrained"] == "none" else config["clip_pretrained"]
+    return Enhanced2DEncoder(config["clip_model"], pretrained, image_size=tuple(config["image_size"]),
+                             trainable_blocks=config["clip_blocks"])
+
+
+def build_model(config, num_classes, instances, encoder_2d):
+    """A Segmenter with fresh weights.
+
+    config: the options of train.py as a dict. instances: whether it has an instance decoder. encoder_2d: see
+    `build_encoder_2d`.
+    """
+    full = config["backbone"] == "res16unet34c"
+    encoder_3d = PointEncoder(config["voxel_size"], **({} if full else SMALL))
+    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=config["depth_tolerance"])  # gate=MyGate(256)
+    decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
+    return Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * config["voxel_size"])
+
+
+def load_model(path, device=None):
+    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a dict).
+
+    device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint: they are loaded
+    as in training. Raises FileNotFoundError or ValueError, with the path, if a file is missing, damaged, or belongs to
+    another tower.
+    """
+    state = read_checkpoint(path)
+    config, class_names = state["config"], state["class_names"]
+    for text in state["warnings"]:
+        warnings.warn(f"{path}: {text}")
+    encoder_2d = build_encoder_2d(config)
+    instances = any(key.startswith("decoder.") for key in state["model"])
+    model = build_model(config, len(class_names), instances, encoder_2d)
+    restore(model, state, path, class_names, encoder_2d.fingerprint() if encoder_2d is not None else None)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), class_names, config
+
+
+def to_device(batch, device):
+    """A batch with its tensors on a device."""
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()}
+
+
+def compile_parts(model):
+    """torch.compile, in place, for the dense parts; names and checkpoints stay as they are.
+
+    It compiles forward methods, not modules: instances of one class share their compiled code, of which torch keeps a
+    limited number of versions. The sparse network is left out because its shapes differ in every step.
+    """
+    fusion, decoder = model.fusion, model.decoder
+    static, dynamic = [], [fusion.proj_3d]
+    if fusion.encoder_2d is not None:
+        static = fusion.encoder_2d.blocks
+        dynamic = [*dynamic, fusion.gate]
+    if decoder is not None:
+        dynamic += [decoder.class_head, decoder.quality_head]
+    for module in static:
+        module.forward = torch.compile(module.forward)
+    for module in dynamic:  # the number of points varies
+        module.forward = torch.compile(module.forward, dynamic=True)
