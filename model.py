@@ -85,8 +85,10 @@ def build_model(config, num_classes, instances, encoder_2d):
     full = config["backbone"] == "res16unet34c"
     encoder_3d = PointEncoder(config["voxel_size"], **({} if full else SMALL))
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=config["depth_tolerance"])  # gate=MyGate(256)
-    decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
-    return Segmenter(fusion, num_classes, decoder if instances else None, cell=4 * config["voxel_size"])
+    decoder = None
+    if instances:
+        decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
+    return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
 def load_model(path, device=None):
