@@ -278,38 +278,3 @@ def scene_instances(output, point_to_superpoint, batch_idx, **thresholds):
         scenes.append(instances_from_logits(class_logits, mask_logits, quality, local_index, **thresholds))
         first += mask_logits.shape[1]
     return scenes
-
-
-class Segmenter(nn.Module):
-    """Fused point features, and what is read off them: semantics of points, instances of superpoints.
-
-    decoder: an InstanceDecoder, or None for semantics alone. With it the logits of a point are the sum of its own and
-    its superpoint's: the superpoint sees more, the point sees borders. Where a batch has no superpoints, cubes with
-    `cell` metres a side stand in.
-    """
-
-    def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
-        super().__init__()
-        self.cell = cell
-        self.fusion = fusion
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.decoder = decoder
-        if decoder is not None:  # two chairs look alike: a query tells them apart by where they are
-            self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
-
-    def forward(self, batch):
-        """The fusion's output and logits (N, K); with a decoder also superpoint (N,), superpoint_batch (S,), decoder.
-        """
-        out = self.fusion(batch)
-        logits = self.head(out["feat_fusion"])
-        if self.decoder is None:
-            return {**out, "logits": logits}
-        segments = batch["superpoints"] if "superpoints" in batch else (batch["points"] / self.cell).floor().long()
-        superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
-        count = len(superpoint_batch)
-        centre = pool(batch["coords"], superpoint, count)
-        centre = centre - pool(centre, superpoint_batch, len(batch["name"]))[superpoint_batch]
-        decoder = self.decoder(pool(out["feat_fusion"], superpoint, count) + self.position(centre), superpoint_batch,
-                               batch.get("seed"))
-        return {**out, "logits": logits + decoder["semantic_logits"][superpoint], "superpoint": superpoint,
-                "superpoint_batch": superpoint_batch, "decoder": decoder}
