@@ -38,8 +38,8 @@ def _shades(rng, color, spread, count=16):
     return color * (1 + spread * rng.uniform(-1, 1, (count, 1)))
 
 
-def _look(palette, cell=(100.0, 100.0), step=(5, 11), joint=(0.0, 0.0), joint_color=0.0, rim=0.0, rim_color=0.0,
-          fold=0.0):
+def make_look(palette, cell=(100.0, 100.0), step=(5, 11), joint=(0.0, 0.0), joint_color=0.0, rim=0.0, rim_color=0.0,
+              fold=0.0):
     """Parameters of `_texture`. Lengths in metres; a cell of 100 is larger than any face."""
     return dict(palette=np.atleast_2d(palette), cell=cell, step=step, joint=joint, joint_color=joint_color, rim=rim,
                 rim_color=rim_color, fold=fold)
@@ -50,52 +50,52 @@ def _appearance(kind, width, height, rng):
     any_hue = (0.0, 1.0)
     if kind == "wall":
         color = _hsv(rng, (-0.1, 0.45), (0.08, 0.3), (0.55, 0.72))
-        return _look(_shades(rng, color, rng.choice([0.0, 0.05])), cell=(rng.uniform(0.1, 0.3), 100.0))
+        return make_look(_shades(rng, color, rng.choice([0.0, 0.05])), cell=(rng.uniform(0.1, 0.3), 100.0))
     if kind == "ceiling":
-        return _look(_hsv(rng, any_hue, (0.0, 0.05), (0.85, 0.95)))
+        return make_look(_hsv(rng, any_hue, (0.0, 0.05), (0.85, 0.95)))
     if kind == "floor":
         if rng.random() < 0.5:  # planks
             color = _hsv(rng, (0.05, 0.1), (0.3, 0.6), (0.3, 0.55))
-            return _look(_shades(rng, color, 0.15), (rng.uniform(0.12, 0.2), rng.uniform(0.8, 1.4)),
-                         joint=(0.008, 0.008), joint_color=0.5 * color)
+            return make_look(_shades(rng, color, 0.15), (rng.uniform(0.12, 0.2), rng.uniform(0.8, 1.4)),
+                             joint=(0.008, 0.008), joint_color=0.5 * color)
         color = _hsv(rng, any_hue, (0.03, 0.25), (0.25, 0.5))  # tiles
         side = rng.uniform(0.3, 0.6)
-        return _look(_shades(rng, color, 0.08), (side, side), joint=(0.015, 0.015), joint_color=1.4 * color)
+        return make_look(_shades(rng, color, 0.08), (side, side), joint=(0.015, 0.015), joint_color=1.4 * color)
     if kind == "door":
         color = _hsv(rng, (0.0, 0.06), (0.6, 0.85), (0.25, 0.5))
-        return _look(_shades(rng, color, 0.15), (width / rng.integers(3, 7), 100.0), joint=(0.01, 0.0),
-                     joint_color=0.5 * color, rim=rng.uniform(0.04, 0.1), rim_color=0.7 * color)
+        return make_look(_shades(rng, color, 0.15), (width / rng.integers(3, 7), 100.0), joint=(0.01, 0.0),
+                         joint_color=0.5 * color, rim=rng.uniform(0.04, 0.1), rim_color=0.7 * color)
     if kind == "window":  # land below, sky above, white bars
         land = _hsv(rng, (0.15, 0.4), (0.3, 0.6), (0.4, 0.7))
         sky = _hsv(rng, (0.52, 0.63), (0.35, 0.65), (0.85, 1.0))
         share = np.clip((np.arange(16) / 15 - rng.uniform(0.1, 0.4)) / 0.15, 0, 1)[:, None]
-        return _look(land + share * (sky - land), (width / rng.integers(1, 4), height / 15.99), step=(0, 1),
-                     joint=(0.05, 0.0), joint_color=0.95, rim=rng.uniform(0.04, 0.08), rim_color=0.95)
+        return make_look(land + share * (sky - land), (width / rng.integers(1, 4), height / 15.99), step=(0, 1),
+                         joint=(0.05, 0.0), joint_color=0.95, rim=rng.uniform(0.04, 0.08), rim_color=0.95)
     if kind == "picture":
         side = rng.uniform(0.12, 0.3)
-        return _look([_hsv(rng, (0.0, 0.75), (0.7, 1.0), (0.6, 1.0)) for _ in range(16)], (side, side), rim=0.06,
-                     rim_color=_hsv(rng, (0.08, 0.13), (0.3, 0.8), (0.1, 0.5)))
+        return make_look([_hsv(rng, (0.0, 0.75), (0.7, 1.0), (0.6, 1.0)) for _ in range(16)], (side, side), rim=0.06,
+                         rim_color=_hsv(rng, (0.08, 0.13), (0.3, 0.8), (0.1, 0.5)))
     if kind == "whiteboard":
         marks = [_hsv(rng, any_hue, (0.2, 0.6), (0.6, 0.9)) for _ in range(3)]
-        return _look(np.concatenate([_shades(rng, np.full(3, 0.97), 0.03, 20), marks]),
-                     (rng.uniform(0.06, 0.1), rng.uniform(0.05, 0.08)), rim=0.04, rim_color=rng.uniform(0.5, 0.7))
+        return make_look(np.concatenate([_shades(rng, np.full(3, 0.97), 0.03, 20), marks]),
+                         (rng.uniform(0.06, 0.1), rng.uniform(0.05, 0.08)), rim=0.04, rim_color=rng.uniform(0.5, 0.7))
     if kind == "curtain":
         color = _hsv(rng, (0.78, 1.0), (0.5, 0.9), (0.35, 0.7))
-        return _look(_shades(rng, color, 0.08), (rng.uniform(0.1, 0.25), 100.0), fold=rng.uniform(0.3, 0.6))
+        return make_look(_shades(rng, color, 0.08), (rng.uniform(0.1, 0.25), 100.0), fold=rng.uniform(0.3, 0.6))
     if kind == "cabinet":
         color = _hsv(rng, (0.09, 0.15), (0.4, 0.7), (0.5, 0.75))
-        return _look(_shades(rng, color, 0.1), (width / 2, height / rng.integers(1, 4)), joint=(0.015, 0.015),
-                     joint_color=0.4 * color)
+        return make_look(_shades(rng, color, 0.1), (width / 2, height / rng.integers(1, 4)), joint=(0.015, 0.015),
+                         joint_color=0.4 * color)
     if kind == "refrigerator":
         color = _hsv(rng, (0.52, 0.66), (0.1, 0.25), (0.6, 0.85))
-        return _look(color, (100.0, rng.uniform(0.5, 0.7) * height), joint=(0.0, 0.02), joint_color=0.4 * color)
+        return make_look(color, (100.0, rng.uniform(0.5, 0.7) * height), joint=(0.0, 0.02), joint_color=0.4 * color)
     if kind == "bookshelf":
         wood = _hsv(rng, (0.05, 0.1), (0.4, 0.7), (0.15, 0.35))
-        return _look([_hsv(rng, (0.3, 0.75), (0.4, 0.9), (0.2, 0.6)) for _ in range(16)],
-                     (rng.uniform(0.04, 0.07), rng.uniform(0.25, 0.35)), joint=(0.0, 0.04), joint_color=wood,
-                     rim=0.04, rim_color=wood)
-    return _look(_shades(rng, _hsv(rng, any_hue, (0.2, 0.6), (0.3, 0.75)), rng.choice([0.0, 0.1])),
-                 (rng.uniform(0.05, 0.2), 100.0))  # one distribution for all classes that differ by shape
+        return make_look([_hsv(rng, (0.3, 0.75), (0.4, 0.9), (0.2, 0.6)) for _ in range(16)],
+                         (rng.uniform(0.04, 0.07), rng.uniform(0.25, 0.35)), joint=(0.0, 0.04), joint_color=wood,
+                         rim=0.04, rim_color=wood)
+    return make_look(_shades(rng, _hsv(rng, any_hue, (0.2, 0.6), (0.3, 0.75)), rng.choice([0.0, 0.1])),
+                     (rng.uniform(0.05, 0.2), 100.0))  # one distribution for all classes that differ by shape
 
 
 def _texture(look, u, v, width, height):
@@ -230,7 +230,7 @@ def _furnish(room, panels, surfaces, rng):
                 for _ in range(rng.integers(0, 4)):
                     low = np.append(rng.uniform(0.05, size[:2] - 0.3), size[2])
                     high = low + rng.uniform([0.08, 0.08, 0.05], [0.25, 0.25, 0.25])
-                    clutter = _look(_hsv(rng, (0, 1), (0.3, 0.9), (0.3, 0.9)))
+                    clutter = make_look(_hsv(rng, (0, 1), (0.3, 0.9), (0.3, 0.9)))
                     surfaces.append(_surface(_turned(low, high, side, origin), None, 0, clutter))
             break
 
@@ -271,7 +271,7 @@ def look_at(eye, target, roll=0.0):
     return world2cam
 
 
-def _camera(scene, rng):
+def draw_camera(scene, rng):
     """world2cam (4, 4) of a camera at eye height, clear of furniture, that looks at some object from a distance."""
     low, high = scene["corners"][:, 0] - 0.3, scene["corners"][:, 1] + 0.3
     while True:
@@ -429,7 +429,7 @@ def frames(split, num_rooms, frames_per_room, seed=0, size=(240, 320)):
             focal = 280 * size[1] / 320 * rng.uniform(0.97, 1.03)
             centre = [(extent - 1) / 2 + 0.02 * extent * rng.uniform(-1, 1) for extent in (size[1], size[0])]
             intrinsics = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
-            world2cam = _camera(scene, rng)
+            world2cam = draw_camera(scene, rng)
             frame = render(scene, world2cam, intrinsics, size, rng)
             frame |= dict(name=f"{split}{room:04d}/{number}", world2cam=world2cam, intrinsics=intrinsics,
                           depth_intrinsics=intrinsics.copy())

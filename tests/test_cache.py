@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
 """cache.py: what is stored comes back, once computed; what is damaged, foreign or half-written is never used."""
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from cache import FeatureCache, Store, SuperpointCache, image_key, to_tensor
 
+FORK = multiprocessing.get_context("fork")
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (10, 8, 12, 3), np.uint8))
 
 
@@ -202,19 +200,20 @@ def test_a_image_that_was_never_encoded_is_an_error(tmp_path):
         cache.get(IMAGES[5])
 
 
+class MortalTower(Tower):
+    """A tower that is killed after six images."""
+
+    def __call__(self, images):
+        if self.seen == 6:
+            os._exit(9)
+        return super().__call__(images)
+
+
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
-    program = textwrap.dedent(f"""
-        import os, sys
-        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
-        from test_cache import IMAGES, Tower, FeatureCache
-        class Mortal(Tower):
-            def __call__(self, images):
-                if self.seen == 6:
-                    os._exit(9)
-                return super().__call__(images)
-        FeatureCache({str(tmp_path)!r}, "tower, 8x12", Mortal(), batch_size=3).build(IMAGES)
-    """)
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 9
+    process = FORK.Process(target=build, args=(tmp_path, IMAGES, "tower, 8x12", MortalTower()))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     cache, tower = build(tmp_path)
     assert tower.seen == 4 and len(entries(cache)) == 10
 
@@ -228,15 +227,12 @@ def test_processes_share_the_work_and_may_overlap(tmp_path):
 
 
 def test_concurrent_builds_of_the_same_images_leave_whole_entries(tmp_path):
-    program = textwrap.dedent(f"""
-        import sys
-        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
-        from test_cache import IMAGES, build
-        build({str(tmp_path)!r}, IMAGES * 4)
-    """)
-    running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-               for _ in range(2)]
-    assert [process.wait() for process in running] == [0, 0]
+    processes = [FORK.Process(target=build, args=(tmp_path, IMAGES * 20)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     cache, tower = build(tmp_path)
     assert tower.seen == 0 and len(entries(cache)) == 10 and not list((cache.store.folder / "tmp").iterdir())
 

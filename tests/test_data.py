@@ -483,19 +483,15 @@ def test_a_frame_without_any_depth_is_named(root):
         dataset[2]
 
 
-@pytest.mark.parametrize("image_size", [(0, 224), (224,), (224, 224, 3), (-1, 5), (22.4, 224), ("a", "b")])
-def test_nonsense_image_sizes_are_refused(root, image_size):
-    with pytest.raises(ValueError, match="image_size must be"):
-        data.PointDataset(ScanNetFrames(root, CLASSES), 100, image_size)
-
-
-def test_nonsense_counts_are_refused(root):
-    frames = ScanNetFrames(root, CLASSES)
-    for arguments in ({"num_points": 0}, {"num_points": 10, "num_views": 0}):
-        with pytest.raises(ValueError, match="at least 1"):
-            data.PointDataset(frames, image_size=(24, 32), **arguments)
-    with pytest.raises(ValueError, match="scene0000_00 has 3 frames, fewer than num_views=4"):
-        data.PointDataset(frames, 10, (24, 32), num_views=4)
+@pytest.mark.parametrize("options, message", [
+    *(({"image_size": size}, "image_size must be") for size in ((0, 224), (224,), (224, 224, 3), (-1, 5), (22.4, 224),
+                                                                ("a", "b"))),
+    ({"num_points": 0}, "num_points and num_views must be at least 1, got 0 and 1"),
+    ({"num_views": 0}, "num_points and num_views must be at least 1, got 10 and 0"),
+    ({"num_views": 4}, "scene0000_00 has 3 frames, fewer than num_views=4")])
+def test_options_that_make_no_sample_are_refused(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.PointDataset(ScanNetFrames(root, CLASSES), **{"num_points": 10, "image_size": (24, 32), **options})
 
 
 # ------------------------------------------------------------------------------------------------------------- cache

@@ -12,7 +12,7 @@ SIZE = (120, 160)
 
 def box_scene(corners, ellipsoid=False, label=1):
     """A scene with nothing but one box or ellipsoid."""
-    look = dict(rooms._look([0.5, 0.4, 0.3]))
+    look = dict(rooms.make_look([0.5, 0.4, 0.3]))
     return dict(size=np.full(3, 9.0), corners=np.array([corners], float), ellipsoid=np.array([ellipsoid]),
                 label=np.array([label], np.uint8), instance=np.array([7], np.uint8), look=[look], ambient=0.6,
                 light=np.array([0.0, 0.0, 5.0]), tint=np.ones(3))
@@ -27,9 +27,9 @@ def world_points(depth, world2cam, intrinsics):
 
 
 def views(seed, count):
-    """A room and `count` noise-free pictures of it, as (world2cam, picture) pairs."""
+    """A room and `count` noise-free renderings of it, as (world2cam, rendering) pairs."""
     scene, rng = make_room(seed), np.random.default_rng(seed)
-    poses = [rooms._camera(scene, rng) for _ in range(count)]
+    poses = [rooms.draw_camera(scene, rng) for _ in range(count)]
     return scene, [(pose, render(scene, pose, INTRINSICS, SIZE)) for pose in poses]
 
 
@@ -43,14 +43,14 @@ def test_a_box_fills_the_pixels_whose_centres_its_projection_covers():
     # Camera axes by hand: x right = world x, y down = -z, z forward = y. The face lies at depth 2.
     left, right, low, high = -0.31, 0.52, -0.23, 0.41
     pose = np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
-    picture = render(box_scene([[left, 2, low], [right, 2.5, high]]), pose, INTRINSICS, SIZE)
+    rendering = render(box_scene([[left, 2, low], [right, 2.5, high]]), pose, INTRINSICS, SIZE)
     v, u = np.mgrid[:SIZE[0], :SIZE[1]]
     x, z = 2 * (u - 79.3) / 150, -2 * (v - 61.1) / 140
     inside = (x >= left) & (x <= right) & (z >= low) & (z <= high)
-    np.testing.assert_array_equal(picture["label"], inside)
-    np.testing.assert_array_equal(picture["instance"], 7 * inside)
-    np.testing.assert_array_equal(picture["depth"] > 0, inside)
-    assert not picture["color"][~inside].any() and picture["color"][inside].all()
+    np.testing.assert_array_equal(rendering["label"], inside)
+    np.testing.assert_array_equal(rendering["instance"], 7 * inside)
+    np.testing.assert_array_equal(rendering["depth"] > 0, inside)
+    assert not rendering["color"][~inside].any() and rendering["color"][inside].all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,19 +95,19 @@ def test_ellipsoid_depth_solves_its_quadratic():
 def test_what_lies_behind_the_camera_or_around_it_is_not_seen():
     pose = look_at(np.zeros(3), np.array([0.0, 1.0, 0.0]))
     for corners in ([[-1, -3, -1], [1, -2, 1]], [[-1, -1, -1], [1, 1, 1]]):
-        picture = render(box_scene(corners), pose, INTRINSICS, SIZE)
-        assert not any(image.any() for image in picture.values())
+        rendering = render(box_scene(corners), pose, INTRINSICS, SIZE)
+        assert not any(image.any() for image in rendering.values())
 
 
 def test_a_box_that_reaches_behind_the_camera_is_not_cut_off():
     pose = look_at(np.zeros(3), np.array([0.0, 1.0, 0.0]))
-    picture = render(box_scene([[-9, -9, -2], [9, 9, -1]]), pose, INTRINSICS, SIZE)
+    rendering = render(box_scene([[-9, -9, -2], [9, 9, -1]]), pose, INTRINSICS, SIZE)
     v = np.arange(SIZE[0])
     expected = np.where(140 / np.maximum(v - 61.1, 1e-9) <= 9, 140 / np.maximum(v - 61.1, 1e-9), 0)
-    np.testing.assert_allclose(picture["depth"][:, 80], expected, atol=1e-5)
+    np.testing.assert_allclose(rendering["depth"][:, 80], expected, atol=1e-5)
 
 
-def test_pictures_scale_with_the_intrinsics():
+def test_renderings_scale_with_the_intrinsics():
     scene, [(pose, _)] = views(3, 1)
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
     big = np.linalg.inv(half) @ np.diag([3, 3, 1]) @ half @ INTRINSICS  # every third pixel centre coincides
@@ -121,13 +121,13 @@ def test_pictures_scale_with_the_intrinsics():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_free_pixels_lie_on_the_surface_of_a_box_of_their_label_and_instance(seed):
-    scene, pictures = views(seed, 3)
-    for pose, picture in pictures:
-        points = world_points(picture["depth"], pose, INTRINSICS).reshape(-1, 3)
+    scene, renderings = views(seed, 3)
+    for pose, rendering in renderings:
+        points = world_points(rendering["depth"], pose, INTRINSICS).reshape(-1, 3)
         distance = np.full(len(points), np.inf)
         surfaces = zip(*(scene[key] for key in ("corners", "ellipsoid", "label", "instance")))
         for corners, ellipsoid, label, instance in surfaces:
-            mine = (picture["label"].ravel() == label) & (picture["instance"].ravel() == instance)
+            mine = (rendering["label"].ravel() == label) & (rendering["instance"].ravel() == instance)
             centre, half = corners.mean(0), np.ptp(corners, axis=0) / 2
             q = points[mine] - centre
             if ellipsoid:
@@ -140,11 +140,11 @@ def test_noise_free_pixels_lie_on_the_surface_of_a_box_of_their_label_and_instan
 
 
 def test_points_of_one_frame_meet_the_same_depth_and_label_in_another():
-    scene, pictures = views(10, 6)
+    scene, renderings = views(10, 6)
     rng, met, hidden = np.random.default_rng(0), 0, 0
-    for pose, a in pictures:
+    for pose, a in renderings:
         points = world_points(a["depth"], pose, INTRINSICS)
-        for other, _ in pictures:
+        for other, _ in renderings:
             for v, u in rng.integers(0, SIZE, (15, 2)):
                 x, y, z = other[:3, :3] @ points[v, u] + other[:3, 3]
                 if z < 0.1 or abs(x / z) > 1 or abs(y / z) > 1:
@@ -242,7 +242,7 @@ def test_frames_are_the_same_at_every_call_and_the_first_ones_whatever_is_asked_
             np.testing.assert_array_equal(value, by_name[frame["name"]][key])
 
 
-def test_splits_and_seeds_share_no_room_and_no_picture():
+def test_splits_and_seeds_share_no_room_and_no_rendering():
     seen, names = {}, set()
     for split in rooms.SPLITS:
         for seed in (0, 1, 2**32, 2**32 + 1, 2**64):
@@ -272,15 +272,15 @@ def test_frames_hold_the_documented_types():
 def test_depth_noise_follows_the_sensor_model_and_labels_stay_exact():
     scene, [(pose, clean)] = views(1, 1)
     noisy = [render(scene, pose, INTRINSICS, SIZE, np.random.default_rng(seed)) for seed in range(12)]
-    for picture in noisy:
-        np.testing.assert_array_equal(picture["label"], clean["label"])
-        np.testing.assert_array_equal(picture["instance"], clean["instance"])
-        assert 0.001 < (picture["depth"] == 0).mean() < 0.25
-    depth = np.stack([picture["depth"] for picture in noisy])
+    for rendering in noisy:
+        np.testing.assert_array_equal(rendering["label"], clean["label"])
+        np.testing.assert_array_equal(rendering["instance"], clean["instance"])
+        assert 0.001 < (rendering["depth"] == 0).mean() < 0.25
+    depth = np.stack([rendering["depth"] for rendering in noisy])
     error = (depth - clean["depth"]) / (0.0012 + 0.0019 * (clean["depth"] - 0.4) ** 2)
     error = error[depth > 0]
     assert abs(error.mean()) < 0.02 and abs(error.std() - 1) < 0.02  # 2e5 draws: standard errors under 0.003
-    color = np.stack([picture["color"] for picture in noisy]).astype(float)
+    color = np.stack([rendering["color"] for rendering in noisy]).astype(float)
     assert 2 < np.abs(color - clean["color"]).mean() < 20
 
 
@@ -289,15 +289,15 @@ def test_holes_say_nothing_of_the_class():
     slab = box_scene([[-50, 3, -50], [50, 4, 50]])
     pose = look_at(np.zeros(3), np.array([0.4, 3.0, 0.2]))
     a = render(slab, pose, INTRINSICS, SIZE, np.random.default_rng(0))
-    b = render(slab | dict(label=np.array([5], np.uint8), look=[rooms._look([0.9, 0.1, 0.1])]), pose, INTRINSICS, SIZE,
-               np.random.default_rng(0))
+    other = slab | dict(label=np.array([5], np.uint8), look=[rooms.make_look([0.9, 0.1, 0.1])])
+    b = render(other, pose, INTRINSICS, SIZE, np.random.default_rng(0))
     np.testing.assert_array_equal(a["depth"], b["depth"])
     assert (a["label"] != b["label"]).all() and (a["color"] != b["color"]).any()
 
 
 def test_rendering_leaves_scene_and_camera_as_they_were():
     scene, rng = make_room(2), np.random.default_rng(0)
-    poses = [rooms._camera(scene, rng) for _ in range(12)]  # enough to see every kind of surface
+    poses = [rooms.draw_camera(scene, rng) for _ in range(12)]  # enough to see every kind of surface
     before = {key: np.copy(value) for key, value in scene.items() if key != "look"}
     palettes = [look["palette"].copy() for look in scene["look"]]
     for pose in poses:

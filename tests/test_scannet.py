@@ -115,22 +115,14 @@ def test_depth_of_another_size_needs_its_own_intrinsics(root):
         scannet.ScanNetFrames(root, CLASSES)[0]
 
 
-def test_depth_in_color_is_refused(root):
-    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(root / "scene0000_00/depth/0.png")
-    with pytest.raises(ValueError, match=r"depth.0.png: depth image has shape \(24, 32, 3\)"):
-        scannet.ScanNetFrames(root, CLASSES)[0]
-
-
-def test_labels_of_a_third_size_are_refused(root):
-    Image.fromarray(np.zeros((10, 12), np.uint16)).save(root / "scene0000_00/label-filt/0.png")
-    with pytest.raises(ValueError, match=r"label-filt.0.png: label has size \(10, 12\)"):
-        scannet.ScanNetFrames(root, CLASSES)[0]
-
-
-@pytest.mark.parametrize("bad", [3, 41, 65535])
-def test_a_label_outside_of_the_class_list_is_named(root, bad):
-    Image.fromarray(np.full((48, 64), bad, np.uint16)).save(root / "scene0000_00/label-filt/0.png")
-    with pytest.raises(ValueError, match=f"label-filt.0.png: label {bad} is not in the class list"):
+@pytest.mark.parametrize("file, image, message", [
+    ("depth/0.png", np.zeros((24, 32, 3), np.uint8), r"depth image has shape \(24, 32, 3\)"),
+    ("label-filt/0.png", np.zeros((10, 12), np.uint16), r"label has size \(10, 12\)"),
+    *(("label-filt/0.png", np.full((48, 64), bad, np.uint16), f"label {bad} is not in the class list")
+      for bad in (3, 41, 65535))])
+def test_images_of_the_wrong_kind_size_or_class_are_named(root, file, image, message):
+    Image.fromarray(image).save(root / "scene0000_00" / file)
+    with pytest.raises(ValueError, match=f"{file.replace('/', '.')}: {message}"):
         scannet.ScanNetFrames(root, CLASSES)[0]
 
 
