@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Carries points onto pictures and mixes what they find there into their 3D features.
+"""Projects points into images and mixes the 2D features found there into the 3D features of the points.
 
     p_cam = world2cam p,    (u, v) = (K p_cam)_xy / z,    f_2d = bilinear(feature map, u, v), averaged over the views
-    alpha = sigmoid(gate([f_3d, f_2d])),    f = f_3d + alpha (f_2d - f_3d)          alpha = 0 where no view sees p
+    alpha = sigmoid(gate([f_3d, f_2d])),    f = f_3d + alpha (f_2d - f_3d)          alpha = 0 if no view sees p
 
-Camera axes are OpenCV's (x right, y down, z forward), in metres. Integer pixel coordinates are pixel centres, so a
-picture W wide covers [-0.5, W - 0.5], and pixel u lies at (u + 0.5) * Wf / W - 0.5 of a feature map Wf wide.
+Camera axes are OpenCV's (x right, y down, z forward), in metres. Integer pixel coordinates are pixel centres, so an
+image W wide covers [-0.5, W - 0.5], and pixel u lies at (u + 0.5) * Wf / W - 0.5 of a feature map Wf wide.
+
+B scenes, V views per scene, N points of the whole batch (packed; `batch` (N,) holds the scene of each), I = B * V
+images, C channels, H W image, Hf Wf feature map.
 
 Imports torch.
 """
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 65_536  # points projected at once: buffers that stay small are used again, those of a million points never
+CHUNK = 65_536  # points projected at once: the allocator reuses buffers of this size, but not those of a million
 
 
 # ---------------------------------------------------------------------------------------------- camera geometry
@@ -22,8 +25,8 @@ CHUNK = 65_536  # points projected at once: buffers that stay small are used aga
 def apply_transform(points: Tensor, matrix: Tensor) -> Tensor:
     """points (N, 3) or (B, N, 3), matrix (4, 4) or (B, 4, 4) -> transformed points, of the shape of `points`.
 
-    Raises ValueError for other shapes. Elementwise and so outside of autocast and of TF32: a millimetre matters, and
-    bf16 has 1 cm at 3 m.
+    Raises ValueError for other shapes. Elementwise, because autocast and TF32 would round a matrix product: bf16
+    resolves 1 cm at 3 m.
     """
     if points.dim() not in (2, 3) or points.shape[-1] != 3 or matrix.shape[-2:] != (4, 4) or not (
             matrix.dim() == 2 or matrix.dim() == points.dim() == 3 and len(matrix) == len(points)):
@@ -35,7 +38,8 @@ def apply_transform(points: Tensor, matrix: Tensor) -> Tensor:
 def project_to_image(points_cam: Tensor, intrinsics: Tensor):
     """points_cam (..., N, 3), intrinsics (..., 3, 3) -> uv (..., N, 2) in pixels, depth (..., N) in metres.
 
-    Where depth <= 0 the point is not in front of the camera and uv means nothing (see `visible_mask`).
+    If depth <= 0 the point is not in front of the camera and uv is meaningless (see `visible_mask`).
+    Raises ValueError for other shapes.
     """
     if points_cam.shape[-1] != 3 or intrinsics.shape[-2:] != (3, 3):
         raise ValueError(f"points_cam {tuple(points_cam.shape)} and intrinsics {tuple(intrinsics.shape)} must be "
@@ -48,7 +52,7 @@ def project_to_image(points_cam: Tensor, intrinsics: Tensor):
 
 def transform_packed(points: Tensor, world2cam: Tensor, batch: Tensor) -> Tensor:
     """points (N, 3) of several scenes, world2cam (B, V, 4, 4), batch (N,) -> points_cam (N, V, 3)."""
-    # column by column, each gathered for all views at once: a product with (N, V, 3, 3) takes several times as long
+    # Column by column, gathered for all views at once: a product with (N, V, 3, 3) takes several times as long.
     a, b, c, shift = (x.flatten(1).index_select(0, batch).unflatten(1, x.shape[1:])
                       for x in world2cam[:, :, :3].unbind(-1))
     x, y, z = points[:, None].split(1, -1)
@@ -66,9 +70,9 @@ def project_packed(points_cam: Tensor, intrinsics: Tensor, batch: Tensor):
 
 
 def visible_mask(uv: Tensor, depth: Tensor, image_size) -> Tensor:
-    """uv (..., 2), depth (...), image_size (H, W) -> bool (...): in front of the camera and inside the picture.
+    """uv (..., 2), depth (...), image_size (H, W) -> bool (...): in front of the camera and inside the image.
 
-    What is not finite is not visible; a point at infinity lands on the principal point, so its uv alone does not tell.
+    Non-finite points are not visible. A point at infinity has finite uv, the principal point, so depth is tested too.
     """
     h, w = image_size
     u, v = uv.unbind(-1)
@@ -76,14 +80,14 @@ def visible_mask(uv: Tensor, depth: Tensor, image_size) -> Tensor:
 
 
 def occluded_mask(uv: Tensor, depth: Tensor, depth_map: Tensor, view: Tensor, tolerance=0.05) -> Tensor:
-    """True where the depth map knows a surface more than `tolerance` metres in front of the point.
+    """True if the depth map holds a surface more than `tolerance` metres in front of the point.
 
     uv (..., 2) in pixels of the depth map, depth (...), depth_map (I, Hd, Wd) in metres with 0 = unknown, view (...)
-    int64: which map. The nearest pixel is read; outside of the map nothing is known.
+    int64, the map of each point. Reads the nearest pixel; points outside the map are not occluded.
     """
     h, w = depth_map.shape[-2:]
     inside = visible_mask(uv, depth, (h, w))
-    u, v = uv.where(inside[..., None], 0).round().long().unbind(-1)  # .5 may round to W: the clamp
+    u, v = uv.where(inside[..., None], 0).round().long().unbind(-1)  # W - 0.5 may round to W: hence the clamp
     surface = depth_map[view, v.clamp(0, h - 1), u.clamp(0, w - 1)]
     return inside & (surface > 0) & (depth > surface + tolerance)
 
@@ -113,15 +117,14 @@ def bilinear_corners(uv: Tensor, image_size, grid_size):
 def weighted_rows(rows, index, weight):
     """rows (R, C), index (N, K) in [0, R], weight (N, K) -> sum over k of weight[:, k] * rows[index[:, k]], (N, C).
 
-    Index R stands for no row, whatever its weight: 0 * NaN would be NaN. There is no (N, K, C) copy.
+    Index R stands for no row, whatever its weight: 0 * NaN would be NaN. No (N, K, C) tensor is made.
     """
     return F.embedding_bag(index, F.pad(rows, (0, 0, 0, 1)), mode="sum", per_sample_weights=weight,
                            padding_idx=len(rows))
 
 
 class WeightedRows(torch.autograd.Function):
-    """`weighted_rows` with a backward pass in which the rows are the bags: on a CPU half the time of the built-in one.
-    """
+    """`weighted_rows` with a backward pass whose bags are the rows; on a CPU half the time of the built-in one."""
 
     @staticmethod
     def forward(ctx, rows, index, weight):
@@ -136,7 +139,7 @@ class WeightedRows(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             entry, order = index.flatten().sort(stable=True)
             first = torch.searchsorted(entry, torch.arange(len(rows) + 1, dtype=entry.dtype, device=entry.device))
-            order = order[:first[-1]]  # what is of no row stands last
+            order = order[:first[-1]]  # padding entries sort last
             grad_rows = F.embedding_bag(order // index.shape[1], grad, first, mode="sum", include_last_offset=True,
                                         per_sample_weights=weight.flatten()[order])
         if ctx.needs_input_grad[2]:
@@ -146,32 +149,33 @@ class WeightedRows(torch.autograd.Function):
 
 
 def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
-    """Which cells of I feature maps a point reads, and how much of each: the mean over the views that see it.
+    """Which cells of I feature maps a point reads, and with what weight: the mean over the views that see it.
 
-    uv (N, V, 2) pixels of an image_size = (H, W) picture, map_size (I, Hf, Wf), view (N, V) int64 in [0, I), visible
-    (N, V) bool -> index (N, 4 V) int32, weight (N, 4 V). What has no weight has the index one past the last cell.
+    uv (N, V, 2) pixels of images of image_size (H, W), map_size (I, Hf, Wf), view (N, V) int64 in [0, I), visible
+    (N, V) bool -> index (N, 4 V) int32, weight (N, 4 V). Entries without weight have the index one past the last cell.
     """
     i, hf, wf = map_size
-    index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))
-    weight = weight * (visible / visible.sum(1, keepdim=True).clamp(min=1))[..., None]
+    index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))  # (N, V, 4)
+    view_weight = visible / visible.sum(1, keepdim=True).clamp(min=1)  # (N, V)
+    weight = weight * view_weight[..., None]
     index = (index + view[..., None].int() * (hf * wf)).where(weight != 0, i * hf * wf)
     return index.flatten(1), weight.flatten(1)
 
 
 def sample_cells(feature_map: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """feature_map (I, C, Hf, Wf) and what `view_cells` gives -> (N, C) in the dtype of feature_map (fp32 at least)."""
+    """feature_map (I, C, Hf, Wf), index and weight of `view_cells` -> (N, C), in fp32 or the wider dtype of the map."""
     with torch.autocast(feature_map.device.type, enabled=False):
-        rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)
+        rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (I * Hf * Wf, C)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         function = weighted_rows if rows.is_cuda else WeightedRows.apply
         return function(rows, index, weight.to(rows.dtype))
 
 
 def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visible: Tensor) -> Tensor:
-    """Mean, over the views that see a point, of the feature that it lands on; zero where none does.
+    """Bilinear feature of each point, averaged over the views that see it; zero if none does.
 
-    feature_map (I, C, Hf, Wf) of I pictures, uv (N, V, 2) pixels of an image_size = (H, W) picture, view (N, V) int64
-    in [0, I), visible (N, V) bool -> (N, C) in the dtype of feature_map (fp32 at least).
+    feature_map (I, C, Hf, Wf), uv (N, V, 2) pixels of images of image_size (H, W), view (N, V) int64 in [0, I), visible
+    (N, V) bool -> (N, C), in fp32 or the wider dtype of the map.
     A cell that no visible point touches has no influence, whatever it holds, and gets no gradient.
     """
     i, _, hf, wf = feature_map.shape
@@ -179,10 +183,11 @@ def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visi
 
 
 def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) -> Tensor:
-    """Bilinear features at pixel positions: `sample_views` with one picture a scene and no point hidden.
+    """Bilinear features at pixel positions: `sample_views` with one image per scene and every point visible.
 
-    feature_map (B, C, Hf, Wf), uv (N, 2) in pixels of an image_size = (H, W) picture, batch (N,) int64 -> (N, C).
-    Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1. Zeros where uv is NaN.
+    feature_map (B, C, Hf, Wf), uv (N, 2) in pixels of images of image_size (H, W), batch (N,) int64 -> (N, C).
+    Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1; zero if uv is NaN.
+    Raises ValueError for other shapes.
     """
     n = len(uv)
     if feature_map.dim() != 4 or tuple(uv.shape) != (n, 2) or tuple(batch.shape) != (n,):

@@ -94,21 +94,6 @@ def test_a_transform_and_its_inverse_cancel():
     torch.testing.assert_close(apply_transform(apply_transform(points, matrix), matrix.inverse()), points)
 
 
-@pytest.mark.parametrize("points, matrix", [((5, 2), (4, 4)), ((5, 3), (3, 4)), ((5, 3), (2, 4, 4)), ((3,), (4, 4)),
-                                            ((2, 5, 3), (3, 4, 4)), ((1, 2, 5, 3), (4, 4)), ((5, 3), (4, 3))])
-def test_misshapen_transforms_are_refused(points, matrix):
-    with pytest.raises(ValueError) as error:
-        apply_transform(torch.zeros(points), torch.zeros(matrix))
-    assert str(points) in str(error.value) and str(matrix) in str(error.value)
-
-
-@pytest.mark.parametrize("points, intrinsics", [((5, 2), (3, 3)), ((5, 3), (4, 4)), ((5, 3), (3, 4))])
-def test_misshapen_projections_are_refused(points, intrinsics):
-    with pytest.raises(ValueError) as error:
-        project_to_image(torch.zeros(points), torch.zeros(intrinsics))
-    assert str(points) in str(error.value) and str(intrinsics) in str(error.value)
-
-
 def test_packed_geometry_equals_scene_by_scene_and_view_by_view():
     points, batch = cloud(30), torch.tensor([0] * 10 + [2] * 20)
     world2cam = torch.stack([torch.stack([pose(10 * b + v) for v in range(2)]) for b in range(3)])
@@ -143,7 +128,7 @@ def test_autocast_and_fast_matmul_do_not_degrade_projection(dtype):
 # ---------------------------------------------------------------------------------------------- visibility
 
 
-def test_a_picture_covers_half_a_pixel_beyond_its_outer_centres():
+def test_a_image_covers_half_a_pixel_beyond_its_outer_centres():
     h, w = SIZE
     uv = torch.tensor([[-0.5, -0.5], [w - 0.5, h - 0.5], [-0.51, 0], [0, -0.51], [w - 0.49, 0], [0, h - 0.49], [5, 5]])
     assert visible_mask(uv, torch.ones(7), SIZE).tolist() == [True, True, False, False, False, False, True]
@@ -204,7 +189,7 @@ def within_centres(uv, grid, size):
 @pytest.mark.parametrize("crop, size", [(None, SIZE), ((40, 30, 560, 420), (420, 560)), (None, (224, 224)),
                                         ((100, 0, 480, 480), (224, 224)), ((7, 11, 613, 407), (336, 448))])
 def test_sampling_at_projected_points_returns_the_pixel(grid, crop, size):
-    """crop: (x, y, w, h) of the 640 x 480 picture, which is then resized to `size`."""
+    """crop: (x, y, w, h) of the 640 x 480 image, which is then resized to `size`."""
     points_cam = apply_transform(cloud(4000), pose(4, 0.1))
     x, y, w, h = crop or (0, 0, SIZE[1], SIZE[0])
     intrinsics = K.clone()
@@ -217,14 +202,14 @@ def test_sampling_at_projected_points_returns_the_pixel(grid, crop, size):
     keep = visible_mask(uv, depth, size) & within_centres(uv, grid, size)
     assert keep.sum() > 500
     sampled = sample_features(centre_map(grid, size), uv[keep], size, torch.zeros(int(keep.sum()), dtype=torch.long))
-    # back in pixels of the full picture, against the projection with its own intrinsics
+    # back in pixels of the full image, against the projection with its own intrinsics
     original = (sampled + 0.5) / scale - 0.5 + torch.tensor([x, y])
     expected, _ = project_to_image(points_cam[keep].double(), K.double())
     assert (original - expected).abs().max() < 1e-3
 
 
 def grid_sample(feature_map, uv, size, batch):
-    """torch's own sampler, one picture at a time."""
+    """torch's own sampler, one image at a time."""
     coordinates = 2 * (uv + 0.5) / uv.new_tensor([size[1], size[0]]) - 1
     out = uv.new_zeros(len(uv), feature_map.shape[1], dtype=feature_map.dtype)
     for b in range(len(feature_map)):
@@ -239,7 +224,7 @@ def grid_sample(feature_map, uv, size, batch):
 def test_sampling_equals_grid_sample_forward_and_backward(grid):
     generator = torch.Generator().manual_seed(0)
     feature_map = torch.randn(3, 6, *grid, generator=generator, dtype=torch.float64, requires_grad=True)
-    uv = torch.rand(200, 2, generator=generator, dtype=torch.float64) * 800 - 80  # also outside of the picture
+    uv = torch.rand(200, 2, generator=generator, dtype=torch.float64) * 800 - 80  # also outside of the image
     uv[:4] = torch.tensor([[-0.5, -0.5], [639.5, 479.5], [0, 0], [1e9, -1e9]])
     uv.requires_grad_()
     batch = torch.arange(200) % 3
@@ -343,14 +328,6 @@ def test_half_precision_maps_are_sampled_in_fp32(dtype):
     assert out.dtype == torch.float32 and torch.equal(out, sample_features(maps.float(), uv, SIZE, batch))
 
 
-@pytest.mark.parametrize("maps, uv, batch", [((2, 3, 4), (5, 2), (5,)), ((2, 3, 4, 4), (5, 3), (5,)),
-                                             ((2, 3, 4, 4), (5, 2), (4,)), ((2, 3, 4, 4), (1, 5, 2), (1,))])
-def test_misshapen_sampling_is_refused(maps, uv, batch):
-    with pytest.raises(ValueError) as error:
-        sample_features(torch.zeros(maps), torch.zeros(uv), SIZE, torch.zeros(batch, dtype=torch.long))
-    assert all(str(shape) in str(error.value) for shape in (maps, uv, batch))
-
-
 # ---------------------------------------------------------------------------------------------- gate
 
 
@@ -371,7 +348,7 @@ def test_the_gate_is_closed_where_nothing_was_seen():
     assert all(p.grad.isfinite().all() for p in gate.parameters())
 
 
-def test_an_open_gate_takes_the_picture_and_a_shut_one_the_points():
+def test_an_open_gate_takes_the_image_and_a_shut_one_the_points():
     gate = FusionGate(8, 4)
     feat_3d, feat_2d, valid = torch.randn(5, 8), torch.randn(5, 8), torch.ones(5, dtype=torch.bool)
     for bias, expected in ((1e4, feat_2d), (-1e4, feat_3d)):
@@ -395,18 +372,11 @@ def test_the_gate_is_its_layers_on_the_concatenated_features():
     torch.testing.assert_close(gate(feat_3d, feat_2d, torch.ones(40, dtype=torch.bool))[1], expected)
 
 
-@pytest.mark.parametrize("feat_2d, valid", [((4, 7), (4,)), ((3, 8), (4,)), ((4, 8), (4, 1)), ((4, 8), (3,))])
-def test_a_misshapen_gate_input_is_refused(feat_2d, valid):
-    with pytest.raises(ValueError) as error:
-        FusionGate(8)(torch.zeros(4, 8), torch.zeros(feat_2d), torch.ones(valid, dtype=torch.bool))
-    assert str(feat_2d) in str(error.value) and str(valid) in str(error.value)
-
-
 # ---------------------------------------------------------------------------------------------- the whole encoder
 
 
 class Tower(nn.Module):
-    """Stands in for the image encoder: 16 x 16 patches of a 64 x 96 picture, no exchange between them."""
+    """Stands in for the image encoder: 16 x 16 patches of a 64 x 96 image, no exchange between them."""
 
     image_size = (64, 96)
 
@@ -446,7 +416,7 @@ def model(**options):
 
 
 def sample(n, v=2, seed=0):
-    """One scene as `collate` would make it, with depth at another size than the pictures."""
+    """One scene as `collate` would make it, with depth at another size than the images."""
     generator = torch.Generator().manual_seed(seed)
     intrinsics = torch.tensor([[80.0, 0, 47.5], [0, 80, 31.5], [0, 0, 1]])
     depth_intrinsics = torch.tensor([[40.0, 0, 23.5], [0, 40, 15.5], [0, 0, 1]])
@@ -536,7 +506,7 @@ def test_points_projected_in_parts_are_those_projected_at_once(monkeypatch):
     assert results[0][2].any()
 
 
-def test_an_unseen_point_is_the_3d_path_exactly_and_sends_nothing_to_the_picture():
+def test_an_unseen_point_is_the_3d_path_exactly_and_sends_nothing_to_the_image():
     net, scene = model(), sample(60)
     scene["images"].requires_grad_()
     out = net(scene)
@@ -549,7 +519,7 @@ def test_an_unseen_point_is_the_3d_path_exactly_and_sends_nothing_to_the_picture
     assert torch.autograd.grad(out["feat_fusion"].square().sum(), scene["images"])[0].any()
 
 
-def test_an_unseen_point_equals_the_baseline_without_pictures():
+def test_an_unseen_point_equals_the_baseline_without_images():
     net = model()
     baseline = BiFusionEncoder(None, net.encoder_3d, dim_3d=12, embed_dim=16)
     baseline.load_state_dict({k: v for k, v in net.state_dict().items() if k.startswith(("encoder_3d", "proj_3d"))})
@@ -560,7 +530,7 @@ def test_an_unseen_point_equals_the_baseline_without_pictures():
     assert not alone["valid"].any() and not alone["alpha"].any()
 
 
-def test_pictures_change_only_the_points_that_land_on_them():
+def test_images_change_only_the_points_that_land_on_them():
     net, scene = model(), sample(200, v=1)
     out = net(scene)
     uv, visible, _ = net.project(scene, (64, 96))
@@ -627,7 +597,7 @@ def test_depth_hides_points_by_the_tolerance():
 
 @pytest.mark.parametrize("dense_target", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_cached_features_give_what_the_pictures_give(dense_target, dtype):
+def test_cached_features_give_what_the_images_give(dense_target, dtype):
     net, scenes = model(dense_target=dense_target), collate([sample(30, seed=1), sample(20, seed=2)])
     expected = net(scenes)
     tokens, pooled = net.encoder_2d.encode(scenes["images"].flatten(0, 1))
@@ -680,8 +650,9 @@ def test_the_batch_is_left_alone():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("points", None), ("points", (30, 2)), ("coords", None), ("coords", (29, 3)), ("features", (29, 3)), ("features", (30,)), ("features", None), ("batch", None),
-    ("batch", (29,)), ("world2cam", None), ("world2cam", (1, 2, 3, 3)), ("world2cam", (2, 4, 4)), ("intrinsics", None),
+    ("points", None), ("points", (30, 2)), ("coords", None), ("coords", (29, 3)), ("features", None),
+    ("features", (29, 3)), ("features", (30,)), ("batch", None), ("batch", (29,)), ("world2cam", None),
+    ("world2cam", (1, 2, 3, 3)), ("world2cam", (2, 4, 4)), ("intrinsics", None),
     ("intrinsics", (1, 2, 4)), ("intrinsics", (1, 1, 3, 3)), ("images", None), ("images", (1, 3, 64, 96)),
     ("images", (1, 3, 3, 64, 96)), ("images", (1, 2, 1, 64, 96)), ("depth", (1, 2, 48)), ("depth", (2, 2, 32, 48)),
     ("depth_intrinsics", None), ("depth_intrinsics", (1, 2, 1))])
@@ -705,3 +676,22 @@ def test_cached_features_are_checked_and_the_baseline_needs_no_camera():
     with pytest.raises(ValueError, match="'clip_pooled'.*missing"):
         check_batch(scene, True)
     check_batch({name: scene[name] for name in ("points", "coords", "features", "batch")}, False)
+
+
+REFUSED = [  # function, shapes of its arguments
+    *((apply_transform, shapes) for shapes in (
+        ((5, 2), (4, 4)), ((5, 3), (3, 4)), ((5, 3), (2, 4, 4)), ((3,), (4, 4)), ((2, 5, 3), (3, 4, 4)),
+        ((1, 2, 5, 3), (4, 4)), ((5, 3), (4, 3)))),
+    *((project_to_image, shapes) for shapes in (((5, 2), (3, 3)), ((5, 3), (4, 4)), ((5, 3), (3, 4)))),
+    *((lambda maps, uv, batch: sample_features(maps, uv, SIZE, batch.long()), shapes) for shapes in (
+        ((2, 3, 4), (5, 2), (5,)), ((2, 3, 4, 4), (5, 3), (5,)), ((2, 3, 4, 4), (5, 2), (4,)),
+        ((2, 3, 4, 4), (1, 5, 2), (1,)))),
+    *((lambda feat_3d, feat_2d, valid: FusionGate(8)(feat_3d, feat_2d, valid > 0), shapes) for shapes in (
+        ((4, 8), (4, 7), (4,)), ((4, 8), (3, 8), (4,)), ((4, 8), (4, 8), (4, 1)), ((4, 8), (4, 8), (3,))))]
+
+
+@pytest.mark.parametrize("function, shapes", REFUSED, ids=str)
+def test_misshapen_arguments_are_refused_with_their_shapes(function, shapes):
+    with pytest.raises(ValueError) as error:
+        function(*map(torch.zeros, shapes))
+    assert all(str(shape) in str(error.value) for shape in shapes)

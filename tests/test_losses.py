@@ -25,8 +25,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 C = 16
 MAX_NEGATIVES = (512, 20, 2, 60)
 SETTINGS = [dict(loss_weight=w, temperature=t, gradient_flow_ratio=g, clamp=m, norm_floor=r) for w, t, g, m, r in [
-    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, None, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1), (0.01, 1e-4, 0.25, None, 0.5),
-    (1.0, 0.0, 1.0, None, 0.01), (0.05, 0.07, 0.3, 0.5, 0.1), (2.0, 3.0, 1.0, 10.0, 2.0)]]
+    (0.05, 0.07, 0.0, 10.0, 0.1), (0.05, 0.1, 0.5, None, 0.1), (1.0, 0.5, 1.0, 10.0, 0.1),
+    (0.01, 1e-4, 0.25, None, 0.5), (1.0, 0.0, 1.0, None, 0.01), (0.05, 0.07, 0.3, 0.5, 0.1),
+    (2.0, 3.0, 1.0, 10.0, 2.0)]]
 
 
 def hostile_rows(n, dtype, generator):
@@ -614,7 +615,7 @@ def test_semantic_loss_of_a_batch_may_be_split_over_processes(cut):
     torch.testing.assert_close(two_processes(run, halves), run(torch.arange(30), None), rtol=1e-5, atol=1e-8)
 
 
-# ---------------------------------------------------------------------------------------------- refusals, the naive loss
+# ---------------------------------------------------------------------------------------------- bad input
 
 
 def zeros(*shape):
@@ -651,10 +652,14 @@ def test_bad_settings_and_shapes_are_refused_by_name(call, message):
         call()
 
 
-@pytest.mark.parametrize("kind, single, half", [  # largest gradient of a row, "dead" or "nan": the README's table
+# ---------------------------------------------------------------------------------------------- the naive loss
+
+
+# The largest gradient of a row, "dead" or "nan", as in the table of docs/losses.md
+@pytest.mark.parametrize("kind, single, half", [
     ("random", 9e-4, 9e-4), ("huge", 2e-8, "dead"), ("zero rows", 7e9, "nan"), ("zero targets", 9e-4, "nan"),
     ("tiny", 1.3e5, "nan"), ("inf", "nan", "nan")])
-def test_naive_loss_breaks_as_the_readme_says_and_ours_does_not(kind, single, half):
+def test_naive_loss_breaks_as_the_docs_say_and_ours_does_not(kind, single, half):
     torch.manual_seed(0)
     fused, target = torch.randn(1024, 256), torch.randn(1024, 256)
     if kind == "huge":
