@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the benchmarks share: candidates that take turns, the peak of a process of its own, a chart.
+"""What the measurements share: a clock, candidates that take turns, the peak memory of a fresh process, a chart.
 
-Imports torch, and matplotlib where a chart is asked for.
+Imports torch, and matplotlib if a chart is asked for.
 """
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -15,9 +14,9 @@ import torch
 
 
 def now(device="cpu"):
-    """Seconds on the clock that other work on the machine disturbs least: of one thread the CPU time, else the wall's.
+    """Seconds: CPU time if torch uses one thread, because other work disturbs it least, else wall time.
 
-    On a GPU, once all that was asked of it is done.
+    On a GPU it first waits until all queued work is done.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -25,49 +24,48 @@ def now(device="cpu"):
 
 
 def turns(candidates, repeats, device="cpu"):
-    """{name: seconds of each repeat} of {name: function}, after one warm-up, the candidates taking turns."""
+    """{name: function} -> {name: seconds of each repeat}, after one warm-up turn; the candidates take turns."""
     seconds = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, function in candidates.items():
             start = now(device)
             function()
+            spent = now(device) - start
             if repeat:
-                seconds[name].append(now(device) - start)
-            else:
-                now(device)
+                seconds[name].append(spent)
     return seconds
 
 
 def median(seconds):
-    """{name: median} of what `turns` gives."""
+    """{name: median} of the result of `turns`."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def ratio(seconds, name, base):
-    """"1.23 (1.20 to 1.27)": median and quartiles over the turns of the time of one candidate over that of another."""
+    """Time of one candidate over that of another, turn by turn, as "median (quartile to quartile)"."""
     low, middle, high = statistics.quantiles([x / y for x, y in zip(seconds[name], seconds[base])], n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def exponent(sizes, values):
-    """Slope of a straight line through the logarithms: 1 where a value grows as its size does."""
-    return statistics.linear_regression(*(torch.tensor(x).log().tolist() for x in (sizes, values))).slope
+    """Slope of the least-squares line through the logarithms: 1 if values grow in proportion to sizes."""
+    return statistics.linear_regression(torch.tensor(sizes).log().tolist(), torch.tensor(values).log().tolist()).slope
 
 
-def where(device):
-    """The machine's part in a figure."""
+def machine(device):
+    """The device as it is printed beside a figure."""
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, threads {torch.get_num_threads()}"
 
 
 def resident_peak():
-    """GiB that this process has held at most; unlike ru_maxrss it knows nothing of the process that started it."""
+    """GiB that this process has held at most; unlike ru_maxrss it does not count the process that started it."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2 ** 20
 
 
-ALONE = """
+FRESH_PROCESS = """
 import importlib, json, sys, torch
-from timing import resident_peak
+from bench.timing import resident_peak
 module, name, threads, args = json.loads(sys.argv[1])
 function = getattr(importlib.import_module(module), name)
 torch.set_num_threads(threads)
@@ -76,21 +74,15 @@ print(json.dumps([function(*args), before, resident_peak()]))
 """
 
 
-def alone(function, *args):
-    """function(*args) in a process of its own -> what it returns, and the GiB resident at most before it and after.
+def in_fresh_process(function, *args):
+    """Runs function(*args) in a new process -> its result, and the peak of resident GiB before it and after it.
 
-    A function of a module beside this one; arguments and result are such as JSON holds.
+    function: importable by name. Arguments and result: whatever JSON holds.
     """
     job = json.dumps([function.__module__, function.__name__, torch.get_num_threads(), args])
-    run = subprocess.run([sys.executable, "-c", ALONE, job], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
-                         text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def require_matplotlib():
-    """Ends the program with one line where a chart cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+    done = subprocess.run([sys.executable, "-c", FRESH_PROCESS, job], cwd=Path(__file__).resolve().parent.parent,
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def chart(path, panels):
@@ -98,18 +90,18 @@ def chart(path, panels):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    heights = [2.6 if any(isinstance(value, tuple) for value in series.values()) else 0.5 + 0.3 * len(series)
-               for series in panels.values()]
+    has_lines = {title: any(isinstance(value, tuple) for value in series.values()) for title, series in panels.items()}
+    heights = [2.6 if has_lines[title] else 0.5 + 0.3 * len(series) for title, series in panels.items()]
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, sum(heights) + 0.5), layout="constrained", squeeze=False,
                                 height_ratios=heights)
     for axis, (title, series) in zip(axes[:, 0], panels.items()):
         axis.set_title(title, fontsize=9, loc="left")
         for name, value in series.items():
-            if isinstance(value, tuple):
+            if has_lines[title]:
                 axis.loglog(*value, "o-", label=name)
             else:
                 axis.bar_label(axis.barh(name, value, color="C0"), fmt=" %.3g", fontsize=8)
-        if any(isinstance(value, tuple) for value in series.values()):
+        if has_lines[title]:
             axis.legend(fontsize=8)
         else:
             axis.invert_yaxis()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""Measurements, each against what one would run otherwise, on the same input; from the repository root.
+
+    python -m bench --help                       the commands
+    python -m bench step --threads 1             a training step, and where its time goes
+    python -m bench sample --plot sample.png     also as a figure
+
+The candidates take turns in one process, and a ratio is the median over the turns with its quartiles. With --threads 1
+the clock is the CPU time, which other work on the machine disturbs least; still, trust ratios more than milliseconds.
+docs/benchmarks.md holds the published figures. Torch and the file of a command are imported only to run it.
+"""
+import argparse
+import importlib
+import importlib.util
+import os
+
+COMMANDS = {
+    "step": "a training step against the 3D baseline's, and where its time goes",
+    "loader": "frames per second and worker, against a plain loader",
+    "scale": "projection, sampling and gate for 10,000 to 1,000,000 points",
+    "encode": "spatial and global CLIP features, against open_clip's encode_image",
+    "sample": "bilinear features of points, against a loop of grid_sample",
+    "sparse": "sparse convolution against spconv; Res16UNet34C: step, maps, memory, growth",
+    "ap": "ScanNet's average precision of 100 large scenes",
+    "stability": "the study of CLIP consistency losses on hostile features"}
+REPEATS = {"step": 9, "loader": 5, "encode": 9, "sample": 9, "sparse": 15}  # the others measure once
+
+
+def parse_args(argv=None):
+    """The command and its options."""
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    options = {}
+    for name, summary in COMMANDS.items():
+        options[name] = command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+        command.add_argument("--plot", metavar="PATH", help="also draw the figures, into this PNG file (stability: two "
+                             "files in this folder); needs matplotlib")
+        command.add_argument("--threads", type=int, default=1 if name == "stability" else os.cpu_count(),
+                             help="CPU threads (default: %(default)s)")
+        if name in REPEATS:
+            command.add_argument("--repeats", type=int, default=REPEATS[name], help="turns, at least 2 "
+                                 "(default: %(default)s)")
+
+    options["encode"].add_argument("--batch", type=int, help="images (default: 4, on a GPU 256)")
+    options["scale"].add_argument("--max-points", type=int, default=1_000_000, help="of the largest scene "
+                                  "(default: %(default)s)")
+    options["step"].add_argument("--scenes", type=int, help="per batch (default: that of train.py, 1 for "
+                                 "Res16UNet34C, 8 on a GPU)")
+    options["step"].add_argument("--compile", action="store_true", help="also a step with train.py --compile")
+    command = options["stability"]
+    command.add_argument("--quick", action="store_true", help="a smoke test: two draws, two tiny trainings")
+    command.add_argument("--seeds", type=int, default=3, help="trainings per setting (default: %(default)s)")
+    command.add_argument("--out", default="runs/stability", help="folder of stability.json; a training that it holds "
+                         "with the same options is not repeated (default: %(default)s)")
+
+    args = parser.parse_args(argv)
+    if getattr(args, "repeats", 2) < 2:
+        parser.error(f"--repeats must be at least 2, got {args.repeats}")
+    return args
+
+
+def main(argv=None):
+    """Runs one command and, if asked to, draws the panels that it returns."""
+    args = parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+    import torch
+    from bench.timing import chart
+    torch.set_num_threads(args.threads)
+    panels = importlib.import_module(f"bench.{args.command}").run(args)
+    if args.plot and panels:  # stability draws its own
+        chart(args.plot, panels)
+
+
+if __name__ == "__main__":
+    main()

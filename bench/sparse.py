@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench sparse`: sparse convolution against spconv; step, kernel maps, memory and growth of Res16UNet34C.
+
+spconv is compared if it is installed (pip install spconv). Imports sparse_unet, bench.timing and torch.
+"""
+import importlib.util
+import math
+
+import torch
+
+from bench.timing import exponent, in_fresh_process, machine, median, turns
+from sparse_unet import SMALL, Res16UNet34C, VoxelGrid, sparse_conv, voxelize
+
+# ---------------------------------------------------------------------------------------------- clouds
+
+
+def room_cloud(voxels, points_per_voxel, seed=0):
+    """(voxels, 4) coords of the floor and two walls of a room, as a noisy scan of that density fills them."""
+    g = torch.Generator().manual_seed(seed)
+    side = math.sqrt(2 * voxels)
+    count = int(2.2 * side ** 2 * points_per_voxel)
+    points = torch.rand(count, 3, generator=g) * torch.tensor([side, side, 0.6 * side])
+    normal = torch.tensor([2, 0, 1])[torch.multinomial(torch.tensor([1, 0.6, 0.6]), count, True, generator=g)]
+    points[torch.arange(count), normal] = 0
+    points += 0.4 * torch.randn(count, 3, generator=g)
+    coords, _ = voxelize(points, torch.zeros(count, dtype=torch.int64), 1.0)
+    nearest = coords[:, 1:3].sum(1).argsort(stable=True)[:voxels]  # to the corner where the three planes meet
+    return coords[nearest.sort().values]
+
+
+# ---------------------------------------------------------------------------------------------- one convolution
+
+
+def one_product(feats, kernel, kernel_map):
+    """The same convolution as one gather (M, K^3 Cin) and one matrix product."""
+    padded = torch.cat([feats, feats.new_zeros(1, feats.shape[1])])  # the last row: an empty voxel
+    columns = padded[kernel_map.table.T].flatten(1)  # (M, K^3 Cin)
+    return columns @ kernel.flatten(0, 1)
+
+
+def spconv_convolution(coords, kernel):
+    """The same convolution in spconv, as a function of features, and its weight; None if it is not installed."""
+    if importlib.util.find_spec("spconv") is None:
+        return None
+    import spconv.pytorch as spconv
+    from spconv.pytorch import ops
+    ops.get_current_stream = lambda: 0  # its CPU backward asks CUDA for a stream
+    c_in, c_out = kernel.shape[1:]
+    layer = spconv.SubMConv3d(c_in, c_out, 3, bias=False, indice_key="room", algo=spconv.ConvAlgo.Native)
+    with torch.no_grad():
+        layer.weight.copy_(kernel.view(3, 3, 3, c_in, c_out).permute(4, 2, 1, 0, 3))
+    cells = coords - torch.cat((coords[:, :1].amin(0), coords[:, 1:].amin(0)))
+    shape = (cells[:, 1:].amax(0) + 1).tolist()
+    tensor = spconv.SparseConvTensor(kernel.new_zeros(len(coords), c_in), cells.int(), shape, 1)
+    return (lambda feats: layer(tensor.replace_feature(feats)).features), layer.weight
+
+
+def bench_convolution(repeats, clouds=(("sparse", 18_000, 0.35), ("dense", 24_000, 3.5)), channels=96):
+    """96 -> 96 channels, k3, kernel map given, one thread, because spconv's rows are wrong with more on a CPU."""
+    torch.set_num_threads(1)
+    panels = {}
+    for cloud, voxels, density in clouds:
+        coords = room_cloud(voxels, density)
+        kernel_map = VoxelGrid(coords).neighbours(3)
+        pairs = len(kernel_map.pairs[0])
+        print(f"\nconvolution {channels} -> {channels}, k3, 1 thread, CPU time, float32, {cloud} cloud: {voxels} "
+              f"voxels, {pairs / voxels:.1f} neighbours each, {pairs * channels ** 2 * 2 / 1e9:.2f} GFLOP")
+        torch.manual_seed(0)
+        feats = torch.randn(voxels, channels, requires_grad=True)
+        kernel = (torch.randn(27, channels, channels) / 30).requires_grad_()
+        cotangent = torch.randn(voxels, channels)
+        rows = {"sparse_conv": (lambda x: sparse_conv(x, kernel, kernel_map), kernel),
+                "one product": (lambda x: one_product(x, kernel, kernel_map), kernel)}
+        spconv = spconv_convolution(coords, kernel.detach())
+        if spconv is None:
+            print("spconv is not installed: no row of it")
+        else:
+            rows["spconv"] = spconv
+            ours, theirs = rows["sparse_conv"][0](feats), spconv[0](feats)
+            print(f"largest difference from spconv, relative: {((ours - theirs).abs().max() / ours.abs().max()):.1e}")
+
+        def forward(function):
+            with torch.no_grad():
+                function(feats)
+
+        def both_passes(function, weight):
+            torch.autograd.grad(function(feats), (feats, weight), cotangent)
+
+        forwards = median(turns({name: (lambda f=f: forward(f)) for name, (f, _) in rows.items()}, repeats))
+        both = median(turns({name: (lambda f=f, w=w: both_passes(f, w)) for name, (f, w) in rows.items()}, repeats))
+        for name in rows:
+            print(f"{name:12s} forward {forwards[name] * 1e3:8.1f} ms    forward and backward {both[name] * 1e3:8.1f} "
+                  f"ms, {both[name] / both['sparse_conv']:.2f} x")
+        panels[f"convolution {channels} -> {channels}, both passes, {cloud} cloud, ms"] = {
+            name: spent * 1e3 for name, spent in both.items()}
+    return panels
+
+
+# ---------------------------------------------------------------------------------------------- the whole network
+
+
+def training_step(net, coords, feats, optimizer, dtype=torch.float32):
+    """One step on the mean square of the output; with autocast for a dtype below float32."""
+    with torch.autocast(feats.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = net(coords, feats).float().square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def all_maps(coords):
+    """Builds every kernel map that a training step of the U-Net asks for."""
+    grid = VoxelGrid(coords)
+    maps = [grid.neighbours(5)]
+    for _ in range(4):
+        maps += [grid.neighbours(3), grid.down()]
+        grid = grid.coarser
+    maps.append(grid.neighbours(3))
+    for kernel_map in maps[1:]:  # the stem, of few channels, needs no pairs
+        kernel_map.pairs
+
+
+def bench_network(device, repeats, voxels=20_000):
+    """A training step of Res16UNet34C in float32 and bfloat16, and the share of its kernel maps."""
+    scenes = 8 if device == "cuda" else 1
+    coords = torch.cat([room_cloud(voxels, 3.0, seed) + torch.tensor([seed, 0, 0, 0]) for seed in range(scenes)])
+    coords = coords.to(device)
+    torch.manual_seed(0)
+    net = Res16UNet34C().to(device)
+    feats = torch.randn(len(coords), 3, device=device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    seconds = median(turns({
+        "maps": lambda: all_maps(coords),
+        "float32": lambda: training_step(net, coords, feats, optimizer),
+        "bfloat16": lambda: training_step(net, coords, feats, optimizer, torch.bfloat16)}, repeats, device))
+    step = seconds["float32"]
+    print(f"\nRes16UNet34C training step with AdamW, {len(coords)} voxels, {machine(device)}")
+    print(f"float32 {step:.3f} s, of which kernel maps {seconds['maps']:.3f} s: {seconds['maps'] / step:.1%}")
+    print(f"bfloat16 autocast {seconds['bfloat16']:.3f} s: float32 takes {step / seconds['bfloat16']:.2f} x")
+
+
+def two_steps(voxels):
+    """Two training steps, because the optimizer has its state after the first."""
+    coords = room_cloud(voxels, 3.0)
+    net = Res16UNet34C()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    for _ in range(2):
+        training_step(net, coords, torch.randn(len(coords), 3), optimizer)
+
+
+def bench_memory(voxels=20_000):
+    """Peak of a training step in a fresh process."""
+    _, before, after = in_fresh_process(two_steps, voxels)
+    print(f"\npeak memory of two training steps with AdamW, {voxels} voxels, float32: {after:.2f} GiB resident, "
+          f"{before:.2f} GiB of it before the network was built")
+
+
+def bench_growth(smallest=10_000, doublings=5):
+    """Forward and backward of the small network, kernel maps included, for sizes that double -> sizes, seconds."""
+    torch.set_num_threads(1)
+    net = Res16UNet34C(**SMALL)
+    sizes = [smallest * 2 ** i for i in range(doublings + 1)]
+    spent = []
+    print("\nsmall network, forward and backward with kernel maps, 1 thread, CPU time")
+    for size in sizes:
+        coords = room_cloud(size, 3.0)
+        feats = torch.randn(size, 3)
+        step = {"step": lambda: net(coords, feats).square().mean().backward()}
+        spent.append(median(turns(step, 3))["step"])
+        print(f"{size:7d} voxels {spent[-1]:7.3f} s")
+    print(f"exponent of a log-log fit {exponent(sizes, spent):.3f}")
+    return sizes, spent
+
+
+def run(args):
+    panels = {}
+    if args.device == "cpu":
+        panels = bench_convolution(args.repeats)
+        panels["small network, forward and backward, seconds by voxels"] = {"one step": bench_growth()}
+        bench_memory()
+        torch.set_num_threads(args.threads)
+    bench_network(args.device, max(3, args.repeats // 4))
+    return panels

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: MIT
+"""The stability study: CLIP consistency losses on hostile features, alone and in short trainings on the built-in rooms.
+
+    python -m bench stability --quick            a smoke test of all of it
+    python -m bench stability                    everything; if stopped, it goes on from the last finished training
+    python -m bench stability --plot docs        also docs/stability_losses.png and docs/stability_training.png
+
+It compares the loss as one would write it, -log sigmoid(cos / 0.07) with F.normalize; the same with two patches, a
+temperature of at least 0.1 and logits clamped to +-10; and every variant of ClipConsCriterion. All are measured against
+the bound of ClipConsCriterion's defaults on the gradient of one row of the fused features:
+
+    loss_weight / (rows * 0.1 * 0.1)
+
+A row is dead if its gradient is exactly zero although its target is not. Imports train, losses.
+"""
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+import train
+from losses import CLIP_LOSSES, ClipConsCriterion
+
+TEMPERATURE = ClipConsCriterion().temperature
+NORM_FLOOR = ClipConsCriterion().norm_floor
+
+
+def plain_loss(feat, clip, valid, temperature=0.07, clamp=math.inf):
+    """feat, clip (N, C), valid (N,) bool -> scalar, in the dtype of the features."""
+    logits = (F.normalize(feat) * F.normalize(clip)).sum(1) / temperature
+    return -torch.log(torch.sigmoid(logits.clamp(-clamp, clamp)))[valid].mean()
+
+
+PLAIN = {"naive": plain_loss, "clamp and floor": functools.partial(plain_loss, temperature=0.1, clamp=10.0)}
+LOSSES = (*PLAIN, *(f"ours, {variant}" for variant in CLIP_LOSSES))
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KINDS = ("ordinary", "constant rows", "zero rows", "tiny rows", "huge rows", "inf in rows", "zero targets",
+         "inf in targets", "no valid point", "one point")
+
+
+# ---------------------------------------------------------------------------------------------- losses alone
+
+
+def corrupt(kind, feat, clip, valid, every, tiny=1e-7, huge=1e30):
+    """Copies of feat (N, C), clip (N, C) and valid (N,) in which every `every`-th row is of that kind.
+
+    The gradient passes straight through to feat: a layer can put out a row of zeros without having a slope of zero.
+    tiny: norm of a tiny row; huge: largest entry of a huge row.
+    """
+    rows = torch.arange(len(feat), device=feat.device)[:, None] % every == 0  # (N, 1)
+    first_channel = torch.arange(feat.shape[1], device=feat.device) == 0  # (C,)
+    value = feat.detach()
+    bad = {"constant rows": torch.ones_like(value), "zero rows": torch.zeros_like(value),
+           "tiny rows": F.normalize(value.float()) * tiny, "huge rows": value / value.abs().amax(1, True) * huge,
+           "inf in rows": value.masked_fill(first_channel, torch.inf)}.get(kind, value)
+    feat = bad.where(rows, value) + (feat - value)
+    if kind == "zero targets":
+        clip = clip.masked_fill(rows, 0)
+    elif kind == "inf in targets":
+        clip = clip.masked_fill(rows & first_channel, torch.inf)
+    elif kind == "no valid point":
+        valid = torch.zeros_like(valid)
+    elif kind == "one point":
+        return feat[:1], clip[:1], torch.ones_like(valid[:1])
+    return feat, clip, valid
+
+
+def gradient_norms(value, feat):
+    """Norms (N,) of the gradient of `value` at the rows of feat, in float64; not finite if it overflows.
+
+    In fp16 with a loss scale that backs off like a GradScaler's: without one, the gradients of healthy rows underflow.
+    """
+    for scale in (2.0 ** 15, 2.0 ** 10, 2.0 ** 5, 1.0) if feat.dtype == torch.float16 else (1.0,):
+        grad, = torch.autograd.grad(value, feat, torch.full_like(value, scale), retain_graph=True)
+        if grad.isfinite().all():
+            break
+    return torch.linalg.vector_norm(grad.double() / scale, dim=1)
+
+
+def criterion_case(loss, dtype, kind, seed, rows=256, channels=128):
+    """One draw, half of its rows of that kind -> finite (bool), largest gradient over the bound, share of dead rows."""
+    generator = torch.Generator().manual_seed(seed)
+    feat = torch.randn(rows, channels, generator=generator)
+    clip = torch.randn(rows, channels, generator=generator)
+    valid = torch.rand(rows, generator=generator) < 0.9
+    a, b = torch.rand(2, generator=generator).tolist()
+    largest = math.log10(torch.finfo(dtype).max) - 0.01
+    feat, clip, valid = corrupt(kind, feat, clip, valid, 2, tiny=10 ** (-8 + 5 * a), huge=10 ** (4 + (largest - 4) * b))
+    feat = feat.to(dtype).requires_grad_()
+    clip = clip.to(dtype)
+
+    if loss in PLAIN:
+        value = PLAIN[loss](feat, clip, valid)
+    else:
+        value = ClipConsCriterion(1.0, variant=loss.split(", ")[1])(feat, clip, valid=valid)
+    norms = gradient_norms(value, feat)
+    finite_norms = norms[norms.isfinite()]
+    used = valid & feat.isfinite().all(1) & clip.isfinite().all(1)
+    bound = 1 / (max(1, int(used.sum())) * TEMPERATURE * NORM_FLOOR)
+    over_bound = finite_norms.max().item() / bound if len(finite_norms) else 0.0
+    pulled = norms[used & clip.any(1)]
+    dead = (pulled == 0).double().mean().item() if len(pulled) else 0.0
+    return bool(value.isfinite()) and len(finite_norms) == len(norms), over_bound, dead
+
+
+def criterion_study(draws):
+    """Prints and returns {kind: {loss: {dtype: (share finite, largest gradient over the bound, mean share dead)}}}."""
+    print("\nLosses alone, half of the rows of the kind named. finite: share of draws with finite loss and gradient;\n"
+          "grad: largest finite gradient of a row / bound; dead: share of rows without any gradient\n")
+    print(f"{'rows':16s}{'loss':18s}" + "".join(f"{name:>6s} finite{'grad':>9s}{'dead':>6s}" for name in DTYPES))
+    table = {kind: {loss: {} for loss in LOSSES} for kind in KINDS}
+    for kind, loss in itertools.product(KINDS, LOSSES):
+        line = f"{kind:16s}{loss:18s}"
+        for name, dtype in DTYPES.items():
+            finite, over_bound, dead = zip(*(criterion_case(loss, dtype, kind, seed) for seed in range(draws)))
+            table[kind][loss][name] = cell = statistics.mean(finite), max(over_bound), statistics.mean(dead)
+            line += f"{cell[0]:13.0%}{cell[1]:9.1e}{cell[2]:6.0%}"
+        print(line)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- short trainings
+
+# the warm-up is 0 for a quarter of the run, 0.001 for the next, then 0.01
+RECIPE = ("--rooms 32 --frames-per-room 1 --num-points 1024 --voxel-size 0.15 --no-instances --image-size 96,128 "
+          "--clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 --batch-size 4 --lr 4e-3 "
+          "--lr-warmup 10 --clip-warmup 4,8 --log-every 4 --eval-every 1000").split()
+QUICK = "--rooms 2 --num-points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 --clip-warmup 0,1".split()
+WEIGHT_1 = "--clip-weights 0,0.1,1"
+OURS = {  # options beside those of RECIPE
+    "3D baseline": "--no-clip",
+    "ours": "",
+    "CLIP loss isolated": "--isolate-clip",
+    "no warm-up": "--clip-warmup=-1 --clip-weights 0,0.01",
+    "weight x 10": "--clip-weights 0,0.01,0.1",
+    "weight x 100": WEIGHT_1,
+    "weight x 100, no warm-up": "--clip-warmup=-1 --clip-weights 0,1",
+    "weight x 10,000, no warm-up": "--clip-warmup=-1 --clip-weights 0,100",
+    "last CLIP block freed": "--clip-blocks 1",
+    "freed, gradient flow 0.5": "--clip-blocks 1 --gradient-flow-ratio 0.5",
+    "freed, flow 0.5, weight x 100": f"--clip-blocks 1 --gradient-flow-ratio 0.5 {WEIGHT_1}",
+    "point targets": "--clip-target point",
+    "point targets, weight x 100": f"--clip-target point {WEIGHT_1}",
+    "cosine, weight x 100": f"--clip-loss cosine {WEIGHT_1}",
+    "infonce, weight x 100": f"--clip-loss infonce {WEIGHT_1}",
+    "infonce, points, weight x 100": f"--clip-loss infonce --clip-target point {WEIGHT_1}",
+    "bf16": "--amp bf16",
+    "fp16": "--amp fp16"}
+SETTINGS = {  # name: options, loss, kind of every tenth row
+    **{name: (options, "ours", None) for name, options in OURS.items()},
+    **{loss: ("", loss, None) for loss in PLAIN},
+    "naive, bf16": ("--amp bf16", "naive", None),
+    "naive, fp16": ("--amp fp16", "naive", None),
+    **{f"{kind}: {loss}": ("", loss, kind) for kind in ("zero rows", "huge rows", "inf in targets", "no valid point")
+       for loss in (*PLAIN, "ours")}}
+
+
+class WatchedCriterion(ClipConsCriterion):
+    """A ClipConsCriterion that can compute a plain loss instead, on rows of which every tenth is hostile.
+
+    over_bound: a list with one entry per call, the largest gradient of a row over the bound; NaN if the loss or the
+    gradient is not finite. options: of ClipConsCriterion.
+    """
+
+    def __init__(self, loss="ours", kind=None, **options):
+        super().__init__(1.0, **options)
+        self.loss = loss
+        self.kind = kind
+        self.over_bound = []
+
+    def forward(self, feat_fusion, clip_feat, batch=None, valid=None):
+        if batch is not None and (self.loss in PLAIN or self.kind):
+            clip_feat = clip_feat[batch]  # (N, C)
+            batch = None
+        # about one step in four has no valid point; its data decide, so that a repeated pass has none either
+        if self.kind and (self.kind != "no valid point" or int(clip_feat.detach().sum()) % 4 == 0):
+            feat_fusion, clip_feat, valid = corrupt(self.kind, feat_fusion, clip_feat, valid, 10)
+        feat = feat_fusion.view_as(feat_fusion)  # the gradient of the other losses does not pass through this view
+        if self.loss in PLAIN:
+            value = PLAIN[self.loss](feat, clip_feat, valid)
+            self.counts = torch.stack([valid.sum(), valid.sum() * 0, valid.sum() * 0])
+        else:
+            value = super().forward(feat, clip_feat, batch, valid)
+        grad, = torch.autograd.grad(value, feat, retain_graph=True)
+        bound = 1 / (max(1, int(self.counts[0])) * TEMPERATURE * NORM_FLOOR)
+        largest = torch.linalg.vector_norm(grad.double(), dim=1).max().item() / bound
+        self.over_bound.append(largest if value.isfinite() else math.nan)
+        return value
+
+
+def training_run(argv, loss, kind):
+    """One training -> what the study keeps of it, for the JSON; error is None if it came to its end."""
+    args = train.parse_args(argv)
+    criterion = WatchedCriterion(loss, kind, temperature=args.temperature, variant=args.clip_loss,
+                                 gradient_flow_ratio=args.gradient_flow_ratio)
+    miou = error = None
+    start = time.process_time()
+    with (tempfile.TemporaryDirectory() as runs, open(os.devnull, "w") as nowhere,
+          contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)):
+        try:
+            miou = train.main([*argv, "--runs", runs], clip_criterion=criterion)["miou"]
+        except FloatingPointError as lost:  # the subject of the study
+            error = str(lost)
+        events = EventAccumulator(str(next(Path(runs).iterdir())), size_guidance={"scalars": 0})
+        events.Reload()
+        logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    record = {"miou": miou, "error": error, "bad_steps": logged.get("guard/bad_steps", [0])[-1],
+              "over_bound": max(filter(math.isfinite, criterion.over_bound), default=None),
+              "cpu_seconds": round(time.process_time() - start, 1)}
+    for name in ("effective_rank", "clip_cosine"):
+        record[name] = statistics.mean(logged.get(f"fusion/{name}", [math.nan])[-3:])
+    return record
+
+
+def training_study(args, finished, save):
+    """Adds to `finished`, {name: {seed: record}}, the runs that it does not hold with these options yet."""
+    seeds, names = args.seeds, list(SETTINGS)
+    if args.quick:
+        seeds, names = 1, ["ours", "inf in targets: naive"]
+    for seed, name in itertools.product(range(seeds), names):
+        options, loss, kind = SETTINGS[name]
+        argv = [*RECIPE, *(QUICK if args.quick else []), *options.split(), "--seed", str(seed), "--device", args.device]
+        done = finished.get(name, {}).get(str(seed), {}).get("argv") == argv
+        slow = seed > 0 and args.device == "cpu" and "fp16" in argv  # six times slower on a CPU: one seed has to do
+        if done or slow:
+            continue
+        record = training_run([*argv, "--cache", str(Path(args.out) / "cache")], loss, kind)
+        finished.setdefault(name, {})[str(seed)] = {"argv": argv, **record}
+        save()
+        print(f"{name}, seed {seed}: {'lost' if record['error'] else format(record['miou'], '.3f')}", flush=True)
+
+
+def spread(values, digits):
+    """"mean +- standard deviation", "-" without values."""
+    if not values:
+        return "-"
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def print_training(finished):
+    """One line per setting."""
+    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped;\n"
+          "grad: as above; mIoU: also less that of the 3D baseline of the same seed, and of fusion with the CLIP loss\n"
+          "isolated; rank: effective rank; cosine: with the CLIP feature of the scene\n")
+    print(f"{'setting':30s}{'finished':>9s}{'bad':>4s}{'grad':>9s}{'mIoU':>16s}{'- baseline':>17s}{'- isolated':>17s}"
+          f"{'rank':>14s}{'cosine':>8s}")
+    for name, records in finished.items():
+        done = {seed: record for seed, record in records.items() if record["error"] is None}
+        grads = [record["over_bound"] for record in records.values() if record["over_bound"] is not None]
+        line = f"{name:30s}{len(done):>7d}/{len(records)}{sum(record['bad_steps'] for record in done.values()):4.0f}"
+        line += f"{max(grads):9.1e}" if grads else f"{'-':>9s}"
+        line += f"{spread([record['miou'] for record in done.values()], 3):>16s}"
+        for reference in ("3D baseline", "CLIP loss isolated"):
+            base = {seed: record["miou"] for seed, record in finished.get(reference, {}).items()}
+            gains = [record["miou"] - base[seed] for seed, record in done.items() if base.get(seed) is not None]
+            line += f"{spread(gains, 3):>17s}"
+        cosines = [record["clip_cosine"] for record in done.values()] or [math.nan]
+        line += f"{spread([record['effective_rank'] for record in done.values()], 1):>14s}"
+        print(line + f"{statistics.mean(cosines):8.2f}")
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def plot_losses(table, path):
+    """A cell per loss, dtype and kind; the worst that happened gives its colour."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    lines = list(itertools.product(LOSSES, DTYPES))
+    for (y, (loss, dtype)), (x, kind) in itertools.product(enumerate(lines), enumerate(table)):
+        finite, over_bound, dead = table[kind][loss][dtype]
+        if finite < 1:
+            color, text = "#e58a80", f"{1 - finite:.0%} NaN"
+        elif over_bound > 1:
+            color, text = "#f0b878", f"{over_bound:.0e}"
+        elif dead > 0:
+            color, text = "#c3b8e3", f"{dead:.0%} dead"
+        else:
+            color, text = "#dceedd", f"{over_bound:.2g}"
+        axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white"))
+        axes.text(x, y, text, ha="center", va="center", fontsize=7)
+    axes.set(xlim=(-0.5, len(table) - 0.5), ylim=(len(lines) - 0.5, -0.5))
+    axes.set_xticks(range(len(table)), [kind.replace(" ", "\n", 1) for kind in table], fontsize=8)
+    axes.set_yticks(range(len(lines)), ["  ".join(line) for line in lines], fontsize=7)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("largest gradient of a row / bound;   red: share of draws with NaN or inf;   orange: beyond the "
+                    "bound;   violet: rows without any gradient", fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_training(finished, path):
+    """A dot per run that came to its end."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(10, 0.8 + 0.2 * len(finished)), sharey=True, layout="constrained")
+    labels = []
+    for name, records in finished.items():
+        lost = sum(record["error"] is not None for record in records.values())
+        labels.append(f"{name} ({lost} of {len(records)} lost)" if lost else name)
+    titles = {"miou": "mIoU (grey: baseline; red: other losses)", "over_bound": "largest gradient of a row / bound",
+              "effective_rank": "effective rank of fused features"}
+    for ax, (key, title) in zip(axes, titles.items()):
+        for y, (name, records) in enumerate(finished.items()):
+            values = [record[key] for record in records.values() if record["error"] is None and record[key] is not None]
+            color = "#c0392b" if any(loss in name for loss in PLAIN) else "#1f5fa8"
+            ax.scatter(values, [y] * len(values), s=16, alpha=0.6, c=color, zorder=2)
+            for value in values if name == "3D baseline" else ():
+                ax.axvline(value, color="#cccccc", lw=1, zorder=0)
+        ax.set_title(title, fontsize=9)
+        ax.tick_params(labelsize=7)
+        ax.grid(color="#eeeeee")
+    axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+    axes[1].set_xscale("log")
+    axes[1].axvline(1, color="black", lw=1)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def run(args):
+    file = Path(args.out) / ("quick.json" if args.quick else "stability.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(file.read_text()) if file.exists() else {"trainings": {}}
+
+    def save():
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=1))
+        os.replace(part, file)
+
+    results["losses"] = criterion_study(2 if args.quick else 40)
+    training_study(args, results["trainings"], save)
+    save()
+    finished = {name: results["trainings"][name] for name in SETTINGS if name in results["trainings"]}
+    print_training(finished)
+    if args.plot:
+        folder = Path(args.plot)
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_losses(results["losses"], folder / "stability_losses.png")
+        plot_training(finished, folder / "stability_training.png")

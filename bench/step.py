@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""`python -m bench step`: a training step of BiFusion with a warm cache against the 3D baseline's, and where it goes.
+
+The step is `train.train_step`. Imports train and what it is handed: cache, data, model, runlog; and bench.timing.
+"""
+import argparse
+import copy
+import tempfile
+from collections import Counter
+
+import torch
+
+import train
+from bench.timing import machine, median, now, ratio, turns
+from cache import FeatureCache
+from data import collate
+from model import build_encoder_2d, build_model, compile_parts, to_device
+from runlog import RunLog
+
+NETWORKS = {"default network": "", "Res16UNet34C": "--backbone res16unet34c --voxel-size 0.02 --num-points 20000"}
+CLIP_WEIGHT = 0.01
+
+
+class Step:
+    """A network with its optimizer; called with a batch, it makes one training step.
+
+    args: options of train.py. encoder_2d: None for the 3D baseline. clip_weight: 0 as in the first epochs of a run.
+    """
+
+    def __init__(self, args, encoder_2d, num_classes, clip_weight=CLIP_WEIGHT, compiled=False, diagnose=False):
+        torch.manual_seed(0)
+        self.args = args
+        self.diagnose = diagnose
+        self.model = build_model(vars(args), num_classes, True, encoder_2d).to(args.device)
+        if compiled:
+            compile_parts(self.model)
+        self.criteria = train.build_criteria(args)
+        self.weights = {**train.loss_weights(args, epoch=0), "clip": clip_weight}
+        self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, args), lr=args.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+
+    def __call__(self, batch):
+        return train.train_step(self.model, [batch], self.criteria, self.weights, self.optimizer, self.scaler, RunLog(),
+                                self.args.max_grad_norm, train.AMP_DTYPES[self.args.amp], diagnose=self.diagnose)
+
+
+def shares(step, batch, repeats=3):
+    """{part: share of the time of a step}, by forward hooks; a part ends when the device has done its work."""
+    spent = Counter()
+    started = {}
+    handles = []
+    last = None  # when the last part ended
+
+    def begin(name):
+        started[name] = now(step.args.device)
+
+    def end(name, since=None):
+        nonlocal last
+        last = now(step.args.device)
+        spent[name] += last - (since or started[name])
+
+    def watch(name, module):
+        handles.append(module.register_forward_pre_hook(lambda *_: begin(name)))
+        handles.append(module.register_forward_hook(lambda *_: end(name)))
+
+    model = step.model
+    fusion = model.fusion
+    watch("model", model)
+    watch("fusion", fusion)
+    watch("3D network", fusion.encoder_3d)
+    watch("3D projection", fusion.proj_3d)
+    if fusion.encoder_2d is not None:
+        watch("2D projection", fusion.encoder_2d.spatial_proj)
+        watch("2D norm", fusion.norm_2d)
+        watch("gate", fusion.gate)
+    for name, module in model.named_children():
+        if name != "fusion":
+            watch("heads", module)
+    # the time from one part to the next goes to the later one: targets to the losses, clipping to the backward pass
+    for criterion in step.criteria.values():
+        handles.append(criterion.register_forward_hook(lambda *_: end("losses", last)))
+    handles.append(step.optimizer.register_step_pre_hook(lambda *_: end("backward, clipping", last)))
+    handles.append(step.optimizer.register_step_post_hook(lambda *_: end("AdamW", last)))
+
+    step(batch)
+    spent.clear()
+    start = now(step.args.device)
+    for _ in range(repeats):
+        step(batch)
+    whole = now(step.args.device) - start
+    for handle in handles:
+        handle.remove()
+
+    # parts without a module of their own are what the others leave
+    children = ("3D network", "3D projection", "2D projection", "2D norm", "gate")
+    sampling = spent.pop("fusion") - sum(spent[name] for name in children)
+    pooling = spent.pop("model") - spent["heads"] - sampling - sum(spent[name] for name in children)
+    parts = {**spent, "projecting points, sampling": sampling, "superpoints": pooling}
+    parts["rest"] = whole - sum(parts.values())
+    return {name: seconds / whole for name, seconds in parts.items() if seconds > 0}
+
+
+def setup(network, device, folder, scenes=None, options=()):
+    """Options of train.py, the tower, the number of classes, and one batch twice: with cached features, with images."""
+    args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none", "--frames-per-room", "1",
+                             "--device", device, "--cache", folder, *options])
+    usual = 8 if device == "cuda" else 1 if args.backbone == "res16unet34c" else args.batch_size
+    args.batch_size = args.rooms = scenes or usual
+    dataset, _, class_names, instances = train.build_datasets(args)
+    assert instances
+    encoder_2d = build_encoder_2d(vars(args)).to(device)
+
+    def whole_batch():
+        return to_device(collate([dataset[i] for i in range(len(dataset))]), device)
+
+    with_images = whole_batch()
+    dataset.feature_cache = FeatureCache(folder, encoder_2d.fingerprint(),
+                                         lambda images: encoder_2d.encode(images.to(device)))
+    dataset.feature_cache.build(dataset.images_only)
+    return args, encoder_2d, len(class_names), whole_batch(), with_images
+
+
+def candidates(args, encoder_2d, num_classes, cached, with_images, compiled):
+    """{name: (Step, its batch)}"""
+    steps = {"3D baseline": (Step(args, None, num_classes), cached),
+             "BiFusion, CLIP loss of weight 0": (Step(args, encoder_2d, num_classes, clip_weight=0.0), cached),
+             "BiFusion": (Step(args, encoder_2d, num_classes), cached),
+             "BiFusion, --diagnose 1": (Step(args, encoder_2d, num_classes, diagnose=True), cached)}
+    if args.device == "cuda" or args.backbone == "small":
+        steps["BiFusion, --cache none"] = (Step(args, encoder_2d, num_classes), with_images)
+    if compiled:  # in place, so on a copy of the tower
+        steps["BiFusion, --compile"] = (Step(args, copy.deepcopy(encoder_2d), num_classes, compiled=True), cached)
+    for amp in ("bf16", "fp16") if args.device == "cuda" else ():
+        half = argparse.Namespace(**{**vars(args), "amp": amp})
+        steps[f"BiFusion, --amp {amp}"] = (Step(half, encoder_2d, num_classes), cached)
+    return steps
+
+
+def run(command, options=()):
+    panels = {}
+    if command.device == "cpu":
+        train.keep_buffers()
+    for network in NETWORKS:
+        with tempfile.TemporaryDirectory() as folder:
+            args, encoder_2d, num_classes, cached, with_images = setup(network, command.device, folder, command.scenes,
+                                                                       options)
+        steps = candidates(args, encoder_2d, num_classes, cached, with_images, command.compile)
+        calls = {name: (lambda step=step, batch=batch: step(batch)) for name, (step, batch) in steps.items()}
+        seconds = turns(calls, command.repeats, command.device)
+
+        title = (f"{network}, {args.batch_size} scenes of {args.num_points} points, voxels of {args.voxel_size} m, "
+                 f"{machine(command.device)}")
+        print(f"\ntraining step, {title}, float32 if not said otherwise")
+        for name, spent in median(seconds).items():
+            print(f"  {name:32s} {spent * 1e3:7.0f} ms  {ratio(seconds, name, '3D baseline')} of the 3D baseline")
+            if command.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                calls[name]()
+                print(f"  {'':32s} {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most, "
+                      f"{args.batch_size / spent:.0f} scenes per second")
+        parts = shares(*steps["BiFusion"], max(3, command.repeats // 3))
+        print("  shares of BiFusion:", ", ".join(f"{name} {share:.1%}" for name, share in parts.items()))
+        panels[f"training step, {title}: ms"] = {name: spent * 1e3 for name, spent in median(seconds).items()}
+        panels[f"where it goes, {network}: %"] = {name: share * 100 for name, share in parts.items()}
+    return panels
