@@ -409,7 +409,7 @@ def test_the_decoder_learns_instances_that_it_can_tell_apart():
     decoder = InstanceDecoder(16, K, embed_dim=32, num_heads=4, ffn=64)
     criterion = InstanceCriterion()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(50):
         loss = weighted(criterion(decoder(feats, superpoint_batch), targets))
         optimizer.zero_grad()
         loss.backward()
