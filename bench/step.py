@@ -104,8 +104,11 @@ def setup(network, device, folder, scenes=None, options=()):
     """Options of train.py, the tower, the number of classes, and one batch twice: with cached features, with images."""
     args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none", "--frames-per-room", "1",
                              "--device", device, "--cache", folder, *options])
-    usual = 8 if device == "cuda" else 1 if args.backbone == "res16unet34c" else args.batch_size
-    args.batch_size = args.rooms = scenes or usual
+    if device == "cuda":
+        args.batch_size = 8
+    elif args.backbone == "res16unet34c":
+        args.batch_size = 1
+    args.batch_size = args.rooms = scenes or args.batch_size
     dataset, _, class_names, instances = train.build_datasets(args)
     assert instances
     encoder_2d = build_encoder_2d(vars(args)).to(device)
