@@ -23,10 +23,13 @@ def shared():
     return folder
 
 
+WHOLE_RUNS = ("test_train", "test_diagnose", "test_model", "test_predict", "test_readme", "test_stability")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def made_once(request):
-    """For the tests of whole runs: the rooms that most of them share are rendered once, their random tower made once."""
-    if request.module.__name__ not in ("test_train", "test_sentry"):
+    """For tests of whole runs: the rooms that most of them share are rendered once, their random tower is made once."""
+    if request.module.__name__ not in WHOLE_RUNS:
         yield
         return
     import encoder

@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""checkpoint.py: a file is whole or absent, what does not fit is named, and generators go on where they were."""
+"""checkpoint.py: a file is either whole or absent, and what does not fit is named."""
 import os
 import pickle
 import random
 import warnings
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import checkpoint
 
-CPU = torch.device("cpu")
-
 
 def state_of(model, **changes):
     return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "step": 12, "skipped_steps": 0,
-            "bad_steps": 0, "best": 0.5, "rng": checkpoint.rng_state(CPU),
-            "config": {"lr": 0.1, "clip_warmup": (10, 20)},
+            "bad_steps": 0, "best": 0.5, "config": {"lr": 0.1, "clip_warmup": (10, 20)},
             "class_names": ["wall", "chair"], "clip_fingerprint": None, "warnings": [], **changes}
 
 
@@ -37,8 +33,8 @@ def path(tmp_path, model):
 
 def test_what_is_read_is_what_was_written(path, model):
     state = checkpoint.read_checkpoint(path)
-    assert {k: v for k, v in state.items() if k not in ("model", "rng")} == {
-        k: v for k, v in state_of(model).items() if k not in ("model", "rng")}
+    assert {k: v for k, v in state.items() if k != "model"} == {
+        k: v for k, v in state_of(model).items() if k != "model"}
     assert all(torch.equal(state["model"][key], value) for key, value in model.state_dict().items())
     assert checkpoint.read_checkpoint(str(path)).keys() == state.keys()
 
@@ -177,38 +173,3 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(path, model, changes, 
     with pytest.raises(ValueError, match=f"last.pt: .*{message}"):
         checkpoint.restore(model, state, path, ["wall", "chair"], None)
     assert torch.equal(model[0].weight, own["0.weight"] + 1)
-
-
-def draw():
-    """Some of every generator; the odd number of normals leaves the generators' spare ones in use."""
-    return [torch.randn(5).tolist(), torch.randint(99, (3,)).tolist(), random.gauss(0, 1), random.random(),
-            np.random.standard_normal(3).tolist(), np.random.rand(2).tolist()]
-
-
-def test_generators_go_on_to_the_bit_after_a_trip_through_a_file(tmp_path, model):
-    draw()
-    checkpoint.write_atomically(state_of(model), tmp_path / "x.pt")
-    expected = [draw(), draw()]
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    assert draw() != expected[0]
-    checkpoint.set_rng_state(checkpoint.read_checkpoint(tmp_path / "x.pt")["rng"], CPU)
-    assert [draw(), draw()] == expected
-
-
-def test_a_state_is_a_copy_that_drawing_does_not_change():
-    state = checkpoint.rng_state(CPU)
-    expected = draw()
-    for _ in range(2):
-        checkpoint.set_rng_state(state, CPU)
-        assert draw() == expected
-
-
-def test_a_state_of_a_gpu_serves_on_the_cpu(monkeypatch):
-    def refuse(*args):
-        raise AssertionError("the GPU's generator was touched")
-
-    monkeypatch.setattr(torch.cuda, "set_rng_state", refuse)
-    state = {**checkpoint.rng_state(CPU), "cuda": torch.zeros(16, dtype=torch.uint8)}
-    expected = draw()
-    checkpoint.set_rng_state(state, CPU)
-    assert draw() == expected

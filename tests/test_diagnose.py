@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""diagnose.py: figures against closed forms and plain formulas, pictures that hold what they were asked to show."""
+"""diagnose.py: figures against closed forms and plain formulas; NaN put into a run has to be found where it was put."""
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import diagnose
+import train
+from helpers import checkpoint, scalars, small, torchrun
 
 
 # --------------------------------------------------------------------------------------------------- effective rank
@@ -64,9 +67,8 @@ def test_features_that_are_not_finite_are_reported_not_fatal(bad):
     feats = torch.randn(9, 4)
     feats[3, 1] = bad
     assert diagnose.effective_rank(feats).isnan()
-    assert (diagnose.pca_colors(feats) == 0).all()
     out = {"feat_fusion": feats, "valid": torch.ones(9, dtype=torch.bool), "clip_global": None}
-    assert diagnose.fusion_statistics(out, {})["effective_rank"].isnan()
+    assert diagnose.fusion_statistics(out, None)["effective_rank"].isnan()
 
 
 # --------------------------------------------------------------------------------------------------- statistics
@@ -77,17 +79,16 @@ def output(n=500, dtype=torch.float32, share=0.6):
     valid = torch.rand(n, generator=generator) < share
     return {"feat_fusion": torch.randn(n, 16, generator=generator).to(dtype).requires_grad_(),
             "clip_global": torch.randn(3, 16, generator=generator).to(dtype), "valid": valid,
-            "alpha": (torch.rand(n, 1, generator=generator) * valid[:, None]).to(dtype)}, {
-                "batch": torch.arange(n) * 3 // n}
+            "alpha": (torch.rand(n, 1, generator=generator) * valid[:, None]).to(dtype)}, torch.arange(n) * 3 // n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_are_those_of_plain_formulas_over_the_seen_points(dtype):
-    out, batch = output(dtype=dtype)
-    stats = diagnose.fusion_statistics(out, batch)
+    out, batch_idx = output(dtype=dtype)
+    stats = diagnose.fusion_statistics(out, batch_idx)
     valid = out["valid"].numpy()
     feats, clip, alpha = (out[key].detach().double().numpy() for key in ("feat_fusion", "clip_global", "alpha"))
-    gates, target = alpha[valid, 0], clip[batch["batch"].numpy()]
+    gates, target = alpha[valid, 0], clip[batch_idx.numpy()]
     cosine = (feats * target).sum(1) / np.linalg.norm(feats, axis=1) / np.linalg.norm(target, axis=1)
     expected = {"valid_share": valid.mean(), "gate_mean": gates.mean(), "gate_std": gates.std(),
                 "clip_cosine": cosine[valid].mean()}
@@ -98,23 +99,23 @@ def test_statistics_are_those_of_plain_formulas_over_the_seen_points(dtype):
 
 
 def test_statistics_without_a_seen_point_are_zero_and_finite():
-    out, batch = output(share=-1)
-    stats = diagnose.fusion_statistics(out, batch)
+    out, batch_idx = output(share=-1)
+    stats = diagnose.fusion_statistics(out, batch_idx)
     assert all(stats[name] == 0 for name in ("valid_share", "gate_mean", "gate_std", "clip_cosine"))
     assert stats["effective_rank"].isfinite()
 
 
 def test_an_unseen_point_has_no_influence_whatever_it_holds():
-    out, batch = output()
+    out, batch_idx = output()
     changed = {**out, "feat_fusion": out["feat_fusion"].detach().clone()}
     changed["feat_fusion"][~out["valid"]] = math.nan
-    own, other = (diagnose.fusion_statistics(o, batch) for o in (out, changed))
+    own, other = (diagnose.fusion_statistics(o, batch_idx) for o in (out, changed))
     assert all(own[name] == other[name] for name in ("valid_share", "gate_mean", "gate_std", "clip_cosine"))
 
 
 def test_the_baseline_has_a_rank_alone():
-    out, batch = output()
-    assert diagnose.fusion_statistics({**out, "clip_global": None}, batch).keys() == {"effective_rank"}
+    out, batch_idx = output()
+    assert diagnose.fusion_statistics({**out, "clip_global": None}, batch_idx).keys() == {"effective_rank"}
 
 
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 129])
@@ -233,107 +234,245 @@ def test_a_loss_scale_that_overflows_is_named():
     assert "loss scale of 131072" in findings[0]
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- the guard in a run
 
 
-def test_palette_colors_are_distinct_and_in_range():
-    colors = diagnose.palette(40)
-    assert colors.shape == (40, 3) and colors.min() >= 0 and colors.max() <= 1
-    assert torch.pdist(colors).min() > 0.03 and diagnose.palette(0).shape == (0, 3)
-    assert torch.equal(diagnose.palette(40)[:7], diagnose.palette(7))
+def broken_batches(monkeypatch, breaks, when=(3,)):
+    """Calls breaks(batch) on the training batches of the given numbers, as the loader hands them out."""
+    count, collate = [0], train.collate
+
+    def wrapper(samples):
+        batch = collate(samples)
+        if batch["name"][0].startswith("train"):
+            if count[0] in when:
+                breaks(batch)
+            count[0] += 1
+        return batch
+
+    monkeypatch.setattr(train, "collate", wrapper)
 
 
-@pytest.mark.parametrize("radius", [0, 1, 2])
-def test_splat_paints_squares_and_darkens_the_rest(radius):
-    image, uv = torch.rand(3, 20, 30), torch.tensor([[10.4, 5.6], [22.0, 14.0]])
-    colors = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
-    before = image.clone(), uv.clone(), colors.clone()
-    expected = image * 0.4
-    for (x, y), color in zip(((10, 6), (22, 14)), colors):
-        expected[:, y - radius:y + radius + 1, x - radius:x + radius + 1] = color[:, None, None]
-    assert torch.equal(diagnose.splat(image, uv, colors, radius), expected)
-    assert all(torch.equal(a, b) for a, b in zip(before, (image, uv, colors)))
+def saved_steps(folder):
+    return {int(re.search(r"bad_step_(\d+)", path.name)[1]): path for path in (folder / "runs").glob("*/bad_step_*.pt")}
 
 
-def test_splat_cuts_squares_at_the_border_and_leaves_out_what_is_outside():
-    image = torch.ones(3, 8, 10)
-    inside = diagnose.splat(image, torch.tensor([[0.0, 0.0], [9.4, 7.4]]), torch.zeros(2, 3), 1)
-    assert (inside == 0).sum() == 3 * 2 * 4  # two corners of 2 x 2 pixels
-    outside = torch.tensor([[-5.0, 3], [4, 100], [1e9, -1e9], [-2, -2], [math.nan, 2]])
-    assert torch.equal(diagnose.splat(image, outside, torch.zeros(5, 3), 1), image * 0.4)
-    assert torch.equal(diagnose.splat(image, torch.zeros(0, 2), torch.zeros(0, 3)), image * 0.4)
+def replayed(path, capsys, error=(FloatingPointError, RuntimeError)):
+    """What a replay prints, and the message that it ends with."""
+    capsys.readouterr()
+    with pytest.raises(error) as caught:
+        diagnose.main([str(path), "--device", "cpu"])
+    return capsys.readouterr().out, str(caught.value)
 
 
-def test_pca_colors_follow_the_largest_directions():
-    torch.manual_seed(0)
-    scores = torch.rand(400, 3) * torch.tensor([9.0, 3.0, 1.0])
-    basis = torch.linalg.qr(torch.randn(12, 3))[0].T
-    feats = scores @ basis + torch.randn(12)
-    before = feats.clone()
-    colors = diagnose.pca_colors(feats)
-    assert torch.equal(feats, before) and colors.shape == (400, 3) and colors.min() == 0 and colors.max() == 1
-    correlation = torch.corrcoef(torch.cat([colors, scores], 1).T)[:3, 3:].abs()
-    assert (correlation.diagonal() > 0.95).all()
-    assert torch.equal(diagnose.pca_colors(feats), colors)  # draws nothing
+def one_bad_step(folder, step=3):
+    """Checks that one step was left out and all else went on; returns the file of that step and its findings."""
+    state = checkpoint(folder)
+    assert state["bad_steps"] == 1 and state["step"] == 8
+    assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
+    events = scalars(folder)
+    assert [e.value for e in events.Scalars("guard/bad_steps")] == [float(s >= step) for s in range(8)]
+    assert "guard/text_summary" in events.Tags()["tensors"]
+    (number, path), = saved_steps(folder).items()
+    assert number == step
+    return path, torch.load(path, weights_only=True)["findings"]
 
 
-def test_pca_colors_of_few_or_equal_rows_are_in_range():
-    for feats in (torch.randn(1, 8), torch.randn(2, 8), torch.full((5, 8), 2.0), torch.zeros(0, 8),
-                  torch.randn(6, 8).half() * 100):
-        colors = diagnose.pca_colors(feats)
-        assert colors.shape == (len(feats), 3) and colors.dtype == torch.float32
-        assert ((colors >= 0) & (colors <= 1)).all()
+def first_scale(monkeypatch, scale):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(*args, init_scale=scale, **kwargs))
 
 
-def scene(n, height=24, width=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    uv = torch.rand(n, 2, generator=generator) * torch.tensor([width, height]) - 0.5
-    return {"image": torch.rand(3, height, width, generator=generator), "uv": uv,
-            "depth": torch.rand(n, generator=generator) * 3 + 0.5,
-            "labels": {"truth": torch.randint(-1, 300, (n,), generator=generator),
-                       "prediction": torch.full((n,), -1)},
-            "fused": torch.randn(n, 16, generator=generator),
-            "clip_map": torch.randn(20, 3, 4, generator=generator).half()}
+RUN = ["--epochs", "4", "--eval-every", "4", "--clip-warmup", "-1", "--clip-weights", "0,0.1", "--no-instances"]
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 300])
-@pytest.mark.parametrize("with_clip", [True, False])
-def test_pictures_have_the_images_shape_and_range_for_any_number_of_points(n, with_clip):
-    arguments = scene(n)
-    if not with_clip:
-        arguments["clip_map"] = None
-    before = scene(n)
-    named = diagnose.pictures(**arguments)
-    assert named.keys() == {"input_points", "fused_pca", "truth", "prediction"} | ({"clip_pca"} if with_clip else set())
-    for name, picture in named.items():
-        assert picture.shape == (3, 24, 32) and picture.isfinite().all(), name
-        assert picture.min() >= 0 and picture.max() <= 1, name
-    for key in ("image", "uv", "depth", "fused"):
-        assert torch.equal(arguments[key], before[key])
-    assert all(torch.equal(arguments["labels"][name], before["labels"][name]) for name in before["labels"])
+def test_nan_in_one_image_is_named_skipped_and_replayed(tmp_path, monkeypatch, capsys):
+    names = []
+
+    def breaks(batch):
+        batch["images"][1, 0, 2, 5, 7] = math.nan
+        names.append(batch["name"][1])
+
+    broken_batches(monkeypatch, breaks)
+    train.main(small(tmp_path, *RUN, "--cache", "none"))
+    assert f"field 'images' of sample {names[0]}" in capsys.readouterr().out
+    path, findings = one_bad_step(tmp_path)
+    assert f"field 'images' of sample {names[0]} holds 1 values" in findings[0] and "[1, 0, 2, 5, 7]" in findings[0]
+    assert "module: fusion.encoder_2d" in findings[1] and "loss: semantic is nan" in findings
+    printed, message = replayed(path, capsys)
+    assert all(finding in printed for finding in findings) and "nan" in message
+    # with the image repaired the same step is finite
+    state = torch.load(path, weights_only=True)
+    state["batch"]["images"].nan_to_num_()
+    torch.save(state, path)
+    assert diagnose.main([str(path), "--device", "cpu"]) == []
 
 
-def test_points_without_a_label_are_grey_and_others_have_the_color_of_their_label():
-    image, uv = torch.zeros(3, 9, 30), torch.tensor([[2.0, 4], [10, 4], [18, 4], [26, 4]])
-    labels = torch.tensor([-1, 0, 7, 255])
-    picture = diagnose.pictures(image, uv, torch.ones(4), {"truth": labels}, torch.randn(4, 8), None)["truth"]
-    shown = picture[:, 4, uv[:, 0].long()].T
-    assert torch.equal(shown, torch.cat([torch.full((1, 3), 0.4), diagnose.palette(256)[[0, 7, 255]]]))
-    unlabelled = diagnose.pictures(image, uv, torch.ones(4), {"truth": torch.full((4,), -1)}, torch.randn(4, 8), None)
-    assert unlabelled["truth"].unique().tolist() == pytest.approx([0, 0.4])
+def test_nan_in_one_colour_is_named_and_the_running_statistics_stay_clean(tmp_path, monkeypatch, capsys):
+    broken_batches(monkeypatch, lambda batch: batch["features"][1500].fill_(math.nan))
+    train.main(small(tmp_path, *RUN))
+    path, findings = one_bad_step(tmp_path)
+    batch = torch.load(path, weights_only=True)["batch"]
+    assert f"field 'features' of sample {batch['name'][1]} holds 3 values" in findings[0]
+    assert "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
+    printed, message = replayed(path, capsys)
+    assert all(finding in printed for finding in findings) and "nan" in message
 
 
-def test_near_points_are_red_and_far_ones_blue_whatever_the_farthest():
-    uv, depth = torch.tensor([[1.0, 1], [3, 1], [5, 1]]), torch.tensor([2.0, 1.0, 1e6])
-    picture = diagnose.pictures(torch.zeros(3, 4, 8), uv, depth, {}, torch.randn(3, 8), None)["input_points"]
-    assert picture[:, 1, 3].tolist() == [1, 0, 0] and picture[2, 1, 5] == 1 and picture[0, 1, 5] == 0
-    assert picture[0, 1, 1] == pytest.approx(0.5) == picture[2, 1, 1]
+def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
+    """Weights, statistics and counters as the next batch finds them are those that the broken one found."""
+    build, models, states = train.build_model, [], []
+    monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+
+    def look(batch):
+        states.append({key: value.clone() for key, value in models[0].state_dict().items()})
+        if len(states) == 1:
+            batch["features"].fill_(math.nan)
+
+    broken_batches(monkeypatch, look, when=(3, 4, 5))
+    train.main(small(tmp_path, *RUN, "--no-clip"))
+    assert any("num_batches_tracked" in key for key in states[0])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
-def test_clip_cells_lie_where_their_patch_lies():
-    arguments = scene(5)
-    picture = diagnose.pictures(**arguments)["clip_pca"]
-    cells = F.avg_pool2d(picture[None], 8)[0]
-    assert torch.allclose(cells.repeat_interleave(8, 1).repeat_interleave(8, 2), picture, atol=1e-6)
-    expected = diagnose.pca_colors(arguments["clip_map"].flatten(1).T).T.view(3, 3, 4)
-    assert torch.allclose(cells, expected, atol=1e-6)
+def test_a_compiled_network_is_searched_uncompiled(tmp_path, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+    broken_batches(monkeypatch, lambda batch: batch["features"][1500].fill_(math.nan))
+    train.main(small(tmp_path, *RUN, "--no-clip", "--compile"))
+    _, findings = one_bad_step(tmp_path)
+    assert "field 'features'" in findings[0] and "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
+
+
+def test_a_norm_that_overflows_is_an_alarm_although_every_gradient_is_finite(tmp_path, monkeypatch):
+    forward = train.SemanticCriterion.forward
+    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 3e20)
+    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 2)
+    with pytest.raises(FloatingPointError, match="2 steps in a row(.|\n)*norm of large gradients overflowed"):
+        train.main(small(tmp_path, *RUN, "--no-clip", "--num-points", "100"))
+    assert sorted(saved_steps(tmp_path)) == [0, 1]
+
+
+def test_a_bad_batch_among_accumulated_ones_is_the_one_that_is_saved(tmp_path, monkeypatch):
+    names = []
+
+    def breaks(batch):
+        batch["features"][7] = math.nan
+        names.extend(batch["name"])
+
+    broken_batches(monkeypatch, breaks, when=(5,))
+    train.main(small(tmp_path, *RUN, "--no-clip", "--batch-size", "1", "--grad-accum", "4"))
+    (step, path), = saved_steps(tmp_path).items()
+    assert step == 1 and torch.load(path, weights_only=True)["batch"]["name"] == names
+
+
+def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, monkeypatch, capsys):
+    build, factor, models = train.build_model, train.lr_factor, []
+    monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
+
+    def breaks(position, *rest):
+        if position == 50:
+            models[0].fusion.proj_3d[0].weight.data[3, 4] = math.nan
+        return factor(position, *rest)
+
+    monkeypatch.setattr(train, "lr_factor", breaks)
+    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 3)
+    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite(.|\n)*fusion.proj_3d.0.weight"):
+        train.main(small(tmp_path, *RUN, "--epochs", "30", "--eval-every", "30", "--num-points", "200", "--no-clip", "--log-every", "100"))
+    steps = saved_steps(tmp_path)
+    assert sorted(steps) == [50, 51, 52]
+    monkeypatch.undo()
+    printed, message = replayed(steps[50], capsys)
+    assert "weight: fusion.proj_3d.0.weight (256, 96) holds 1 values" in printed
+    assert "module: fusion.proj_3d.0 (Linear) is the first" in printed and "its input is finite" in printed
+
+
+def test_the_fp16_scaler_may_search_for_its_scale_without_an_alarm(tmp_path, monkeypatch, capsys):
+    first_scale(monkeypatch, 2.0 ** 30)
+    train.main(small(tmp_path, *RUN, "--epochs", "10", "--eval-every", "10", "--no-clip", "--num-points", "100",
+                     "--amp", "fp16"))
+    state = checkpoint(tmp_path)
+    assert state["bad_steps"] == 0 and 5 <= state["skipped_steps"] < 20 == state["step"]
+    assert not saved_steps(tmp_path) and "is not finite" not in capsys.readouterr().out
+
+
+def test_a_gradient_beyond_every_fp16_scale_is_named_with_its_term_and_place(tmp_path, monkeypatch, capsys):
+    first_scale(monkeypatch, 4.0)
+    forward = train.SemanticCriterion.forward
+    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 1e15)
+    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 2)
+    with pytest.raises(FloatingPointError, match="2 steps in a row"):
+        train.main(small(tmp_path, *RUN, "--epochs", "30", "--eval-every", "30", "--no-clip", "--num-points", "100",
+                         "--amp", "fp16"))
+    steps = saved_steps(tmp_path)
+    assert sorted(steps) == [3, 4]  # 4, 2 and 1 are the scaler's own
+    findings = torch.load(steps[3], weights_only=True)["findings"]
+    assert "gradient: of semantic, first not finite at the output of module head" in findings[0]
+    assert "loss scale of 0.5" in findings[0]
+    printed, message = replayed(steps[3], capsys)
+    assert findings[0] in printed and ("nan" in message or "gradient: of semantic" in message)
+
+
+def test_a_file_that_is_no_saved_step_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="bad_step_1.pt does not exist"):
+        diagnose.main([str(tmp_path / "bad_step_1.pt")])
+    torch.save({"config": {}}, tmp_path / "bad_step_1.pt")
+    with pytest.raises(ValueError, match="bad_step_1.pt: .*field 'class_names' is missing"):
+        diagnose.main([str(tmp_path / "bad_step_1.pt")])
+
+
+def test_the_baseline_without_gates_may_be_diagnosed(tmp_path):
+    train.main(small(tmp_path, "--epochs", "1", "--no-clip", "--diagnose", "1"))
+    assert scalars(tmp_path).Scalars("diagnose/share_instance")
+
+
+def test_diagnosis_is_written_every_k_steps_and_changes_nothing(tmp_path):
+    ends = {}
+    for k in (0, 2):
+        train.main(small(tmp_path / str(k), "--epochs", "2", "--clip-warmup", "-1", "--clip-weights", "0,0.1",
+                         "--diagnose", str(k), "--cache", str(tmp_path / "clip")))
+        ends[k] = checkpoint(tmp_path / str(k))["model"]
+    assert all(torch.equal(value, ends[2][key]) for key, value in ends[0].items())
+    tags = scalars(tmp_path / "0").Tags()
+    assert not any(tag.startswith("diagnose/") for tag in tags["scalars"] + tags["histograms"])
+    events = scalars(tmp_path / "2")
+    names = {tag[9:] for tag in events.Tags()["scalars"] if tag.startswith("diagnose/")}
+    terms = ("semantic", "instance", "clip")
+    assert names == {f"{kind}_{term}" for kind in ("grad_norm", "share") for term in terms} | {
+        "cosine_semantic_instance", "cosine_semantic_clip", "cosine_instance_clip", "effective_rank",
+        "pairwise_cosine", "drift"} and "diagnose/gate" in events.Tags()["histograms"]
+    values = {name: [(e.step, e.value) for e in events.Scalars(f"diagnose/{name}")] for name in names}
+    assert all([step for step, _ in series] == [2, 4] for series in values.values())
+    assert all(math.isfinite(value) for series in values.values() for _, value in series)
+    for i in range(2):
+        assert sum(values[f"share_{term}"][i][1] for term in terms) == pytest.approx(1, abs=1e-4)
+
+
+def test_nan_on_one_of_two_processes_is_skipped_by_both_and_saved_by_the_one_that_has_it(tmp_path):
+    code = ("collate, count = train.collate, [0]\n"
+            "def breaks(samples):\n"
+            "    batch = collate(samples)\n"
+            "    count[0] += batch['name'][0].startswith('train')\n"
+            "    if count[0] == 4 and os.environ['RANK'] == '1':\n"
+            "        batch['features'][3] = float('nan')\n"
+            "    return batch\n"
+            "train.collate = breaks\n"
+            "train.main(sys.argv[1:])\n")
+    done = torchrun(tmp_path, code, small(tmp_path, "--epochs", "8", "--eval-every", "8", "--no-clip", "--batch-size",
+                                          "1", "--grad-accum", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = checkpoint(tmp_path)
+    assert state["bad_steps"] == 1 and state["step"] == 8
+    assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
+    path, = (tmp_path / "runs").glob("*/bad_step_*.pt")
+    assert path.name == "bad_step_1_rank1.pt"
+    assert "field 'features'" in torch.load(path, weights_only=True)["findings"][0]
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_loss_that_stays_nan_ends_the_run(tmp_path, monkeypatch, amp):
+    forward = train.SemanticCriterion.forward
+    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * float("nan"))
+    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 3)
+    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite(.|\n)*loss: semantic is nan"):
+        train.main(small(tmp_path, "--no-clip", "--no-instances", "--amp", amp, "--num-points", "100"))

@@ -1,34 +1,44 @@
 # SPDX-License-Identifier: MIT
-"""The whole network, from pictures and points to instances: what must hold whatever its weights."""
+"""model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import train
-from data import PointDataset, RoomFrames, collate
-from decoder import InstanceDecoder, Segmenter, scene_instances
+from checkpoint import write_atomically
+from data import PointDataset, collate
+from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
-from fusion import BiFusionEncoder
+from fusion import BiFusionEncoder, FusionGate
+from helpers import checkpoint, last_checkpoint, small
+from model import Segmenter, load_model
+from rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder
-from superpoints import SuperpointCache
+from superpoints import oversegment
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    cache = SuperpointCache(tmp_path_factory.mktemp("superpoints"), 24)
+def samples():
     frames = RoomFrames("train", 1, 4)
+    def superpoints(depth, colors, intrinsics):
+        return oversegment(depth, colors, intrinsics, 24)
+
     return [{key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-             for key, value in sample.items()} for sample in PointDataset(frames, 1500, (96, 128), 2, superpoints=cache)]
+             for key, value in sample.items()} for sample in PointDataset(frames, 1500, (96, 128), 2, superpoints=superpoints)]
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     encoder = Enhanced2DEncoder("ViT-S-32-alt", None, image_size=(96, 128))
-    fusion = BiFusionEncoder(encoder, PointEncoder(0.15, **SMALL), point_target=True)
+    fusion = BiFusionEncoder(encoder, PointEncoder(0.15, **SMALL), dense_target=True)
     return Segmenter(fusion, 7, InstanceDecoder(256, 7, embed_dim=64, ffn=64)).double().eval()
 
 
-KEYS = ("logits", "feat_fusion", "clip_point", "valid", "alpha")
+KEYS = ("logits", "feat_fusion", "clip_point", "clip_dense", "valid", "alpha")
 
 
 @torch.no_grad()
@@ -38,9 +48,9 @@ def test_a_batch_is_its_scenes_one_by_one(model, samples):
     for key in (*KEYS, "clip_global"):
         torch.testing.assert_close(whole[key], torch.cat([part[key] for part in parts]), rtol=1e-9, atol=1e-9)
     batch = collate(samples)
-    together = scene_instances(whole["decoder"], whole["superpoint"], batch["batch"], min_points=1)
+    together = scene_instances(whole["decoder"], whole["point_to_superpoint"], batch["batch"], min_points=1)
     for scene, part in zip(together, parts):
-        alone, = scene_instances(part["decoder"], part["superpoint"], torch.zeros_like(part["superpoint"]), min_points=1)
+        alone, = scene_instances(part["decoder"], part["point_to_superpoint"], torch.zeros_like(part["point_to_superpoint"]), min_points=1)
         assert torch.equal(scene["masks"], alone["masks"]) and torch.equal(scene["labels"], alone["labels"])
         torch.testing.assert_close(scene["scores"], alone["scores"])
 
@@ -57,7 +67,7 @@ def test_points_and_superpoint_numbers_may_come_in_any_order(model, samples):
     straight, mixed = model(collate([sample])), model(collate([shuffled]))
     for key in KEYS:
         torch.testing.assert_close(mixed[key], straight[key][order], rtol=1e-8, atol=1e-8)
-    first, second = (scene_instances(out["decoder"], out["superpoint"], torch.zeros_like(out["superpoint"]),
+    first, second = (scene_instances(out["decoder"], out["point_to_superpoint"], torch.zeros_like(out["point_to_superpoint"]),
                                      min_points=1)[0] for out in (straight, mixed))
     torch.testing.assert_close(second["scores"], first["scores"])
     assert torch.equal(second["masks"], first["masks"][:, order]) and torch.equal(second["labels"], first["labels"])
@@ -86,15 +96,89 @@ def test_a_moved_scene_gives_the_same_features_where_camera_and_points_move_toge
 
 def test_every_term_reaches_every_part(model, samples):
     batch = collate(samples)
-    out = model(batch)
-    targets = train.instance_targets(batch["labels"] % 7, batch["instances"], out["superpoint"],
-                                     out["superpoint_batch"])
-    terms = {"semantic": train.SemanticCriterion()(out["logits"], batch["labels"] % 7),
-             "instance": train.InstanceCriterion()(out["decoder"], targets),
-             "clip": train.ClipConsCriterion()(out["feat_fusion"], out["clip_global"], batch["batch"], out["valid"])}
+    batch["labels"] = batch["labels"] % 7
+    args = train.parse_args(["--clip-warmup=-1", "--clip-weights", "0,0.1"])
+    _, terms = train.compute_losses(model, batch, train.build_criteria(args), train.loss_weights(args, 0))
+    assert set(terms) == {"semantic", "instance_class", "instance_bce", "instance_dice", "instance_quality", "clip"}
     parts = {"encoder_3d": model.fusion.encoder_3d.backbone.conv0p1s1.kernel,
              "spatial_proj": model.fusion.encoder_2d.spatial_proj.weight,
              "gate": model.fusion.gate.gate[0].weight}
     for name, term in terms.items():
+        if name == "instance_quality":
+            continue  # zero until a mask is better than half right
         for part, grad in zip(parts, torch.autograd.grad(term, list(parts.values()), retain_graph=True)):
             assert grad.isfinite().all() and grad.abs().max() > 0, (name, part)
+
+
+class ChannelGate(torch.nn.Module):
+    """One gate per channel."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.linear = torch.nn.Linear(2 * dim, dim)
+
+    def forward(self, feat_3d, feat_2d, valid):
+        feat_2d = feat_2d.where(valid[:, None], 0)
+        alpha = self.linear(torch.cat([feat_3d, feat_2d], 1)).sigmoid().where(valid[:, None], 0)
+        return torch.lerp(feat_3d, feat_2d, alpha), alpha
+
+
+def test_another_gate_and_another_backbone_are_one_argument_each(samples):
+    class Toy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = torch.nn.Linear(6, 96)
+
+        def forward(self, batch):
+            return self.mlp(torch.cat([batch["coords"], batch["features"]], 1))
+
+    encoder = Enhanced2DEncoder("ViT-S-32-alt", None, image_size=(96, 128))
+    network = Segmenter(BiFusionEncoder(encoder, Toy(), gate=ChannelGate(256)), 7).double()
+    out = network(collate(samples))
+    assert out["alpha"].shape == (len(out["logits"]), 256) and out["logits"].shape[1] == 7
+    out["logits"].sum().backward()
+    assert network.fusion.gate.linear.weight.grad.any() and network.fusion.encoder_3d.mlp.weight.grad.any()
+    plain = BiFusionEncoder(encoder, Toy())
+    assert isinstance(plain.gate, FusionGate)
+
+
+@pytest.mark.parametrize("options", [[], ["--no-clip"], ["--no-instances", "--clip-blocks", "1"]])
+def test_a_loaded_model_is_the_trained_one_in_eval_mode(tmp_path, samples, options):
+    train.main(small(tmp_path, "--epochs", "1", *options))
+    network, class_names, config = load_model(last_checkpoint(tmp_path), "cpu")
+    state = checkpoint(tmp_path)
+    assert not network.training and class_names == state["class_names"] and config == state["config"]
+    assert all(torch.equal(value, state["model"][key]) for key, value in network.state_dict().items())
+    single = [{key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+               for key, value in sample.items()} for sample in samples]
+    with torch.no_grad():
+        assert network(collate(single))["logits"].shape[1] == len(class_names)
+
+
+def test_loading_needs_no_tensorboard(tmp_path):
+    """The front of a notebook: five lines, and the package that only training needs is not imported."""
+    train.main(small(tmp_path, "--epochs", "1", "--no-clip"))
+    code = ("import sys\nfrom model import load_model\nimport predict\n"
+            f"model, class_names, config = load_model({str(last_checkpoint(tmp_path))!r})\n"
+            "assert not model.training and not any(name.startswith('tensorboard') for name in sys.modules)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_random_tower_is_said_when_its_checkpoint_is_loaded(tmp_path):
+    train.main(small(tmp_path, "--epochs", "1", "--no-clip"))
+    state = checkpoint(tmp_path)
+    write_atomically({**state, "warnings": ["CLIP IS RANDOMLY INITIALISED"]}, tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match="x.pt: CLIP IS RANDOMLY INITIALISED"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_another_tower_or_a_missing_file_is_refused(tmp_path):
+    train.main(small(tmp_path, "--epochs", "1", "--no-instances"))
+    state = checkpoint(tmp_path)
+    state["config"]["image_size"] = (64, 96)
+    write_atomically(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt: clip_fingerprint differs"):
+        load_model(tmp_path / "x.pt")
+    with pytest.raises(FileNotFoundError, match="y.pt does not exist"):
+        load_model(tmp_path / "y.pt")

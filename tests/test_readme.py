@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The README's snippets run as printed, beside nothing but the one file that they import."""
+"""The README and docs: snippets run as printed, commands parse, and what they name exists."""
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,23 +9,58 @@ from pathlib import Path
 
 import pytest
 
+import train
+from helpers import last_checkpoint, small, write_rooms_as_scannet
+
 ROOT = Path(__file__).resolve().parent.parent
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SNIPPETS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+ALONE = [code for _, code in SNIPPETS if len(re.findall(r"^from (?!torch)(\w+)", code, re.M)) == 1]
 
 
-def test_readme_has_three_snippets():
-    assert len(SNIPPETS) == 3
+def test_the_readme_can_be_finished():
+    assert len(PAGES["README.md"].splitlines()) <= 200
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: re.findall(r"^from (\w+)", text, re.M)[0])
-def test_snippet_runs_beside_the_one_file_that_it_imports(snippet, tmp_path):
+@pytest.mark.parametrize("snippet", ALONE, ids=lambda text: re.findall(r"^from (\w+)", text, re.M)[0])
+def test_a_snippet_runs_beside_the_one_file_that_it_imports(snippet, tmp_path):
     module, = re.findall(r"^from (\w+)", snippet, re.M)
     shutil.copy(ROOT / f"{module}.py", tmp_path)
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_relative_path_and_file_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text()
-    for name in set(re.findall(r"`((?:labels|tests)/[\w./-]+|\w+\.py)`", text)):
-        assert (ROOT / name).exists(), name
+def test_the_notebook_lines_run_on_a_trained_network(tmp_path):
+    train.main(small(tmp_path, *write_rooms_as_scannet(tmp_path / "DATA", 2, 2), "--epochs", "1"))
+    snippet, = re.findall(r"```python\n(from model.*?)```", PAGES["README.md"], re.S)
+    snippet = snippet.replace("runs/NAME/best.pt", str(last_checkpoint(tmp_path))).replace('"DATA"', f'"{tmp_path}/DATA"')
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("(240, 320)") == 4, done.stderr
+
+
+def commands():
+    """Every command line of train.py in the pages."""
+    for name, text in PAGES.items():
+        for line in re.findall(r"train\.py( -[^`\n]*)", re.sub(r"\\\n\s*", "", text)):
+            command = re.split(r"\s{3,}|&&|#", line.strip())[0].split(" ...")[0]
+            if "--help" not in command:
+                yield pytest.param(command, id=f"{name} {command}")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_line_parses(command):
+    words = shlex.split(command)
+    data = ["--train-split", "t", "--val-split", "v"] if "--data" in words else []
+    numbers = {"S": "0", "K": "10", "N": "4"}
+    train.parse_args([*data, *(numbers.get(word, word) for word in words)])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_and_link_that_a_page_names_exists(name):
+    text = PAGES[name]
+    for path in set(re.findall(r"`((?:labels|tests|docs|bench)/[\w./-]+|\w+\.py)`", text)):
+        assert (ROOT / path).exists(), path
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (folder / link).exists(), link

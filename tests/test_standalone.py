@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Each module file can be taken away: copied alone into an empty folder it imports, and the four main ones run."""
+"""Each module file can be copied out: alone in an empty folder it imports, and the four main ones run."""
 import json
 import shutil
 import subprocess
@@ -42,7 +42,7 @@ ClipConsCriterion()(feat, torch.randn(2, 8), batch=torch.arange(6) % 2).backward
 assert feat.grad.any()
 """,
     **dict.fromkeys(["decoder", "metrics", "rooms", "scannet", "cache", "superpoints", "diagnose", "distributed",
-                     "checkpoint"], ""),
+                     "checkpoint", "data", "runlog"], ""),
 }
 # One interpreter for all, because most of the time goes into importing torch. A file meets no sibling: its folder holds
 # nothing else, and what was imported before it is forgotten.

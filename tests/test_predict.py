@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""predict.py: the metrics of a whole evaluation, and labels for every pixel of known depth."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import predict
+import train
+from data import collate
+from helpers import last_checkpoint, small
+from metrics import evaluate_semantics
+from model import load_model
+from rooms import RoomFrames
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train.main(small(folder, "--epochs", "2", "--rooms", "4"))
+    return load_model(last_checkpoint(folder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return RoomFrames("val", 1, 2, size=(48, 64))
+
+
+def test_every_pixel_of_known_depth_has_a_label_and_no_other(loaded, frames):
+    model, class_names, config = loaded
+    changed = []
+    for frame in frames:
+        depth = frame["depth"].copy()
+        depth[:10] = 0
+        depth[20, 5] = np.nan
+        changed.append({**frame, "depth": depth, "label": None, "instance": None})
+    results = list(predict.predict_frames(model, changed, config, probabilities=True))
+    assert [result["name"] for result in results] == [frame["name"] for frame in changed]
+    for frame, result in zip(changed, results):
+        known = (frame["depth"] > 0) & np.isfinite(frame["depth"])
+        assert np.array_equal(result["labels"] >= 0, known) and result["labels"].max() < len(class_names)
+        assert result["probabilities"].shape == (48, 64, len(class_names))
+        np.testing.assert_allclose(result["probabilities"].sum(2), known, atol=1e-5)
+        assert np.array_equal(result["probabilities"].argmax(2)[known], result["labels"][known])
+        assert result["instances"].shape == known.shape and (result["instances"][~known] == -1).all()
+        assert result["instances"].max() < len(result["scores"]) == len(result["instance_labels"])
+
+
+def test_a_plain_list_of_frames_made_by_hand_and_frames_of_different_sizes_will_do(loaded, frames):
+    model, _, config = loaded
+    by_hand = {key: frames[0][key] for key in ("name", "color", "depth", "world2cam", "intrinsics",
+                                               "depth_intrinsics")}
+    small_depth = {**by_hand, "depth": by_hand["depth"][::2, ::2],
+                   "depth_intrinsics": np.diag([0.5, 0.5, 1]) @ by_hand["depth_intrinsics"]}
+    shapes = [result["labels"].shape for result in predict.predict_frames(model, [by_hand, small_depth], config)]
+    assert shapes == [(48, 64), (24, 32)]
+
+
+def test_prediction_does_not_depend_on_other_frames_and_leaves_the_model_as_it_was(loaded, frames):
+    model, _, config = loaded
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    together = list(predict.predict_frames(model, list(frames), config))
+    alone, = predict.predict_frames(model, [frames[1]], config)
+    assert np.array_equal(alone["labels"], together[1]["labels"])
+    assert np.array_equal(alone["instances"], together[1]["instances"])
+    assert not model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode(loaded):
+    model, class_names, config = loaded
+    _, dataset, _, _ = train.build_datasets(train.parse_args([], defaults={**config, "rooms": 2, "cache": "none"}))
+    loader = DataLoader(dataset, 3, collate_fn=collate)
+    model.train()
+    metrics = predict.evaluate(model, loader, config["min_instance_points"])
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        guesses = [model(collate([sample]))["logits"].argmax(1) for sample in dataset]
+    expected = evaluate_semantics(guesses, [sample["labels"] for sample in dataset], range(len(class_names)))
+    assert metrics["miou"] == pytest.approx(expected["miou"], abs=0.02)  # a batch rounds otherwise than its scenes
+    table = predict.format_metrics(metrics, class_names)
+    assert len(table.splitlines()) == len(class_names) + 2 and "AP50" in table
+    assert f"{metrics['miou']:.3f}" in table.splitlines()[-1]
+
+
+def test_truth_ids_are_those_of_the_evaluator():
+    labels, instances = torch.tensor([0, 0, 4, -1, 2]), torch.tensor([123456, 7, 7, 7, -1])
+    ids = predict.ground_truth_ids(labels, instances)
+    assert (ids // 1000).tolist() == [1, 1, 5, 0, 0]
+    assert ids[0] != ids[1] and (ids[[3, 4]] == 0).all()
+
+
+def test_the_best_instance_of_a_point_is_painted():
+    masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    assert predict.paint_instances(masks).tolist() == [0, 0, 1, -1]
+    assert predict.paint_instances(masks[:0]).tolist() == [-1] * 4
+
+
+def test_a_table_shows_nan_for_a_class_that_does_not_occur():
+    table = predict.format_metrics({"miou": 0.5, "iou": [0.5, math.nan]}, ["wall", "chair"])
+    assert "nan" in table and "AP" not in table

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""runlog.py: averages over a window, and visualizations that show what they were asked to show."""
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+import runlog
+
+
+def read(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return events
+
+
+def test_a_log_holds_averages_since_the_last_one_and_the_latest_value_of_others(tmp_path):
+    log = runlog.RunLog(tmp_path, log_every=2, mean_over_processes=lambda values: values / 2)
+    for step in range(1, 6):
+        log.begin_step(step, last=step == 5)
+        log.add("a", torch.tensor(float(step)))
+        log.add("host", step)
+        if step > 1:
+            log.add("late", torch.tensor(1.0, dtype=torch.bfloat16))
+        assert log.due == (step in (2, 4, 5))
+        if log.due:
+            log.write({"latest": step})
+    log.close()
+    events = read(tmp_path)
+    series = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert series == {"a": [(2, 0.75), (4, 1.75), (5, 2.5)], "host": [(2, 1.5), (4, 3.5), (5, 5)],
+                      "late": [(2, 0.5), (4, 0.5), (5, 0.5)], "latest": [(2, 2), (4, 4), (5, 5)]}
+
+
+def test_every_loss_term_is_logged_raw_and_weighted(tmp_path):
+    log = runlog.RunLog(tmp_path, log_every=1)
+    log.begin_step(1)
+    raw = {"a": torch.tensor(2.0, requires_grad=True), "b": torch.tensor(3.0)}
+    log.add_losses(raw, {"a": 0.5 * raw["a"], "b": 0 * raw["b"]})
+    averages = log.write({})
+    assert averages == {"loss/total": 1, "loss/a": 2, "weighted/a": 1, "loss/b": 3, "weighted/b": 0}
+
+
+def test_gradient_norms_are_those_of_the_modules_and_only_of_steps_that_are_written(tmp_path):
+    part = torch.nn.Linear(3, 2)
+    part(torch.ones(1, 3)).sum().backward()
+    log = runlog.RunLog(tmp_path, log_every=2, modules={"part": part, "idle": torch.nn.Linear(1, 1)})
+    for step in (1, 2):
+        log.begin_step(step)
+        log.add_gradient_norms()
+    log.close()
+    event, = read(tmp_path).Scalars("grad/part")
+    assert event.step == 2 and event.value == pytest.approx(math.sqrt(8))
+    assert "grad/idle" not in read(tmp_path).Tags()["scalars"]
+
+
+def test_a_log_without_a_folder_writes_nothing_and_still_averages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = runlog.RunLog(None, log_every=1)
+    log.begin_step(1)
+    log.add("a", torch.tensor(3.0))
+    log.add_text("t", "x")
+    log.add_table("t", {"x": 1})
+    log.add_images({"i": torch.zeros(3, 2, 2)})
+    log.add_histogram("h", torch.rand(3))
+    log.add_gradient_norms()
+    assert log.write({"b": 1}) == {"a": 3}
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_histogram_of_nothing_or_of_nan_is_left_out(tmp_path):
+    log = runlog.RunLog(tmp_path)
+    for values in (torch.zeros(0), torch.tensor([math.nan])):
+        log.add_histogram("h", values)
+    log.add_histogram("good", torch.rand(9))
+    log.close()
+    assert read(tmp_path).Tags()["histograms"] == ["good"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_colors_of_features_that_are_not_finite_are_black(bad):
+    feats = torch.randn(9, 4)
+    feats[3, 1] = bad
+    assert (runlog.pca_colors(feats) == 0).all()
+
+
+def test_palette_colors_are_distinct_and_in_range():
+    colors = runlog.palette(40)
+    assert colors.shape == (40, 3) and colors.min() >= 0 and colors.max() <= 1
+    assert torch.pdist(colors).min() > 0.03 and runlog.palette(0).shape == (0, 3)
+    assert torch.equal(runlog.palette(40)[:7], runlog.palette(7))
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_splat_paints_squares_and_darkens_the_rest(radius):
+    image, uv = torch.rand(3, 20, 30), torch.tensor([[10.4, 5.6], [22.0, 14.0]])
+    colors = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    before = image.clone(), uv.clone(), colors.clone()
+    expected = image * 0.4
+    for (x, y), color in zip(((10, 6), (22, 14)), colors):
+        expected[:, y - radius:y + radius + 1, x - radius:x + radius + 1] = color[:, None, None]
+    assert torch.equal(runlog.splat(image, uv, colors, radius), expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, (image, uv, colors)))
+
+
+def test_splat_cuts_squares_at_the_border_and_leaves_out_what_is_outside():
+    image = torch.ones(3, 8, 10)
+    inside = runlog.splat(image, torch.tensor([[0.0, 0.0], [9.4, 7.4]]), torch.zeros(2, 3), 1)
+    assert (inside == 0).sum() == 3 * 2 * 4  # two corners of 2 x 2 pixels
+    outside = torch.tensor([[-5.0, 3], [4, 100], [1e9, -1e9], [-2, -2], [math.nan, 2]])
+    assert torch.equal(runlog.splat(image, outside, torch.zeros(5, 3), 1), image * 0.4)
+    assert torch.equal(runlog.splat(image, torch.zeros(0, 2), torch.zeros(0, 3)), image * 0.4)
+
+
+def test_pca_colors_follow_the_largest_directions():
+    torch.manual_seed(0)
+    scores = torch.rand(400, 3) * torch.tensor([9.0, 3.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(12, 3))[0].T
+    feats = scores @ basis + torch.randn(12)
+    before = feats.clone()
+    colors = runlog.pca_colors(feats)
+    assert torch.equal(feats, before) and colors.shape == (400, 3) and colors.min() == 0 and colors.max() == 1
+    correlation = torch.corrcoef(torch.cat([colors, scores], 1).T)[:3, 3:].abs()
+    assert (correlation.diagonal() > 0.95).all()
+    assert torch.equal(runlog.pca_colors(feats), colors)  # draws nothing
+
+
+def test_pca_colors_of_few_or_equal_rows_are_in_range():
+    for feats in (torch.randn(1, 8), torch.randn(2, 8), torch.full((5, 8), 2.0), torch.zeros(0, 8),
+                  torch.randn(6, 8).half() * 100):
+        colors = runlog.pca_colors(feats)
+        assert colors.shape == (len(feats), 3) and colors.dtype == torch.float32
+        assert ((colors >= 0) & (colors <= 1)).all()
+
+
+def scene(n, height=24, width=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    uv = torch.rand(n, 2, generator=generator) * torch.tensor([width, height]) - 0.5
+    return {"image": torch.rand(3, height, width, generator=generator), "uv": uv,
+            "depth": torch.rand(n, generator=generator) * 3 + 0.5,
+            "labels": {"truth": torch.randint(-1, 300, (n,), generator=generator),
+                       "prediction": torch.full((n,), -1)},
+            "fused": torch.randn(n, 16, generator=generator),
+            "clip_map": torch.randn(20, 3, 4, generator=generator).half()}
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 300])
+@pytest.mark.parametrize("with_clip", [True, False])
+def test_visualizations_have_the_images_shape_and_range_for_any_number_of_points(n, with_clip):
+    arguments = scene(n)
+    if not with_clip:
+        arguments["clip_map"] = None
+    before = scene(n)
+    named = runlog.visualizations(**arguments)
+    assert named.keys() == {"input_points", "fused_pca", "truth", "prediction"} | ({"clip_pca"} if with_clip else set())
+    for name, image_ in named.items():
+        assert image_.shape == (3, 24, 32) and image_.isfinite().all(), name
+        assert image_.min() >= 0 and image_.max() <= 1, name
+    for key in ("image", "uv", "depth", "fused"):
+        assert torch.equal(arguments[key], before[key])
+    assert all(torch.equal(arguments["labels"][name], before["labels"][name]) for name in before["labels"])
+
+
+def test_points_without_a_label_are_grey_and_others_have_the_color_of_their_label():
+    image, uv = torch.zeros(3, 9, 30), torch.tensor([[2.0, 4], [10, 4], [18, 4], [26, 4]])
+    labels = torch.tensor([-1, 0, 7, 255])
+    image_ = runlog.visualizations(image, uv, torch.ones(4), {"truth": labels}, torch.randn(4, 8), None)["truth"]
+    shown = image_[:, 4, uv[:, 0].long()].T
+    assert torch.equal(shown, torch.cat([torch.full((1, 3), 0.4), runlog.palette(256)[[0, 7, 255]]]))
+    unlabelled = runlog.visualizations(image, uv, torch.ones(4), {"truth": torch.full((4,), -1)}, torch.randn(4, 8), None)
+    assert unlabelled["truth"].unique().tolist() == pytest.approx([0, 0.4])
+
+
+def test_near_points_are_red_and_far_ones_blue_whatever_the_farthest():
+    uv, depth = torch.tensor([[1.0, 1], [3, 1], [5, 1]]), torch.tensor([2.0, 1.0, 1e6])
+    image_ = runlog.visualizations(torch.zeros(3, 4, 8), uv, depth, {}, torch.randn(3, 8), None)["input_points"]
+    assert image_[:, 1, 3].tolist() == [1, 0, 0] and image_[2, 1, 5] == 1 and image_[0, 1, 5] == 0
+    assert image_[0, 1, 1] == pytest.approx(0.5) == image_[2, 1, 1]
+
+
+def test_clip_cells_lie_where_their_patch_lies():
+    arguments = scene(5)
+    image_ = runlog.visualizations(**arguments)["clip_pca"]
+    cells = F.avg_pool2d(image_[None], 8)[0]
+    assert torch.allclose(cells.repeat_interleave(8, 1).repeat_interleave(8, 2), image_, atol=1e-6)
+    expected = runlog.pca_colors(arguments["clip_map"].flatten(1).T).T.view(3, 3, 4)
+    assert torch.allclose(cells, expected, atol=1e-6)
