@@ -19,31 +19,94 @@ from torch.nn import functional as F
 CHUNK = 65_536  # points projected at once: the allocator reuses buffers of this size, but not those of a million
 
 
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def check_shapes(**fields):
+    """name=(tensor, "N V 3"): raises ValueError if a shape does not fit; a letter is one size, "..." any dimensions."""
+    sizes = {}
+    for tensor, pattern in fields.values():
+        letters = pattern.replace("...", "").split()
+        shape = tensor.shape[-len(letters):] if "..." in pattern else tensor.shape
+        expected = [int(x) if x.isdigit() else sizes.setdefault(x, size) for x, size in zip(letters, shape)]
+        if len(shape) != len(letters) or list(shape) != expected:
+            got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, (tensor, _) in fields.items())
+            patterns = ", ".join(f"({pattern.replace(' ', ', ')})" for _, pattern in fields.values())
+            raise ValueError(f"{got} must be {patterns}")
+
+
+def check_values(fits: Tensor, message):
+    """Raises ValueError if `fits`, a bool scalar, is false. On CUDA a device assertion, which waits for nothing.
+
+    Not checked while torch.compile, torch.export or a torch.func transform traces: a traced value cannot be read.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if fits.is_cuda:
+        torch._assert_async(fits, message)
+    elif fits.device.type == "cpu" and not fits:
+        raise ValueError(message)
+
+
+def check_ids(name, ids: Tensor, size):
+    """Raises ValueError if ids are not integers in [0, size)."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int64, got {ids.dtype}")
+    check_values(((ids >= 0) & (ids < size)).all(), f"{name} {tuple(ids.shape)} must lie in [0, {size})")
+
+
+def check_mask(name, mask: Tensor):
+    """Raises ValueError if a mask is not bool."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool, got {mask.dtype}")
+
+
+def last_row_fits(matrix: Tensor) -> Tensor:
+    """matrix (..., n, n) -> bool (...): its last row is 0 ... 0 1; false for a transposed camera matrix."""
+    last = matrix[..., -1, :]
+    return (last[..., :-1] == 0).all(-1) & (last[..., -1] == 1)
+
+
 # ---------------------------------------------------------------------------------------------- camera geometry
 
 
 def apply_transform(points: Tensor, matrix: Tensor) -> Tensor:
     """points (N, 3) or (B, N, 3), matrix (4, 4) or (B, 4, 4) -> transformed points, of the shape of `points`.
 
-    Raises ValueError for other shapes. Elementwise, because autocast and TF32 would round a matrix product: bf16
-    resolves 1 cm at 3 m.
+    Raises ValueError for other shapes, and if the last row of a matrix is not 0 0 0 1. Elementwise, because autocast
+    and TF32 would round a matrix product: bf16 resolves 1 cm at 3 m.
     """
     if points.dim() not in (2, 3) or points.shape[-1] != 3 or matrix.shape[-2:] != (4, 4) or not (
             matrix.dim() == 2 or matrix.dim() == points.dim() == 3 and len(matrix) == len(points)):
         raise ValueError(f"points {tuple(points.shape)} and matrix {tuple(matrix.shape)} must be (N, 3) and (4, 4), "
                          "or (B, N, 3) and (4, 4) or (B, 4, 4)")
+    check_values(last_row_fits(matrix).all(), f"matrix {tuple(matrix.shape)} must have the last row 0 0 0 1")
     return (matrix[..., None, :3, :3] * points[..., None, :]).sum(-1) + matrix[..., None, :3, 3]
+
+
+def fold_projection(projection: Tensor, world2cam: Tensor):
+    """KITTI's projection P (..., 3, 4) with world2cam (..., 4, 4) -> intrinsics (..., 3, 3), world2cam (..., 4, 4).
+
+    P = K [I | t], so P world2cam = K (world2cam moved by t = inv(K) P[:, 3]). Use float64. Raises ValueError for other
+    shapes, and if the third row of K is not 0 0 1 (P then also holds a rotation or a scale).
+    """
+    check_shapes(projection=(projection, "... 3 4"), world2cam=(world2cam, "... 4 4"))
+    intrinsics = projection[..., :3]
+    check_values(last_row_fits(intrinsics).all(), f"projection {tuple(projection.shape)} must have the third row 0 0 1 "
+                                                  "t: decompose it into intrinsics, rotation and translation first")
+    check_values(last_row_fits(world2cam).all(), f"world2cam {tuple(world2cam.shape)} must have the last row 0 0 0 1")
+    shift = torch.linalg.solve(intrinsics, projection[..., 3:])  # (..., 3, 1)
+    return intrinsics, torch.cat([world2cam[..., :3], world2cam[..., 3:] + F.pad(shift, (0, 0, 0, 1))], -1)
 
 
 def project_to_image(points_cam: Tensor, intrinsics: Tensor):
     """points_cam (..., N, 3), intrinsics (..., 3, 3) -> uv (..., N, 2) in pixels, depth (..., N) in metres.
 
     If depth <= 0 the point is not in front of the camera and uv is meaningless (see `visible_mask`).
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, and if the last row of an intrinsics is not 0 0 1.
     """
-    if points_cam.shape[-1] != 3 or intrinsics.shape[-2:] != (3, 3):
-        raise ValueError(f"points_cam {tuple(points_cam.shape)} and intrinsics {tuple(intrinsics.shape)} must be "
-                         "(..., N, 3) and (..., 3, 3)")
+    check_shapes(points_cam=(points_cam, "... N 3"), intrinsics=(intrinsics, "... 3 3"))
+    check_values(last_row_fits(intrinsics).all(), f"intrinsics {tuple(intrinsics.shape)} must have the last row 0 0 1")
     with torch.autocast(points_cam.device.type, enabled=False):
         depth = points_cam[..., 2]
         ray = points_cam[..., None, :2] / depth.where(depth != 0, 1)[..., None, None]
@@ -52,6 +115,7 @@ def project_to_image(points_cam: Tensor, intrinsics: Tensor):
 
 def transform_packed(points: Tensor, world2cam: Tensor, batch: Tensor) -> Tensor:
     """points (N, 3) of several scenes, world2cam (B, V, 4, 4), batch (N,) -> points_cam (N, V, 3)."""
+    check_shapes(points=(points, "N 3"), world2cam=(world2cam, "B V 4 4"), batch=(batch, "N"))
     # Column by column, gathered for all views at once: a product with (N, V, 3, 3) takes several times as long.
     a, b, c, shift = (x.flatten(1).index_select(0, batch).unflatten(1, x.shape[1:])
                       for x in world2cam[:, :, :3].unbind(-1))
@@ -61,6 +125,7 @@ def transform_packed(points: Tensor, world2cam: Tensor, batch: Tensor) -> Tensor
 
 def project_packed(points_cam: Tensor, intrinsics: Tensor, batch: Tensor):
     """points_cam (N, V, 3), intrinsics (B, V, 3, 3), batch (N,) -> uv (N, V, 2), depth (N, V)."""
+    check_shapes(points_cam=(points_cam, "N V 3"), intrinsics=(intrinsics, "B V 3 3"), batch=(batch, "N"))
     with torch.autocast(points_cam.device.type, enabled=False):
         a, b, centre = (x.flatten(1).index_select(0, batch).unflatten(1, x.shape[1:])
                         for x in intrinsics[:, :, :2].unbind(-1))
@@ -73,7 +138,10 @@ def visible_mask(uv: Tensor, depth: Tensor, image_size) -> Tensor:
     """uv (..., 2), depth (...), image_size (H, W) -> bool (...): in front of the camera and inside the image.
 
     Non-finite points are not visible. A point at infinity has finite uv, the principal point, so depth is tested too.
+    Raises ValueError for other shapes.
     """
+    if uv.shape[-1:] != (2,) or uv.shape[:-1] != depth.shape:
+        raise ValueError(f"uv {tuple(uv.shape)} and depth {tuple(depth.shape)} must be (..., 2) and (...)")
     h, w = image_size
     u, v = uv.unbind(-1)
     return (depth > 0) & (depth < torch.inf) & (u >= -0.5) & (u <= w - 0.5) & (v >= -0.5) & (v <= h - 0.5)
@@ -83,8 +151,12 @@ def occluded_mask(uv: Tensor, depth: Tensor, depth_map: Tensor, view: Tensor, to
     """True if the depth map holds a surface more than `tolerance` metres in front of the point.
 
     uv (..., 2) in pixels of the depth map, depth (...), depth_map (I, Hd, Wd) in metres with 0 = unknown, view (...)
-    int64, the map of each point. Reads the nearest pixel; points outside the map are not occluded.
+    int64, the map of each point. Reads the nearest pixel; points outside the map are not occluded. Raises ValueError
+    for other shapes.
     """
+    if view.shape != depth.shape or depth_map.dim() != 3:
+        raise ValueError(f"depth {tuple(depth.shape)}, depth_map {tuple(depth_map.shape)}, view {tuple(view.shape)} "
+                         "must be (...), (I, Hd, Wd), (...)")
     h, w = depth_map.shape[-2:]
     inside = visible_mask(uv, depth, (h, w))
     u, v = uv.where(inside[..., None], 0).round().long().unbind(-1)  # W - 0.5 may round to W: hence the clamp
@@ -100,7 +172,9 @@ def bilinear_corners(uv: Tensor, image_size, grid_size):
 
     uv (..., 2) finite, image_size (H, W), grid_size (Hf, Wf) -> cell index (..., 4) int32 in row-major order, weight
     (..., 4). Positions beyond the outermost cell centres take the border (`grid_sample`'s padding_mode="border").
+    Raises ValueError for other shapes.
     """
+    check_shapes(uv=(uv, "... 2"))
     low, high, fraction = [], [], []
     for axis, size, cells in ((0, image_size[1], grid_size[1]), (1, image_size[0], grid_size[0])):
         x = ((uv[..., axis] + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
@@ -118,34 +192,73 @@ def weighted_rows(rows, index, weight):
     """rows (R, C), index (N, K) in [0, R], weight (N, K) -> sum over k of weight[:, k] * rows[index[:, k]], (N, C).
 
     Index R stands for no row, whatever its weight: 0 * NaN would be NaN. No (N, K, C) tensor is made.
+    Raises ValueError for other shapes.
     """
+    check_shapes(rows=(rows, "R C"), index=(index, "N K"), weight=(weight, "N K"))
     return F.embedding_bag(index, F.pad(rows, (0, 0, 0, 1)), mode="sum", per_sample_weights=weight,
                            padding_idx=len(rows))
 
 
 class WeightedRows(torch.autograd.Function):
-    """`weighted_rows` with a backward pass whose bags are the rows; on a CPU half the time of the built-in one."""
+    """`weighted_rows` with every derivative, also under torch.func; on a CPU backward takes half the built-in time."""
 
     @staticmethod
-    def forward(ctx, rows, index, weight):
-        ctx.save_for_backward(rows, index, weight)
+    def forward(rows, index, weight):
         return weighted_rows(rows, index, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad):
         rows, index, weight = ctx.saved_tensors
+        needs_rows, _, needs_weight = ctx.needs_input_grad
         grad_rows = grad_weight = None
-        if ctx.needs_input_grad[0]:
+        if torch.is_grad_enabled():  # a second derivative or a transform: operations that have derivatives themselves
+            rows, index = F.pad(rows, (0, 0, 0, 1)), index.long()
+            if needs_rows:
+                share = (weight[..., None] * grad[:, None]).flatten(0, 1)  # (N * K, C)
+                grad_rows = torch.zeros_like(rows).index_add(0, index.flatten(), share)[:-1]
+            if needs_weight:
+                grad_weight = (grad[:, None] * rows[index]).sum(-1)
+            return grad_rows, None, grad_weight
+        if needs_rows and grad.is_cuda:
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                grad_rows, = torch.autograd.grad(weighted_rows(rows, index, weight.detach()), rows, grad)
+        elif needs_rows:  # a bag per row
             entry, order = index.flatten().sort(stable=True)
             first = torch.searchsorted(entry, torch.arange(len(rows) + 1, dtype=entry.dtype, device=entry.device))
             order = order[:first[-1]]  # padding entries sort last
             grad_rows = F.embedding_bag(order // index.shape[1], grad, first, mode="sum", include_last_offset=True,
                                         per_sample_weights=weight.flatten()[order])
-        if ctx.needs_input_grad[2]:
+        if needs_weight:
             rows = F.pad(rows, (0, 0, 0, 1))
             grad_weight = torch.stack([(grad * rows[column]).sum(1) for column in index.unbind(1)], 1)
         return grad_rows, None, grad_weight
+
+    @staticmethod
+    def jvp(ctx, rows_tangent, _, weight_tangent):
+        rows, index, weight = ctx.saved_tensors
+        terms = []
+        if rows_tangent is not None:
+            terms.append(WeightedRows.apply(rows_tangent, index, weight))
+        if weight_tangent is not None:
+            terms.append(WeightedRows.apply(rows, index, weight_tangent))
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info, in_dims, rows, index, weight):
+        """All problems side by side as one: problem i reads the rows from i * R on."""
+        rows, index, weight = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+                               for x, dim in zip((rows, index, weight), in_dims))
+        i, r, _ = rows.shape
+        shift = r * torch.arange(i, device=index.device)[:, None, None]
+        index = (index + shift).where(index < r, i * r)  # (I, N, K)
+        output = WeightedRows.apply(rows.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1))
+        return output.unflatten(0, index.shape[:2]), 0
 
 
 def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
@@ -153,7 +266,10 @@ def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
 
     uv (N, V, 2) pixels of images of image_size (H, W), map_size (I, Hf, Wf), view (N, V) int64 in [0, I), visible
     (N, V) bool -> index (N, 4 V) int32, weight (N, 4 V). Entries without weight have the index one past the last cell.
+    Raises ValueError for other shapes and for a mask that is not bool.
     """
+    check_shapes(uv=(uv, "N V 2"), view=(view, "N V"), visible=(visible, "N V"))
+    check_mask("visible", visible)
     i, hf, wf = map_size
     index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))  # (N, V, 4)
     view_weight = visible / visible.sum(1, keepdim=True).clamp(min=1)  # (N, V)
@@ -167,7 +283,7 @@ def sample_cells(feature_map: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(feature_map.device.type, enabled=False):
         rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (I * Hf * Wf, C)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        function = weighted_rows if rows.is_cuda else WeightedRows.apply
+        function = weighted_rows if torch.compiler.is_compiling() else WeightedRows.apply  # what compiles has no jvp
         return function(rows, index, weight.to(rows.dtype))
 
 
@@ -178,7 +294,9 @@ def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visi
     (N, V) bool -> (N, C), in fp32 or the wider dtype of the map.
     A cell that no visible point touches has no influence, whatever it holds, and gets no gradient.
     """
+    check_shapes(feature_map=(feature_map, "I C Hf Wf"))
     i, _, hf, wf = feature_map.shape
+    check_ids("view", view, i)
     return sample_cells(feature_map, *view_cells(uv, image_size, (i, hf, wf), view, visible))
 
 
@@ -187,13 +305,14 @@ def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) 
 
     feature_map (B, C, Hf, Wf), uv (N, 2) in pixels of images of image_size (H, W), batch (N,) int64 -> (N, C).
     Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1; zero if uv is NaN.
-    Raises ValueError for other shapes.
+    Works under torch.func.grad, vmap and jvp, and has second derivatives. Raises ValueError for other shapes, and for
+    batch outside [0, B).
     """
-    n = len(uv)
-    if feature_map.dim() != 4 or tuple(uv.shape) != (n, 2) or tuple(batch.shape) != (n,):
-        raise ValueError(f"feature_map {tuple(feature_map.shape)}, uv {tuple(uv.shape)}, batch {tuple(batch.shape)} "
-                         "must be (B, C, Hf, Wf), (N, 2), (N,)")
-    return sample_views(feature_map, uv[:, None], image_size, batch[:, None], ~uv.isnan().any(1, keepdim=True))
+    check_shapes(feature_map=(feature_map, "B C Hf Wf"), uv=(uv, "N 2"), batch=(batch, "N"))
+    check_ids("batch", batch, len(feature_map))
+    visible = ~uv.isnan().any(1, keepdim=True)
+    b, _, hf, wf = feature_map.shape
+    return sample_cells(feature_map, *view_cells(uv[:, None], image_size, (b, hf, wf), batch[:, None], visible))
 
 
 # ---------------------------------------------------------------------------------------------- fusion
@@ -211,11 +330,10 @@ class FusionGate(nn.Module):
         """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
 
         If a point is not valid, fused is feat_3d bit-exact, alpha is 0, and feat_2d is not read and gets no gradient.
-        Raises ValueError for other shapes.
+        Raises ValueError for other shapes and for a mask that is not bool.
         """
-        if feat_3d.shape != feat_2d.shape or valid.shape != feat_3d.shape[:1]:
-            raise ValueError(f"feat_3d {tuple(feat_3d.shape)}, feat_2d {tuple(feat_2d.shape)}, valid "
-                             f"{tuple(valid.shape)} must be (N, C), (N, C), (N,)")
+        check_shapes(feat_3d=(feat_3d, "N C"), feat_2d=(feat_2d, "N C"), valid=(valid, "N"))
+        check_mask("valid", valid)
         feat_2d = feat_2d.where(valid[:, None], 0)
         # The first layer of self.gate on [feat_3d, feat_2d], without the copy that a concatenation makes
         weight_3d, weight_2d = self.gate[0].weight.split(self.dim, 1)
@@ -232,13 +350,16 @@ class BiFusionEncoder(nn.Module):
         and `project(tokens, pooled) -> spatial, global`.
     encoder_3d: any module `batch dict -> (N, dim_3d)`.
     gate: any module like `FusionGate(embed_dim)`, the default; alpha (N, 1) or (N, embed_dim).
+    camera_model: None for pinhole cameras. A function `points_cam (..., 3) -> uv (..., 2)`, in the pixels that
+        `intrinsics` would give, for all views, or a sequence of V functions, None for pinhole ones. It must return NaN
+        for directions that the lens does not see. A batch may bring its own as the field `camera_model`.
     depth_tolerance: metres by which a point may lie behind the depth map and still count as seen.
     dense_target: also give `clip_dense`, CLIP's own feature at every point, a target that no training can change.
         encoder_2d then needs `encode(images) -> tokens, pooled`, `project` and `project_dense(tokens)`.
     """
 
     def __init__(self, encoder_2d, encoder_3d, gate=None, dim_3d=96, embed_dim=256, depth_tolerance=0.05,
-                 dense_target=False):
+                 dense_target=False, camera_model=None):
         super().__init__()
         self.encoder_2d = encoder_2d
         self.encoder_3d = encoder_3d
@@ -248,6 +369,7 @@ class BiFusionEncoder(nn.Module):
             self.gate = FusionGate(embed_dim) if gate is None else gate
         self.depth_tolerance = depth_tolerance
         self.dense_target = dense_target
+        self.camera_model = camera_model
 
     def encode_images(self, batch):
         """Feature maps of the batch's B * V images, or of the raw features cached for them.
@@ -257,26 +379,35 @@ class BiFusionEncoder(nn.Module):
         encoder = self.encoder_2d
         tokens = None
         if "images" in batch:
-            images = batch["images"].flatten(0, 1)  # (B * V, 3, H, W)
+            images = present_views(batch, "images")  # (B * V, 3, H, W)
             image_size = images.shape[-2:]
             if not self.dense_target:
                 return *encoder(images), None, image_size
             tokens, pooled = encoder.encode(images)
         else:
             image_size = encoder.image_size
-            tokens = batch["clip_tokens"].flatten(0, 1)
-            pooled = batch["clip_pooled"].flatten(0, 1)
+            tokens = present_views(batch, "clip_tokens")
+            pooled = present_views(batch, "clip_pooled")
         dense = encoder.project_dense(tokens) if self.dense_target else None
         return *encoder.project(tokens, pooled), dense, image_size
 
     def project(self, batch, image_size):
-        """The batch's points in its views -> uv (N, V, 2), visible (N, V) bool, view (N, V) index into B * V."""
+        """The batch's points in its views -> uv (N, V, 2), visible (N, V) bool, view (N, V) index into B * V.
+
+        uv are pixels of images of image_size (H, W), whatever size the cameras refer to (`image_sizes`).
+        """
         owner = batch["batch"]
         v = batch["world2cam"].shape[1]
         view = owner[:, None] * v + torch.arange(v, device=owner.device)
         points_cam = transform_packed(batch["points"], batch["world2cam"], owner)
         uv, depth = project_packed(points_cam, batch["intrinsics"], owner)
+        uv = distort(uv, points_cam, batch.get("camera_model", self.camera_model))
+        if "image_sizes" in batch:
+            scale = uv.new_tensor(image_size) / batch["image_sizes"]  # (B, V, 2), of height and width
+            uv = (uv + 0.5) * scale.flip(-1)[owner] - 0.5
         visible = visible_mask(uv, depth, image_size)
+        if "view_valid" in batch:
+            visible &= batch["view_valid"][owner]
         if "depth" in batch:
             depth_uv, _ = project_packed(points_cam, batch["depth_intrinsics"], owner)
             visible &= ~occluded_mask(depth_uv, depth, batch["depth"].flatten(0, 1), view, self.depth_tolerance)
@@ -311,7 +442,10 @@ class BiFusionEncoder(nn.Module):
 
         Fields: points, coords (N, 3), features (N, F), batch (N,), images (B, V, 3, H, W) or clip_tokens
         (B, V, D, Hf, Wf) and clip_pooled (B, V, E), world2cam (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth
-        (B, V, Hd, Wd) and depth_intrinsics (B, V, 3, 3). Raises ValueError for others (`check_batch`).
+        (B, V, Hd, Wd) and depth_intrinsics (B, V, 3, 3) of a pinhole depth camera with the same pose, view_valid (B, V)
+        bool, false for a view that is not there, whatever its fields hold, image_sizes (B, V, 2), the (H, W) that each
+        view's intrinsics refer to if it is not that of the images, and camera_model. Raises ValueError for others
+        (`check_batch`).
         """
         check_batch(batch, self.encoder_2d is not None)
         feat_3d = self.proj_3d(self.encoder_3d(batch))  # (N, C)
@@ -326,13 +460,43 @@ class BiFusionEncoder(nn.Module):
         maps = [spatial] if dense is None else [spatial, dense]
         valid, (feat_2d, *target) = self.sample(batch, image_size, maps)
         fused, alpha = self.gate(feat_3d, feat_2d, valid)
-        views = batch["world2cam"].shape[:2]
-        return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global.unflatten(0, views).mean(1),
+        clip_global = clip_global.unflatten(0, batch["world2cam"].shape[:2])  # (B, V, C)
+        if "view_valid" in batch:
+            there = batch["view_valid"][..., None]
+            clip_global = clip_global.where(there, 0).sum(1) / there.sum(1).clamp(min=1)
+        else:
+            clip_global = clip_global.mean(1)
+        return {"feat_fusion": fused, "feat_3d": feat_3d, "clip_global": clip_global,
                 "clip_point": feat_2d, "clip_dense": target[0] if target else None, "valid": valid, "alpha": alpha}
 
 
+def present_views(batch, name):
+    """A field (B, V, ...) as (B * V, ...), 0 for views that are not there: their NaN would reach weight gradients."""
+    views = batch[name].flatten(0, 1)
+    if "view_valid" not in batch:
+        return views
+    there = batch["view_valid"].flatten()
+    return views.where(there.view(-1, *[1] * (views.dim() - 1)), 0)
+
+
+def distort(uv: Tensor, points_cam: Tensor, camera_model) -> Tensor:
+    """uv (N, V, 2) of pinhole cameras, points_cam (N, V, 3) -> uv with the views of other models in their places."""
+    if camera_model is None:
+        return uv
+    with torch.autocast(uv.device.type, enabled=False):
+        if callable(camera_model):
+            uv = camera_model(points_cam)
+        elif len(camera_model) != uv.shape[1]:
+            raise ValueError(f"camera_model has {len(camera_model)} entries for {uv.shape[1]} views")
+        else:
+            models = zip(camera_model, points_cam.unbind(1), uv.unbind(1))
+            uv = torch.stack([pinhole if model is None else model(points) for model, points, pinhole in models], 1)
+    check_shapes(**{"uv of camera_model": (uv, "N V 2"), "points_cam": (points_cam, "N V 3")})
+    return uv
+
+
 def check_batch(batch, with_images):
-    """Raises a ValueError that names the first missing or misshapen field of a batch."""
+    """Raises a ValueError that names the first missing or misshapen field of a batch, or one with impossible values."""
     def expect(name, shape):
         if name not in batch:
             raise ValueError(f"batch: field {name!r} {shape} is missing")
@@ -354,6 +518,18 @@ def check_batch(batch, with_images):
     else:
         expect("clip_tokens", (b, v, "D", "Hf", "Wf"))
         expect("clip_pooled", (b, v, "E"))
+    check_ids("batch: field 'batch'", batch["batch"], b)
+    there = torch.ones((), dtype=torch.bool, device=batch["batch"].device)
+    if "view_valid" in batch:
+        expect("view_valid", (b, v))
+        there = batch["view_valid"]
+        check_mask("batch: field 'view_valid'", there)
+    if "image_sizes" in batch:
+        expect("image_sizes", (b, v, 2))
     if "depth" in batch:
         expect("depth", (b, v, "Hd", "Wd"))
         expect("depth_intrinsics", (b, v, 3, 3))
+    for name, row in (("world2cam", "0 0 0 1"), ("intrinsics", "0 0 1"), ("depth_intrinsics", "0 0 1")):
+        if name in batch:
+            check_values((last_row_fits(batch[name]) | ~there).all(),
+                         f"batch: field {name!r} {tuple(batch[name].shape)} must have the last row {row}")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """fusion.py: pixels and points line up, sampling is grid_sample's, and nothing leaks into a point that no view sees."""
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fusion import (BiFusionEncoder, FusionGate, WeightedRows, apply_transform, bilinear_corners, check_batch,
-                    occluded_mask, project_packed, project_to_image, sample_cells, sample_features, sample_views,
-                    transform_packed, view_cells, visible_mask, weighted_rows)
+                    fold_projection, occluded_mask, project_packed, project_to_image, sample_cells, sample_features,
+                    sample_views, transform_packed, view_cells, visible_mask, weighted_rows)
 
 SIZE = (480, 640)
 GRIDS = [(14, 14), (30, 40), (37, 51)]
@@ -123,6 +125,36 @@ def test_autocast_and_fast_matmul_do_not_degrade_projection(dtype):
             assert all(map(torch.equal, project(), expected))
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def test_a_projection_with_a_fourth_column_is_folded_exactly():
+    """KITTI's colour camera 2, whose fourth column moves pixels by 44.857 / z."""
+    projection = torch.tensor([[721.5377, 0, 609.5593, 44.85728], [0, 721.5377, 172.854, 0.2163791],
+                               [0, 0, 1, 0.002745884]], dtype=torch.float64)
+    points, world2cam = cloud(300).double(), torch.stack([pose(1), pose(2)]).double()
+    intrinsics, folded = fold_projection(projection.expand(2, 3, 4), world2cam)
+    for i in range(2):
+        homogeneous = np.c_[points.numpy(), np.ones(300)] @ (projection @ world2cam[i]).numpy().T
+        uv, depth = project_to_image(apply_transform(points, folded[i]), intrinsics[i])
+        np.testing.assert_allclose(uv.numpy(), homogeneous[:, :2] / homogeneous[:, 2:], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(depth.numpy(), homogeneous[:, 2], rtol=1e-12)
+
+
+def test_float64_projects_a_world_far_from_the_origin_and_float32_does_not():
+    """UTM: 5e5 m east, 5e6 m north. What docs/cameras.md says about precision."""
+    offset = torch.tensor([5e5, 5e6, 100.0], dtype=torch.float64)
+    points, world2cam, batch = cloud(500).double(), pose(1).double(), torch.zeros(500, dtype=torch.long)
+    far = world2cam.clone()
+    far[:3, 3] -= far[:3, :3] @ offset
+    expected, _ = project_to_image(apply_transform(points, world2cam), K.double())
+
+    def error(points, matrix, intrinsics):
+        uv, _ = project_packed(transform_packed(points, matrix[None, None], batch), intrinsics[None, None], batch)
+        return (uv[:, 0] - expected).abs().max().item()
+
+    assert error(points.float(), world2cam.float(), K) < 1e-3
+    assert error(points + offset, far, K.double()) < 1e-5  # float64 resolves 1 nm there
+    assert error(points + offset, far.float(), K) > 10 < error((points + offset).float(), far, K)
 
 
 # ---------------------------------------------------------------------------------------------- visibility
@@ -326,6 +358,73 @@ def test_half_precision_maps_are_sampled_in_fp32(dtype):
     maps, uv, batch = torch.randn(1, 3, 30, 40).to(dtype), torch.rand(50, 2) * 480, torch.zeros(50, dtype=torch.long)
     out = sample_features(maps, uv, SIZE, batch)
     assert out.dtype == torch.float32 and torch.equal(out, sample_features(maps.float(), uv, SIZE, batch))
+
+
+# ---------------------------------------------------------------------------------------------- transforms
+
+
+def energies():
+    """The squared features of 6 points of 2 scenes as a function of map, uv and batch: sample_features, grid_sample."""
+    def theirs(feature_map, uv, batch):
+        grid = 2 * (uv + 0.5) / uv.new_tensor([50.0, 40.0]) - 1
+        sampled = F.grid_sample(feature_map, grid[None, None].expand(2, 1, 6, 2), align_corners=False,
+                                padding_mode="border")[:, :, 0]
+        return sampled.permute(0, 2, 1)[batch, torch.arange(6)].square().sum()
+    return lambda feature_map, uv, batch: sample_features(feature_map, uv, (40, 50), batch).square().sum(), theirs
+
+
+def problems(n):
+    """n problems for `energies`."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(n, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    uv = torch.rand(n, 6, 2, generator=generator, dtype=torch.float64) * 40
+    return maps, uv, torch.randint(2, (n, 6), generator=generator)
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)], ids=str)
+def test_sampling_under_vmap_and_vmap_of_grad_equals_a_loop(dims):
+    ours, theirs = energies()
+    inputs = problems(3)
+    mapped = tuple(x if dim == 0 else x[0] for x, dim in zip(inputs, dims))
+    singles = [tuple(x[i] if dim == 0 else x[0] for x, dim in zip(inputs, dims)) for i in range(3)]
+    torch.testing.assert_close(torch.func.vmap(ours, dims)(*mapped), torch.stack([theirs(*x) for x in singles]))
+    gradients = torch.func.vmap(torch.func.grad(ours, (0, 1)), dims)(*mapped)
+    for part in (0, 1):
+        expected = torch.stack([torch.func.grad(theirs, (0, 1))(*x)[part] for x in singles])
+        torch.testing.assert_close(gradients[part], expected)
+
+
+def test_sampling_has_forward_second_and_batched_derivatives():
+    maps, uv, batch = (x[0] for x in problems(1))
+    ours, theirs = (lambda f, x, energy=energy: energy(f, x, batch) for energy in energies())
+    tangents = torch.randn_like(maps), torch.randn_like(uv)
+    slope = sum((g * t).sum() for g, t in zip(torch.func.grad(theirs, (0, 1))(maps, uv), tangents))
+    torch.testing.assert_close(torch.func.jvp(ours, (maps, uv), tangents), (theirs(maps, uv), slope))
+    reverse = torch.func.jacrev(torch.func.grad(theirs, (0, 1)), (0, 1))(maps, uv)
+    torch.testing.assert_close(torch.func.hessian(ours, (0, 1))(maps, uv), reverse)  # forward over reverse
+    inputs = maps.requires_grad_(), uv.requires_grad_()
+
+    def features(feature_map, uv):
+        return sample_features(feature_map, uv, (40, 50), batch)
+    assert torch.autograd.gradcheck(features, inputs, check_forward_ad=True, check_batched_grad=True,
+                                    check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(features, inputs)
+
+
+class Sampler(nn.Module):
+    def forward(self, feature_map, uv, batch):
+        return sample_features(feature_map, uv, (40, 50), batch)
+
+
+def test_sampling_compiles_without_a_break_and_exports_for_any_number_of_points():
+    maps, uv, batch = (x[0] for x in problems(1))
+    maps.requires_grad_()
+    expected, = torch.autograd.grad(Sampler()(maps, uv, batch).square().sum(), maps)
+    compiled = torch.compile(Sampler(), fullgraph=True, backend="eager")(maps, uv, batch)
+    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), maps)[0], expected)
+    n = torch.export.Dim("n", min=2, max=1000)
+    exported = torch.export.export(Sampler(), (maps, uv, batch), dynamic_shapes=(None, {0: n}, {0: n})).module()
+    torch.testing.assert_close(exported(maps, uv[:4], batch[:4]), Sampler()(maps, uv[:4], batch[:4]))
 
 
 # ---------------------------------------------------------------------------------------------- gate
@@ -616,6 +715,170 @@ def test_the_dense_target_cannot_be_trained_and_the_sampled_feature_can():
     assert torch.equal(plain["feat_fusion"], dense["feat_fusion"])
 
 
+# ---------------------------------------------------------------------------------------------- cameras of all kinds
+
+
+class PixelTower(nn.Module):
+    """Every cell of the feature map holds the pixel of its centre, in images of 60 x 90 for whatever camera."""
+
+    def forward(self, images):
+        spatial = centre_map((60, 90), (60, 90), torch.float32).expand(len(images), 2, 60, 90)
+        return spatial + 0 * images[:, :2], images.mean((2, 3))[:, :2]
+
+
+def six_cameras():
+    """A scene of 400 points and six cameras around it: 1296 x 968, but 640 x 480 for 3 to 5, of which 3 is a fisheye
+    and 4 is absent, with NaN in all of its fields. Images are 90 x 60."""
+    points = cloud(400) - torch.tensor([0.0, 0.0, 3.0])  # about the origin
+    world2cam = torch.stack([pose(i, 0.1) for i in range(6)])
+    for i in range(6):
+        c, s = math.cos(i * math.pi / 3), math.sin(i * math.pi / 3)
+        turn = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]])
+        world2cam[i] = world2cam[i] @ turn
+        world2cam[i, 2, 3] += 2.0
+    sizes = torch.tensor([[968, 1296]] * 3 + [[480, 640]] * 3)
+    intrinsics = torch.stack([torch.tensor([[0.6 * w, 0, 0.51 * w], [0, 0.62 * w, 0.48 * h], [0, 0, 1]])
+                              for h, w in sizes.tolist()])
+    scene = {"points": points, "coords": points, "features": points, "batch": torch.zeros(400, dtype=torch.long),
+             "images": torch.rand(1, 6, 3, 60, 90), "world2cam": world2cam[None], "intrinsics": intrinsics[None],
+             "image_sizes": sizes[None], "view_valid": torch.tensor([[True] * 4 + [False, True]])}
+    for name in ("images", "world2cam", "intrinsics"):
+        scene[name][0, 4] = math.nan
+    return scene
+
+
+FISHEYE = (260.0, 262.0, 318.0, 236.0), (0.05, -0.01, 0.004, -0.0006)  # fx fy cx cy, k1 to k4 of Kannala and Brandt
+
+
+def numpy_projection(scene, view):
+    """Where the points lie in a view of `six_cameras`, in pixels of the 90 x 60 image: uv (400, 2) and whether seen."""
+    h, w = scene["image_sizes"][0, view].numpy()
+    matrix, (x, y, z) = scene["world2cam"][0, view].double().numpy(), np.zeros((3, 400))
+    x, y, z = matrix[:3, :3] @ scene["points"].double().numpy().T + matrix[:3, 3:]
+    if view == 3:
+        (fx, fy, cx, cy), k = FISHEYE
+        theta, phi = np.arccos(z / np.sqrt(x * x + y * y + z * z)), np.arctan2(y, x)
+        radius = theta * np.polyval([*k[::-1], 1], theta ** 2)
+        u, v = fx * radius * np.cos(phi) + cx, fy * radius * np.sin(phi) + cy
+    else:
+        u, v, _ = scene["intrinsics"][0, view].double().numpy() @ (x, y, z) / z
+    seen = (z > 0) & (u >= -0.5) & (u <= w - 0.5) & (v >= -0.5) & (v <= h - 0.5)
+    return np.stack([(u + 0.5) * 90 / w - 0.5, (v + 0.5) * 60 / h - 0.5], 1), seen
+
+
+def documented():
+    """What the Python blocks of docs/cameras.md define."""
+    text = (Path(__file__).parent.parent / "docs" / "cameras.md").read_text()
+    names = {}
+    for block in re.findall("```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def pixel_model(**options):
+    torch.manual_seed(0)
+    net = BiFusionEncoder(PixelTower(), Points(), dim_3d=12, embed_dim=2, **options)
+    net.norm_2d = nn.Identity()
+    return net
+
+
+def test_six_cameras_of_two_sizes_one_absent_and_one_fisheye_paint_as_numpy_does():
+    scene = six_cameras()
+    (fx, fy, cx, cy), k = FISHEYE
+    fisheye = documented()["kannala_brandt"](fx, fy, cx, cy, k, max_angle=math.radians(95))
+    net = pixel_model(camera_model=[None, None, None, fisheye, None, None])
+    out, (uv, visible, _) = net(scene), net.project(scene, (60, 90))
+    total, count, inner = np.zeros((400, 2)), np.zeros(400), np.ones(400, bool)
+    for view in (0, 1, 2, 3, 5):
+        expected, seen = numpy_projection(scene, view)
+        assert 50 < seen.sum() < 400 and np.array_equal(visible[:, view].numpy(), seen), view
+        assert np.abs(uv[:, view].numpy() - expected)[seen].max() < 1e-3
+        total[seen] += expected[seen]
+        count += seen
+        inner &= ~seen | ((expected >= 0) & (expected <= (89, 59))).all(1)
+    assert not visible[:, 4].any() and np.array_equal(out["valid"].numpy(), count > 0)
+    painted = out["clip_point"].detach().numpy()[inner & (count > 0)]
+    assert len(painted) > 100 and np.abs(painted - (total / count[:, None])[inner & (count > 0)]).max() < 1e-3
+    expected = scene["images"][0, [0, 1, 2, 3, 5], :2].mean((0, 2, 3))
+    torch.testing.assert_close(out["clip_global"][0], expected)
+    own = net({**scene, "camera_model": net.camera_model})
+    assert torch.equal(own["clip_point"], out["clip_point"])  # handed in with the batch
+
+
+def test_resized_intrinsics_say_the_same_as_the_sizes_of_the_cameras():
+    scene, net = six_cameras(), pixel_model()
+    resized = {name: x.clone() for name, x in scene.items() if name != "image_sizes"}
+    scale = torch.tensor([60, 90]) / scene["image_sizes"][0]  # (6, 2)
+    resized["intrinsics"][0, :, :2] *= scale.flip(1)[..., None]
+    resized["intrinsics"][0, :, :2, 2] += 0.5 * scale.flip(1) - 0.5
+    torch.testing.assert_close(net(resized)["clip_point"], net(scene)["clip_point"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("dense_target", [False, True])
+def test_an_absent_view_is_as_if_it_had_not_been_given_whatever_it_holds(cached, dense_target):
+    net, scenes = model(dense_target=dense_target).train(), collate([sample(40, v=3, seed=1), sample(30, v=3, seed=2)])
+    if cached:
+        tokens, pooled = net.encoder_2d.encode(scenes.pop("images").flatten(0, 1))
+        scenes["clip_tokens"], scenes["clip_pooled"] = (x.unflatten(0, (2, 3)) for x in (tokens, pooled))
+    per_view = {"images", "clip_tokens", "clip_pooled", "world2cam", "intrinsics", "depth", "depth_intrinsics"}
+    fewer = {name: x[:, :2] if name in per_view else x for name, x in scenes.items()}
+    absent = {name: x.clone() for name, x in scenes.items()}
+    for name in per_view & set(absent):
+        absent[name][:, 2] = math.nan
+    absent["view_valid"] = torch.tensor([[True, True, False]] * 2)
+    results = []
+    for batch in (fewer, absent):
+        out = net(batch)
+        loss = sum(x.square().sum() for x in (out["feat_fusion"], out["clip_global"]))
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        results.append((*(out[name] for name in sorted(OUTPUTS) if out[name] is not None),
+                        *torch.autograd.grad(loss, parameters, allow_unused=True)))
+    assert results[0][-1] is not None
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_views_that_are_all_there_change_nothing_and_a_scene_without_any_has_a_global_feature_of_zero():
+    net, scenes = model(), collate([sample(40, seed=1), sample(30, seed=2)])
+    out = net(scenes)
+    all_there = net({**scenes, "view_valid": torch.ones(2, 2, dtype=torch.bool)})
+    assert torch.equal(out["feat_fusion"], all_there["feat_fusion"])
+    torch.testing.assert_close(out["clip_global"], all_there["clip_global"])
+    one = net({**scenes, "view_valid": torch.tensor([[False, False], [True, True]])})
+    assert not one["clip_global"][0].any() and not one["valid"][:40].any() and one["valid"][40:].any()
+    assert torch.equal(one["feat_fusion"][:40], one["feat_3d"][:40])
+
+
+@pytest.mark.parametrize("camera_model", [lambda points: points, [None], [None, None, None]])
+def test_a_camera_model_of_another_shape_is_refused(camera_model):
+    with pytest.raises(ValueError, match="camera_model"):
+        model(camera_model=camera_model)(sample(5))
+
+
+class Whole(nn.Module):
+    """A BiFusionEncoder with its criterion."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = model()
+
+    def forward(self, batch):
+        out = self.encoder(batch)
+        return out["feat_fusion"], out["clip_global"], out["valid"]
+
+
+def test_the_whole_encoder_compiles_without_a_break_and_exports():
+    net, scene = Whole(), collate([sample(30, seed=1), sample(20, seed=2)])
+    expected = net(scene)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")(scene)
+    exported = torch.export.export(net, (scene,)).module()(scene)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(exported, expected)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
 @pytest.mark.parametrize("name, points", [
     ("no point", torch.zeros(0, 3)), ("one point", torch.tensor([[0.0, 0, 2]])),
     ("all behind", torch.tensor([[0.0, 0, -2], [1, 1, -3]])), ("at the centre", torch.zeros(2, 3)),
@@ -687,7 +950,19 @@ REFUSED = [  # function, shapes of its arguments
         ((2, 3, 4), (5, 2), (5,)), ((2, 3, 4, 4), (5, 3), (5,)), ((2, 3, 4, 4), (5, 2), (4,)),
         ((2, 3, 4, 4), (1, 5, 2), (1,)))),
     *((lambda feat_3d, feat_2d, valid: FusionGate(8)(feat_3d, feat_2d, valid > 0), shapes) for shapes in (
-        ((4, 8), (4, 7), (4,)), ((4, 8), (3, 8), (4,)), ((4, 8), (4, 8), (4, 1)), ((4, 8), (4, 8), (3,))))]
+        ((4, 8), (4, 7), (4,)), ((4, 8), (3, 8), (4,)), ((4, 8), (4, 8), (4, 1)), ((4, 8), (4, 8), (3,)))),
+    *((transform_packed, shapes) for shapes in (
+        ((5, 3), (4, 4), (5,)), ((5, 3), (1, 2, 3, 4), (5,)), ((5, 4), (1, 2, 4, 4), (5,)),
+        ((5, 3), (1, 2, 4, 4), (6,)))),
+    *((project_packed, shapes) for shapes in (
+        ((5, 3), (1, 2, 3, 3), (5,)), ((5, 2, 3), (1, 2, 3, 4), (5,)), ((5, 2, 3), (1, 2, 4, 4), (5,)),
+        ((5, 2, 3), (1, 3, 3, 3), (5,)))),
+    *((fold_projection, shapes) for shapes in (((3, 3), (4, 4)), ((4, 4), (4, 4)), ((3, 4), (3, 4)))),
+    (lambda uv, depth: visible_mask(uv, depth, SIZE), ((5, 2), (4,))),
+    (lambda depth, depth_map, view: occluded_mask(torch.zeros(5, 2), depth, depth_map, view), ((5,), (4, 4), (5,))),
+    (lambda uv: bilinear_corners(uv, SIZE, (4, 4)), ((5, 3),)),
+    (weighted_rows, ((5, 3), (4, 2), (4, 3))),
+    (lambda uv, view, visible: view_cells(uv, SIZE, (2, 4, 4), view, visible), ((5, 2), (5, 1), (5, 1)))]
 
 
 @pytest.mark.parametrize("function, shapes", REFUSED, ids=str)
@@ -695,3 +970,42 @@ def test_misshapen_arguments_are_refused_with_their_shapes(function, shapes):
     with pytest.raises(ValueError) as error:
         function(*map(torch.zeros, shapes))
     assert all(str(shape) in str(error.value) for shape in shapes)
+
+
+def last_row(n, *values):
+    matrix = torch.eye(n)
+    matrix[-1, -len(values):] = torch.tensor(values)
+    return matrix
+
+
+POINTS, IDS, MAPS = torch.zeros(2, 3), torch.tensor([0, 2]), torch.zeros(2, 3, 4, 4)
+BAD_VALUES = [  # call, what the message must hold
+    (lambda: apply_transform(POINTS, pose(1).T), r"matrix \(4, 4\) must have the last row 0 0 0 1"),
+    (lambda: apply_transform(POINTS, last_row(4, 2.0)), "last row 0 0 0 1"),
+    (lambda: project_to_image(POINTS, K.T), r"intrinsics \(3, 3\) must have the last row 0 0 1"),
+    (lambda: fold_projection(torch.zeros(3, 4), torch.eye(4)), r"projection \(3, 4\) must have the third row 0 0 1 t"),
+    (lambda: fold_projection(torch.eye(4)[:3], pose(1).T), r"world2cam \(4, 4\) must have the last row 0 0 0 1"),
+    (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS), r"batch \(2,\) must lie in \[0, 2\)"),
+    (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, -IDS), r"batch \(2,\) must lie in \[0, 2\)"),
+    (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS.float()), "batch must be int64, got torch.float32"),
+    (lambda: sample_views(MAPS, torch.zeros(2, 1, 2), SIZE, IDS[:, None], IDS[:, None] > 0), r"view \(2, 1\) must lie"),
+    (lambda: sample_views(MAPS, torch.zeros(2, 1, 2), SIZE, 0 * IDS[:, None], IDS[:, None]), "visible must be bool"),
+    (lambda: FusionGate(3)(POINTS, POINTS, torch.ones(2)), "valid must be bool, got torch.float32"),
+    *((lambda change=change: model()({**sample(5), **change}), message) for change, message in (
+        ({"batch": torch.ones(5).long()}, r"field 'batch' \(5,\) must lie in \[0, 1\)"),
+        ({"batch": torch.zeros(5)}, "field 'batch' must be int64"),
+        ({"view_valid": torch.ones(1, 2)}, "field 'view_valid' must be bool"),
+        ({"view_valid": torch.ones(2, 1) > 0}, r"'view_valid' must be \(1, 2\), got \(2, 1\)"),
+        ({"image_sizes": torch.ones(1, 2)}, r"'image_sizes' must be \(1, 2, 2\), got \(1, 2\)"),
+        ({"world2cam": pose(1).T.expand(1, 2, 4, 4)}, r"'world2cam' \(1, 2, 4, 4\) must have the last row 0 0 0 1"),
+        ({"intrinsics": K.T.expand(1, 2, 3, 3)}, r"'intrinsics' \(1, 2, 3, 3\) must have the last row 0 0 1"),
+        ({"depth_intrinsics": K.T.expand(1, 2, 3, 3)}, r"'depth_intrinsics' \(1, 2, 3, 3\) must have"),
+        ({"world2cam": torch.zeros(1, 2, 3, 4)}, r"'world2cam' .* got \(1, 2, 3, 4\)"),
+        ({"intrinsics": torch.zeros(1, 2, 4, 4)}, r"'intrinsics' must be \(1, 2, 3, 3\), got \(1, 2, 4, 4\)"),
+        ({"intrinsics": torch.zeros(1, 2, 3, 4)}, r"'intrinsics' must be \(1, 2, 3, 3\), got \(1, 2, 3, 4\)")))]
+
+
+@pytest.mark.parametrize("call, message", BAD_VALUES, ids=[str(i) for i in range(len(BAD_VALUES))])
+def test_values_that_cannot_be_right_are_refused_with_field_and_shape(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
