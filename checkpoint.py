@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 FIELDS = {"class_names": list, "config": dict, "model": dict, "clip_fingerprint": (str, type(None)), "optimizer": dict,
-          "scaler": dict, "epoch": int, "step": int, "skipped_steps": int, "bad_steps": int, "best": float,
-          "warnings": list}
+          "scaler": dict, "epoch": int, "next_step": int, "step": int, "global_batch": int, "next_lr": float, "best": float,
+          "skipped_steps": int, "bad_steps": int, "warnings": list}
 # a step that was not finite, saved to be run again
 STEP_FIELDS = {"class_names": list, "config": dict, "model": dict, "clip_fingerprint": (str, type(None)), "batch": dict,
                "weights": dict, "scale": float, "epoch": int, "step": int, "findings": list}

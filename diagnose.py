@@ -74,10 +74,10 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
 
 def grouped(terms):
-    """Terms summed by the first word of their name: instance_class, instance_bce, ... -> instance."""
+    """Loss terms with those of the instance criterion (instance_class, instance_bce, ...) summed to one, instance."""
     groups = defaultdict(list)
     for name, term in terms.items():
-        groups[name.partition("_")[0]].append(term)
+        groups["instance" if name.startswith("instance_") else name].append(term)
     return {name: sum(group) for name, group in groups.items()}
 
 
@@ -92,6 +92,8 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
     fused = out["feat_fusion"]
     grads = {}
     for name, term in terms.items():
+        if not term.requires_grad:
+            continue
         grad, = torch.autograd.grad(term * scale, fused, retain_graph=True, materialize_grads=True)
         grads[name] = grad.flatten().float() / scale
     total = sum(grads.values())
@@ -181,7 +183,9 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for term, value in terms.items():
-        grads = torch.autograd.grad(value * scale, list(parameters.values()), retain_graph=True, allow_unused=True)
+        grads = []
+        if value.requires_grad:
+            grads = torch.autograd.grad(value * scale, list(parameters.values()), retain_graph=True, allow_unused=True)
         bad = [name for name, grad in zip(parameters, grads) if not is_finite(grad)]
         if not value.isfinite():
             findings.append(f"loss: {term} is {value.item()}")
@@ -217,11 +221,13 @@ class NonFiniteGuard:
 
     def begin_step(self):
         """Remembers the running statistics, so that a skipped step leaves no trace."""
-        torch._foreach_copy_(self.statistics_before, self.statistics)
+        for before, now in zip(self.statistics_before, self.statistics):
+            before.copy_(now)
 
     def skip_step(self):
         """Puts the running statistics back."""
-        torch._foreach_copy_(self.statistics, self.statistics_before)
+        for before, now in zip(self.statistics_before, self.statistics):
+            now.copy_(before)
 
     def good_step(self):
         self.bad_in_a_row = 0

@@ -17,6 +17,7 @@ when a process has no rows. The caller's part: the output of every norm must rea
 process has nothing to learn from, so that the backward pass of every norm runs on every process.
 """
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -57,6 +58,12 @@ def setup(device=None, timeout=1800.0):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout),
                                 device_id=device if cuda else None)
     return rank, world_size, device
+
+
+def leave_processes():
+    """Takes this process out of the group that `setup` joined; without a group it does nothing."""
+    if _world_size() > 1:
+        dist.destroy_process_group()
 
 
 def _world_size():
@@ -120,6 +127,56 @@ def gather_objects(value, world_size):
     values = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Signals
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
+class StopRequest:
+    """A request to stop, made by a signal.
+
+    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary files. Afterwards
+    the first one is only remembered in `signum`, for the training loop to save and leave, and the second one ends the
+    process at once. The exit status is 128 + the number of the signal.
+    """
+
+    def __init__(self):
+        self.signum = 0
+        self.armed = False
+
+    def install(self):
+        """Begins to listen; only a main thread may. Returns itself."""
+        for name in STOP_SIGNALS:
+            signal.signal(getattr(signal, name), self.receive)
+        return self
+
+    def receive(self, signum, frame):
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+        if not self.armed:
+            raise SystemExit(128 + signum)
+
+
+WORKER_GRACE = 30  # seconds
+
+
+def survive_first_signal(worker_id):
+    """worker_init_fn of a DataLoader: workers outlive a signal that asks the run to stop by WORKER_GRACE seconds.
+
+    Schedulers and terminals signal every process of a job. If the workers ended at once, the training process could not
+    finish its step.
+    """
+    def receive(signum, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(WORKER_GRACE)
+
+    signal.signal(signal.SIGTERM, receive)
+    for name in STOP_SIGNALS[1:]:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------------

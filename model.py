@@ -8,9 +8,11 @@
 makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another backbone or gate is one line
 of `build_model`.
 
-Imports torch and its parts: checkpoint, decoder, encoder, fusion, sparse_unet.
+Imports torch, and its siblings checkpoint, decoder, encoder, fusion, sparse_unet.
 """
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -82,12 +84,13 @@ def build_model(config, num_classes, instances, encoder_2d):
     config: the options of train.py as a dict. instances: whether it has an instance decoder. encoder_2d: see
     `build_encoder_2d`.
     """
-    full = config["backbone"] == "res16unet34c"
-    encoder_3d = PointEncoder(config["voxel_size"], **({} if full else SMALL))
-    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=config["depth_tolerance"])  # gate=MyGate(256)
+    is_res34 = config["backbone"] == "res16unet34c"
+    encoder_3d = PointEncoder(config["voxel_size"], **({} if is_res34 else SMALL))
+    # another gate: pass gate=MyGate(256); another backbone: pass it as encoder_3d, with dim_3d= if it is not 96 wide
+    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=config["depth_tolerance"])
     decoder = None
     if instances:
-        decoder = InstanceDecoder(256, num_classes, **({} if full else dict(embed_dim=128, ffn=512)))
+        decoder = InstanceDecoder(256, num_classes, **({} if is_res34 else dict(embed_dim=128, ffn=512)))
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
@@ -114,6 +117,17 @@ def to_device(batch, device):
     """A batch with its tensors on a device."""
     return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for key, value in batch.items()}
+
+
+def run_command(main):
+    """Runs a script's `main`: what a user can mend is one line on stderr and exit status 2; --debug shows a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 
 def compile_parts(model):

@@ -22,12 +22,12 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from cache import FeatureCache, Store, SuperpointCache
@@ -35,11 +35,11 @@ from checkpoint import read_checkpoint, restore, write_atomically
 from data import PointDataset, SceneDataset, check_frames, collate
 from decoder import scene_instances
 from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
-from distributed import (average_buffers, average_gradients, gather_objects, setup, synchronize_batch_norm,
-                         world_mean)
+from distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
+                         survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight, instance_targets)
-from model import build_encoder_2d, build_model, compile_parts, to_device
+from model import build_encoder_2d, build_model, compile_parts, run_command, to_device
 from predict import evaluate, format_metrics, paint_instances
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib, visualizations
@@ -104,7 +104,7 @@ def build_parser():
     g.add_argument("--label-map", help="scannetv2-labels.combined.tsv, if the class list holds that table's ids "
                    "(ScanNet200); only with --scans")
     g.add_argument("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
-    g.add_argument("--val-split", help="likewise")
+    g.add_argument("--val-split", help="the same for validation")
     g.add_argument("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every "
                    "8 of them")
     g.add_argument("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
@@ -113,16 +113,19 @@ def build_parser():
     g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples "
                    "of its patch size")
     g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
-    g.add_argument("--no-augment", action="store_true", help="no 3D augmentation")
+    g.add_argument("--no-augment", action="store_true", help="the same points, coordinates and colours in every "
+                   "epoch")
     g.add_argument("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for instances; 0: "
                    "cubes of 4 voxels stand in for them")
     g.add_argument("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute them "
                    "every time")
     g.add_argument("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the loop")
+    g.add_argument("--worker-timeout", type=nonnegative_int, default=600, help="seconds without a batch after which the "
+                   "run ends; 0: wait for ever")
 
     g = parser.add_argument_group("model")
     g.add_argument("--backbone", choices=("small", "res16unet34c"), default="small", help="the 3D encoder")
-    g.add_argument("--voxel-size", type=positive_float, default=0.08, help="metres")
+    g.add_argument("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="metres")
     g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained Res16UNet34C weights (ESAM, Mask3D)")
     g.add_argument("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
     g.add_argument("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
@@ -139,10 +142,10 @@ def build_parser():
     g.add_argument("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, and 0.5 "
                    "with --no-clip")
     g.add_argument("--instance-weight", type=positive_float, default=1.0, help="weight of the instance loss")
-    g.add_argument("--clip-warmup", type=list_of(int), default=(10, 20), help="epochs after which the weight of the "
-                   "CLIP loss changes; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
-    g.add_argument("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="its weights "
-                   "before, between and after those epochs")
+    g.add_argument("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
+                   "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
+    g.add_argument("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="the weights: "
+                   "0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
     g.add_argument("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see "
                    "docs/losses.md")
     g.add_argument("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP "
@@ -172,13 +175,20 @@ def build_parser():
     g.add_argument("--runs", default="runs", help="folder that TensorBoard watches")
     g.add_argument("--name", help="name of the run; not given: bifusion or baseline")
     g.add_argument("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
-    g.add_argument("--eval-every", type=positive_int, default=5, help="epochs between evaluations, each of which writes "
-                   "last.pt")
+    g.add_argument("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is written at "
+                   "the best of them")
+    g.add_argument("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between writings "
+                   "of last.pt; 0: once per epoch")
     g.add_argument("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between entries "
                    "under diagnose/, see docs/diagnostics.md; 0: none")
     g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are given")
     g.add_argument("--eval", metavar="CHECKPOINT", help="score only")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+# what a checkpoint does not carry over: where things are written, and what was asked of this one start
+NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "device", "debug")
 
 
 def parse_args(argv=None, defaults=None):
@@ -186,15 +196,13 @@ def parse_args(argv=None, defaults=None):
     parser = build_parser()
     if defaults is not None:
         own = {key: tuple(value) if isinstance(value, list) else value for key, value in defaults.items()}
-        parser.set_defaults(**{key: own[key] for key in own if key not in ("resume", "eval", "device")})
+        parser.set_defaults(**own)
     args = parser.parse_args(argv)
 
     if args.resume and args.eval:
         parser.error("--resume and --eval exclude each other")
     if args.data == "rooms" and args.scans:
         parser.error("--scans holds only points: give --data, the folder of their frames, too")
-    if args.data != "rooms" and not (args.train_split and args.val_split):
-        parser.error(f"--data {args.data} needs --train-split FILE and --val-split FILE")
     if args.label_map and not args.scans:
         parser.error("--label-map belongs to --scans: label images already hold that table's ids")
     if args.init_3d and args.backbone != "res16unet34c":
@@ -222,8 +230,10 @@ def parse_args(argv=None, defaults=None):
 
 
 def build_datasets(args):
-    """Training and validation set, class names, and whether instances are trained. A data set is one line here."""
+    """Training and validation set, class names, and whether instances are trained. A data set is one branch here."""
     splits = (args.train_split, args.val_split)
+    if args.data != "rooms" and None in splits:
+        raise ValueError(f"--data {args.data} needs --train-split FILE and --val-split FILE")
     scans = None
     if args.data == "rooms":
         frames = [RoomFrames("train", args.rooms, args.frames_per_room),
@@ -241,12 +251,12 @@ def build_datasets(args):
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
                    color=not args.no_color, images=not args.no_clip, seed=args.seed,
-                   voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation: coarse voxels make no object larger
+                   voxel_size=min(args.voxel_size, 0.02))  # unit of elastic augmentation: coarse voxels do not stretch it
     augment = (not args.no_augment, False)
     if scans:
         sets = [SceneDataset(*source, augment=a, **options) for *source, a in zip(scans, frames, augment)]
         return *sets, scans[0].class_names, not args.no_instances
-    instances = not args.no_instances and all(part[0]["instance"] is not None for part in frames)
+    instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
     if instances and args.superpoints:
         folder = None if args.cache == "none" else args.cache
         options["superpoints"] = SuperpointCache(folder, Oversegmentation(args.superpoints),
@@ -274,29 +284,50 @@ def read_every_frame(datasets, args, rank, world_size):
     for dataset in datasets:
         labelled = check_frames(dataset, store, rank, world_size, args.workers)
         if sum(gather_objects(labelled, world_size)) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples from {dataset.frames.names[0]} on "
-                             "has a label of the class list")
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
+                             "list")
 
 
-def open_tower(args, log_warning):
+def open_tower(args, config, log_warning):
     """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot be had."""
     try:
-        return build_encoder_2d(vars(args))
+        encoder_2d = build_encoder_2d(config)
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise
         log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
                     "colours and textures but no meaning: good for trying things out, not for results.")
-    args.clip_pretrained = "none"  # what the checkpoint will say
-    return build_encoder_2d(vars(args))
+        config["clip_pretrained"] = "none"  # what the checkpoint will say
+        encoder_2d = build_encoder_2d(config)
+    if encoder_2d is not None and args.clip_target == "point" and max(args.clip_weights) > 0:
+        encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1))  # fails now if the tower has no such target
+    return encoder_2d
 
 
-def build_criteria(args):
-    """The loss functions; their weights are in `loss_weights`."""
-    return {"semantic": SemanticCriterion(world_mean=world_mean),
-            "instance": InstanceCriterion(world_mean=world_mean),
-            "clip": ClipConsCriterion(1.0, args.temperature, args.gradient_flow_ratio, variant=args.clip_loss,
-                                      world_mean=world_mean)}
+def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
+    """A frozen tower encodes every image once; from then on the samples of the data sets hold its features."""
+    device = encoder_2d.global_proj.device
+    cache = FeatureCache(args.cache, owner, lambda images: encoder_2d.encode(images.to(device)), workers=args.workers)
+    for dataset in datasets:
+        cache.build(dataset.images_only, rank, world_size)
+        dataset.feature_cache = cache
+    gather_objects(None, world_size)  # wait for the others
+
+
+def data_loader(dataset, sampler, args, device):
+    """Batches of the samples that `sampler` names."""
+    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.workers,
+                      persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
+                      timeout=args.worker_timeout if args.workers else 0, worker_init_fn=survive_first_signal,
+                      generator=torch.Generator())  # a separate one leaves the global one untouched
+
+
+def build_criteria(args, clip_criterion=None):
+    """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of ClipConsCriterion."""
+    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, args.gradient_flow_ratio,
+                                               variant=args.clip_loss, world_mean=world_mean)
+    return {"semantic": SemanticCriterion(world_mean=world_mean), "instance": InstanceCriterion(world_mean=world_mean),
+            "clip": clip}
 
 
 def loss_weights(args, epoch):
@@ -307,8 +338,11 @@ def loss_weights(args, epoch):
 
 
 def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32):
-    """One forward pass -> the model's output and {name: raw loss}; a CLIP term of weight 0 is not computed."""
-    torch.manual_seed(batch["seed"][0])  # what a step draws depends on its samples alone
+    """One forward pass -> the model's output and {name: raw loss}; a CLIP term of weight 0 is not computed.
+
+    Every process must return the same terms, whatever its batch: multiply by 0 instead of leaving one out.
+    """
+    torch.manual_seed(batch["seed"][0])  # random draws of a step depend on its samples alone, so that they can repeat
     device = batch["points"].device
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch)
@@ -329,6 +363,9 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32):
 
 def weigh(terms, weights):
     """{name: what the term adds to the total loss}."""
+    for name in terms:
+        if name not in weights or name == "total":
+            raise ValueError(f"loss term {name!r} needs a weight in loss_weights, and a name other than total")
     return {name: weights[name] * term for name, term in terms.items()}
 
 
@@ -348,6 +385,12 @@ def parameter_groups(model, args):
     return list(groups.values())
 
 
+def set_learning_rate(optimizer, lr):
+    """Every group gets the learning rate times its own multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
+
+
 def load_optimizer(optimizer, scaler, state):
     """Loads their states from a checkpoint, but keeps the multipliers and weight decay of this run."""
     own = [{"lr_mult": group["lr_mult"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
@@ -358,8 +401,28 @@ def load_optimizer(optimizer, scaler, state):
         scaler.load_state_dict(state["scaler"])
 
 
+def resume_position(state, steps_per_epoch, global_batch):
+    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen so far."""
+    samples = state["next_step"] * state["global_batch"]
+    if state["global_batch"] == global_batch:
+        return state["epoch"], state["next_step"]
+    return state["epoch"], min(samples // global_batch, steps_per_epoch)
+
+
+class ResumableSampler(DistributedSampler):
+    """A DistributedSampler that can leave out the first samples of an epoch."""
+
+    skip = 0
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skip, None)
+
+
 def lr_factor(step, total_steps, warmup):
-    """Factor on the learning rate at optimizer step `step`: linear warm-up times polynomial decay to 0."""
+    """Factor on the learning rate at optimizer step `step`: linear warm-up times polynomial decay to 0.
+
+    A warm-up that is longer than the run never reaches the peak.
+    """
     decay = (1 - step / max(1, total_steps)) ** 0.9
     return min(1.0, (step + 1) / max(1, warmup)) * decay
 
@@ -376,13 +439,16 @@ def keep_buffers():
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-def run_folder(args, world_size):
+def run_folder(args, rank, world_size):
     """The folder of this run: a new one, or that of the checkpoint to go on from."""
     if args.resume:
         return Path(args.resume).parent
     name = args.name or ("baseline" if args.no_clip else "bifusion")
     folder = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    return gather_objects(folder, world_size)[0]  # the clocks of two processes may differ
+    folder = gather_objects(folder, world_size)[0]  # the clocks of two processes may differ
+    if rank == 0:
+        folder.mkdir(parents=True)
+    return folder
 
 
 def logged_modules(model):
@@ -391,6 +457,16 @@ def logged_modules(model):
     parts = {name: fusion.pop(name) for name in ("encoder_3d", "encoder_2d") if name in fusion}
     heads = [module for name, module in model.named_children() if name != "fusion"]
     return {**parts, "fusion": nn.ModuleList(fusion.values()), "head": nn.ModuleList(heads)}
+
+
+def log_metrics(log, metrics, class_names):
+    """Writes what `evaluate` returns, and sums it up in one line."""
+    scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
+    for name, value in scores.items():
+        log.add_scalar(f"val/{name}", value)
+    for name, value in zip(class_names, metrics["iou"]):
+        log.add_scalar(f"val_iou/{name}", value)
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 @torch.no_grad()
@@ -424,12 +500,20 @@ def visualize(model, dataset, index, min_instance_points):
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, max_grad_norm=10.0,
-               amp_dtype=torch.float32, world_size=1, diagnose=False):
-    """One optimizer step over micro-batches, for every dtype and number of processes.
+class StepResult(NamedTuple):
+    """What the loop needs to know about a step."""
 
-    A step with a loss or gradient that is not finite changes no weight. Returns the output of the last forward pass and
-    two bools: whether the step was finite, and whether the loss at least was.
+    out: dict  # of the last forward pass
+    finite: bool  # loss and gradient
+    loss_finite: bool
+    stop: bool  # whether any process was asked to stop
+
+
+def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, max_grad_norm=10.0,
+               amp_dtype=torch.float32, world_size=1, diagnose=False, stop=None):
+    """One optimizer step over micro-batches, for every dtype and number of processes -> StepResult.
+
+    A step with a loss or gradient that is not finite changes no weight. stop: a StopRequest, or None.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step_loss = torch.zeros((), device=parameters[0].device)
@@ -448,28 +532,29 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
             log.add("clip/nonfinite_rows", criteria["clip"].counts[1])
             log.add("clip/clamped_entries", criteria["clip"].counts[2])
 
-    # before unscaling, so that every process sees the same inf; the loss travels along for the same reason
-    step_loss, = average_gradients(parameters, world_size, [step_loss])
+    # before unscaling, so that every process sees the same inf; what all must agree on travels along
+    signum = step_loss.new_full((), stop.signum if stop is not None else 0)
+    step_loss, signum = average_gradients(parameters, world_size, [step_loss, signum])
     scaler.unscale_(optimizer)
     log.add_gradient_norms()
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     log.add("grad/total", grad_norm)
-    checks = torch.stack([(grad_norm + step_loss).isfinite(), step_loss.isfinite()])
-    finite, loss_finite = checks.tolist()
+    checks = torch.stack([(grad_norm + step_loss).isfinite(), step_loss.isfinite(), signum > 0])
+    finite, loss_finite, stop = checks.tolist()
     if finite:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return out, finite, loss_finite
+    return StepResult(out, finite, loss_finite, stop)
 
 
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def main(argv=None, clip_criterion=None):
+def main(argv=None, clip_criterion=None, stop=None):
     """One run, from options to the final table; returns the final validation metrics.
 
-    clip_criterion: a module in the place of ClipConsCriterion, with the same `forward` and `counts`.
+    clip_criterion: a module in the place of ClipConsCriterion. stop: a StopRequest that listens to signals.
     """
     # options, and the checkpoint to go on from or to score
     args = parse_args(argv)
@@ -478,7 +563,9 @@ def main(argv=None, clip_criterion=None):
     if path:
         state = read_checkpoint(path)
         args = parse_args(argv, defaults=state["config"])
+    config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     amp_dtype = AMP_DTYPES[args.amp]
+    stop = stop or StopRequest()
 
     # processes: one, or as many as torchrun started
     rank, world_size, device = setup(args.device)
@@ -495,17 +582,18 @@ def main(argv=None, clip_criterion=None):
         warnings.append(text)
         print0(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
 
-    # data; every frame is read before anything is written, so that a broken file stops the run here
+    # the tower and the data, what is quick to refuse first; every frame is read before anything is written
+    torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
+    encoder_2d = open_tower(args, config, log_warning)
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [val_set, train_set]
     print0(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
-           f"{train_set.frames.num_skipped} and {val_set.frames.num_skipped} frames skipped for a lost pose")
+           f"{getattr(train_set.frames, 'num_skipped', 0)} and {getattr(val_set.frames, 'num_skipped', 0)} frames skipped "
+           "for a lost pose")
     read_every_frame(used_sets, args, rank, world_size)
 
-    # model; the same seed on every process, for the same initial weights
-    torch.manual_seed(args.seed)
-    encoder_2d = open_tower(args, log_warning)
-    model = build_model(vars(args), len(class_names), instances, encoder_2d)
+    # model
+    model = build_model(config, len(class_names), instances, encoder_2d)
     if args.init_3d and state is None:
         print0(load_res16unet34c(model.fusion.encoder_3d.backbone, args.init_3d))
     model.to(device)
@@ -515,37 +603,14 @@ def main(argv=None, clip_criterion=None):
         restore(model, state, path, class_names, fingerprint)
     if args.compile:
         compile_parts(model)
-    clip_is_on = encoder_2d is not None and max(args.clip_weights) > 0
-    if clip_is_on and args.clip_target == "point":  # fail before training starts if the tower has no such target
-        encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1, device=device))
-    criteria = build_criteria(args)
-    if clip_criterion is not None:
-        criteria["clip"] = clip_criterion
+    criteria = build_criteria(args, clip_criterion)
 
-    # a frozen tower encodes every image once
+    # loaders
     if encoder_2d is not None and args.clip_blocks == 0 and args.cache != "none":
-        cache = FeatureCache(args.cache, f"clip {fingerprint}", lambda images: encoder_2d.encode(images.to(device)),
-                             workers=args.workers)
-        for dataset in used_sets:
-            cache.build(dataset.images_only, rank, world_size)
-            dataset.feature_cache = cache
-        gather_objects(None, world_size)  # wait for the others
-
-    # loaders; a separate generator leaves the global one untouched
-    sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    loading = dict(batch_size=args.batch_size, collate_fn=collate, num_workers=args.workers,
-                   persistent_workers=args.workers > 0, pin_memory=device.type == "cuda", generator=torch.Generator())
-    train_loader = DataLoader(train_set, sampler=sampler, **loading)
-    val_loader = DataLoader(Subset(val_set, range(rank, len(val_set), world_size)), **loading)
-
-    if args.eval:
-        for text in state["warnings"]:
-            log_warning(f"of the training: {text}")
-        metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
-        print0(format_metrics(metrics, class_names))
-        if world_size > 1:
-            dist.destroy_process_group()
-        return metrics
+        cache_features(encoder_2d, f"clip {fingerprint}", used_sets, args, rank, world_size)
+    sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
+    train_loader = data_loader(train_set, sampler, args, device)
+    val_loader = data_loader(val_set, range(rank, len(val_set), world_size), args, device)
 
     # optimizer and schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
@@ -555,17 +620,29 @@ def main(argv=None, clip_criterion=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     steps_per_epoch = -(-len(train_loader) // args.grad_accum)
     total_steps = args.epochs * steps_per_epoch
-    start_epoch, step, skipped_steps, best = 0, 0, 0, -1.0
+    global_batch = args.batch_size * args.grad_accum * world_size
+    start_epoch, first_step, step, skipped_steps, best = 0, 0, 0, 0, -1.0
     if args.resume:
-        start_epoch, step, skipped_steps, best = (state[k] for k in ("epoch", "step", "skipped_steps", "best"))
-        if start_epoch >= args.epochs:
-            raise ValueError(f"{path}: all {start_epoch} epochs are done; to go on give --epochs above that")
+        start_epoch, first_step = resume_position(state, steps_per_epoch, global_batch)
+        step, skipped_steps, best = state["step"], state["skipped_steps"], state["best"]
         load_optimizer(optimizer, scaler, state)
+        position = start_epoch * steps_per_epoch + first_step
+        lr = args.lr * lr_factor(position, total_steps, args.lr_warmup)
+        print0(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
+        if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
+            log_warning(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global "
+                        "batch or the number of processes have changed")
+    elif clip_loss_weight(args.epochs - 1, args.clip_warmup, args.clip_weights) == 0 < max(args.clip_weights):
+        log_warning(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
+
+    if args.eval or start_epoch >= args.epochs:
+        metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
+        print0("\n".join([format_metrics(metrics, class_names), *(f"note: {text}" for text in state["warnings"])]))
+        leave_processes()
+        return metrics
 
     # log and guard
-    folder = run_folder(args, world_size)
-    if main_process:
-        folder.mkdir(parents=True, exist_ok=bool(args.resume))
+    folder = run_folder(args, rank, world_size)
     log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
                  logged_modules(model), world_mean)
     log.step = step
@@ -573,46 +650,54 @@ def main(argv=None, clip_criterion=None):
     for text in warnings:
         log.add_text("warning", text)
 
-    def report_nonfinite(text):
-        print0(text)
-        log.add_text("guard", text)
-
-    guard = NonFiniteGuard(model, folder, report_nonfinite, write_atomically,
+    guard = NonFiniteGuard(model, folder, lambda text: (print0(text), log.add_text("guard", text)), write_atomically,
                            lambda value: gather_objects(value, world_size), rank if world_size > 1 else None)
     guard.bad_steps = state["bad_steps"] if args.resume else 0
 
+    def save(name, epoch, next_step):
+        """Writes a checkpoint that goes on at a step of an epoch."""
+        position = epoch * steps_per_epoch + next_step
+        if main_process:
+            write_atomically({
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
+                "next_lr": args.lr * lr_factor(position, total_steps, args.lr_warmup), "best": best,
+                "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps, "config": config,
+                "class_names": class_names, "clip_fingerprint": fingerprint, "warnings": warnings}, folder / name)
+
     # training
-    metrics = {"miou": float("nan")}
-    bar = tqdm(total=args.epochs * len(train_set), initial=start_epoch * len(train_set), unit="sample", smoothing=0.05,
-               disable=not main_process, dynamic_ncols=True)
+    metrics = {"miou": math.nan}
+    bar = tqdm(total=args.epochs * len(train_set), initial=start_epoch * len(train_set) + first_step * global_batch,
+               unit="sample", smoothing=0.05, disable=not main_process, dynamic_ncols=True)
     model.train()
+    stop.armed = True
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
+        sampler.skip = first_step * args.grad_accum * args.batch_size
         train_set.set_epoch(epoch)
         weights = loss_weights(args, epoch)
         model.fusion.dense_target = args.clip_target == "point" and weights["clip"] > 0  # costs nothing otherwise
         batches = iter(train_loader)
-        for i in range(steps_per_epoch):
+        for i in range(first_step, steps_per_epoch):
             start = time.perf_counter()
             micro_batches = [to_device(batch, device) for batch in itertools.islice(batches, args.grad_accum)]
             waited = time.perf_counter() - start
-            position = epoch * steps_per_epoch + i  # `step` differs if a resumed run has another batch size
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * group["lr_mult"] * lr_factor(position, total_steps, args.lr_warmup)
+            position = epoch * steps_per_epoch + i  # in the schedule; `step` differs after a resume with another batch
+            set_learning_rate(optimizer, args.lr * lr_factor(position, total_steps, args.lr_warmup))
             guard.begin_step()
             log.begin_step(step + 1, last=position + 1 == total_steps)
             scale = scaler.get_scale()
             diagnose = args.diagnose > 0 and (step + 1) % args.diagnose == 0 and main_process
-            out, finite, loss_finite = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log,
-                                                  args.max_grad_norm, amp_dtype, world_size, diagnose)
-            if finite:
+            result = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, args.max_grad_norm,
+                                amp_dtype, world_size, diagnose, stop)
+            if result.finite:
                 guard.good_step()
-            elif loss_finite and 1 <= scale > scaler.get_scale():  # fp16 looks for its loss scale by overflowing
+            elif result.loss_finite and scaler.get_scale() < scale >= 1:  # fp16 looks for its scale by overflowing
                 guard.skip_step()
                 skipped_steps += 1
             else:
                 facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights,
-                         "config": vars(args), "class_names": class_names, "clip_fingerprint": fingerprint}
+                         "config": config, "class_names": class_names, "clip_fingerprint": fingerprint}
                 guard.bad_step(micro_batches, lambda batch: weigh(compute_losses(
                     model, batch, criteria, weights, amp_dtype)[1], weights), facts)
             step += 1
@@ -624,49 +709,49 @@ def main(argv=None, clip_criterion=None):
             log.add("speed/data_wait", waited / spent)
             bar.update(min(samples, (epoch + 1) * len(train_set) - bar.n))
             if log.due:
-                statistics = fusion_statistics(out, micro_batches[-1]["batch"])
+                latest = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+                statistics = fusion_statistics(result.out, micro_batches[-1]["batch"])
+                latest |= {f"fusion/{name}": value for name, value in statistics.items()}
                 averages = log.write({
-                    **{f"fusion/{name}": value for name, value in statistics.items()},
-                    **{f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups},
-                    "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(),
+                    **latest, "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(), "epoch": epoch,
                     "amp/skipped_steps": skipped_steps, "guard/bad_steps": guard.bad_steps,
-                    "memory/peak_gib": peak_memory_gib(device), "epoch": epoch})
+                    "memory/peak_gib": peak_memory_gib(device)})
                 bar.set_postfix(loss=f"{averages['loss/total']:.3f}", mIoU=f"{metrics['miou']:.3f}")
 
+            # save, and leave if a signal asks for it
+            if result.stop or args.save_every and step % args.save_every == 0:
+                save("last.pt", epoch, i + 1)
+            if result.stop:
+                log.close()
+                bar.close()
+                print0(f"stopped by a signal after step {step}; go on with: python train.py --resume {folder}/last.pt")
+                signum = max(gather_objects(stop.signum, world_size))
+                leave_processes()
+                raise SystemExit(128 + signum)
+        first_step = 0
+
         # evaluate and save
-        if (epoch + 1) % args.eval_every and epoch + 1 < args.epochs:
-            continue
-        average_buffers(model, world_size)
-        metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
-        scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
-        print0(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-        for name, value in scores.items():
-            log.add_scalar(f"val/{name}", value)
-        for name, value in zip(class_names, metrics["iou"]):
-            log.add_scalar(f"val_iou/{name}", value)
-        is_best, best = metrics["miou"] > best, max(best, metrics["miou"])
-        if main_process:
-            images = visualize(model, val_set, 0, args.min_instance_points)
-            log.add_images({f"val/{name}": image for name, image in images.items()})
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                     "epoch": epoch + 1, "step": step, "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps,
-                     "best": best, "config": vars(args), "class_names": class_names, "clip_fingerprint": fingerprint,
-                     "warnings": warnings}
-            if is_best:
-                write_atomically(state, folder / "best.pt")
-            write_atomically(state, folder / "last.pt")
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            average_buffers(model, world_size)
+            metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
+            print0(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
+            if main_process:
+                images = visualize(model, val_set, 0, args.min_instance_points)
+                log.add_images({f"val/{name}": image for name, image in images.items()})
+            if metrics["miou"] > best:
+                best = metrics["miou"]
+                save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it
+        save("last.pt", epoch + 1, 0)
 
     bar.close()
     print0("\n" + format_metrics(metrics, class_names))
-    for text in warnings:
-        print0(f"note: {text}")
+    print0("\n".join(f"note: {text}" for text in warnings))
     print0(f"\nbest mIoU {best:.3f}; checkpoints in {folder}; look at it with: tensorboard --logdir {args.runs}")
     log.add_text("result", json.dumps({**metrics, "classes": class_names}))
     log.close()
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave_processes()
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda: main(stop=StopRequest().install()))

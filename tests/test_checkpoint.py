@@ -14,7 +14,7 @@ import checkpoint
 
 
 def state_of(model, **changes):
-    return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "step": 12, "skipped_steps": 0,
+    return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "next_step": 1, "step": 12, "global_batch": 4, "next_lr": 0.1, "skipped_steps": 0,
             "bad_steps": 0, "best": 0.5, "config": {"lr": 0.1, "clip_warmup": (10, 20)},
             "class_names": ["wall", "chair"], "clip_fingerprint": None, "warnings": [], **changes}
 

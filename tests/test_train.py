@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
 """train.py, run in process on a few small frames: what it writes, repeats, resumes, isolates and refuses."""
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 
 import model as model_file
 import train
+from distributed import StopRequest
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
 from helpers import (POSE, checkpoint, last_checkpoint, scalars, small, torchrun, write_rooms_as_scannet, write_scan,
@@ -67,7 +72,7 @@ def test_the_total_is_the_sum_of_the_weighted_terms_and_these_are_weight_times_r
 
 def test_eval_prints_the_table_and_gives_the_metrics_of_the_training(trained, capsys):
     folder, metrics = trained
-    evaluated = train.main(["--eval", str(last_checkpoint(folder)), "--device", "cpu"])
+    evaluated = train.main(["--eval", str(last_checkpoint(folder)), "--device", "cpu", "--cache", str(folder / "cache")])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("IoU", "AP50", "bookshelf"))
     assert evaluated["miou"] == metrics["miou"] and evaluated["ap50"] == pytest.approx(metrics["ap50"], nan_ok=True)
@@ -137,43 +142,131 @@ def test_cached_and_uncached_runs_train_alike_up_to_half_precision(tmp_path):
     assert len(curves[0]) == 6 and curves[0] == pytest.approx(curves[1], rel=2 ** -11)
 
 
-class Interrupted(ClipConsCriterion):
-    """Ends a run as the user would, in the middle of an epoch."""
+class Stopping(ClipConsCriterion):
+    """Asks the run to stop, as a signal would, in a given step with a CLIP loss."""
 
-    calls_left = 6
+    def __init__(self, stop, step, **options):
+        super().__init__(1.0, **options)
+        self.stop, self.steps_left = stop, step
 
     def forward(self, *args):
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            raise KeyboardInterrupt
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.stop.receive(signal.SIGUSR1, None)
         return super().forward(*args)
 
 
-@pytest.mark.parametrize("variant", ["sigmoid", "infonce"])
-def test_a_resumed_run_ends_bit_exactly_with_the_same_weights(tmp_path, variant):
-    options = ["--epochs", "4", "--eval-every", "2", "--clip-warmup=-1", "--clip-weights", "0,0.1", "--workers", "1",
-               "--clip-loss", variant, "--clip-target", "point" if variant == "infonce" else "global",
-               "--cache", str(tmp_path / "cache")]
-    train.main(small(tmp_path / "straight", *options))
-    with pytest.raises(KeyboardInterrupt):
-        train.main(small(tmp_path / "second", *options), Interrupted(1.0, variant=variant))
-    assert checkpoint(tmp_path / "second")["epoch"] == 2
-    train.main(["--resume", str(last_checkpoint(tmp_path / "second")), "--device", "cpu"])
-    straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "second")
-    assert resumed["epoch"] == straight["epoch"] == 4 and resumed["step"] == straight["step"] == 8
-    assert all(torch.equal(resumed["model"][key], straight["model"][key]) for key in straight["model"])
+def same_weights(one, two):
+    one, two = checkpoint(one), checkpoint(two)
+    return all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
+
+
+@pytest.mark.parametrize("variant, target, step", [("sigmoid", "global", 5), ("infonce", "point", 3),
+                                                   ("cosine", "global", 6)])
+def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, variant, target, step):
+    """3 steps per epoch: step 5 is inside one, steps 3 and 6 end one, before and after an evaluation."""
+    options = ["--epochs", "3", "--eval-every", "2", "--clip-warmup=-1", "--clip-weights", "0,0.1", "--clip-loss",
+               variant, "--clip-target", target, "--rooms", "3", "--cache", str(tmp_path / "cache")]
+    metrics = train.main(small(tmp_path / "straight", *options))
+    stop = StopRequest()
+    with pytest.raises(SystemExit) as left:
+        train.main(small(tmp_path / "stopped", *options), Stopping(stop, step, variant=variant), stop)
+    assert left.value.code == 128 + signal.SIGUSR1
+    path = last_checkpoint(tmp_path / "stopped")
+    assert f"go on with: python train.py --resume {path}" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "stopped")["step"] == step
+    resumed = train.main(["--resume", str(path), "--device", "cpu", "--cache", str(tmp_path / "cache")])
+    assert f"goes on with epoch {(step - 1) // 3}, step {(step - 1) % 3 + 1} of 3" in capsys.readouterr().out
+    assert same_weights(tmp_path / "straight", tmp_path / "stopped")
+    assert resumed["miou"] == metrics["miou"]
     curves = [[(e.step, e.value) for e in scalars(tmp_path / name).Scalars("loss/total")]
-              for name in ("straight", "second")]
+              for name in ("straight", "stopped")]
     assert curves[0] == curves[1]
+    best = [checkpoint(tmp_path / name, "best.pt") for name in ("straight", "stopped")]
+    assert best[0]["epoch"] == best[1]["epoch"] and best[0]["best"] == best[1]["best"]
 
 
-def test_options_given_on_resuming_take_effect(tmp_path):
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                         "--nproc-per-node", "2"]], ids=["one process", "torchrun"])
+def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, launcher):
+    options = ["--epochs", "40", "--eval-every", "40", "--no-clip", "--no-instances", "--workers", "1", "--batch-size",
+               "1", "--save-every", "3", "--rooms", "3", "--num-points", "100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "train.py")]
+    run = subprocess.Popen([*command, *small(tmp_path / "stopped", *options)], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for(lambda: list((tmp_path / "stopped" / "runs").glob("*/last.pt")), run)
+    run.terminate()
+    printed, errors = run.communicate(timeout=60)
+    assert run.returncode == (128 + signal.SIGTERM if len(launcher) == 1 else 1), errors
+    assert "go on with: python train.py --resume" in printed
+    stopped = checkpoint(tmp_path / "stopped")
+    assert 3 <= stopped["step"] and stopped["epoch"] < 40
+    for arguments in (["--resume", str(last_checkpoint(tmp_path / "stopped")), "--device", "cpu"],
+                      small(tmp_path / "straight", *options)):
+        subprocess.run([*command, *arguments], capture_output=True, check=True, env=environment)
+    assert same_weights(tmp_path / "straight", tmp_path / "stopped")
+    assert not list((tmp_path / "stopped" / "runs").glob("*/*.tmp"))
+
+
+def test_a_second_signal_ends_a_run_at_once_and_the_first_one_during_set_up():
+    code = ("import os, signal\nfrom distributed import StopRequest\nstop = StopRequest().install()\n{arm}"
+            "os.kill(os.getpid(), signal.SIGINT)\nprint('alive', flush=True)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+            "print('alive', flush=True)\n")
+    for arm, printed, status in (("", "", 130), ("stop.armed = True\n", "alive\n", 143)):
+        done = subprocess.run([sys.executable, "-c", code.format(arm=arm)], cwd=ROOT, capture_output=True, text=True)
+        assert (done.stdout, done.stderr, done.returncode) == (printed, "", status)
+
+
+def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path):
+    (tmp_path / "hang.py").write_text(
+        "import distributed, sys, time, train\n"
+        "distributed.WORKER_GRACE = 1\n"
+        "read = train.PointDataset.__getitem__\n"
+        "def hang(self, index):\n"
+        "    if self.augment and int(self._epoch) == 1:\n"
+        "        time.sleep(1000)\n"
+        "    return read(self, index)\n"
+        "train.PointDataset.__getitem__ = hang\n"
+        "train.main(sys.argv[1:])\n")
+    options = small(tmp_path, "--no-clip", "--no-instances", "--workers", "1", "--worker-timeout", "2")
+    done = subprocess.run([sys.executable, str(tmp_path / "hang.py"), *options], capture_output=True, text=True,
+                          timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "timed out after 2 seconds" in done.stderr
+    assert checkpoint(tmp_path)["epoch"] == 1
+
+
+def test_a_finished_run_prints_its_table_when_it_is_resumed(trained, capsys):
+    folder, metrics = trained
+    again = train.main(["--resume", str(last_checkpoint(folder)), "--device", "cpu", "--cache", str(folder / "cache")])
+    assert again["miou"] == metrics["miou"] and "AP50" in capsys.readouterr().out
+
+
+def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
+    written, write = [], train.write_atomically
+    monkeypatch.setattr(train, "write_atomically", lambda state, path: written.append(
+        (path.name, state["epoch"], state["next_step"])) or write(state, path))
+    options = ["--no-clip", "--no-instances", "--rooms", "3", "--eval-every", "2"]
+    train.main(small(tmp_path / "a", *options))
+    assert written == [("last.pt", 1, 0), ("best.pt", 2, 0), ("last.pt", 2, 0)]
+    written.clear()
+    train.main(small(tmp_path / "b", *options, "--save-every", "2"))
+    assert [entry for entry in written if entry[2]] == [("last.pt", 0, 2), ("last.pt", 1, 1), ("last.pt", 1, 3)]
+
+
+def test_options_given_on_resuming_take_effect(tmp_path, capsys):
     train.main(small(tmp_path, "--no-clip", "--no-instances", "--batch-size", "1", "--epochs", "2"))
     path = last_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="last.pt: all 2 epochs are done"):
-        train.main(["--resume", str(path)])
     train.main(["--resume", str(path), "--epochs", "3", "--batch-size", "4", "--amp", "fp16", "--weight-decay", "0.5",
-                "--lr-3d", "0.1"])
+                "--lr-3d", "0.1", "--device", "cpu", "--cache", str(tmp_path / "cache")])
+    assert re.search(r"learning rate goes on from 0 to \S+: ", capsys.readouterr().out)
     groups = checkpoint(tmp_path)["optimizer"]["param_groups"]
     assert {(g["weight_decay"], g["lr_mult"]) for g in groups} == {(0.5, 0.1), (0, 0.1), (0.5, 1), (0, 1)}
     steps = [event.step for event in scalars(tmp_path).Scalars("val/miou")]
@@ -216,7 +309,7 @@ def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path,
     splits = ["--train-split", "t.txt", "--val-split", "v.txt"]
     args = train.parse_args(small(tmp_path, *own, "--data", str(tmp_path), *splits))
     with pytest.raises(FileNotFoundError, match=f"ViT-B-32/{tag} could not be loaded.*give its path"):
-        train.open_tower(args, print)
+        train.open_tower(args, vars(args), print)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -281,10 +374,10 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     (["--clip-loss", "infonce", "--batch-size", "1"], "--batch-size 2 or more"), (["--diagnose", "-1"], "at least 0"),
     (["--diagnose", "1", "--compile"], "--compile does not allow"), (["--lr-3d", "-1"], "at least 0"),
     (["--temperature", "nan"], "at least 0"), (["--gradient-flow-ratio", "2"], "at most 1"),
-    (["--voxel-size", "0"], "above 0"), (["--lr", "inf"], "above 0"), (["--epochs", "two"], "expected a number"),
+    (["--voxel-size", "0"], "at least 0.005"), (["--lr", "inf"], "above 0"), (["--epochs", "two"], "expected a number"),
     (["--resume", "a.pt", "--eval", "b.pt"], "exclude each other"), (["--semantic-weight", "0"], "above 0"),
     (["--scans", "scans"], "holds only points"), (["--label-map", "x.tsv"], "belongs to --scans"),
-    (["--data", "folder"], "needs --train-split FILE"), (["--init-3d", "x.pt"], "--backbone res16unet34c")])
+    (["--init-3d", "x.pt"], "--backbone res16unet34c")])
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
         train.main(small(tmp_path, *options))
@@ -296,7 +389,7 @@ def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     actions = [action for action in train.build_parser()._actions if action.dest != "help"]
-    assert len(actions) <= 56
+    assert len(actions) <= 60
     for action in actions:
         assert action.help and action.option_strings[0] in printed
         if action.default not in (None, False):
@@ -367,6 +460,8 @@ def test_whole_scans_train_with_posed_views(tmp_path):
 
 
 def test_a_wrong_model_or_checkpoint_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="--data folder needs --train-split FILE"):
+        train.main(small(tmp_path, "--data", "folder"))
     with pytest.raises(ValueError, match="CLIP model 'ViT-X' is unknown"):
         train.main(small(tmp_path, "--clip-model", "ViT-X"))
     with pytest.raises(FileNotFoundError, match="missing.pt does not exist"):
@@ -395,6 +490,47 @@ def test_a_new_loss_term_logs_itself(tmp_path, monkeypatch):
     raw, weighted = (events.Scalars(f"{kind}/length")[-1].value for kind in ("loss", "weighted"))
     assert raw > 0 and weighted == pytest.approx(0.5 * raw)
     assert events.Scalars("diagnose/cosine_semantic_length")
+
+
+@pytest.mark.parametrize("name, message", [("length", "loss term 'length' needs a weight"), ("total", "other than total")])
+def test_a_term_without_a_weight_or_with_a_reserved_name_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        train.weigh({name: torch.ones(())}, {"total": 1.0})
+
+
+class Mlp(torch.nn.Module):
+    """A backbone without batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 96)
+
+    def forward(self, batch):
+        return self.linear(torch.cat([batch["coords"], batch["features"]], 1))
+
+
+class MyFrames:
+    """The least that a data set needs: class names, a length, frame dicts."""
+
+    class_names = ["far", "near"]
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        depth = rng.uniform(1, 3, (24, 32)).astype(np.float32)
+        intrinsics = np.array([[30.0, 0, 15.5], [0, 30, 11.5], [0, 0, 1]])
+        return {"name": f"room/{index}", "color": rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), "depth": depth,
+                "label": (depth < 2).astype(np.int64), "world2cam": np.eye(4), "intrinsics": intrinsics,
+                "depth_intrinsics": intrinsics}
+
+
+def test_another_backbone_and_another_data_set_train_as_a_user_would_put_them_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "PointEncoder", lambda *args, **options: Mlp())
+    monkeypatch.setattr(train, "RoomFrames", lambda *args: MyFrames())
+    metrics = train.main(small(tmp_path, "--epochs", "1", "--diagnose", "1"))
+    assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and "ap" not in metrics
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_path):
