@@ -24,7 +24,7 @@ from rooms import CLASSES, RoomFrames
 from scannet import ScanNetFrames, load_classes, natural_key
 
 AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
-MARGIN = 0.15  # log units by which an alternative must explain a pair better; on clean sets none gains 0.03
+MARGIN = 0.15  # log units by which an alternative must explain a pair better; on clean sets none gains 0.01
 MIN_PAIRS = 3  # overlapping pairs that a test needs
 MENDS = {
     "unreadable": "Correct the file that the message names.",
@@ -415,10 +415,13 @@ def split_rows(names, occurring):
 
 
 def contact_sheet(runs, path):
-    """Writes an image with a tile per run: the pair of its frames that sees most of the same, see `draw_pair`."""
+    """Writes an image with a tile per run: two of its frames that are far apart, but see much of the same."""
     tiles = []
     for run in [run for run in runs if len(run) > 1][:12]:
-        tiles.append(draw_pair(*max(itertools.combinations(run, 2), key=lambda pair: compare(*pair)[0])))
+        overlap = {(i, j): compare(run[i], run[j])[0] for i, j in itertools.combinations(range(len(run)), 2)}
+        pairs = [pair for pair in overlap if overlap[pair] >= 0.7 * max(overlap.values())]
+        i, j = max(pairs, key=lambda pair: pair[1] - pair[0])
+        tiles.append(draw_pair(run[i], run[j]))
     width, height = (max((tile.size[axis] for tile in tiles), default=1) + 10 for axis in range(2))
     sheet = Image.new("RGB", (min(3, max(1, len(tiles))) * width, max(1, -(-len(tiles) // 3)) * height), "white")
     for number, tile in enumerate(tiles):
@@ -427,19 +430,23 @@ def contact_sheet(runs, path):
 
 
 def draw_pair(a, b):
-    """Image of frame b with points of frame a: green if b's depth agrees, red if not, grey if b has no depth there."""
+    """Tile: frame b, darkened, with points of frame a in it, coloured by how far b's depth is from theirs."""
     points, predicted, seen = reproject(a, b, 900)
     uv, _ = project(points, b["world2cam"], b["intrinsics"])
+    error = np.abs(predicted - seen) / np.maximum(seen, 1e-9)
+    redness = np.clip(np.log(np.maximum(error, 1e-9) / 0.002) / np.log(25), 0, 1)  # of 0.2 % .. 5 %
+    colors = 255 * np.clip(np.stack([2 * redness, 2 - 2 * redness, 0 * redness], 1), 0, 1)
+    colors[seen == 0] = 200
     height, width = b["color"].shape[:2]
-    image = Image.fromarray(b["color"] // 2 + 40).resize((480, round(480 * height / width)))
+    image = Image.fromarray(b["color"] // 2 + 20).resize((480, round(480 * height / width)))
     draw = ImageDraw.Draw(image)
-    for (u, v), same, known in zip(uv.T * 480 / width, agrees(predicted, seen), seen > 0):
-        color = ("limegreen" if same else "red") if known else "silver"
-        draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=color)
-    tile = Image.new("RGB", (480, image.height + 18), "white")
-    tile.paste(image, (0, 18))
-    caption = f"points of {a['name']} in {b['name']}, {compare(a, b)[1]:.0%} agree (green)"
-    ImageDraw.Draw(tile).text((4, 3), caption, fill="black")
+    for (u, v), color in zip(uv.T * 480 / width, colors.astype(int).tolist()):
+        draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=tuple(color))
+    tile = Image.new("RGB", (480, image.height + 30), "white")
+    tile.paste(image, (0, 30))
+    caption = f"points of {a['name']} in {b['name']}: {compare(a, b)[1]:.0%} agree\n" \
+        "depth error: green 0.2 %, yellow 1 %, red 5 % and more; grey: no depth"
+    ImageDraw.Draw(tile).text((2, 0), caption, fill="black")
     return tile
 
 
