@@ -34,7 +34,10 @@ def setup(device=None, timeout=1800.0):
         they end at once: torchrun stops them, and on a CPU their connections break.
     Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device).split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} must be cpu, cuda or cuda:N")
+    device = torch.device(device)
     rank, local_rank, world_size = 0, device.index or 0, 1
     found = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     if found["RANK"] is not None or found["WORLD_SIZE"] is not None:

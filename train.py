@@ -19,6 +19,7 @@ import ctypes
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -87,15 +88,22 @@ def list_of(convert):
 
 def image_size(text):
     """"240,320" -> (240, 320)."""
-    size = list_of(positive_int)(text)
+    size = list_of(number_in(int, 1, 2048))(text)  # the memory of attention grows with the fourth power of a side
     if len(size) != 2:
         raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
     return size
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def build_parser():
     """The one source of every default."""
-    parser = argparse.ArgumentParser("train.py", description="Trains 3D scene segmentation with frozen CLIP features "
+    parser = Parser("train.py", description="Trains 3D scene segmentation with frozen CLIP features "
                                      "fused in.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
@@ -207,12 +215,19 @@ def parse_args(argv=None, defaults=None):
         parser.error("--label-map belongs to --scans: label images already hold that table's ids")
     if args.init_3d and args.backbone != "res16unet34c":
         parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
+    if args.init_3d and not Path(args.init_3d).is_file():
+        parser.error(f"--init-3d {args.init_3d}: no such file")
     if args.compile and args.diagnose:
         parser.error("--diagnose runs two backward passes through one graph, which --compile does not allow")
     try:
         clip_loss_weight(0, args.clip_warmup, args.clip_weights)
     except ValueError as error:
         parser.error(f"--clip-warmup, --clip-weights: {error}")
+
+    for option, folder in (("--runs", args.runs), ("--cache", args.cache)):
+        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            parser.error(f"{option} {folder}: {existing} is not a folder that can be written to")
 
     if args.isolate_clip:
         args.clip_weights = (0.0,) * len(args.clip_weights)
@@ -256,12 +271,13 @@ def build_datasets(args):
     if scans:
         sets = [SceneDataset(*source, augment=a, **options) for *source, a in zip(scans, frames, augment)]
         return *sets, scans[0].class_names, not args.no_instances
+    sets = [PointDataset(part, augment=a, **options) for part, a in zip(frames, augment)]
     instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
     if instances and args.superpoints:
         folder = None if args.cache == "none" else args.cache
-        options["superpoints"] = SuperpointCache(folder, Oversegmentation(args.superpoints),
-                                                 f"superpoints {VERSION} {args.superpoints}")
-    sets = [PointDataset(part, augment=a, **options) for part, a in zip(frames, augment)]
+        cache = SuperpointCache(folder, Oversegmentation(args.superpoints), f"superpoints {VERSION} {args.superpoints}")
+        for dataset in sets:
+            dataset.superpoints = cache
     return *sets, frames[0].class_names, instances
 
 

@@ -22,6 +22,7 @@ from fusion import FusionGate
 from helpers import (POSE, checkpoint, last_checkpoint, scalars, small, torchrun, write_rooms_as_scannet, write_scan,
                      write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
+from model import run_command
 
 ROOT = Path(train.__file__).parent
 CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
@@ -366,22 +367,40 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert max(factors) <= 1 and all(a >= b for a, b in zip(factors[10:], factors[11:]))
 
 
-@pytest.mark.parametrize("options, message", [
+WRONG = [
     (["--clip-warmup", "20,10"], "must ascend"), (["--clip-warmup", "ten"], "separated by commas"),
     (["--clip-weights", "0,1"], "one entry less"), (["--clip-weights", "0,nan,1"], "finite"),
     (["--clip-weights", "0,-1,1"], "at least 0"), (["--image-size", "224"], "height,width"),
-    (["--image-size", "0,224"], "at least 1"), (["--batch-size", "0"], "at least 1"),
+    (["--image-size", "0,224"], "at least 1"), (["--image-size", "99999,224"], "at most 2048"),
+    (["--image-size", "100,128"], "multiples of the patch"), (["--batch-size", "0"], "at least 1"),
     (["--clip-loss", "infonce", "--batch-size", "1"], "--batch-size 2 or more"), (["--diagnose", "-1"], "at least 0"),
+    (["--clip-loss", "siglip"], "invalid choice"), (["--amp", "fp8"], "invalid choice"),
     (["--diagnose", "1", "--compile"], "--compile does not allow"), (["--lr-3d", "-1"], "at least 0"),
     (["--temperature", "nan"], "at least 0"), (["--gradient-flow-ratio", "2"], "at most 1"),
-    (["--voxel-size", "0"], "at least 0.005"), (["--lr", "inf"], "above 0"), (["--epochs", "two"], "expected a number"),
+    (["--voxel-size", "0"], "at least 0.005"), (["--voxel-size", "0.0001"], "at least 0.005"),
+    (["--lr", "inf"], "above 0"), (["--epochs", "two"], "expected a number"), (["--epochs", "1.5"], "expected a number"),
     (["--resume", "a.pt", "--eval", "b.pt"], "exclude each other"), (["--semantic-weight", "0"], "above 0"),
     (["--scans", "scans"], "holds only points"), (["--label-map", "x.tsv"], "belongs to --scans"),
-    (["--init-3d", "x.pt"], "--backbone res16unet34c")])
-def test_wrong_options_are_refused_before_anything_is_written(tmp_path, options, message, capsys):
-    with pytest.raises(SystemExit):
-        train.main(small(tmp_path, *options))
-    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    (["--init-3d", "x.pt"], "--backbone res16unet34c"), (["--no-such-option"], "unrecognized arguments"),
+    (["--init-3d", "x.pt", "--backbone", "res16unet34c", "--no-clip"], "x.pt"), (["--data", "folder"], "--train-split"),
+    (["--data", "folder", "--train-split", "t", "--val-split", "v"], "folder/classes.txt does not exist"),
+    (["--clip-model", "ViT-X"], "is unknown to open_clip"), (["--clip-pretrained", "moon"], "not a tag of"),
+    (["--clip-blocks", "99"], "has 12 blocks"), (["--eval", "missing.pt"], "missing.pt does not exist"),
+    (["--resume", "missing.pt"], "missing.pt does not exist"), (["--resume", "text.pt"], "text.pt: not a checkpoint"),
+    (["--runs", "text.pt"], "not a folder that can be written to"), (["--cache", "text.pt/a"], "not a folder"),
+    (["--num-views", "9"], "fewer than num_views=9"), (["--device", "cuda:99"], "cuda"), (["--device", "moon"], "moon")]
+
+
+@pytest.mark.parametrize("options, message", WRONG, ids=[" ".join(options) for options, _ in WRONG])
+def test_a_wrong_command_is_one_line_and_status_2_and_writes_nothing(tmp_path, monkeypatch, options, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.pt").write_text("not a checkpoint")
+    given = [word for word in small(tmp_path, *options)]
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: train.main(given))
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and message in captured.err and captured.err.count("\n") == 1, captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
 
 
 def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
