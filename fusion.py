@@ -196,7 +196,7 @@ def weighted_rows(rows, index, weight):
     """
     check_shapes(rows=(rows, "R C"), index=(index, "N K"), weight=(weight, "N K"))
     return F.embedding_bag(index, F.pad(rows, (0, 0, 0, 1)), mode="sum", per_sample_weights=weight,
-                           padding_idx=len(rows))
+                           padding_idx=rows.shape[0])
 
 
 class WeightedRows(torch.autograd.Function):
@@ -309,9 +309,9 @@ def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) 
     batch outside [0, B).
     """
     check_shapes(feature_map=(feature_map, "B C Hf Wf"), uv=(uv, "N 2"), batch=(batch, "N"))
-    check_ids("batch", batch, len(feature_map))
-    visible = ~uv.isnan().any(1, keepdim=True)
     b, _, hf, wf = feature_map.shape
+    check_ids("batch", batch, b)
+    visible = ~uv.isnan().any(1, keepdim=True)
     return sample_cells(feature_map, *view_cells(uv[:, None], image_size, (b, hf, wf), batch[:, None], visible))
 
 

@@ -31,6 +31,30 @@ MATCHING_COSTS = {"class": 0.5, "bce": 1.0, "dice": 1.0}
 INSTANCE_WEIGHTS = {"class": 0.5, "bce": 1.0, "dice": 1.0, "quality": 0.5}
 
 
+def transformed() -> bool:
+    """Whether torch.compile, torch.export or a torch.func transform traces: values then cannot be read, nor kept."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def check_ids(name, ids: Tensor, size: int, ignore=None):
+    """Raises ValueError if ids are not int64 in [0, size), except `ignore`. On CUDA the device asserts their range.
+
+    Their range is not checked while something traces (`transformed`).
+    """
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {ids.dtype}")
+    if transformed():
+        return
+    fits = (ids >= 0) & (ids < size)
+    if ignore is not None:
+        fits |= ids == ignore
+    message = f"{name} {tuple(ids.shape)} must lie in [0, {size})" + ("" if ignore is None else f" or be {ignore}")
+    if ids.is_cuda:
+        torch._assert_async(fits.all(), message)
+    elif ids.device.type == "cpu" and not fits.all():
+        raise ValueError(message)
+
+
 def mean_over(total: Tensor, normalizer: Tensor, world_mean=None) -> Tensor:
     """total / normalizer, with the normalizer averaged over processes. If that is 0, total (which then is 0 too)."""
     normalizer = normalizer.to(total.dtype)
@@ -94,7 +118,7 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def usable_rows(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None):
-    """Which rows can take part. Arguments as in `clip_consistency`; raises ValueError if their shapes do not fit.
+    """Which rows can take part. Arguments as in `clip_consistency`; raises ValueError if they do not fit.
 
     Returns three bool masks:
         used (N,)      valid points whose feature and target are finite
@@ -102,21 +126,24 @@ def usable_rows(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None):
         targets (T,)   rows of clip_feat that may be read: of used points, or finite scene targets
     """
     n = feat_fusion.shape[0]
-    per_point = clip_feat.shape[0] == n
     if feat_fusion.dim() != 2 or clip_feat.dim() != 2 or feat_fusion.shape[1] != clip_feat.shape[1]:
         raise ValueError(f"feat_fusion {tuple(feat_fusion.shape)} and clip_feat {tuple(clip_feat.shape)} must be "
                          "(N, C) and (N, C) or (B, C)")
-    if not per_point and batch is None:
+    if batch is None and clip_feat.shape[0] != n:
         raise ValueError(f"clip_feat {tuple(clip_feat.shape)} does not have {n} rows, so it needs batch (N,)")
     for name, mask in (("batch", batch), ("valid", valid)):
         if mask is not None and tuple(mask.shape) != (n,):
             raise ValueError(f"{name} {tuple(mask.shape)} must be ({n},), one entry per row of feat_fusion")
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool, got {valid.dtype}")
+    if batch is not None:
+        check_ids("batch", batch, clip_feat.shape[0])
 
     feat_finite = feat_fusion.isfinite().all(1)
     clip_finite = clip_feat.isfinite().all(1)
     wanted = torch.ones_like(feat_finite) if valid is None else valid
-    used = wanted & feat_finite & (clip_finite if per_point else clip_finite[batch])
-    return used, wanted & ~used, used if per_point else clip_finite
+    used = wanted & feat_finite & (clip_finite if batch is None else clip_finite[batch])
+    return used, wanted & ~used, used if batch is None else clip_finite
 
 
 def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None, temperature=TEMPERATURE_FLOOR,
@@ -124,7 +151,7 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
     """Mean over the usable rows of -log sigmoid(cos / temperature) (variant "sigmoid") or of 1 - cos ("cosine").
 
     feat_fusion (N, C); clip_feat (N, C), one target per point, or (B, C), one per scene, with batch (N,) int64, the
-    scene of each point; valid (N,) bool. A clip_feat of N rows is always read as one target per point.
+    scene of each point; valid (N,) bool. If batch is given, clip_feat holds scenes, also if there are N of them.
     clamp: both features are clamped to +-clamp, entry by entry, before the norm; None: not. An entry beyond it gets no
     gradient. world_mean: see the top of the file. Computes in fp32; float64 stays float64.
 
@@ -138,7 +165,7 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
         feat, feat_clamped = unit_rows(feat_fusion, used, clamp, norm_floor, dtype)
         clip, clip_clamped = unit_rows(clip_feat, targets, clamp, norm_floor, dtype)
         clip = scale_gradient(clip, gradient_flow_ratio)
-        if len(clip) != len(feat):
+        if batch is not None:
             clip = clip[batch]  # (N, C)
 
         cosine = (feat * clip).sum(1).clamp(-1, 1)  # rounding alone takes it past 1
@@ -177,12 +204,14 @@ def clip_infonce(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None,
     """
     if negatives is not None and negatives.dim() != 1:
         raise ValueError(f"negatives {tuple(negatives.shape)} must be (M,), rows of clip_feat")
+    if negatives is not None:
+        check_ids("negatives", negatives, clip_feat.shape[0])
     used, dropped, targets = usable_rows(feat_fusion, clip_feat, batch, valid)
     dtype = common_dtype(feat_fusion, clip_feat)
-    rows = torch.arange(len(clip_feat), device=clip_feat.device)
-    own = rows if len(clip_feat) == len(feat_fusion) else batch  # (N,)
+    rows = torch.arange(clip_feat.shape[0], device=clip_feat.device)
+    own = rows if batch is None else batch  # (N,)
     if negatives is None:
-        negatives = rows if len(rows) <= MAX_NEGATIVES else draw_negatives(targets, MAX_NEGATIVES)
+        negatives = rows if rows.shape[0] <= MAX_NEGATIVES else draw_negatives(targets, MAX_NEGATIVES)
 
     with torch.autocast(feat_fusion.device.type, enabled=False):
         feat, feat_clamped = unit_rows(feat_fusion, used, clamp, norm_floor, dtype)
@@ -235,7 +264,8 @@ class ClipConsCriterion(nn.Module):
     variant: one of CLIP_LOSSES.
     world_mean: see the top of the file; `rows` is then the mean number of rows per process, and the interval is that
         of the mean loss over the processes. infonce takes the negatives of its own process only.
-    counts (3,): rows used, non-finite rows left out, entries clamped, of the last call, in this process.
+    counts (3,): rows used, non-finite rows left out, entries clamped, of the last call, in this process. None under
+        torch.func transforms, torch.compile and torch.export, where they could not be kept.
     """
 
     def __init__(self, loss_weight=0.05, temperature=0.07, gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1,
@@ -258,13 +288,14 @@ class ClipConsCriterion(nn.Module):
         self.counts = None
 
     def forward(self, feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None) -> Tensor:
-        """feat_fusion (N, C), clip_feat (N, C) or (B, C) with batch (N,), valid (N,) bool -> scalar, weighted."""
+        """feat_fusion (N, C), clip_feat (N, C), or (B, C) with batch (N,), valid (N,) bool -> scalar, weighted."""
         settings = dict(temperature=self.temperature, gradient_flow_ratio=self.gradient_flow_ratio, clamp=self.clamp,
                         norm_floor=self.norm_floor, world_mean=self.world_mean)
         if self.variant == "infonce":
-            loss, self.counts = clip_infonce(feat_fusion, clip_feat, batch, valid, **settings)
+            loss, counts = clip_infonce(feat_fusion, clip_feat, batch, valid, **settings)
         else:
-            loss, self.counts = clip_consistency(feat_fusion, clip_feat, batch, valid, variant=self.variant, **settings)
+            loss, counts = clip_consistency(feat_fusion, clip_feat, batch, valid, variant=self.variant, **settings)
+        self.counts = None if transformed() else counts
         return self.loss_weight * loss
 
     def extra_repr(self):
@@ -284,6 +315,7 @@ def semantic_loss(logits: Tensor, labels: Tensor, ignore_index=-1, world_mean=No
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must be (N, K) and (N,)")
+    check_ids("labels", labels, logits.shape[1], ignore_index)
     with torch.autocast(logits.device.type, enabled=False):
         valid = labels != ignore_index
         # Mask first: the softmax of a row with NaN has a NaN gradient even if its loss is not counted.

@@ -8,6 +8,9 @@ on copies with one safeguard taken out.
 import contextlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -206,7 +209,7 @@ SAFEGUARDS = {
     "fp32 inside": ("for x in tensors) else torch.float32", "for x in tensors) else tensors[0].dtype"),
     "temperature floor": ("max(temperature, TEMPERATURE_FLOOR)", "max(temperature, 1e-6)"),
     "non-finite features are dropped": ("wanted & feat_finite & (clip_finite", "wanted & (clip_finite"),
-    "non-finite targets are dropped": (" & (clip_finite if per_point else clip_finite[batch])", ""),
+    "non-finite targets are dropped": (" & (clip_finite if batch is None else clip_finite[batch])", ""),
     "invalid rows are dropped": ("torch.ones_like(feat_finite) if valid is None else valid",
                                  "torch.ones_like(feat_finite)"),
     "rows are selected, not multiplied": (".where(usable[:, None], 0)", " * usable[:, None]"),
@@ -261,18 +264,14 @@ def test_half_precision_rows_do_not_overflow_in_their_sum():
     assert loss.item() == pytest.approx(math.log1p(math.exp(10)), rel=1e-3) and counts.tolist() == [40_000, 0, 0]
 
 
-def plain_formula(variant, feat, clip, own):
+def plain_formula(variant, feat, clip, own, temperature=0.3):
     """Written with what torch offers, without any guard; every other row of clip is a negative."""
     cos = F.normalize(feat) @ F.normalize(clip).T
-    positive, is_own = cos[torch.arange(len(feat)), own], F.one_hot(own, len(clip)).bool()
     if variant == "sigmoid":
-        return -torch.sigmoid(positive / 0.3).log().mean()
+        return -torch.sigmoid(cos[torch.arange(len(feat)), own] / temperature).log().mean()
     if variant == "cosine":
         return F.cosine_embedding_loss(feat, clip[own], torch.ones(len(feat)))
-    if variant == "infonce":
-        return F.cross_entropy(cos / 0.3, own) / 2
-    entropy = F.binary_cross_entropy_with_logits(cos / 0.3, is_own.float(), reduction="none")
-    return entropy[is_own].mean() / 2 + entropy[~is_own].mean() / 2
+    return F.cross_entropy(cos / temperature, own) / 2
 
 
 @pytest.mark.parametrize("target", ["points", "scenes"])
@@ -370,6 +369,15 @@ def test_a_scene_target_equals_the_same_target_given_to_every_point():
     torch.manual_seed(0)
     feat, clip, batch = torch.randn(10, 8), torch.randn(3, 8), torch.arange(10) % 3
     assert torch.equal(clip_consistency(feat, clip, batch)[0], clip_consistency(feat, clip[batch])[0])
+
+
+@pytest.mark.parametrize("variant", CLIP_LOSSES)
+def test_with_a_batch_targets_are_those_of_scenes_also_if_there_are_as_many_as_points(variant):
+    torch.manual_seed(0)
+    feat, clip, batch = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([5, 4, 3, 0, 0, 1])
+    got = consistency(feat, clip, batch, variant=variant)[0]
+    torch.testing.assert_close(got, plain_formula(variant, feat, clip, batch, 0.1))
+    assert not torch.equal(got, consistency(feat, clip, variant=variant)[0])
 
 
 def test_shared_scene_target_gets_the_sum_of_its_points_gradients():
@@ -533,6 +541,120 @@ def test_the_attributes_hold_what_is_used():
     assert ClipConsCriterion(temperature=0.2).temperature == 0.2
 
 
+# ---------------------------------------------------------------------------------------------- transforms
+
+
+@pytest.mark.parametrize("variant", CLIP_LOSSES)
+def test_vmap_of_grad_equals_a_loop_and_leaves_nothing_behind(variant):
+    torch.manual_seed(0)
+    feat, clip, valid = torch.randn(3, 7, 8), torch.randn(3, 7, 8), torch.rand(3, 7) < 0.7
+    batch = torch.randint(7, (3, 7))
+    criterion = ClipConsCriterion(variant=variant, gradient_flow_ratio=0.5)
+    gradient = torch.func.grad(criterion, (0, 1))
+    for own in (None, batch):
+        mapped = torch.func.vmap(gradient, (0, 0, None if own is None else 0, 0))(feat, clip, own, valid)
+        assert criterion.counts is None
+        for i in range(3):
+            inputs = feat[i].clone().requires_grad_(), clip[i].clone().requires_grad_()
+            loss = criterion(*inputs, None if own is None else own[i], valid[i])
+            assert type(criterion.counts) is torch.Tensor and criterion.counts.tolist() == [valid[i].sum(), 0, 0]
+            torch.testing.assert_close((mapped[0][i], mapped[1][i]), torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("variant", CLIP_LOSSES)
+def test_the_criterion_compiles_without_a_break_and_exports_for_any_number_of_rows(variant):
+    torch.manual_seed(0)
+    feat, clip, valid = torch.randn(7, 8, requires_grad=True), torch.randn(7, 8), torch.arange(7) % 3 > 0
+    criterion = ClipConsCriterion(variant=variant)
+    expected = criterion(feat, clip, None, valid)
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")(feat, clip, None, valid)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled, feat), torch.autograd.grad(expected, feat))
+    n = torch.export.Dim("n", min=2, max=losses.MAX_NEGATIVES)  # beyond, infonce draws
+    shapes = {0: n}, {0: n}, None, {0: n}
+    exported = torch.export.export(criterion, (feat, clip, None, valid), dynamic_shapes=shapes).module()
+    fewer = feat[:4], clip[:4], None, valid[:4]
+    torch.testing.assert_close(exported(*fewer), criterion(*fewer))
+
+
+DDP = """
+import torch, torch.distributed as dist
+from datetime import timedelta
+from torch import nn
+from fusion import BiFusionEncoder
+from losses import ClipConsCriterion, SemanticCriterion
+
+class Toy(nn.Module):
+    image_size = (8, 12)
+    def __init__(self):
+        super().__init__()
+        self.map, self.points = nn.Conv2d(5, 16, 1), nn.Linear(3, 12)
+    def project(self, tokens, pooled):
+        return self.map(tokens), pooled
+    def forward(self, batch):
+        return self.points(batch["coords"])
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        toy = Toy()
+        self.fusion, self.head = BiFusionEncoder(toy, toy, dim_3d=12, embed_dim=16), nn.Linear(16, 3)
+    def forward(self, batch):
+        out = self.fusion(batch)
+        return out, self.head(out["feat_fusion"])
+
+def scene(n, b):
+    g = torch.Generator().manual_seed(b)
+    points = torch.randn(n, 3, generator=g) + torch.tensor([0.0, 0, 3])
+    intrinsics = torch.tensor([[6.0, 0, 5.5], [0, 6, 3.5], [0, 0, 1]])
+    return {"points": points, "coords": points, "features": points, "batch": torch.full((n,), b),
+            "labels": torch.randint(-1, 3, (n,), generator=g), "world2cam": torch.eye(4)[None, None],
+            "intrinsics": intrinsics[None, None], "clip_tokens": torch.randn(1, 1, 5, 4, 6, generator=g),
+            "clip_pooled": torch.randn(1, 1, 16, generator=g)}
+
+def loss_of(net, batch, world_mean=None):
+    out, logits = net(batch)
+    clip = ClipConsCriterion(gradient_flow_ratio=0.5, variant="cosine", world_mean=world_mean)
+    loss = clip(out["feat_fusion"], out["clip_global"], batch["batch"], out["valid"])
+    return loss + SemanticCriterion(world_mean=world_mean)(logits, batch["labels"])
+
+def world_mean(x):
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / 2
+
+torch.manual_seed(0)
+alone = Net()
+dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2, timeout=timedelta(seconds=100))
+net = nn.parallel.DistributedDataParallel(Net())
+net.module.load_state_dict(alone.state_dict())
+for sizes in ((60, 7), (40, 1), (0, 30)):
+    scenes = [scene(n, b) for b, n in enumerate(sizes)]
+    own = {**scenes[rank], "batch": torch.zeros(sizes[rank], dtype=torch.long)}
+    net.zero_grad()
+    alone.zero_grad()
+    loss_of(net, own, world_mean).backward()
+    loss_of(alone, {key: torch.cat([s[key] for s in scenes]) for key in own}).backward()
+    for (name, p), q in zip(alone.named_parameters(), net.module.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=lambda text: f"{sizes} {name} {text}")
+    assert alone.fusion.encoder_2d.map.weight.grad.any()
+"""
+
+
+def test_ddp_with_uneven_rows_has_the_gradient_of_the_undivided_batch(tmp_path):
+    path = str(tmp_path / "meeting")
+    environment = {**os.environ, "PYTHONPATH": str(Path(losses.__file__).parent), "OMP_NUM_THREADS": "1"}
+    other = subprocess.Popen([sys.executable, "-c", f"rank, path = 1, {path!r}\n{DDP}"], env=environment,
+                             stderr=subprocess.PIPE, text=True)
+    try:
+        exec(DDP, {"rank": 0, "path": path})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    errors = other.communicate(timeout=100)[1]
+    assert other.returncode == 0, errors
+
+
 # ---------------------------------------------------------------------------------------------- schedule
 
 
@@ -638,6 +760,16 @@ REFUSED = [  # call, what the message must hold
     (lambda: clip_infonce(zeros(4, 8), zeros(2, 8), integers(3)), r"batch \(3,\)"),
     (lambda: clip_consistency(zeros(4, 8), zeros(4, 8), None, zeros(5) > 0), r"valid \(5,\)"),
     (lambda: clip_infonce(zeros(4, 8), zeros(4, 8), negatives=integers(2, 1)), r"negatives \(2, 1\)"),
+    *((lambda bad=bad: clip_infonce(zeros(4, 8), zeros(4, 8), negatives=bad), r"negatives \(2,\) must lie in \[0, 4\)")
+      for bad in (torch.tensor([0, 4]), torch.tensor([0, -1]))),
+    *((lambda bad=bad: ClipConsCriterion()(zeros(2, 8), zeros(3, 8), bad), r"batch \(2,\) must lie in \[0, 3\)")
+      for bad in (torch.tensor([0, 3]), torch.tensor([0, -1]))),
+    (lambda: ClipConsCriterion()(zeros(4, 8), zeros(2, 8), zeros(4)), "batch must be int64, got torch.float32"),
+    *((lambda bad=bad: ClipConsCriterion()(zeros(4, 8), zeros(4, 8), None, bad), f"valid must be bool, got {bad.dtype}")
+      for bad in (zeros(4), integers(4), zeros(4).byte())),
+    *((lambda bad=bad: semantic_loss(zeros(2, 3), bad), r"labels \(2,\) must lie in \[0, 3\) or be -1")
+      for bad in (torch.tensor([0, 3]), torch.tensor([0, -2]))),
+    (lambda: semantic_loss(zeros(2, 3), integers(2).int()), "labels must be int64, got torch.int32"),
     (lambda: clip_loss_weight(0, (10, 20), (0, 1)), "boundaries"),
     (lambda: clip_loss_weight(0, (20, 10), (0, 1, 2)), "boundaries"),
     (lambda: clip_loss_weight(0, (1,), (0, 1, 2)), "boundaries"),
