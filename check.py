@@ -13,6 +13,7 @@ Imports numpy, PIL, and of this repository data, rooms and scannet.
 import argparse
 import itertools
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -250,7 +251,8 @@ def pose_rows(runs, quick=False):
     if mirrored and (not found or found.fault != "mirrored poses"):
         rows.append(wrong("mirrored poses", f"{mirrored} of {len(rotations)} rotations have determinant -1."))
     if found:
-        rows.append(wrong(found.fault, f"{confirmed}; with {found.words} {found.share:.0%}, and colours fit better."))
+        rows.append(wrong(found.fault, f"{confirmed}; with {found.words} it is {found.share:.0%}, and depth and colour "
+                          f"fit better by {found.gain:.1f} log units per pair."))
     elif num_pairs >= MIN_PAIRS and share < 0.2:
         rows.append(wrong("unconfirmed", f"Only {confirmed}, and no alternative explains why."))
     else:
@@ -403,7 +405,7 @@ def split_rows(names, occurring):
         twice = sorted(set(in_a) & set(in_b), key=natural_key)
         rows.append(Row("frames in both splits", "ok", f"none in {a} and {b}"))
         if twice:
-            rows[-1] = wrong(rows[-1].test, f"{len(twice)} are in both {a} and {b}: {', '.join(twice[:3])}.")
+            rows[-1] = wrong(rows[-1].test, f"{a} and {b} share {len(twice)}: {', '.join(twice[:3])}.")
     for title, own in occurring.items():
         lacking = sorted(set().union(*occurring.values()) - own)
         if lacking:
@@ -552,7 +554,8 @@ def main(argv=None):
     else:
         rows = inspect(sources, num_classes, args.up, args.frames, args.picture)
     for row in sorted(rows, key=lambda row: row.verdict == "WRONG"):
-        print(f"{row.verdict:<11} {row.test:<33} {row.words}")
+        print(textwrap.fill(f"{row.verdict:<11} {row.test:<33} {row.words}", 120, subsequent_indent=46 * " ",
+                            break_long_words=False, break_on_hyphens=False))
     count = sum(row.verdict == "WRONG" for row in rows)
     print(f"\n{count} {'thing is' if count == 1 else 'things are'} wrong." if count else "\nNothing wrong was found.")
     return int(count > 0)
