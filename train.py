@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,20 +276,11 @@ def build_datasets(args):
     instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
     if instances and args.superpoints:
         folder = None if args.cache == "none" else args.cache
-        cache = SuperpointCache(folder, Oversegmentation(args.superpoints), f"superpoints {VERSION} {args.superpoints}")
+        cache = SuperpointCache(folder, partial(oversegment, count=args.superpoints),
+                                f"superpoints {VERSION} {args.superpoints}")
         for dataset in sets:
             dataset.superpoints = cache
     return *sets, frames[0].class_names, instances
-
-
-class Oversegmentation:
-    """`oversegment` with its count, as an object that data-loading workers can receive."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __call__(self, depth, colors, intrinsics):
-        return oversegment(depth, colors, intrinsics, self.count)
 
 
 def read_every_frame(datasets, args, rank, world_size):
