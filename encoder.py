@@ -2,6 +2,7 @@
 """A frozen open_clip image tower: spatial, dense and global features from one pass, and text features.
 
     tokens (B, D, Hf, Wf), pooled (B, E) = tower(images)            raw CLIP features, which a cache may store
+    dense (B, E, Hf, Wf) = tower with another last attention        answers to text, cell by cell: see `last_block`
     spatial = spatial_proj(tokens)                                  learned 1x1 convolution, D -> 256
     global  = pooled @ global_proj.T                                fixed semi-orthogonal matrix, E -> 256
 
@@ -10,6 +11,8 @@ the target to a constant, which would minimize the loss without meaning, hence t
 keeps angles at least as well as other random projections (Johnson-Lindenstrauss).
 
 CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021.
+NACLIP: Hajimiri et al., "Pay Attention to Your Neighbours: Training-Free Open-Vocabulary Semantic Segmentation",
+WACV 2025.
 Imports torch and open_clip.
 """
 import difflib
@@ -39,6 +42,57 @@ def resize_position_embedding(embedding, old_grid, new_grid):
     grid = embedding[1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
     grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([class_token, grid.permute(0, 2, 3, 1).flatten(0, 2)])
+
+
+ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
+
+
+def neighbour_bias(grid, sigma=5.0):
+    """exp(-distance^2 / (2 sigma^2)) of patches in a grid (h, w), distances in patches -> (1 + h * w, 1 + h * w).
+
+    The first row and column, of the class token, are zero.
+    """
+    place = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()  # (h * w, 2)
+    distance2 = (place[:, None] - place).square().sum(-1)
+    return F.pad(torch.exp(-distance2 / (2 * sigma**2)), (1, 0, 1, 0))
+
+
+def attend(attn, y, grid, attention):
+    """The self-attention of a CLIP ViT with its own projections, but other weights A; see `last_block`.
+
+    attn: nn.MultiheadAttention. y (B, 1 + h * w, D), the class token first, grid (h, w) -> (B, 1 + h * w, D).
+    """
+    qkv = F.linear(y, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 1 + h * w, D / heads)
+    if attention == "naclip":
+        bias = neighbour_bias(grid).to(k)
+        out = F.scaled_dot_product_attention(k, k, v, attn_mask=bias)
+    elif attention == "clearclip":
+        out = F.scaled_dot_product_attention(q, q, v)
+    elif attention == "identity":
+        out = v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return attn.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def last_block(block, x, grid, attention="naclip"):
+    """The last block of a CLIP ViT, changed so that every patch keeps to its own place: x (B, 1 + h * w, D) -> same.
+
+    block: open_clip's ResidualAttentionBlock. x: its input, the class token first. grid (h, w): of the patches.
+    attention, with `A` over patches, s the root of a head's width, and no residual and no MLP in the first three:
+        "naclip"     A = softmax(k k^T / s + neighbour_bias)
+        "clearclip"  A = softmax(q q^T / s)       Lan et al., "ClearCLIP", ECCV 2024
+        "identity"   A = 1, the value path        Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022
+        "ordinary"   the block as it is, with residual and MLP
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention {attention!r}: must be one of {', '.join(ATTENTIONS)}")
+    out = block.ls_1(attend(block.attn, block.ln_1(x), grid, attention))
+    if attention != "ordinary":
+        return out
+    x = x + out
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def load_clip(model_name, pretrained):
@@ -163,16 +217,64 @@ class Enhanced2DEncoder(nn.Module):
         `pooled` equals open_clip's `encode_image` of the normalized images. Raises ValueError for another image size
         and for integers.
         """
-        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
-            raise ValueError(f"images: expected floats (B, 3, {self.image_size[0]}, {self.image_size[1]}), "
-                             f"got {images.dtype} {tuple(images.shape)}")
         visual = self.clip.visual
         # With an attention pool, the final norm acts on the pooled feature and not on the tokens.
         normalize = getattr(visual, "attn_pool", None) is None
-        with torch.set_grad_enabled(len(self.trainable) > 0 and torch.is_grad_enabled()):
-            images = (images - self.mean) / self.std
-            out = visual.forward_intermediates(images, indices=1, output_fmt="NCHW", normalize_intermediates=normalize)
+        with self._grad_mode():
+            out = visual.forward_intermediates(self._normalized(images), indices=1, output_fmt="NCHW",
+                                               normalize_intermediates=normalize)
         return out["image_intermediates"][-1], out["image_features"]
+
+    def encode_with_dense(self, images: Tensor, attention="naclip"):
+        """images (B, 3, H, W), RGB in [0, 1] -> tokens, pooled as of `encode`, dense as of `encode_dense`, in one pass.
+
+        Costs one attention more than `encode`.
+        """
+        self._check_dense()
+        visual = self.clip.visual
+        with self._grad_mode():
+            out = visual.forward_intermediates(self._normalized(images), indices=2, output_fmt="NLC",
+                                               output_extra_tokens=True)
+            before, last = out["image_intermediates"]  # (B, Hf * Wf, D)
+            before = torch.cat([out["image_intermediates_prefix"][0], before], 1)  # what the last block gets
+            tokens = visual.ln_post(last)
+            dense = last_block(visual.transformer.resblocks[-1], before, self.grid, attention)[:, 1:]
+            dense = F.normalize(visual.ln_post(dense) @ visual.proj, dim=-1)
+        to_map = (lambda x: x.transpose(1, 2).unflatten(2, self.grid).contiguous())
+        return to_map(tokens), out["image_features"], to_map(dense)
+
+    def encode_dense(self, images: Tensor, attention="naclip"):
+        """images (B, 3, H, W), RGB in [0, 1] -> (B, E, Hf, Wf), unit vectors in the space of `encode_prompts`.
+
+        The tower as it is, except for its last block: see `last_block` for the choices of attention. Raises ValueError
+        for towers that are not open_clip's own ViT with a linear head.
+        """
+        return self.encode_with_dense(images, attention)[2]
+
+    def _check_dense(self):
+        visual = self.clip.visual
+        if not isinstance(visual, open_clip.transformer.VisionTransformer):
+            found = f"timm's {type(visual.trunk).__name__}"
+        elif visual.attn_pool is not None:
+            found = "an attention pool"
+        elif len(visual.transformer.resblocks) < 2:
+            found = "one block"
+        elif not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
+            found = "blocks of a custom attention"
+        else:
+            return
+        raise ValueError(f"CLIP model {self.model_name}: dense features need open_clip's own ViT with plain blocks and a "
+                         f"linear head, such as ViT-B-16, ViT-B-32, ViT-L-14 or ViT-H-14; this one has {found}")
+
+    def _normalized(self, images):
+        """Images as CLIP wants them; ValueError if they do not fit."""
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
+            raise ValueError(f"images: expected floats (B, 3, {self.image_size[0]}, {self.image_size[1]}), "
+                             f"got {images.dtype} {tuple(images.shape)}")
+        return (images - self.mean) / self.std
+
+    def _grad_mode(self):
+        return torch.set_grad_enabled(len(self.trainable) > 0 and torch.is_grad_enabled())
 
     def project(self, tokens: Tensor, pooled: Tensor):
         """Raw tokens (B, D, Hf, Wf), pooled (B, E) -> spatial (B, 256, Hf, Wf), global (B, 256)."""
@@ -185,6 +287,10 @@ class Enhanced2DEncoder(nn.Module):
     def project_global(self, pooled):
         """Raw global or text features (B, E) -> (B, 256), by the fixed matrix."""
         return F.linear(pooled.to(self.global_proj.dtype), self.global_proj)
+
+    def project_dense_target(self, dense):
+        """Dense features (B, E, Hf, Wf) -> (B, 256, Hf, Wf), by the fixed matrix: a per-point loss target."""
+        return F.conv2d(dense.to(self.global_proj.dtype), self.global_proj[:, :, None, None])
 
     def project_dense(self, tokens):
         """Raw tokens (B, D, Hf, Wf) -> (B, 256, Hf, Wf), in the space of the global feature: a per-point loss target.
@@ -215,7 +321,15 @@ class Enhanced2DEncoder(nn.Module):
 
     def encode_text(self, prompts):
         """List of T strings -> (T, 256), in the space of the global feature, without gradients to CLIP."""
+        return self.project_global(self._text(prompts))
+
+    def encode_prompts(self, prompts):
+        """List of T strings -> (T, E), CLIP's own unit vectors, in the space of `encode_dense`; no gradients."""
+        return F.normalize(self._text(prompts), dim=-1)
+
+    @torch.no_grad()
+    def _text(self, prompts):
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts: expected a list of at least one string, got {prompts!r}")
         tokenizer = open_clip.get_tokenizer(self.model_name)
-        with torch.no_grad():
-            text = self.clip.encode_text(tokenizer(prompts).to(self.global_proj.device))
-        return self.project_global(text)
+        return self.clip.encode_text(tokenizer(prompts).to(self.global_proj.device))

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -14,13 +15,14 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import encoder as encoder_module
-from encoder import Enhanced2DEncoder, load_clip, resize_position_embedding, semi_orthogonal
+from encoder import ATTENTIONS, Enhanced2DEncoder, last_block, load_clip, resize_position_embedding, semi_orthogonal
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
 TOWERS = {
     "tiny-vit": {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT},
     "tiny-vit-quickgelu": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+    "tiny-scaled": {"embed_dim": 32, "vision_cfg": {**VISION, "ls_init_value": 0.3}, "text_cfg": TEXT},
     "tiny-average": {"embed_dim": 32, "text_cfg": TEXT,
                      "vision_cfg": {**VISION, "pool_type": "avg", "final_ln_after_pool": True}},
     "tiny-attention-pool": {"embed_dim": 32, "text_cfg": TEXT,
@@ -132,6 +134,98 @@ def test_the_shipped_sizes():
     with torch.no_grad():
         spatial, global_ = encoder(torch.rand(1, 3, 224, 224))
     assert spatial.shape == (1, 256, 14, 14) and global_.shape == (1, 256)
+
+
+# ---------------------------------------------------------------------------------------------- dense features
+
+
+def inner(encoder, images):
+    """What the last block of a tiny-vit gets, and what it gives: (B, 1 + L, D)."""
+    seen = []
+    block = encoder.clip.visual.transformer.resblocks[-1]
+    hook = block.register_forward_hook(lambda module, args, out: seen.extend((args[0], out)))
+    encoder.encode(images)
+    hook.remove()
+    return block, *seen
+
+
+@pytest.mark.parametrize("name, size", [("tiny-vit", (64, 64)), ("tiny-vit", (32, 96)), ("tiny-scaled", (64, 64)),
+                                        ("tiny-vit-quickgelu", (64, 64)), ("tiny-average", (64, 64))])
+@torch.no_grad()
+def test_with_the_ordinary_block_the_dense_code_equals_encode_image(name, size):
+    encoder = Enhanced2DEncoder(name, None, image_size=size)
+    visual, images = encoder.clip.visual, sample_images(encoder)
+    block, before, after = inner(encoder, images)
+    torch.testing.assert_close(last_block(block, before, encoder.grid, "ordinary"), after, rtol=1e-5, atol=1e-5)
+    dense = encoder.encode_dense(images, "ordinary").flatten(2)
+    tokens = encoder.encode(images)[0].flatten(2)
+    expected = nn.functional.normalize(visual.proj.T @ tokens, dim=1)
+    torch.testing.assert_close(dense, expected, rtol=1e-5, atol=1e-5)
+    if name != "tiny-average":
+        ours = visual.ln_post(last_block(block, before, encoder.grid, "ordinary"))[:, 0] @ visual.proj
+        torch.testing.assert_close(ours, encoder.clip.encode_image(normalized(images)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dense_features_equal_those_written_out_head_by_head_in_float64():
+    encoder = Enhanced2DEncoder("tiny-vit", None, image_size=(32, 96))
+    visual, images = encoder.clip.visual, sample_images(encoder)
+    block, before, _ = inner(encoder, images)
+    rows, columns = np.divmod(np.arange(12), 6)
+    distance2 = (rows[:, None] - rows) ** 2 + (columns[:, None] - columns) ** 2
+    bias = np.zeros((13, 13))
+    bias[1:, 1:] = np.exp(-distance2 / 50)
+
+    y = block.ln_1(before).double().numpy()
+    weight, offset = (x.double().numpy() for x in (block.attn.in_proj_weight, block.attn.in_proj_bias))
+    q, k, v = (y @ weight[i:i + 64].T + offset[i:i + 64] for i in (0, 64, 128))
+    heads = {name: [] for name in ("naclip", "clearclip", "identity")}
+    for h in (slice(0, 32), slice(32, 64)):
+        for name, logits in (("naclip", k[..., h] @ k[..., h].transpose(0, 2, 1) / 32**0.5 + bias),
+                             ("clearclip", q[..., h] @ q[..., h].transpose(0, 2, 1) / 32**0.5)):
+            a = np.exp(logits - logits.max(-1, keepdims=True))
+            heads[name].append(a / a.sum(-1, keepdims=True) @ v[..., h])
+        heads["identity"].append(v[..., h])
+    for name, parts in heads.items():
+        out = nn.functional.linear(torch.tensor(np.concatenate(parts, -1)), *(x.double() for x in (
+            block.attn.out_proj.weight, block.attn.out_proj.bias)))
+        out = nn.functional.layer_norm(out, (64,), visual.ln_post.weight.double(), visual.ln_post.bias.double())
+        expected = nn.functional.normalize(out[:, 1:] @ visual.proj.double(), dim=-1)
+        dense = encoder.encode_dense(images, name)
+        assert dense.shape == (2, 32, 2, 6)
+        torch.testing.assert_close(dense.double(), expected.transpose(1, 2).unflatten(2, (2, 6)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_pass_gives_the_tokens_and_pooled_features_of_encode_and_the_dense_ones():
+    encoder = Enhanced2DEncoder("tiny-vit", None, image_size=(32, 96))
+    images = sample_images(encoder)
+    tokens, pooled, dense = encoder.encode_with_dense(images)
+    assert all(map(torch.equal, encoder.encode(images), (tokens, pooled)))
+    assert torch.equal(encoder.encode_dense(images), dense)
+    different = [encoder.encode_dense(images, attention) for attention in ATTENTIONS]
+    assert torch.equal(different[0], dense)
+    assert all(not torch.allclose(a, b, atol=1e-2) for i, a in enumerate(different) for b in different[:i])
+
+
+def test_the_dense_target_is_the_fixed_map_of_unit_vectors_and_has_no_gradient():
+    encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=64)  # 32 -> 64 keeps all angles and norms
+    dense = encoder.encode_dense(sample_images(encoder))
+    target = encoder.project_dense_target(dense.half())
+    assert target.shape == (2, 64, 4, 4) and not target.requires_grad
+    torch.testing.assert_close(dense.norm(dim=1), torch.ones(2, 4, 4))
+    torch.testing.assert_close(target.norm(dim=1), torch.ones(2, 4, 4), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(target[1, :, 2, 3], encoder.project_global(dense[1:, :, 2, 3])[0], rtol=1e-2, atol=1e-3)
+
+
+def test_prompts_and_dense_features_share_clips_own_space():
+    encoder = Enhanced2DEncoder("tiny-vit", None)
+    prompts = ["a chair", "a table", "wall"]
+    text = encoder.encode_prompts(prompts)
+    with torch.no_grad():
+        expected = encoder.clip.encode_text(open_clip.get_tokenizer("tiny-vit")(prompts), normalize=True)
+    torch.testing.assert_close(text, expected)
+    assert not text.requires_grad and text.shape[1] == encoder.encode_dense(sample_images(encoder)).shape[1]
 
 
 # ---------------------------------------------------------------------------------------------- image size
@@ -380,6 +474,13 @@ def dense(name):
     *((lambda shape=shape: vit().encode(torch.zeros(shape)), r"\(B, 3, 64, 64\).*" + re.escape(str(shape)))
       for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, 64, 32), (1, 64, 64, 3))),
     (lambda: vit().encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), r"floats.*uint8 \(1, 3, 64, 64\)"),
+    *((lambda name=name: Enhanced2DEncoder(name, None, image_size=64).encode_dense(torch.zeros(1, 3, 64, 64)), message)
+      for name, message in (("tiny-timm", "tiny-timm.*ViT-B-16.*timm's VisionTransformer"),
+                            ("tiny-attention-pool", "tiny-attention-pool.*linear head.*an attention pool"))),
+    (lambda: vit().encode_dense(torch.zeros(1, 3, 64, 64), "sclip"), "'sclip'.*naclip, clearclip"),
+    (lambda: vit().encode_dense(torch.zeros(1, 3, 64, 32)), r"\(B, 3, 64, 64\).*\(1, 3, 64, 32\)"),
+    (lambda: vit().encode_prompts("a chair"), "list of at least one string, got 'a chair'"),
+    (lambda: vit().encode_text([]), r"list of at least one string, got \[\]"),
     (lambda: dense("tiny-attention-pool"), "tiny-attention-pool.*not linear"),
     (lambda: dense("tiny-timm"), "tiny-timm.*not linear")])
 def test_malformed_input_is_named(call, message):
