@@ -27,7 +27,7 @@ With `files`, a second start on unchanged files reads no frame (see `check_frame
 
 `PointDataset` makes samples out of a source, `SceneDataset` out of whole scans, and `collate` makes a ragged batch out
 of samples. Augmentation changes `coords` and `features`. `points` stay where the camera saw them, so projection is
-exact whatever the augmentation does.
+exact whatever the augmentation does. `coords` have z up: `up` names the axis of the data's world that points up.
 
 Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
@@ -43,6 +43,24 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- geometry
+
+# The world's up axis -> axes and signs of the quarter or half turn that makes it z; exact, because nothing is added
+UP_AXES = {"z": ([0, 1, 2], [1, 1, 1]), "-z": ([0, 1, 2], [1, -1, -1]),
+           "y": ([0, 2, 1], [1, -1, 1]), "-y": ([0, 2, 1], [1, 1, -1]),
+           "x": ([2, 1, 0], [-1, 1, 1]), "-x": ([2, 1, 0], [1, 1, -1])}
+TURN_BACK = {"z": "z", "-z": "-z", "y": "-y", "-y": "y", "x": "-x", "-x": "x"}
+MAX_DISTANCE = 1e4  # metres of a camera from the origin; float32 resolves 1 mm there
+
+
+def turn_up(vectors, up):
+    """Vectors (..., 3) of a world whose axis `up` (a key of UP_AXES) points up -> the same in a world with z up.
+
+    Exact. `turn_up(turned, TURN_BACK[up])` undoes it.
+    """
+    if up == "z":
+        return vectors
+    axes, signs = UP_AXES[up]
+    return np.ascontiguousarray(vectors[..., axes] * np.array(signs, vectors.dtype))
 
 
 def unproject(uv, depth, intrinsics, world2cam):
@@ -148,11 +166,19 @@ def check_frame(frame):
         if not isinstance(value, np.ndarray):
             raise ValueError(f"frame {name}: {field} must be a numpy array, got {type(value).__name__}")
         fits = value.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, value.shape))
-        finite = field in ("color", "depth") or np.isfinite(value).all()
+        is_matrix = field not in ("color", "depth")
+        finite = not is_matrix or np.isfinite(value).all()
         if not fits or value.dtype.kind != kind or (kind == "u" and value.itemsize > 1) or not finite:
             expected = str(shape).replace("None", "any")
             raise ValueError(f"frame {name}: {field} has shape {value.shape} of {value.dtype}, expected {expected} of "
                              f"{words}")
+        if is_matrix and not np.allclose(value[-1], np.eye(len(value))[-1], rtol=0, atol=1e-6):
+            raise ValueError(f"frame {name}: {field} {value.shape} must have the last row "
+                             f"{'0 ' * (len(value) - 1)}1, got {value[-1]}; is it transposed?")
+    distance = np.abs(frame["world2cam"][:3, 3]).max()
+    if distance > MAX_DISTANCE:
+        raise ValueError(f"frame {name}: world2cam (4, 4) has a translation of {distance:.0f} m, where float32 is too "
+                         f"coarse: subtract an offset from the poses, or convert them to metres (docs/cameras.md)")
     sizes = (frame["color"].shape[:2], frame["depth"].shape)
     for field in ("label", "instance"):
         value = frame.get(field)
@@ -247,15 +273,17 @@ def register_color(frame, known, seen):
     return depth, color
 
 
-def pixel_fields(frame, known, seen):
+def pixel_fields(frame, known, seen, up="z"):
     """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features, labels, instances.
 
-    Arrays (n, ...) by field name; known and seen are flat indices.
+    Arrays (n, ...) by field name; known and seen are flat indices. Points are computed with z up and turned back, so
+    that worlds that differ in `up` alone give the same numbers, bit for bit.
     """
     v, u = np.divmod(known, frame["depth"].shape[1])
-    points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
-                       frame["world2cam"])
-    fields = {"points": points.astype(np.float32),
+    world2cam = frame["world2cam"].copy()
+    world2cam[:3, :3] = turn_up(world2cam[:3, :3], up)
+    points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"], world2cam)
+    fields = {"points": turn_up(points.astype(np.float32), TURN_BACK[up]),
               "features": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
     for key, image in (("labels", frame.get("label")), ("instances", frame.get("instance"))):
         if image is None:
@@ -305,6 +333,7 @@ class PointDataset(Dataset):
     Samples then hold clip_tokens and clip_pooled instead of images.
     superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), numbered
     0..S-1, each within one view.
+    up: the axis of the world that points up, a key of UP_AXES; `coords` have z up, `points` and cameras stay as given.
 
     A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3), the colours in
     [0, 1], labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics
@@ -312,7 +341,9 @@ class PointDataset(Dataset):
     """
 
     def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True, seed=0,
-                 voxel_size=0.02, feature_cache=None, superpoints=None):
+                 voxel_size=0.02, feature_cache=None, superpoints=None, up="z"):
+        if up not in UP_AXES:
+            raise ValueError(f"up must be one of {', '.join(UP_AXES)}, got {up!r}")
         if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
             raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
         if num_points < 1 or num_views < 1:
@@ -328,6 +359,7 @@ class PointDataset(Dataset):
         self.voxel_size = voxel_size
         self.feature_cache = feature_cache
         self.superpoints = superpoints
+        self.up = up
         self.images_only = ResizedImages(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
         self._members = []  # frame indices of each sample
@@ -355,7 +387,7 @@ class PointDataset(Dataset):
         if self.superpoints is not None and owner is None:
             return None
         settings = (type(self).__name__, self.num_points, self.image_size, self.num_views, self.augment, self.color,
-                    self.images, self.seed, int(self._epoch), self.voxel_size, owner)
+                    self.images, self.seed, int(self._epoch), self.voxel_size, owner, self.up)
         return files_digest(self._sources(indices), *settings)
 
     def __getitem__(self, index):
@@ -371,7 +403,7 @@ class PointDataset(Dataset):
         for frame, (known, seen), end in zip(frames, pixels, ends):
             start = end - len(known)
             own = drawn[(drawn >= start) & (drawn < end)] - start
-            part = pixel_fields(frame, known[own], seen[own])
+            part = pixel_fields(frame, known[own], seen[own], self.up)
             if self.superpoints is not None:
                 segments = self.superpoints(*register_color(frame, known, seen), frame["depth_intrinsics"])
                 part["superpoints"] = segments.ravel()[known[own]] + num_pixels
@@ -401,7 +433,8 @@ class PointDataset(Dataset):
         return np.sort(rng.choice(total, self.num_points, replace=False, shuffle=False))
 
     def _sample(self, name, frames, fields, coords, rng):
-        """Views, per-point fields, and the coordinates to augment -> sample."""
+        """Views, per-point fields, and the coordinates to turn and augment -> sample."""
+        coords = turn_up(coords, self.up)
         fields["coords"] = augment_points(coords, rng, self.voxel_size) if self.augment else coords.astype(np.float32)
         if not self.color:
             fields["features"] = np.ones_like(fields["features"])
@@ -436,13 +469,13 @@ class SceneDataset(PointDataset):
     name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32 in [0, 1], alignment (4, 4) to
     the axes of the 3D encoder, and optionally labels, instances and superpoints (P,) int64.
     frames: a source of frames of the same scenes, whose labels are not needed. All else is as in `PointDataset`;
-    `coords` are aligned, then augmented, and superpoints are those of the scan.
+    `coords` are aligned, turned to z up and augmented, and superpoints are those of the scan.
     """
 
     def __init__(self, scenes, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True,
-                 seed=0, voxel_size=0.02, feature_cache=None):
+                 seed=0, voxel_size=0.02, feature_cache=None, up="z"):
         super().__init__(frames, num_points, image_size, num_views, augment, color, images, seed, voxel_size,
-                         feature_cache)
+                         feature_cache, up=up)
         self.scenes = scenes
         members = group_by_scene(frame_names(frames))
         for name in scenes.names:

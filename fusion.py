@@ -64,7 +64,7 @@ def check_mask(name, mask: Tensor):
 def last_row_fits(matrix: Tensor) -> Tensor:
     """matrix (..., n, n) -> bool (...): its last row is 0 ... 0 1; false for a transposed camera matrix."""
     last = matrix[..., -1, :]
-    return (last[..., :-1] == 0).all(-1) & (last[..., -1] == 1)
+    return (last[..., :-1].abs() <= 1e-6).all(-1) & ((last[..., -1] - 1).abs() <= 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- camera geometry

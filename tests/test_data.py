@@ -137,6 +137,38 @@ def test_augmentation_changes_coords_and_colors_only(root):
     assert torch.equal(plain["coords"], plain["points"])
 
 
+@pytest.mark.parametrize("up", data.UP_AXES)
+def test_turning_to_z_up_is_an_exact_rotation_and_can_be_undone(up):
+    axis = np.eye(3)["xyz".index(up[-1])] * (-1 if up[0] == "-" else 1)
+    rotation = data.turn_up(np.eye(3), up).T  # its columns: where the axes go
+    assert np.array_equal(rotation @ axis, [0, 0, 1]) and np.linalg.det(rotation) == 1
+    points = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    turned = data.turn_up(points, up)
+    assert turned.dtype == np.float32 and np.array_equal(turned, points @ rotation.T.astype(np.float32))
+    assert np.array_equal(data.turn_up(turned, data.TURN_BACK[up]), points)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("up", data.UP_AXES)
+def test_a_turned_world_gives_the_same_samples_up_to_the_turn(up, augment):
+    frames = [{**frame, "world2cam": frame["world2cam"]} for frame in RoomFrames("train", 1, 2, size=(60, 80))]
+    turn = np.eye(4)
+    turn[:3, :3] = data.turn_up(np.eye(3), up).T  # from the turned world to the one with z up
+    turned_frames = [{**frame, "world2cam": frame["world2cam"] @ turn} for frame in frames]
+    options = dict(num_points=1500, image_size=(32, 32), num_views=2, augment=augment)
+    plain, turned = data.PointDataset(frames, **options), data.PointDataset(turned_frames, **options, up=up)
+    for epoch in range(3):  # with and without elastic augmentation
+        plain.set_epoch(epoch)
+        turned.set_epoch(epoch)
+        expected, sample = plain[0], turned[0]
+        assert torch.equal(sample.pop("points"), expected.pop("points") @ torch.from_numpy(turn[:3, :3]).float())
+        assert torch.equal(sample.pop("world2cam"), expected.pop("world2cam") @ torch.from_numpy(turn).float())
+        assert sample.pop("name") == expected.pop("name") and sample.pop("seed") == expected.pop("seed")
+        assert all(torch.equal(sample[key], expected[key]) for key in expected)  # coords among them
+        if up != "z":
+            assert not torch.equal(data.PointDataset(turned_frames, **options)[0]["coords"], sample["coords"])
+
+
 # ------------------------------------------------------------------------------------------------------------ frames
 
 
@@ -300,6 +332,27 @@ def test_depth_images_of_different_sizes_share_a_batch_and_hide_the_same_points(
     assert hidden > 100
 
 
+def test_views_of_different_image_sizes_share_a_sample_with_cameras_of_their_own(tmp_path):
+    sizes = (48, 64), (30, 80), (90, 45)
+    frames = [ScanNetFrames(write_scannet(tmp_path / str(size[0]), 1, 1, color_size=size), CLASSES)[0]
+              for size in sizes]
+    frames = [{**frame, "name": f"scene/{i}"} for i, frame in enumerate(frames)]
+    sample = data.PointDataset(frames, 10_000, (24, 32), num_views=3)[0]
+    assert sample["images"].shape == (3, 3, 24, 32)
+    start = 0
+    for view, (size, frame) in enumerate(zip(sizes, frames)):
+        part = slice(start, start + len(data.PointDataset([frame], 10_000, (24, 32))[0]["points"]))
+        start = part.stop
+        uv, _ = project(sample["points"][part], frame["intrinsics"], frame["world2cam"])
+        small, _ = project(sample["points"][part], sample["intrinsics"][view], frame["world2cam"])
+        assert np.abs((small + 0.5) / (32, 24) - (uv + 0.5) / size[::-1]).max() * 32 < 1e-4
+        u, v = np.rint(uv).astype(int).T
+        away_from_ties = np.abs(uv - np.floor(uv) - 0.5).min(1) > 1e-2
+        expected = np.stack([u * 255 // size[1], v * 255 // size[0], 0 * u], 1) / 255
+        assert np.abs(expected - sample["features"][part].numpy())[away_from_ties].max() < 1e-6
+    assert start == len(sample["points"])
+
+
 def test_views_of_different_depth_sizes_share_no_superpoint(tmp_path):
     frames = [ScanNetFrames(write_scannet(tmp_path / str(size[0]), 1, 1, depth_size=size), CLASSES)[0]
               for size in ((24, 32), (6, 8), (12, 16))]
@@ -396,7 +449,7 @@ def test_every_setting_that_a_sample_depends_on_has_it_read_again(root, tmp_path
     other_classes = {**CLASSES, 2: "seat"}
     assert check(root, store, other_classes)[1] == 6
     for options in ({"num_views": 3}, {"augment": True}, {"seed": 1}, {"voxel_size": 0.1}, {"color": False},
-                    {"images": False}, {"superpoints": SuperpointCache(tmp_path, oversegment, "one")},
+                    {"images": False}, {"up": "y"}, {"superpoints": SuperpointCache(tmp_path, oversegment, "one")},
                     {"superpoints": SuperpointCache(tmp_path, oversegment, "two")}):
         assert check(root, store, **options)[1] == 6, options
         assert check(root, store, **options)[1] == 0, options
@@ -466,6 +519,13 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(root, tm
     ({"depth": None}, "scene/1: depth must be a numpy array, got NoneType"),
     ({"world2cam": np.eye(3)}, r"scene/1: world2cam has shape \(3, 3\)"),
     ({"world2cam": np.full((4, 4), np.nan)}, "scene/1: world2cam .*finite"),
+    ({"world2cam": np.eye(4)[:3]}, r"scene/1: world2cam has shape \(3, 4\)"),
+    ({"world2cam": POSE.T}, r"scene/1: world2cam \(4, 4\) must have the last row 0 0 0 1.*transposed"),
+    ({"world2cam": np.diag([1.0, 1, 1, 2])}, r"scene/1: world2cam \(4, 4\) must have the last row 0 0 0 1"),
+    ({"world2cam": np.eye(4) + 2e4 * np.eye(4, k=3)}, r"scene/1: world2cam \(4, 4\) has a translation of 20000 m"),
+    ({"intrinsics": intrinsics_of((48, 64)).T}, r"scene/1: intrinsics \(3, 3\) must have the last row 0 0 1"),
+    ({"depth_intrinsics": intrinsics_of((24, 32)).T}, r"scene/1: depth_intrinsics \(3, 3\) must have the last row"),
+    ({"intrinsics": np.eye(4)[:3]}, r"scene/1: intrinsics has shape \(3, 4\)"),
     ({"intrinsics": [[1]]}, "scene/1: intrinsics must be a numpy array, got list"),
     ({"depth_intrinsics": np.eye(4)}, r"scene/1: depth_intrinsics has shape \(4, 4\)"),
     ({"label": np.zeros((5, 5), int)}, r"scene/1: label has shape \(5, 5\)"),
@@ -487,6 +547,7 @@ def test_a_frame_without_any_depth_is_named(root):
     *(({"image_size": size}, "image_size must be") for size in ((0, 224), (224,), (224, 224, 3), (-1, 5), (22.4, 224),
                                                                 ("a", "b"))),
     ({"num_points": 0}, "num_points and num_views must be at least 1, got 0 and 1"),
+    ({"up": "+y"}, "up must be one of z, -z, y, -y, x, -x, got '\\+y'"),
     ({"num_views": 0}, "num_points and num_views must be at least 1, got 10 and 0"),
     ({"num_views": 4}, "scene0000_00 has 3 frames, fewer than num_views=4")])
 def test_options_that_make_no_sample_are_refused(root, options, message):
@@ -581,6 +642,11 @@ def test_scans_are_aligned_for_the_encoder_and_not_for_the_camera(scene_dataset)
     aligned = sample["points"].double().numpy() @ ALIGNMENT[:3, :3].T + ALIGNMENT[:3, 3]
     assert np.abs(sample["coords"].numpy() - aligned).max() < 1e-5
     assert np.allclose(sample["world2cam"][1].numpy(), np.linalg.inv(POSE), atol=1e-6)
+
+
+def test_a_scan_is_turned_to_z_up_after_its_alignment(scene_dataset):
+    coords, turned = scene_dataset()[0]["coords"], scene_dataset(up="-y")[0]["coords"]
+    assert torch.equal(turned, torch.stack([coords[:, 0], coords[:, 2], -coords[:, 1]], 1))
 
 
 def test_views_of_a_scan_are_spread_and_drawn_anew_in_training(scene_dataset):

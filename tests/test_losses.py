@@ -561,6 +561,13 @@ def test_vmap_of_grad_equals_a_loop_and_leaves_nothing_behind(variant):
             torch.testing.assert_close((mapped[0][i], mapped[1][i]), torch.autograd.grad(loss, inputs))
 
 
+def test_the_semantic_loss_under_vmap_of_grad_equals_a_loop():
+    logits, labels = torch.randn(3, 6, 4), torch.randint(-1, 4, (3, 6))
+    gradient = torch.func.grad(SemanticCriterion())
+    loop = torch.stack([gradient(*pair) for pair in zip(logits, labels)])
+    torch.testing.assert_close(torch.func.vmap(gradient)(logits, labels), loop)
+
+
 @pytest.mark.parametrize("variant", CLIP_LOSSES)
 def test_the_criterion_compiles_without_a_break_and_exports_for_any_number_of_rows(variant):
     torch.manual_seed(0)
