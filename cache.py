@@ -17,6 +17,7 @@ Imports torch, numpy, tqdm.
 """
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import struct
@@ -33,7 +34,6 @@ from tqdm import tqdm
 
 MAGIC = b"BFSTORE1"
 HEADER = struct.Struct("<8s16s16s")  # magic, hash of owner, key; a crc32 of header and content follows
-SHAPE = struct.Struct("<4I")  # D, Hf, Wf, E of features
 
 
 def content_key(*parts):
@@ -134,17 +134,41 @@ def to_tensor(image):
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)) / 255
 
 
+def pack_features(tensors):
+    """Any number of float16 tensors of any shapes -> bytes: their number, then ndim and shape of each, then the values.
+    """
+    numbers = [len(tensors)]
+    for tensor in tensors:
+        numbers += [tensor.dim(), *tensor.shape]
+    values = [tensor.numpy().astype("<f2").tobytes() for tensor in tensors]
+    return np.array(numbers, "<u4").tobytes() + b"".join(values)
+
+
+def unpack_features(content):
+    """The bytes of `pack_features`, as a writable uint8 array -> tuple of float16 tensors that share its memory."""
+    numbers = content[:len(content) // 4 * 4].view("<u4")
+    shapes = []
+    at = 1
+    for _ in range(numbers[0]):
+        shapes.append(tuple(numbers[at + 1:at + 1 + numbers[at]].tolist()))
+        at += 1 + int(numbers[at])
+    values = torch.from_numpy(content[4 * at:].view("<f2"))
+    parts = values.split([math.prod(shape) for shape in shapes])
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes))
+
+
 class FeatureCache:
     """Features of a frozen image encoder: `build` encodes what is missing, `get` reads; workers may call `get`.
 
     folder: see `Store`. owner: names all that the features depend on besides the image: model, a fingerprint of the
-    weights, precision.
-    encode: images (B, 3, H, W) float32 in [0, 1] -> tokens (B, D, Hf, Wf), pooled (B, E), on any device.
+    weights, precision, and which features.
+    encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as tokens
+        (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
     batch_size, workers: for `build`.
     """
 
     def __init__(self, folder, owner, encode, batch_size=32, workers=0):
-        self.store = Store(folder, f"image features: {owner}")
+        self.store = Store(folder, f"image feature tensors: {owner}")
         self.encode = encode
         self.batch_size = batch_size
         self.workers = workers
@@ -153,14 +177,15 @@ class FeatureCache:
         return {**self.__dict__, "encode": None}
 
     def get(self, image):
-        """Image (H, W, 3) uint8 -> tokens (D, Hf, Wf), pooled (E,) float16; ValueError if it has no whole entry."""
+        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without their batch dimension.
+
+        Raises ValueError if the image has no whole entry.
+        """
         key = image_key(image)
         content = self.store.get(key)
         if content is None:
             raise ValueError(f"an image has no usable features in {self.store.path(key)}; run build again")
-        *grid, width = SHAPE.unpack(content[:SHAPE.size])
-        values = torch.from_numpy(content[SHAPE.size:].view("<f2"))
-        return values[width:].view(*grid), values[:width]
+        return unpack_features(content)
 
     def build(self, images, rank=0, world_size=1):
         """Checks the entries of all images and encodes those that are missing or damaged. Returns how many.
@@ -224,16 +249,15 @@ class FeatureCache:
     @torch.no_grad()
     def _features(self, batch):
         """Images -> the contents of their entries."""
-        tokens, pooled = self.encode(torch.stack([to_tensor(image) for image in batch]))
-        if tokens.dim() != 4 or pooled.dim() != 2 or not len(tokens) == len(pooled) == len(batch):
-            raise ValueError(f"encode must return tokens (B, D, Hf, Wf) and pooled (B, E) for B = {len(batch)}, got "
-                             f"{tuple(tokens.shape)} and {tuple(pooled.shape)}")
-        tokens, pooled = tokens.half().cpu(), pooled.half().cpu()
-        if not (tokens.isfinite().all() and pooled.isfinite().all()):
+        features = self.encode(torch.stack([to_tensor(image) for image in batch]))
+        if not isinstance(features, tuple) or not features or any(len(tensor) != len(batch) for tensor in features):
+            shapes = [tuple(tensor.shape) for tensor in features]
+            raise ValueError(f"encode must return a tuple of tensors (B, ...) for B = {len(batch)}, got a "
+                             f"{type(features).__name__} of shapes {shapes}")
+        features = [tensor.half().cpu() for tensor in features]
+        if not all(tensor.isfinite().all() for tensor in features):
             raise ValueError("encode returned features that are not finite in fp16")
-        shape = SHAPE.pack(*tokens.shape[1:], pooled.shape[1])
-        return [shape + own_pooled.tobytes() + own_tokens.tobytes()
-                for own_tokens, own_pooled in zip(tokens.numpy(), pooled.numpy())]
+        return [pack_features(of_image) for of_image in zip(*features)]
 
 
 class CheckedImages(Dataset):

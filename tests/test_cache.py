@@ -117,6 +117,20 @@ def test_features_come_back_to_half_precision(tmp_path):
         assert ((own_tokens.float() - tokens[i]).abs() <= tokens[i].abs() * 2 ** -11).all()
 
 
+@pytest.mark.parametrize("shapes", [[(4, 2, 3), (5,)], [(4, 2, 3), (5,), (5, 2, 3)], [()], [(2, 0), (1, 1, 1, 1, 7)]])
+def test_any_number_of_tensors_of_any_shapes_comes_back_in_order(tmp_path, shapes):
+    generator = torch.Generator().manual_seed(0)
+    features = tuple(torch.randn(2, *shape, generator=generator) for shape in shapes)
+    cache = FeatureCache(tmp_path, "tower", lambda images: features)
+    cache.build(IMAGES[:2])
+    for i in range(2):
+        found = cache.get(IMAGES[i])
+        assert len(found) == len(shapes)
+        assert all(torch.equal(a, b[i].half()) for a, b in zip(found, features))
+        found[0].add_(1)  # writable, and the entry stays as it is
+        assert all(torch.equal(a, b[i].half()) for a, b in zip(cache.get(IMAGES[i]), features))
+
+
 def test_the_error_of_a_cached_feature_is_the_one_stated(tmp_path):
     """2^-11 of a value or 2^-25 absolute, 2^-11 of the norm of a token, and hardly more after projection and norm."""
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +171,7 @@ def test_another_owner_has_its_own_entries(tmp_path):
     cache, tower = build(tmp_path, owner="another tower", tower=Tower(2.0))
     assert tower.seen == 10
     assert torch.equal(cache.get(IMAGES[0])[1], Tower(2.0)(to_tensor(IMAGES[0])[None])[1][0].half())
-    assert (cache.store.folder / "owner.txt").read_text() == "image features: another tower"
+    assert (cache.store.folder / "owner.txt").read_text() == "image feature tensors: another tower"
 
 
 def test_the_shape_of_an_image_is_part_of_its_hash():
@@ -270,8 +284,9 @@ def test_a_temporary_folder_outlives_workers_and_copies_but_not_its_owner():
 
 
 @pytest.mark.parametrize("encode, message", [
-    (lambda x: (x, x), "tokens .B, D, Hf, Wf. and pooled .B, E."),
-    (lambda x: (x[:1], x.flatten(1)), "for B = 3"),
+    (lambda x: x, "tuple of tensors .B, .... for B = 3, got a Tensor"),
+    (lambda x: (), "tuple of tensors .B, .... for B = 3, got a tuple of shapes ..$"),
+    (lambda x: (x[:1], x.flatten(1)), r"for B = 3, got a tuple of shapes .\(1, 3, 8, 12\), \(3, 288\)"),
     (lambda x: (x * 1e6, x.flatten(1)), "not finite in fp16"),
     (lambda x: (x, x.flatten(1) * float("nan")), "not finite in fp16")])
 def test_features_that_cannot_be_kept_are_refused(tmp_path, encode, message):
