@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import scannet
 from helpers import ALIGNMENT, CLASSES, POSE, TABLE, write_scan, write_scannet
 
@@ -49,8 +50,9 @@ def test_class_list_maps_ids_to_consecutive_classes(tmp_path):
     path.write_text("0 unlabeled\n7 night stand\n\n3 wall\n9 wall\n* unlabeled\n")
     classes = scannet.load_classes(path)
     assert classes == {0: None, 7: "night stand", 3: "wall", 9: "wall", "*": None}
-    names, table = scannet.class_index(classes)
-    assert names == ["night stand", "wall"] and table[[0, 7, 3, 9, 5]].tolist() == [-1, 0, 1, 1, -1] and table[-1] == -1
+    table = scannet.ClassTable(classes)
+    assert table.names == ["night stand", "wall"]
+    assert table(np.array([0, 7, 3, 9, 5, 65535], np.uint16)).tolist() == [-1, 0, 1, 1, -1, -1]
 
 
 def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
@@ -116,7 +118,7 @@ def test_depth_of_another_size_needs_its_own_intrinsics(root):
 
 
 @pytest.mark.parametrize("file, image, message", [
-    ("depth/0.png", np.zeros((24, 32, 3), np.uint8), r"depth image has shape \(24, 32, 3\)"),
+    ("depth/0.png", np.zeros((24, 32, 3), np.uint8), "8-bit depth image of RGB, expected greyscale of 16 bits"),
     ("label-filt/0.png", np.zeros((10, 12), np.uint16), r"label has size \(10, 12\)"),
     *(("label-filt/0.png", np.full((48, 64), bad, np.uint16), f"label {bad} is not in the class list")
       for bad in (3, 41, 65535))])
@@ -135,8 +137,8 @@ def test_malformed_class_lists_are_named(tmp_path, text):
 
 @pytest.mark.parametrize("text, error, message", [
     ("", ValueError, "val.txt is empty"), ("\n \n", ValueError, "val.txt is empty"),
-    ("scene0009_00\n", FileNotFoundError, "val.txt: 'scene0009_00'"),
-    ("scene0000_00/77\n", FileNotFoundError, "no image 77.jpg"),
+    ("scene0009_00\n", FileNotFoundError, "val.txt: .* has no scene 'scene0009_00'"),
+    ("scene0000_00/77\n", FileNotFoundError, "val.txt: .*no colour image of frame '77'"),
     ("scene0000_00\nscene0000_00/1\n", ValueError, "scene0000_00/1 is named more than once")])
 def test_bad_splits_are_named(root, tmp_path, text, error, message):
     (tmp_path / "val.txt").write_text(text)
@@ -153,6 +155,89 @@ def test_a_folder_without_usable_frames_is_refused(tmp_path):
     (root / "scene0000_00/pose/0.txt").write_text("inf inf inf inf\n" * 4)
     with pytest.raises(ValueError, match="no frame left .1 skipped"):
         scannet.ScanNetFrames(root, CLASSES)
+
+
+# ------------------------------------------------------------------------------------------------------ posed frames
+
+KINECT = np.array([[585, 0, 320], [0, 585, 240], [0, 0, 1.0]])
+
+
+def write_posed(folder, frames=2, suffix="png", size=(48, 64), first=0):
+    """A folder as in 7-Scenes; colour and depth hold the frame's number, the first depth pixel 65535."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + frames):
+        stem = folder / f"frame-{number:06d}"
+        Image.fromarray(np.full((*size, 3), number, np.uint8)).save(f"{stem}.color.{suffix}")
+        depth = np.full(size, 1000 + number, np.uint16)
+        depth[0, 0] = 65535
+        Image.fromarray(depth).save(f"{stem}.depth.png")
+        np.savetxt(f"{stem}.pose.txt", POSE)
+    return folder
+
+
+SMALL = np.array([[58.5, 0, 32], [0, 58.5, 24], [0, 0, 1.0]])
+
+
+def test_posed_frames_arrive_as_they_were_written(tmp_path):
+    """Also with the intrinsics in a file, and frames directly in the folder."""
+    root = write_posed(tmp_path / "chess/seq-01").parent
+    write_posed(root / "seq-02", 11)
+    np.savetxt(tmp_path / "k.txt", SMALL)
+    for frames in (scannet.PosedFrames(root, SMALL), scannet.PosedFrames(str(root), tmp_path / "k.txt")):
+        assert frames.names[:3] == ["seq-01/frame-000000", "seq-01/frame-000001", "seq-02/frame-000000"]
+        assert len(frames) == 13 and frames.num_skipped == 0 and frames.class_names == ()
+        frame = frames[12]
+        data.check_frame(frame)
+        assert frame["name"] == "seq-02/frame-000010" and (frame["color"] == 10).all()
+        assert frame["depth"][0, 0] == 0 and np.abs(frame["depth"].ravel()[1:] - 1.01).max() < 1e-6
+        assert np.abs(frame["world2cam"] @ POSE - np.eye(4)).max() < 1e-12 and frame["label"] is None
+        assert np.array_equal(frame["intrinsics"], SMALL) and np.array_equal(frame["depth_intrinsics"], SMALL)
+        assert np.array_equal(frames.color(12), frame["color"])
+        assert all(Path(path).is_file() for path in frames.files(12))
+    alone = scannet.PosedFrames(root / "seq-01", SMALL)
+    assert alone.names == ["seq-01/frame-000000", "seq-01/frame-000001"]
+    (tmp_path / "split.txt").write_text("seq-02/frame-000003\nseq-01\n")
+    frames = scannet.PosedFrames(root, SMALL, tmp_path / "split.txt")
+    assert frames.names == ["seq-02/frame-000003", "seq-01/frame-000000", "seq-01/frame-000001"]
+
+
+def test_posed_frames_skip_lost_poses_and_take_jpeg(tmp_path):
+    write_posed(tmp_path / "a", 3, "JPG")
+    (tmp_path / "a/frame-000001.pose.txt").write_text("-inf -inf -inf -inf\n" * 4)
+    frames = scannet.PosedFrames(tmp_path, SMALL)
+    assert frames.names == ["a/frame-000000", "a/frame-000002"] and frames.num_skipped == 1
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (lambda root: (root / "a/frame-000001.depth.png").unlink(), FileNotFoundError, "frame-000001.depth.png does not"),
+    (lambda root: (root / "a/frame-000001.pose.txt").unlink(), FileNotFoundError, "frame-000001.pose.txt does not"),
+    (lambda root: write_posed(root / "a", 2, "jpg"), ValueError, "two images of one frame"),
+    (lambda root: Image.fromarray(np.ones((9, 9), np.uint16)).save(root / "a/frame-000001.depth.png"), ValueError,
+     r"frame-000001.depth.png: depth has size \(9, 9\), colour has size \(48, 64\)"),
+    (lambda root: Image.fromarray(np.ones((48, 64), np.uint8)).save(root / "a/frame-000001.depth.png"), ValueError,
+     "frame-000001.depth.png: 8-bit depth"),
+    (lambda root: np.savetxt(root / "a/frame-000001.pose.txt", np.diag([1, 1, -1, 1])), ValueError,
+     "frame-000001.pose.txt: pose is mirrored")])
+def test_faults_of_posed_frames_are_named(tmp_path, change, error, message):
+    write_posed(tmp_path / "a")
+    change(tmp_path)
+    with pytest.raises(error, match=message):
+        scannet.PosedFrames(tmp_path, SMALL)[1]
+
+
+def test_posed_frames_refuse_other_intrinsics_and_folders(tmp_path):
+    write_posed(tmp_path / "frames/a")
+    for intrinsics, message in ((np.eye(4), "shape"), (np.zeros((3, 3)), "not a pinhole"),
+                                (KINECT * [[1], [1], [2]], "not a pinhole"),
+                                (np.diag([0.9, 0.9, 1]), "not in pixels")):
+        with pytest.raises(ValueError, match=message):
+            scannet.PosedFrames(tmp_path / "frames", intrinsics)
+    with pytest.raises(ValueError, match="principal point"):
+        scannet.PosedFrames(tmp_path / "frames", KINECT + [[0, 0, 0], [0, 0, 1000], [0, 0, 0]])[0]
+    with pytest.raises(ValueError, match="neither frame-"):
+        scannet.PosedFrames(tmp_path, KINECT)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        scannet.PosedFrames(tmp_path / "nowhere", KINECT)
 
 
 # ------------------------------------------------------------------------------------------------------------- scans
@@ -209,13 +294,16 @@ def test_label_images_can_be_read_as_nyu40(root, tmp_path):
 def test_official_class_lists():
     """ScanNet's benchmark: 20 NYU40 ids and 200 ids of its own table."""
     folder = Path(scannet.__file__).parent / "labels"
-    names, table = scannet.class_index(scannet.load_classes(folder / "scannet20.txt"))
-    assert np.flatnonzero(table >= 0).tolist() == [*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39] and len(names) == 20
-    assert names[table[5]] == "chair" and names[table[39]] == "otherfurniture"
-    assert table[13] == table[0] == table[-1] == -1
-    names, table = scannet.class_index(scannet.load_classes(folder / "scannet200.txt"))
-    assert len(names) == 200 and (table >= 0).sum() == 200 and names[table[1191]] == "mattress"
-    assert names[table[2]] == "chair" and names[table[3]] == "floor" and table[0] == table[12] == table[1177] == -1
+    ids = np.arange(2000)
+    table = scannet.ClassTable(scannet.load_classes(folder / "scannet20.txt"))
+    names, index = table.names, table(ids)
+    assert np.flatnonzero(index >= 0).tolist() == [*range(1, 13), 14, 16, 24, 28, 33, 34, 36, 39] and len(names) == 20
+    assert names[index[5]] == "chair" and names[index[39]] == "otherfurniture"
+    assert index[13] == index[0] == index[-1] == -1
+    table = scannet.ClassTable(scannet.load_classes(folder / "scannet200.txt"))
+    names, index = table.names, table(ids)
+    assert len(names) == 200 and (index >= 0).sum() == 200 and names[index[1191]] == "mattress"
+    assert names[index[2]] == "chair" and names[index[3]] == "floor" and index[0] == index[12] == index[1177] == -1
 
 
 @pytest.mark.parametrize("suffix", ["_vh_clean_2.ply", ".txt", "_vh_clean_2.labels.ply", ".aggregation.json",
