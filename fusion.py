@@ -403,8 +403,9 @@ class BiFusionEncoder(nn.Module):
         uv, depth = project_packed(points_cam, batch["intrinsics"], owner)
         uv = distort(uv, points_cam, batch.get("camera_model", self.camera_model))
         if "image_sizes" in batch:
-            scale = uv.new_tensor(image_size) / batch["image_sizes"]  # (B, V, 2), of height and width
-            uv = (uv + 0.5) * scale.flip(-1)[owner] - 0.5
+            h, w = batch["image_sizes"].to(uv.dtype).unbind(-1)
+            scale = torch.stack([image_size[1] / w, image_size[0] / h], -1)  # (B, V, 2)
+            uv = (uv + 0.5) * scale[owner] - 0.5
         visible = visible_mask(uv, depth, image_size)
         if "view_valid" in batch:
             visible &= batch["view_valid"][owner]
