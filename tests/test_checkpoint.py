@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """checkpoint.py: a file is either whole or absent, and what does not fit is named."""
+import builtins
+import errno
+import multiprocessing
 import os
 import pickle
 import random
+import time
 import warnings
 import zipfile
 
@@ -13,10 +17,11 @@ from torch import nn
 import checkpoint
 
 
-def state_of(model, **changes):
-    return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "next_step": 1, "step": 12, "global_batch": 4, "next_lr": 0.1, "skipped_steps": 0,
-            "bad_steps": 0, "best": 0.5, "config": {"lr": 0.1, "clip_warmup": (10, 20)},
-            "class_names": ["wall", "chair"], "clip_fingerprint": None, "warnings": [], **changes}
+def state_of(model, /, **changes):
+    return {"model": model.state_dict(), "optimizer": {}, "scaler": {}, "epoch": 3, "next_step": 1, "step": 12,
+            "global_batch": 4, "next_lr": 0.1, "skipped_steps": 0, "bad_steps": 0, "best": 0.5,
+            "config": {"lr": 0.1, "clip_warmup": (10, 20)}, "class_names": ["wall", "chair"], "clip_fingerprint": None,
+            "warnings": [], **changes}
 
 
 @pytest.fixture
@@ -54,9 +59,9 @@ def test_an_interrupted_write_leaves_the_old_file(path, model, monkeypatch, brok
                           "replace": (os, "replace", stop)}[broken])
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write_atomically(state_of(model, epoch=4), path)
-    assert path.read_bytes() == old and checkpoint.read_checkpoint(path)["epoch"] == 3
+    assert path.read_bytes() == old and os.listdir(path.parent) == ["last.pt"]
     monkeypatch.undo()
-    checkpoint.write_atomically(state_of(model, epoch=4), path)  # what the interrupted write left is in nobody's way
+    checkpoint.write_atomically(state_of(model, epoch=4), path)
     assert checkpoint.read_checkpoint(path)["epoch"] == 4 and os.listdir(path.parent) == ["last.pt"]
 
 
@@ -69,13 +74,129 @@ def test_the_new_file_is_on_the_disk_before_it_takes_the_name(path, model, monke
     assert calls == [("fsync", path.stat().st_size), ("replace", path.stat().st_size)]
 
 
-def test_two_checkpoints_of_one_folder_share_no_temporary_file(tmp_path, model, monkeypatch):
+def test_no_two_writes_share_a_temporary_file(tmp_path, model, monkeypatch):
     seen = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(str(a)), replace(a, b)))
-    for name in ("last.pt", "best.pt", "last.best"):
+    for name in ("last.pt", "last.pt", "best.pt"):
         checkpoint.write_atomically(state_of(model), tmp_path / name)
     assert len(set(seen)) == 3
+
+
+def fill_disk(monkeypatch, times):
+    """The next `times` files that are opened for writing lie on a full disk, and pauses are counted, not slept."""
+    opened, pauses = [], []
+
+    def open_full(path, mode):
+        opened.append(path)
+        return builtins.open("/dev/full" if len(opened) <= times else path, mode)
+
+    monkeypatch.setattr(checkpoint, "open", open_full, raising=False)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_disk_that_is_full_for_a_while_delays_a_checkpoint(path, model, monkeypatch):
+    pauses = fill_disk(monkeypatch, 2)
+    checkpoint.write_atomically(state_of(model, epoch=4), path)
+    assert pauses == [1, 2] and os.listdir(path.parent) == ["last.pt"]
+    assert checkpoint.read_checkpoint(path)["epoch"] == 4
+
+
+def test_a_full_disk_is_one_line_with_path_and_free_space(path, model, monkeypatch):
+    old = path.read_bytes()
+    pauses = fill_disk(monkeypatch, 9)
+    with pytest.raises(OSError, match=r"No space left on device, [0-9.]+ GiB free: '.*last.pt'") as error:
+        checkpoint.write_atomically(state_of(model, epoch=4), path)
+    assert "\n" not in str(error.value) and error.value.errno == errno.ENOSPC and len(pauses) == 3
+    assert path.read_bytes() == old and os.listdir(path.parent) == ["last.pt"]
+
+
+def test_other_faults_of_a_file_system_are_not_waited_for(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(time, "sleep", None)
+    with pytest.raises(FileNotFoundError, match="No such file.*gone/x.pt'"):
+        checkpoint.write_atomically(state_of(model), tmp_path / "gone/x.pt")
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("of torch")))
+    with pytest.raises(RuntimeError, match="of torch"):
+        checkpoint.write_atomically(state_of(model), tmp_path / "x.pt")
+    assert not os.listdir(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+FORK = multiprocessing.get_context("fork")
+
+
+def in_process(function, *arguments):
+    """What a function returns in another process."""
+    with FORK.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def try_lock(folder):
+    try:
+        checkpoint.lock_folder(folder)
+    except ValueError as error:
+        return str(error)
+    return "locked"
+
+
+def make_folders(path):
+    return [checkpoint.new_folder(path) for _ in range(50)]
+
+
+def lock_and_die(folder):
+    checkpoint.lock_folder(folder)
+    (folder / "last.pt.0123.tmp").write_bytes(b"half")
+    os._exit(9)
+
+
+def test_no_two_runs_get_one_folder(tmp_path):
+    with FORK.Pool(4) as pool:
+        made = pool.map(make_folders, [tmp_path / "runs/x"] * 4)
+    assert len({folder for folders in made for folder in folders}) == 200 == len(os.listdir(tmp_path / "runs"))
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    file = checkpoint.lock_folder(tmp_path)
+    assert in_process(try_lock, tmp_path) == f"{tmp_path} is in use by process {os.getpid()} on {os.uname().nodename}"
+    with checkpoint.lock_folder(tmp_path):  # this process may go on with its own run
+        pass
+    file.close()
+    assert in_process(try_lock, tmp_path) == "locked"
+
+
+def test_the_lock_of_a_killed_process_is_free_and_what_it_left_is_removed(tmp_path):
+    process = FORK.Process(target=lock_and_die, args=(tmp_path,))
+    process.start()
+    process.join()
+    (tmp_path / "notes.tmp").write_bytes(b"of somebody else")
+    assert process.exitcode == 9 and (tmp_path / "last.pt.0123.tmp").exists()
+    with checkpoint.lock_folder(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == ["lock", "notes.tmp"]
+
+
+def test_a_child_does_not_keep_the_lock(tmp_path):
+    """Data-loading workers outlive a killed training by seconds."""
+    file = checkpoint.lock_folder(tmp_path)
+    child = FORK.Process(target=time.sleep, args=(60,))
+    child.start()
+    file.close()
+    assert in_process(try_lock, tmp_path) == "locked"
+    child.kill()
+    child.join()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked.*No locks available"):
+        checkpoint.lock_folder(tmp_path).close()
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -142,6 +263,45 @@ def test_a_missing_or_strange_field_is_named(tmp_path, model, field):
 def test_a_file_without_fields_is_named(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="x.pt: not a checkpoint of train.py"):
+        checkpoint.read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, model, bad):
+    """Also those of the optimizer; a saved step may hold them, because its replay looks for their cause."""
+    weights = {**model.state_dict(), "0.bias": torch.tensor([1.0, bad])}
+    moments = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.tensor([bad])}}, "param_groups": [{}]}
+    for field, changes in (("model.0.bias", {"model": weights}), ("optimizer.state.0.exp_avg", {"optimizer": moments})):
+        checkpoint.write_atomically(state_of(model, **changes), tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"x.pt: field {field} holds NaN or inf"):
+            checkpoint.read_checkpoint(tmp_path / "x.pt")
+    step = {**state_of(model, model=weights), "batch": {"points": torch.tensor([bad])}, "weights": {}, "scale": 1.0,
+            "findings": []}
+    checkpoint.write_atomically(step, tmp_path / "x.pt")
+    assert not checkpoint.read_checkpoint(tmp_path / "x.pt", checkpoint.STEP_FIELDS)["batch"]["points"].isfinite().all()
+
+
+RECURSIVE = []
+RECURSIVE.append(RECURSIVE)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model": {"w": torch.zeros(1).expand(10 ** 12)}}, "model.w is not a dense tensor"),
+    ({"model": {"w": torch.eye(3).to_sparse()}}, "model.w is not a dense tensor"),
+    ({"model": {"w": "text"}}, "weights 'w' hold a str"), ({"model": {3: torch.zeros(1)}}, "weights 3 hold"),
+    ({"step": -1}, "field 'step' is -1"),
+    ({"config": {"x": RECURSIVE}, "optimizer": {"w": torch.tensor(torch.inf)}}, "optimizer.w holds")])
+def test_contents_that_no_training_writes_are_named(tmp_path, model, changes, message):
+    checkpoint.write_atomically(state_of(model, **changes), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: .*{message}"):
+        checkpoint.read_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(path, tmp_path):
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+    with pytest.raises(ValueError, match="x.pt: not a checkpoint"):
         checkpoint.read_checkpoint(tmp_path / "x.pt")
 
 
