@@ -32,9 +32,10 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from cache import FeatureCache, Store, SuperpointCache
+from cache import FeatureCache, Store, SuperpointCache, content_key
+from check import quick_check
 from checkpoint import read_checkpoint, restore, write_atomically
-from data import PointDataset, SceneDataset, check_frames, collate
+from data import UP_AXES, PointDataset, SceneDataset, check_frames, collate
 from decoder import scene_instances
 from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
 from distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
@@ -121,6 +122,10 @@ def build_parser():
     g.add_argument("--num-views", type=positive_int, default=1, help="frames per sample")
     g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples "
                    "of its patch size")
+    g.add_argument("--up", choices=tuple(UP_AXES), default="z", help="axis of the data's world that points up; negative "
+                   "ones as --up=-y")
+    g.add_argument("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
+                   "docs/check.md")
     g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
     g.add_argument("--no-augment", action="store_true", help="the same points, coordinates and colours in every "
                    "epoch")
@@ -266,7 +271,7 @@ def build_datasets(args):
                 raise FileNotFoundError(f"{Path(args.data) / scene}: the folder of labels, label-filt, does not exist")
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed, up=args.up,
                    voxel_size=min(args.voxel_size, 0.02))  # unit of elastic augmentation: coarse voxels do not stretch it
     augment = (not args.no_augment, False)
     if scans:
@@ -284,7 +289,7 @@ def build_datasets(args):
 
 
 def read_every_frame(datasets, args, rank, world_size):
-    """Fails, before anything is written, if a file is broken or a data set has no labelled point.
+    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
@@ -294,6 +299,22 @@ def read_every_frame(datasets, args, rank, world_size):
         if sum(gather_objects(labelled, world_size)) == 0:
             raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
                              "list")
+        if rank == 0 and not args.no_check:
+            check_cameras(dataset, store, args)
+
+
+def check_cameras(dataset, store, args):
+    """The quick part of check.py, once for unchanged files."""
+    signature = dataset.signature(range(len(dataset)))
+    key = content_key("cameras", signature) if store is not None and signature is not None else None
+    if key is not None and store.get(key) is not None:
+        return
+    faults = [f"{fault}: {words}" for fault, words in quick_check(dataset.frames, args.up)]
+    if faults:
+        raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` tells more; "
+                         "--no-check insists")
+    if key is not None:
+        store.put(key, b"right")
 
 
 def open_tower(args, config, log_warning):

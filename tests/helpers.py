@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,7 @@ def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 32
 # ---------------------------------------------------------------------------------------------- whole runs
 
 TOWER = "ViT-S-32-alt"
+SHARED_CACHE = tempfile.TemporaryDirectory(prefix="bifusion-tests-")  # superpoints and features of the rooms, made once
 
 
 def small(folder, *more):
@@ -128,7 +130,7 @@ def small(folder, *more):
     return ["--rooms", "2", "--frames-per-room", "2", "--num-points", "1000", "--voxel-size", "0.15", "--batch-size",
             "2", "--image-size", "96,128", "--clip-model", TOWER, "--clip-pretrained", "none", "--workers", "0",
             "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--superpoints", "24",
-            "--min-instance-points", "20", "--cache", str(folder / "cache"), "--runs", str(folder / "runs"),
+            "--min-instance-points", "20", "--cache", SHARED_CACHE.name, "--runs", str(folder / "runs"),
             "--device", "cpu", *more]
 
 

@@ -430,7 +430,7 @@ def test_diagnosis_is_written_every_k_steps_and_changes_nothing(tmp_path):
     ends = {}
     for k in (0, 2):
         train.main(small(tmp_path / str(k), "--epochs", "2", "--clip-warmup", "-1", "--clip-weights", "0,0.1",
-                         "--diagnose", str(k), "--cache", str(tmp_path / "clip")))
+                         "--diagnose", str(k)))
         ends[k] = checkpoint(tmp_path / str(k))["model"]
     assert all(torch.equal(value, ends[2][key]) for key, value in ends[0].items())
     tags = scalars(tmp_path / "0").Tags()

@@ -19,7 +19,7 @@ import train
 from distributed import StopRequest
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
-from helpers import (POSE, checkpoint, last_checkpoint, scalars, small, torchrun, write_rooms_as_scannet, write_scan,
+from helpers import (POSE, SHARED_CACHE, checkpoint, last_checkpoint, scalars, small, torchrun, write_rooms_as_scannet, write_scan,
                      write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from model import run_command
@@ -73,7 +73,7 @@ def test_the_total_is_the_sum_of_the_weighted_terms_and_these_are_weight_times_r
 
 def test_eval_prints_the_table_and_gives_the_metrics_of_the_training(trained, capsys):
     folder, metrics = trained
-    evaluated = train.main(["--eval", str(last_checkpoint(folder)), "--device", "cpu", "--cache", str(folder / "cache")])
+    evaluated = train.main(["--eval", str(last_checkpoint(folder)), "--device", "cpu", "--cache", SHARED_CACHE.name])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("IoU", "AP50", "bookshelf"))
     assert evaluated["miou"] == metrics["miou"] and evaluated["ap50"] == pytest.approx(metrics["ap50"], nan_ok=True)
@@ -88,7 +88,7 @@ def test_a_warm_cache_means_that_the_tower_is_never_run(trained, tmp_path, monke
         return encode(self, images)
 
     monkeypatch.setattr(Enhanced2DEncoder, "encode", only_to_learn_the_shapes)
-    again = train.main(small(tmp_path, *CLIP_ON, "--cache", str(folder / "cache")))
+    again = train.main(small(tmp_path, *CLIP_ON))
     assert again["miou"] == metrics["miou"]
 
 
@@ -113,7 +113,7 @@ def test_the_logged_clip_weight_is_the_schedule_at_every_step_also_with_accumula
 
 
 def test_an_isolated_clip_loss_trains_bit_exactly_as_none_and_costs_nothing(tmp_path, monkeypatch):
-    train.main(small(tmp_path / "none", "--clip-weights", "0,0,0", "--cache", str(tmp_path / "cache")))
+    train.main(small(tmp_path / "none", "--clip-weights", "0,0,0"))
 
     def never(*args):
         raise AssertionError("called")
@@ -121,14 +121,14 @@ def test_an_isolated_clip_loss_trains_bit_exactly_as_none_and_costs_nothing(tmp_
     monkeypatch.setattr(ClipConsCriterion, "forward", never)
     monkeypatch.setattr(Enhanced2DEncoder, "project_dense", never)
     train.main(small(tmp_path / "isolated", "--isolate-clip", "--clip-weights", "1,1,1", "--gradient-flow-ratio", "1",
-                     "--clip-target", "point", "--cache", str(tmp_path / "cache")))
+                     "--clip-target", "point"))
     none, isolated = (checkpoint(tmp_path / name)["model"] for name in ("none", "isolated"))
     assert all(torch.equal(isolated[key], none[key]) for key in none)
     assert "loss/clip" not in scalars(tmp_path / "isolated").Tags()["scalars"]
 
 
 def test_the_clip_loss_moves_the_weights(trained, tmp_path):
-    train.main(small(tmp_path, "--isolate-clip", "--cache", str(trained[0] / "cache")))
+    train.main(small(tmp_path, "--isolate-clip"))
     with_loss, without = checkpoint(trained[0])["model"], checkpoint(tmp_path)["model"]
     assert any(not torch.equal(with_loss[key], without[key]) for key in without)
 
@@ -167,7 +167,7 @@ def same_weights(one, two):
 def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, variant, target, step):
     """3 steps per epoch: step 5 is inside one, steps 3 and 6 end one, before and after an evaluation."""
     options = ["--epochs", "3", "--eval-every", "2", "--clip-warmup=-1", "--clip-weights", "0,0.1", "--clip-loss",
-               variant, "--clip-target", target, "--rooms", "3", "--cache", str(tmp_path / "cache")]
+               variant, "--clip-target", target, "--rooms", "3"]
     metrics = train.main(small(tmp_path / "straight", *options))
     stop = StopRequest()
     with pytest.raises(SystemExit) as left:
@@ -176,7 +176,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, var
     path = last_checkpoint(tmp_path / "stopped")
     assert f"go on with: python train.py --resume {path}" in capsys.readouterr().out
     assert checkpoint(tmp_path / "stopped")["step"] == step
-    resumed = train.main(["--resume", str(path), "--device", "cpu", "--cache", str(tmp_path / "cache")])
+    resumed = train.main(["--resume", str(path), "--device", "cpu", "--cache", SHARED_CACHE.name])
     assert f"goes on with epoch {(step - 1) // 3}, step {(step - 1) % 3 + 1} of 3" in capsys.readouterr().out
     assert same_weights(tmp_path / "straight", tmp_path / "stopped")
     assert resumed["miou"] == metrics["miou"]
@@ -246,7 +246,7 @@ def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path):
 
 def test_a_finished_run_prints_its_table_when_it_is_resumed(trained, capsys):
     folder, metrics = trained
-    again = train.main(["--resume", str(last_checkpoint(folder)), "--device", "cpu", "--cache", str(folder / "cache")])
+    again = train.main(["--resume", str(last_checkpoint(folder)), "--device", "cpu", "--cache", SHARED_CACHE.name])
     assert again["miou"] == metrics["miou"] and "AP50" in capsys.readouterr().out
 
 
@@ -266,7 +266,7 @@ def test_options_given_on_resuming_take_effect(tmp_path, capsys):
     train.main(small(tmp_path, "--no-clip", "--no-instances", "--batch-size", "1", "--epochs", "2"))
     path = last_checkpoint(tmp_path)
     train.main(["--resume", str(path), "--epochs", "3", "--batch-size", "4", "--amp", "fp16", "--weight-decay", "0.5",
-                "--lr-3d", "0.1", "--device", "cpu", "--cache", str(tmp_path / "cache")])
+                "--lr-3d", "0.1", "--device", "cpu", "--cache", SHARED_CACHE.name])
     assert re.search(r"learning rate goes on from 0 to \S+: ", capsys.readouterr().out)
     groups = checkpoint(tmp_path)["optimizer"]["param_groups"]
     assert {(g["weight_decay"], g["lr_mult"]) for g in groups} == {(0.5, 0.1), (0, 0.1), (0.5, 1), (0, 1)}
@@ -395,7 +395,7 @@ WRONG = [
 def test_a_wrong_command_is_one_line_and_status_2_and_writes_nothing(tmp_path, monkeypatch, options, message, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("not a checkpoint")
-    given = [word for word in small(tmp_path, *options)]
+    given = [*small(tmp_path), "--cache", "cache", *options]
     with pytest.raises(SystemExit) as left:
         run_command(lambda: train.main(given))
     captured = capsys.readouterr()
@@ -408,7 +408,7 @@ def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     actions = [action for action in train.build_parser()._actions if action.dest != "help"]
-    assert len(actions) <= 60
+    assert len(actions) <= 62
     for action in actions:
         assert action.help and action.option_strings[0] in printed
         if action.default not in (None, False):
@@ -435,9 +435,19 @@ def test_own_frames_train_and_a_broken_one_ends_the_run_before_anything_is_writt
     assert not any((tmp_path / name / "runs").exists() for name in ("truncated", "label", "missing"))
 
 
+def test_wrong_cameras_are_refused_unless_one_insists(tmp_path):
+    options = [*write_rooms_as_scannet(tmp_path / "own", 3, 6), "--epochs", "1", "--no-clip", "--no-instances"]
+    for path in (tmp_path / "own").glob("*/pose/*.txt"):
+        np.savetxt(path, np.linalg.inv(np.loadtxt(path)))
+    with pytest.raises(ValueError, match="pose inverted: .*check.py .*--no-check insists"):
+        train.main(small(tmp_path, *options))
+    assert not (tmp_path / "runs").exists()
+    assert train.main(small(tmp_path, *options, "--no-check"))["miou"] >= 0
+
+
 def test_a_second_start_on_unchanged_frames_reads_no_more_than_its_first_batch(tmp_path, monkeypatch):
     options = [*write_rooms_as_scannet(tmp_path / "own", 4, 3), "--epochs", "1"]
-    train.main(small(tmp_path, *options))
+    train.main(small(tmp_path, *options, "--cache", str(tmp_path / "cache")))
     read, reader = [], train.ScanNetFrames.__getitem__
     monkeypatch.setattr(train.ScanNetFrames, "__getitem__", lambda self, i: read.append(i) or reader(self, i))
 
@@ -445,11 +455,13 @@ def test_a_second_start_on_unchanged_frames_reads_no_more_than_its_first_batch(t
         def forward(self, *args):
             raise KeyboardInterrupt
 
-    for frames_read, cache in ((4, tmp_path / "cache"), (14, tmp_path / "another")):
+    for name, few in (("cache", True), ("another", False)):
+        cache = tmp_path / name
         with pytest.raises(KeyboardInterrupt):
-            train.main(small(tmp_path / cache.name, *options, "--cache", str(cache), "--clip-warmup=-1",
-                             "--clip-weights", "0,0.01"), AtFirstStep(1.0))
-        assert len(read) == frames_read  # one per split tells whether there are instances, and two make the batch
+            train.main(small(cache, *options, "--cache", str(cache), "--clip-warmup=-1", "--clip-weights", "0,0.01"),
+                       AtFirstStep(1.0))
+        # one frame per split tells whether there are instances, and two make the batch
+        assert len(read) == 4 if few else len(read) >= 14
         read.clear()
 
 
@@ -470,7 +482,7 @@ def test_whole_scans_train_with_posed_views(tmp_path):
     metrics = train.main(small(
         tmp_path, "--data", str(frames), "--scans", str(tmp_path / "scans"), "--classes", str(tmp_path / "classes.txt"),
         "--train-split", str(tmp_path / "train.txt"), "--val-split", str(tmp_path / "val.txt"), "--num-views", "2",
-        "--epochs", "1", "--clip-warmup", "-1", "--clip-weights", "0,0.1"))
+        "--epochs", "1", "--clip-warmup", "-1", "--clip-weights", "0,0.1", "--no-check"))
     assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and 0 <= metrics["ap25"] <= 1
     events = scalars(tmp_path)
     assert 0 < events.Scalars("fusion/valid_share")[-1].value <= 1
@@ -564,7 +576,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_pa
             "metrics = train.main(sys.argv[1:])\n"
             "print('MIOU', metrics['miou'])\n")
     options = ["--rooms", "4", "--epochs", "10", "--eval-every", "10", "--clip-warmup", "1,2", "--clip-weights",
-               "0.001,0.01,0.1", "--cache", str(tmp_path / "cache"),
+               "0.001,0.01,0.1",
                "--lr", "2e-4"]  # at more, rounding may grow until a match or a bit of a mask is another
     metrics = train.main(small(tmp_path / "one", *options, "--batch-size", "4"))
     done = torchrun(tmp_path, code, small(tmp_path / "two", *options, "--batch-size", "2"))
