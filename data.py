@@ -172,7 +172,7 @@ def check_frame(frame):
             expected = str(shape).replace("None", "any")
             raise ValueError(f"frame {name}: {field} has shape {value.shape} of {value.dtype}, expected {expected} of "
                              f"{words}")
-        if is_matrix and not np.allclose(value[-1], np.eye(len(value))[-1], rtol=0, atol=1e-6):
+        if is_matrix and np.abs(value[-1] - np.eye(len(value))[-1]).max() > 1e-6:
             raise ValueError(f"frame {name}: {field} {value.shape} must have the last row "
                              f"{'0 ' * (len(value) - 1)}1, got {value[-1]}; is it transposed?")
     distance = np.abs(frame["world2cam"][:3, 3]).max()
