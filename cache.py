@@ -16,6 +16,7 @@ fp32 when it fills a cache: fp16 autocast costs 1.3e-3 of a token's norm and bf1
 Imports torch, numpy, tqdm.
 """
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 MAGIC = b"BFSTORE1"
 HEADER = struct.Struct("<8s16s16s")  # magic, hash of owner, key; a crc32 of header and content follows
+PAUSES = (1, 2, 4)  # seconds until a full disk is tried again
 
 
 def content_key(*parts):
@@ -64,7 +66,7 @@ class Store:
         self._unfinished = self.folder / "tmp"
         self._unfinished.mkdir(parents=True, exist_ok=True)
         for path in self._unfinished.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+            with contextlib.suppress(OSError):  # another process sweeps, too, or the folder is read-only
                 if path.stat().st_mtime < time.time() - 24 * 3600:
                     path.unlink()
         if not (self.folder / "owner.txt").exists():  # for people who look into the folder
@@ -114,9 +116,23 @@ class Store:
         return self.folder / key.hex()[:2] / key.hex()
 
     def _write(self, path, content):
+        """Moves a whole file into place, or leaves nothing; a full disk is tried again after each of PAUSES."""
         temporary = self._unfinished / uuid.uuid4().hex
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        for pause in (*PAUSES, None):
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+                return
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                if not isinstance(error, OSError):
+                    raise
+                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if not is_full or pause is None:
+                    left = f", {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB free" if is_full else ""
+                    raise OSError(error.errno, f"{error.strerror}{left}", str(path)) from error
+            time.sleep(pause)
 
 
 # ---------------------------------------------------------------------------------------------------------- features

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,37 @@ def test_temporaries_are_swept_after_a_day(tmp_path):
         os.utime(folder / name, (time.time() - 3600 * age,) * 2)
     Store(tmp_path, "owner")
     assert [path.name for path in folder.iterdir()] == ["being written"]
+
+
+def fill_disk(monkeypatch, times):
+    """The next `times` entries are written to a full disk, and pauses are counted, not slept."""
+    written, pauses = [], []
+    write = Path.write_bytes
+
+    def write_full(path, content):
+        written.append(path)
+        write(path, content[:5])
+        return write(Path("/dev/full") if len(written) <= times else path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_full)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_disk_that_is_full_for_a_while_delays_an_entry(tmp_path, monkeypatch):
+    store = Store(tmp_path, "owner")
+    pauses = fill_disk(monkeypatch, 2)
+    store.put(key_of(1), b"abcdef")
+    assert store.get(key_of(1)).tobytes() == b"abcdef" and pauses == [1, 2]
+
+
+def test_a_full_disk_is_one_line_with_path_and_free_space_and_leaves_nothing(tmp_path, monkeypatch):
+    store = Store(tmp_path, "owner")
+    store.put(key_of(1), b"old")
+    fill_disk(monkeypatch, 9)
+    with pytest.raises(OSError, match=f"No space left on device, [0-9.]+ GiB free: '{store.path(key_of(1))}'"):
+        store.put(key_of(1), b"abcdef")
+    assert store.get(key_of(1)).tobytes() == b"old" and not list((store.folder / "tmp").iterdir())
 
 
 def test_a_temporary_store_is_deleted_with_its_owner_and_not_with_a_copy():
