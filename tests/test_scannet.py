@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: MIT
 """scannet.py: what the files say arrives, in order, and files that are missing or malformed are named."""
+import contextlib
+import json
+import shutil
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +14,7 @@ from PIL import Image
 
 import data
 import scannet
-from helpers import ALIGNMENT, CLASSES, POSE, TABLE, write_scan, write_scannet
+from helpers import ALIGNMENT, CLASSES, POSE, TABLE, write_ply, write_scan, write_scannet
 
 
 @pytest.fixture
@@ -95,7 +101,11 @@ def test_truncated_images_are_named(root, kind):
     ("0 0 0 0\n" * 4, "pose is not a rotation"),
     ("1 0 0 0\n0 1 0 0\n0 0 1 0\n2 3 4 1\n", "pose is not a rotation"),
     ("3 0 0 0\n0 3 0 0\n0 0 3 0\n0 0 0 1\n", "pose is not a rotation"), ("", "pose has shape"),
-    ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix")])
+    ("1 0 0 0\n0 1 0 0\n0 0 -1 0\n0 0 0 1\n", "pose is mirrored, det R = -1"),
+    ("1 0 0 2e8\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "pose shifts by more than 1e.08 m"),
+    ("1e300 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "pose is not a rotation"),
+    ("1 0 0 0\n0 1 0\n", "pose is not a matrix"), ("a b\nc d\n", "pose is not a matrix"),
+    ("1 " * 40_000, "pose file has 80,000 bytes")])
 def test_malformed_poses_are_named(root, text, message):
     (root / "scene0000_00/pose/1.txt").write_text(text)
     with pytest.raises(ValueError, match=rf"pose.1.txt: {message}"):
@@ -104,11 +114,27 @@ def test_malformed_poses_are_named(root, text, message):
 
 @pytest.mark.parametrize("text, message", [("525.0\n", r"shape \(1, 1\), expected \(3, 3\) or \(4, 4\)"),
                                            ("0 0 0\n0 0 0\n0 0 1\n", "not a pinhole"),
-                                           ("nan 0 1\n0 nan 1\n0 0 1\n", "not a pinhole")])
+                                           ("nan 0 1\n0 nan 1\n0 0 1\n", "not a pinhole"),
+                                           ("50 0 31\n3 50 23\n0 0 1\n", "not a pinhole"),
+                                           ("0.8 0 0.5\n0 1.1 0.5\n0 0 1\n", "not in pixels"),
+                                           ("5e7 0 31\n0 5e7 23\n0 0 1\n", "not in pixels")])
 def test_malformed_intrinsics_are_named(root, text, message):
     (root / "scene0000_00/intrinsic/intrinsic_color.txt").write_text(text)
     with pytest.raises(ValueError, match=f"intrinsic_color.txt: colour intrinsics.*{message}"):
         scannet.ScanNetFrames(root, CLASSES)
+
+
+@pytest.mark.parametrize("kind", ["color", "depth"])
+def test_a_principal_point_far_outside_of_the_images_is_named(root, kind):
+    np.savetxt(root / f"scene0000_00/intrinsic/intrinsic_{kind}.txt", np.array([[50, 0, 950], [0, 50, 20], [0, 0, 1]]))
+    with pytest.raises(ValueError, match=rf"intrinsic_{kind}.txt: the principal point \[950.0, 20.0\] is far outside"):
+        scannet.ScanNetFrames(root, CLASSES)
+
+
+def test_poses_in_utm_coordinates_are_read(root):
+    pose = POSE + [[0, 0, 0, 4.5e5], [0, 0, 0, 9.9e6], [0, 0, 0, 300], [0, 0, 0, 0]]
+    np.savetxt(root / "scene0000_00/pose/0.txt", pose)
+    assert np.abs(np.linalg.inv(scannet.ScanNetFrames(root, CLASSES)[0]["world2cam"]) - pose).max() < 1e-6
 
 
 def test_depth_of_another_size_needs_its_own_intrinsics(root):
@@ -119,24 +145,173 @@ def test_depth_of_another_size_needs_its_own_intrinsics(root):
 
 @pytest.mark.parametrize("file, image, message", [
     ("depth/0.png", np.zeros((24, 32, 3), np.uint8), "8-bit depth image of RGB, expected greyscale of 16 bits"),
+    ("depth/0.png", np.zeros((24, 32), np.uint8), "8-bit depth image of greyscale, expected greyscale of 16 bits"),
+    ("depth/0.png", np.zeros((20, 32), np.uint16), r"the depth image has size \(20, 32\), but .*png has \(24, 32\)"),
+    ("color/0.png", np.zeros((9, 9, 3), np.uint8), r"the color image has size \(9, 9\), but 0.png has \(48, 64\)"),
+    ("color/0.png", np.zeros((48, 64), np.uint16), "colour image has mode I"),
+    ("label-filt/0.png", np.zeros((48, 64, 3), np.uint8), "8-bit label image of RGB"),
+    ("label-filt/0.png", np.zeros((48, 64), bool), "1-bit label image of greyscale, expected greyscale of 8 or 16 bits"),
     ("label-filt/0.png", np.zeros((10, 12), np.uint16), r"label has size \(10, 12\)"),
     *(("label-filt/0.png", np.full((48, 64), bad, np.uint16), f"label {bad} is not in the class list")
       for bad in (3, 41, 65535))])
 def test_images_of_the_wrong_kind_size_or_class_are_named(root, file, image, message):
+    frames = scannet.ScanNetFrames(root, CLASSES)
     Image.fromarray(image).save(root / "scene0000_00" / file)
     with pytest.raises(ValueError, match=f"{file.replace('/', '.')}: {message}"):
-        scannet.ScanNetFrames(root, CLASSES)[0]
+        frames[0]
 
 
-@pytest.mark.parametrize("text", ["1\n", "wall 1\n", "1 wall\n1 chair\n", "* wall\n", "0 unlabeled\n", ""])
+def test_images_of_two_sizes_in_a_scene_are_refused_because_they_share_intrinsics(root):
+    Image.fromarray(np.ones((48, 64), np.uint16)).save(root / "scene0000_00/depth/1.png")
+    frames = scannet.ScanNetFrames(root, CLASSES)
+    with pytest.raises(ValueError, match=r"depth/1.png: the depth image has size \(48, 64\), but 0.png has \(24, 32\)"):
+        frames[1]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "WEBP"])
+def test_formats_other_than_jpeg_and_png_are_not_decoded(root, kind):
+    for path in (root / "scene0000_00/color/1.png", root / "scene0000_00/label-filt/1.png"):
+        whole = path.read_bytes()
+        Image.open(path).convert("L").save(path, kind)
+        with pytest.raises(ValueError, match="1.png: .* image cannot be decoded"):
+            scannet.ScanNetFrames(root, CLASSES)[1]
+        path.write_bytes(whole)
+
+
+def with_size(content, width, height):
+    """A PNG whose header claims another size, with a valid checksum."""
+    head = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+
+
+@pytest.mark.parametrize("width, height, message", [(20_000, 20_000, "cannot be decoded: .*exceeds limit"),
+                                                    (10_000, 6_000, "has 10000 x 6000 pixels, more than 50,000,000"),
+                                                    (2 ** 31 - 1, 1, "cannot be decoded: .*exceeds limit")])
+def test_images_that_claim_a_huge_size_take_no_memory(root, width, height, message):
+    frames = scannet.ScanNetFrames(root, CLASSES)
+    for kind in ("color", "depth", "instance-filt"):
+        path = root / f"scene0000_00/{kind}/1.png"
+        whole = path.read_bytes()
+        path.write_bytes(with_size(whole, width, height))
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=f"{kind}/1.png: .*image ({message})"):
+            frames[1]
+        assert tracemalloc.get_traced_memory()[1] < 2 ** 22
+        tracemalloc.stop()
+        path.write_bytes(whole)
+
+
+def test_every_flipped_bit_of_a_png_is_noticed_or_changes_nothing(root):
+    """Also those that decoding alone does not notice."""
+    path = root / "scene0000_00/depth/0.png"
+    whole = path.read_bytes()
+    image = scannet.read_index_image(path, "depth", (16,))
+    silent = refused = 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1:])
+        try:
+            assert np.array_equal(scannet.read_index_image(path, "depth", (16,)), image)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+            with contextlib.suppress(Exception):
+                silent += not np.array_equal(np.asarray(Image.open(path)), image)
+    assert refused >= len(whole) // 7 - 1 and silent > 0
+
+
+def test_palette_images_hold_indices(root):
+    path = root / "scene0000_00/label-filt/0.png"
+    ids = np.asarray(Image.open(path)).astype(np.uint8)
+    image = Image.new("P", ids.shape[::-1])
+    image.putdata(ids.ravel().tolist())
+    image.putpalette([7] * 768)
+    expected = scannet.ScanNetFrames(root, CLASSES)[0]["label"]
+    image.save(path)
+    assert np.array_equal(scannet.ScanNetFrames(root, CLASSES)[0]["label"], expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def test_upper_case_suffixes_are_read(root):
+    path = root / "scene0000_00/color/1.png"
+    path.rename(path.with_suffix(".PNG"))
+    assert (scannet.ScanNetFrames(root, CLASSES)[1]["color"][:, :, 2] == 10).all()
+
+
+def test_two_images_of_one_frame_are_refused(root):
+    Image.new("RGB", (64, 48)).save(root / "scene0001_00/color/1.JPG")
+    with pytest.raises(ValueError, match=r"color.1.* and 1.* are two images of one frame"):
+        scannet.ScanNetFrames(root, CLASSES)
+
+
+def test_a_scene_without_colour_images_is_named(root):
+    for path in (root / "scene0001_00/color").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="scene0001_00/color: no colour image"):
+        scannet.ScanNetFrames(root, CLASSES)
+
+
+def split_frames(root, *texts):
+    """One source per split."""
+    for number, text in enumerate(texts):
+        (root / f"{number}.txt").write_text(text)
+    return [scannet.ScanNetFrames(root, CLASSES, root / f"{number}.txt") for number in range(len(texts))]
+
+
+def test_splits_that_share_a_frame_are_refused(root):
+    scannet.check_splits(split_frames(root, "scene0000_00/1\n", "scene0001_00\nscene0000_00/0\n"))
+    with pytest.raises(ValueError, match="scene0000_00/1 is in two splits, .*0.txt and .*1.txt"):
+        scannet.check_splits(split_frames(root, "scene0000_00/1\n", "scene0001_00\nscene0000_00\n"))
+
+
+@pytest.mark.parametrize("kind", ["label-filt", "instance-filt"])
+def test_a_folder_that_only_some_scenes_have_is_named(root, kind):
+    """Within a split and across splits; if no scene has it, it is not wanted."""
+    shutil.rmtree(root / "scene0001_00" / kind)
+    for texts in (("scene0000_00\nscene0001_00\n",), ("scene0000_00\n", "scene0001_00\n")):
+        sources = split_frames(root, *texts)
+        with pytest.raises(ValueError, match=f"scene0001_00/{kind} does not exist, but .*scene0000_00/{kind} does"):
+            scannet.check_splits(sources)
+        scannet.check_splits(sources, kinds=())
+    shutil.rmtree(root / "scene0000_00" / kind)
+    scannet.check_splits(split_frames(root, "scene0000_00\n", "scene0001_00\n"))
+
+
+@pytest.mark.parametrize("text", ["1\n", "wall 1\n", "1 wall\n1 chair\n", "* wall\n", "0 unlabeled\n", "", "-1 wall\n",
+                                  "1.5 wall\n", "1" * 5000 + " wall\n", "1 wa\x1b[2Jll\n", "1 t\udce9l\n"])
 def test_malformed_class_lists_are_named(tmp_path, text):
-    (tmp_path / "classes.txt").write_text(text)
+    (tmp_path / "classes.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="classes.txt"):
         scannet.load_classes(tmp_path / "classes.txt")
 
 
+@pytest.mark.parametrize("classes", [{"1": "wall"}, {-1: "wall"}, {1.0: "wall"}, {1: 5}, {1: ""}, {"*": "wall"}])
+def test_class_dicts_of_another_form_are_refused(root, classes):
+    with pytest.raises(ValueError, match="a class list maps ids >= 0 to names"):
+        scannet.ScanNetFrames(root, classes)
+
+
+def test_large_ids_take_no_memory():
+    tracemalloc.start()
+    table = scannet.ClassTable({10 ** 17: "far", 70_000: None, 3: "near"})
+    index = table(np.array([[3, 10 ** 17, 70_000], [4, 65_536, 2 ** 62]]))
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 23
+    tracemalloc.stop()
+    assert index.tolist() == [[1, 0, -1], [-2, -2, -2]] and table.names == ["far", "near"]
+    assert scannet.ClassTable({3: "near", "*": None})(np.array([3, 2 ** 62])).tolist() == [0, -1]
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("\ufeff1 wall\r\n2 chair\r\n".encode())
+    assert scannet.load_classes(tmp_path / "classes.txt") == {1: "wall", 2: "chair"}
+
+
 @pytest.mark.parametrize("text, error, message", [
     ("", ValueError, "val.txt is empty"), ("\n \n", ValueError, "val.txt is empty"),
+    *((text, ValueError, "val.txt: .* is not the name of a scene") for text in (
+        "../frames/scene0000_00", "/etc/passwd", ".", "scene0000_00/..", "scene0000_00/color/1", "a\\\\b", "//", "a\0b",
+        "n" * 300)),
     ("scene0009_00\n", FileNotFoundError, "val.txt: .* has no scene 'scene0009_00'"),
     ("scene0000_00/77\n", FileNotFoundError, "val.txt: .*no colour image of frame '77'"),
     ("scene0000_00\nscene0000_00/1\n", ValueError, "scene0000_00/1 is named more than once")])
@@ -324,7 +499,30 @@ def test_missing_files_of_a_scan_are_named(scans, suffix):
      "no property blue, green, red, y, z"),
     ("_vh_clean_2.ply", b"ply\nformat binary_little_endian 1.0\nelement face 9\nend_header\n", "not `vertex`"),
     (".txt", b"colorHeight = 968\n", "no axisAlignment"),
+    ("_vh_clean_2.ply", b"end_header\n", "not a binary_little_endian"),
+    ("_vh_clean_2.ply", b"ply\nformat binary_little_endian 1.0\nelement\nend_header\n", "not `vertex`"),
+    *(("_vh_clean_2.ply", f"ply\nformat binary_little_endian 1.0\nelement vertex{count}\nproperty float x\nend_header\n"
+       .encode(), "no number of vertices") for count in ("", " 0", " -3", " many", " 1" + "0" * 20)),
     (".txt", b"axisAlignment = 1 0 0\n", "axisAlignment has 3 finite numbers"),
+    (".txt", b"axisAlignment = 1 0 0 a\n", "axisAlignment: could not convert"),
+    (".txt", b"axisAlignment = 1 0 0 0 0 1 0 0 0 0 -1 0 0 0 0 1\n", "axisAlignment is mirrored"),
+    (".txt", b"axisAlignment = 2 0 0 0 0 2 0 0 0 0 2 0 0 0 0 1\n", "axisAlignment is not a rotation"),
+    *(("_vh_clean_2.0.010000.segs.json", b'{"segIndices": %s}' % value, "segIndices is no") for value in (
+        b"3", b'{"a": 1}')),
+    *(("_vh_clean_2.0.010000.segs.json", b'{"segIndices": [70, 70, 12, 12, 5, %s]}' % value,
+       "segIndices is not a list of whole numbers") for value in (b"-1", b"900.0", b'"900"', b"true", b"NaN", b"null",
+                                                                  b"[900]", b"9" * 30)),
+    ("_vh_clean_2.0.010000.segs.json", b"[" * 100_000, "is not JSON"),
+    ("_vh_clean_2.0.010000.segs.json", b"\xff", "is not UTF-8 text"),
+    *((".aggregation.json", b'{"segGroups": [%s]}' % group, rf"segGroups\[0\].* {words}") for group, words in (
+        (b"3", "lacks"), (b'{"objectId": 1, "label": "wall"}', "lacks segments, objectId or label"),
+        (b'{"objectId": -1, "label": "wall", "segments": []}', "is not a list of whole"),
+        (b'{"objectId": 1, "label": ["wall"], "segments": []}', "is no text"),
+        (b'{"objectId": 1, "label": "wall", "segments": [1.5]}', "is not a list of whole"))),
+    (".aggregation.json", b'{"segGroups": [{"objectId": 1, "label": "wall", "segments": [71]}]}', "segment 71, which"),
+    (".aggregation.json", b'{"segGroups": [{"objectId": 1, "label": "wall", "segments": [70, 70]}]}', "listed twice"),
+    (".aggregation.json", b'{"segGroups": [{"objectId": 1, "label": "wall", "segments": [70]}, '
+     b'{"objectId": 2, "label": "wall", "segments": [12, 70]}]}', "object 2 has a segment that is listed twice"),
     ("_vh_clean_2.0.010000.segs.json", b'{"segIndices": [1, 2]}', "2 entries, the mesh has 6 vertices"),
     ("_vh_clean_2.0.010000.segs.json", b'{"segIndices": [1, 2', "is not JSON"),
     ("_vh_clean_2.0.010000.segs.json", b"{}", "no entry segIndices"),
@@ -333,6 +531,40 @@ def test_malformed_files_of_a_scan_are_named(scans, suffix, content, message):
     (scans / "scene0000_00" / f"scene0000_00{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match=f"scene0000_00{suffix}.*{message}"):
         scannet.ScanNetScenes(scans, NYU40)[0]
+
+
+def test_objects_that_are_listed_again_are_one_object(scans):
+    """As in scene0217_00 of ScanNet, whose second half repeats the first under other ids."""
+    path = scans / "scene0000_00/scene0000_00.aggregation.json"
+    expected = scannet.ScanNetScenes(scans, NYU40)[0]
+    content = json.loads(path.read_text())
+    content["segGroups"] += [{**group, "objectId": group["objectId"] + 31} for group in content["segGroups"]]
+    path.write_text(json.dumps(content))
+    assert np.array_equal(scannet.ScanNetScenes(scans, NYU40)[0]["instances"], expected["instances"])
+
+
+@pytest.mark.parametrize("changes, suffix, message", [
+    ({"red": ("float", np.ones(6))}, "_vh_clean_2.ply", "property red has type f4, expected u1"),
+    ({"x": ("ushort", np.ones(6))}, "_vh_clean_2.ply", "property x has type u2, expected f4 or f8"),
+    ({"x": ("float", np.full(6, np.nan))}, "_vh_clean_2.ply", "vertices are not finite"),
+    ({"x": ("float", np.full(6, 1e9))}, "_vh_clean_2.ply", "beyond 1e.08 m"),
+    ({"label": ("float", np.ones(6))}, "_vh_clean_2.labels.ply", "property label has type f4"),
+    ({"label": ("uchar", np.ones(5))}, "_vh_clean_2.labels.ply", "has 5 vertices with labels from 1, expected")])
+def test_vertices_of_another_type_or_range_are_named(scans, changes, suffix, message):
+    count = len(next(iter(changes.values()))[1])
+    columns = {**{axis: ("float", np.zeros(count)) for axis in "xyz"},
+               **{channel: ("uchar", np.zeros(count)) for channel in ("red", "green", "blue")}, **changes}
+    write_ply(scans / f"scene0000_00/scene0000_00{suffix}", columns)
+    with pytest.raises(ValueError, match=f"scene0000_00{suffix}.*{message}"):
+        scannet.ScanNetScenes(scans, NYU40)[0]
+
+
+@pytest.mark.parametrize("rows", ["", "wall\tx\n", "wall\t1.5\n", "wall\t-1\n", "\t1\n", "w" * 200_000 + "\t1\n",
+                                  "w\udcff\t1\n"])
+def test_malformed_label_maps_are_named(tmp_path, rows):
+    (tmp_path / "labels.tsv").write_bytes(("raw_category\tid\n" + rows).encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="labels.tsv"):
+        scannet.read_label_map(tmp_path / "labels.tsv", "raw_category", "id")
 
 
 def test_a_truncated_mesh_and_labels_outside_of_the_list_are_named(scans):
