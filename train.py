@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from cache import FeatureCache, Store, SuperpointCache, content_key
 from check import quick_check
-from checkpoint import read_checkpoint, restore, write_atomically
+from checkpoint import lock_folder, new_folder, read_checkpoint, restore, write_atomically
 from data import UP_AXES, PointDataset, SceneDataset, check_frames, collate
 from decoder import scene_instances
 from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
@@ -469,15 +469,16 @@ def keep_buffers():
 
 
 def run_folder(args, rank, world_size):
-    """The folder of this run: a new one, or that of the checkpoint to go on from."""
-    if args.resume:
-        return Path(args.resume).parent
-    name = args.name or ("baseline" if args.no_clip else "bifusion")
-    folder = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = gather_objects(folder, world_size)[0]  # the clocks of two processes may differ
+    """The folder of this run, a new one or that of the checkpoint to go on from, and the lock that the first process
+    holds on it.
+    """
+    folder = lock = None
     if rank == 0:
-        folder.mkdir(parents=True)
-    return folder
+        name = args.name or ("baseline" if args.no_clip else "bifusion")
+        new = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.resume).parent if args.resume else new_folder(new)
+        lock = lock_folder(folder)
+    return gather_objects(folder, world_size)[0], lock
 
 
 def logged_modules(model):
@@ -671,7 +672,7 @@ def main(argv=None, clip_criterion=None, stop=None):
         return metrics
 
     # log and guard
-    folder = run_folder(args, rank, world_size)
+    folder, lock = run_folder(args, rank, world_size)
     log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
                  logged_modules(model), world_mean)
     log.step = step

@@ -250,6 +250,20 @@ def test_a_finished_run_prints_its_table_when_it_is_resumed(trained, capsys):
     assert again["miou"] == metrics["miou"] and "AP50" in capsys.readouterr().out
 
 
+def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
+    train.main(small(tmp_path, "--no-clip", "--no-instances", "--epochs", "1"))
+    path = last_checkpoint(tmp_path)
+    code = (f"import sys, checkpoint\nlock = checkpoint.lock_folder({str(path.parent)!r})\n"
+            "print('locked', flush=True)\nsys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match=f"{path.parent} is in use by process {other.pid}"):
+            train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
+        other.stdin.close()
+    train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
+    assert checkpoint(tmp_path)["epoch"] == 2
+
+
 def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
     written, write = [], train.write_atomically
     monkeypatch.setattr(train, "write_atomically", lambda state, path: written.append(
