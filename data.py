@@ -27,7 +27,8 @@ With `files`, a second start on unchanged files reads no frame (see `check_frame
 
 `PointDataset` makes samples out of a source, `SceneDataset` out of whole scans, and `collate` makes a ragged batch out
 of samples. Augmentation changes `coords` and `features`. `points` stay where the camera saw them, so projection is
-exact whatever the augmentation does. `coords` have z up: `up` names the axis of the data's world that points up.
+exact whatever the augmentation does. `up` names the axis of the data's world that points up; samples have z up, their
+points and cameras too, and `turn_up(points, TURN_BACK[up])` gives positions of the data's world.
 
 Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
@@ -273,17 +274,15 @@ def register_color(frame, known, seen):
     return depth, color
 
 
-def pixel_fields(frame, known, seen, up="z"):
+def pixel_fields(frame, known, seen):
     """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features, labels, instances.
 
-    Arrays (n, ...) by field name; known and seen are flat indices. Points are computed with z up and turned back, so
-    that worlds that differ in `up` alone give the same numbers, bit for bit.
+    Arrays (n, ...) by field name; known and seen are flat indices.
     """
     v, u = np.divmod(known, frame["depth"].shape[1])
-    world2cam = frame["world2cam"].copy()
-    world2cam[:3, :3] = turn_up(world2cam[:3, :3], up)
-    points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"], world2cam)
-    fields = {"points": turn_up(points.astype(np.float32), TURN_BACK[up]),
+    points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
+                       frame["world2cam"])
+    fields = {"points": points.astype(np.float32),
               "features": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
     for key, image in (("labels", frame.get("label")), ("instances", frame.get("instance"))):
         if image is None:
@@ -333,7 +332,7 @@ class PointDataset(Dataset):
     Samples then hold clip_tokens and clip_pooled instead of images.
     superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), numbered
     0..S-1, each within one view.
-    up: the axis of the world that points up, a key of UP_AXES; `coords` have z up, `points` and cameras stay as given.
+    up: the axis of the data's world that points up, a key of UP_AXES. Samples are of the world turned to z up.
 
     A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3), the colours in
     [0, 1], labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics
@@ -403,7 +402,7 @@ class PointDataset(Dataset):
         for frame, (known, seen), end in zip(frames, pixels, ends):
             start = end - len(known)
             own = drawn[(drawn >= start) & (drawn < end)] - start
-            part = pixel_fields(frame, known[own], seen[own], self.up)
+            part = pixel_fields(frame, known[own], seen[own])
             if self.superpoints is not None:
                 segments = self.superpoints(*register_color(frame, known, seen), frame["depth_intrinsics"])
                 part["superpoints"] = segments.ravel()[known[own]] + num_pixels
@@ -425,7 +424,9 @@ class PointDataset(Dataset):
     def _read(self, view):
         frame = self.frames[view]
         check_frame(frame)
-        return frame
+        world2cam = frame["world2cam"].copy()
+        world2cam[:3, :3] = turn_up(world2cam[:3, :3], self.up)
+        return {**frame, "world2cam": world2cam}
 
     def _draw(self, total, rng):
         if total <= self.num_points:
@@ -433,8 +434,7 @@ class PointDataset(Dataset):
         return np.sort(rng.choice(total, self.num_points, replace=False, shuffle=False))
 
     def _sample(self, name, frames, fields, coords, rng):
-        """Views, per-point fields, and the coordinates to turn and augment -> sample."""
-        coords = turn_up(coords, self.up)
+        """Views, per-point fields, and the coordinates to augment -> sample."""
         fields["coords"] = augment_points(coords, rng, self.voxel_size) if self.augment else coords.astype(np.float32)
         if not self.color:
             fields["features"] = np.ones_like(fields["features"])
@@ -493,7 +493,8 @@ class SceneDataset(PointDataset):
         if "labels" not in fields:
             fields["labels"] = np.full(len(drawn), -1, np.int64)
             fields["instances"] = np.full(len(drawn), -1, np.int64)
-        coords = fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3]
+        coords = turn_up(fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3], self.up)
+        fields["points"] = turn_up(fields["points"], self.up)
         frames = [self._read(view) for view in views]
         return self._sample(scene["name"], frames, fields, coords.astype(np.float32), rng)
 

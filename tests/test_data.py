@@ -150,7 +150,7 @@ def test_turning_to_z_up_is_an_exact_rotation_and_can_be_undone(up):
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("up", data.UP_AXES)
-def test_a_turned_world_gives_the_same_samples_up_to_the_turn(up, augment):
+def test_a_turned_world_gives_the_same_samples(up, augment):
     frames = [{**frame, "world2cam": frame["world2cam"]} for frame in RoomFrames("train", 1, 2, size=(60, 80))]
     turn = np.eye(4)
     turn[:3, :3] = data.turn_up(np.eye(3), up).T  # from the turned world to the one with z up
@@ -161,10 +161,8 @@ def test_a_turned_world_gives_the_same_samples_up_to_the_turn(up, augment):
         plain.set_epoch(epoch)
         turned.set_epoch(epoch)
         expected, sample = plain[0], turned[0]
-        assert torch.equal(sample.pop("points"), expected.pop("points") @ torch.from_numpy(turn[:3, :3]).float())
-        assert torch.equal(sample.pop("world2cam"), expected.pop("world2cam") @ torch.from_numpy(turn).float())
         assert sample.pop("name") == expected.pop("name") and sample.pop("seed") == expected.pop("seed")
-        assert all(torch.equal(sample[key], expected[key]) for key in expected)  # coords among them
+        assert all(torch.equal(sample[key], expected[key]) for key in expected)
         if up != "z":
             assert not torch.equal(data.PointDataset(turned_frames, **options)[0]["coords"], sample["coords"])
 
