@@ -150,7 +150,7 @@ def test_depth_of_another_size_needs_its_own_intrinsics(root):
     ("color/0.png", np.zeros((9, 9, 3), np.uint8), r"the color image has size \(9, 9\), but 0.png has \(48, 64\)"),
     ("color/0.png", np.zeros((48, 64), np.uint16), "colour image has mode I"),
     ("label-filt/0.png", np.zeros((48, 64, 3), np.uint8), "8-bit label image of RGB"),
-    ("label-filt/0.png", np.zeros((48, 64), bool), "1-bit label image of greyscale, expected greyscale of 8 or 16 bits"),
+    ("label-filt/0.png", np.zeros((48, 64), bool), "1-bit label image of greyscale, expected greyscale of 8"),
     ("label-filt/0.png", np.zeros((10, 12), np.uint16), r"label has size \(10, 12\)"),
     *(("label-filt/0.png", np.full((48, 64), bad, np.uint16), f"label {bad} is not in the class list")
       for bad in (3, 41, 65535))])

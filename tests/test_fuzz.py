@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""Damaged files of every kind are read rightly or refused by name: nothing else is raised, hangs, or takes over 1 GiB.
+
+Each kind of file is written once and then damaged again and again, by a seeded generator: trial n of a kind is the same
+in every run. Formats with a checksum must either give what was written or be refused. `BIFUSION_FUZZ=1000 pytest
+tests/test_fuzz.py` runs 1,000 trials of each kind.
+"""
+import os
+import resource
+import signal
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import scannet
+from cache import FeatureCache, SuperpointCache
+from helpers import CLASSES, TABLE, write_scan, write_scannet
+
+TRIALS = int(os.environ.get("BIFUSION_FUZZ", 10))
+TOKENS = [b"nan", b"-inf", b"1e400", b"-1", b"0", b"65536", b"9" * 25, b"1.5", b"1_0", b"true", b"null", b"\0",
+          b"\xff\xfe", b"\t", b"\n", b"\r", b" ", b"/", b"..", b"../..", b"[", b"]", b"{", b'"', b"*", b"[" * 3000,
+          b"end_header\n", b"element vertex 999999999\n", b"property float x\n"]
+KINDS = {}  # name: (a function of an empty folder -> the path of a file and a function that reads it, has a checksum)
+
+
+def kind(name, checksum=False):
+    """Registers a kind of file: the decorated function writes one into a folder -> its path, and a function to read it.
+    """
+    def register(make):
+        KINDS[name] = make, checksum
+        return make
+    return register
+
+
+# ------------------------------------------------------------------------------------------------------------- kinds
+
+
+def make_frames(folder, suffix="png"):
+    root = write_scannet(folder, 1, 2, suffix=suffix)
+    return root / "scene0000_00", lambda: scannet.ScanNetFrames(root, CLASSES)[1]
+
+
+@kind("colour JPEG")
+def colour_jpeg(folder):
+    scene, read = make_frames(folder, "jpg")
+    return scene / "color/1.jpg", read
+
+
+@kind("colour PNG", checksum=True)
+def colour_png(folder):
+    scene, read = make_frames(folder)
+    return scene / "color/1.png", read
+
+
+@kind("depth", checksum=True)
+def depth(folder):
+    scene, read = make_frames(folder)
+    return scene / "depth/1.png", read
+
+
+@kind("label", checksum=True)
+def label(folder):
+    scene, read = make_frames(folder)
+    return scene / "label-filt/1.png", read
+
+
+@kind("instance", checksum=True)
+def instance(folder):
+    scene, read = make_frames(folder)
+    return scene / "instance-filt/1.png", read
+
+
+@kind("pose")
+def pose(folder):
+    scene, _ = make_frames(folder)
+    return scene / "pose/1.txt", lambda: scannet.ScanNetFrames(folder, CLASSES)[-1]
+
+
+@kind("intrinsics")
+def intrinsics(folder):
+    scene, read = make_frames(folder)
+    return scene / "intrinsic/intrinsic_depth.txt", read
+
+
+@kind("class list")
+def class_list(folder):
+    make_frames(folder)
+    path = folder / "classes.txt"
+    path.write_text("0 unlabeled\n1 wall\n2 night stand\n40 lamp\n")
+    return path, lambda: scannet.ScanNetFrames(folder, path)[1]
+
+
+@kind("split")
+def split(folder):
+    make_frames(folder)
+    path = folder / "val.txt"
+    path.write_text("scene0000_00/1\nscene0000_00/0\n")
+    return path, lambda: scannet.ScanNetFrames(folder, CLASSES, path)[0]
+
+
+@kind("posed frame", checksum=True)
+def posed_frame(folder):
+    Image.new("RGB", (32, 24)).save(folder / "frame-000000.color.png")
+    Image.fromarray(np.full((24, 32), 1000, np.uint16)).save(folder / "frame-000000.depth.png")
+    np.savetxt(folder / "frame-000000.pose.txt", np.eye(4))
+    matrix = np.array([[30, 0, 16], [0, 30, 12], [0, 0, 1]])
+    return folder / "frame-000000.depth.png", lambda: scannet.PosedFrames(folder, matrix)[0]
+
+
+def make_scan(folder, label_map=False):
+    rng = np.random.default_rng(0)
+    write_scan(folder, "scene0000_00", rng.normal(size=(60, 3)).astype(np.float32), rng.integers(0, 256, (60, 3)),
+               [1, 1, 5, 5, 0, 40] * 10, [70, 70, 12, 12, 5, 900] * 10, [(0, "wall", [70]), (1, "chair", [12, 900])])
+    (folder / "labels.tsv").write_text(TABLE)
+    path = folder / "labels.tsv" if label_map else None
+    classes = {1: "wall", 2: "chair", 5: "chair", "*": None}
+    return lambda: scannet.ScanNetScenes(folder, classes, label_map=path)[0]
+
+
+@kind("label map")
+def label_map(folder):
+    return folder / "labels.tsv", make_scan(folder, label_map=True)
+
+
+def scan_file(suffix):
+    return lambda folder: (folder / f"scene0000_00/scene0000_00{suffix}", make_scan(folder))
+
+
+for suffix in ("_vh_clean_2.ply", "_vh_clean_2.labels.ply", "_vh_clean_2.0.010000.segs.json", ".aggregation.json",
+               ".txt"):
+    kind(f"scan{suffix}")(scan_file(suffix))
+
+
+@kind("cached features", checksum=True)
+def cached_features(folder):
+    images = list(np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), np.uint8))
+    cache = FeatureCache(folder, "tower", lambda x: (x, x.flatten(1)[:, :5]))
+    cache.build(images)
+    path, = cache.store.folder.glob("??/*")
+    return path, lambda: cache.get(images[0])
+
+
+@kind("cached superpoints", checksum=True)
+def cached_superpoints(folder):
+    cache = SuperpointCache(folder, lambda depth, colors, intrinsics: np.indices(depth.shape)[0], "rows")
+
+    def read():
+        return cache(np.ones((4, 6), np.float32), np.zeros((4, 6, 3), np.uint8), np.eye(3))
+    read()
+    path, = cache.store.folder.glob("??/*")
+    return path, read
+
+
+def make_checkpoint(path, fields):
+    torch.manual_seed(0)
+    examples = {list: ["wall"], dict: {}, int: 3, float: 0.5}
+    state = {field: examples.get(field_type) for field, field_type in fields.items()}
+    state |= {"model": nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)).state_dict(), "config": {"lr": (0.1, "x")}}
+    checkpoint.write_atomically(state, path)
+
+    def read():
+        state = checkpoint.read_checkpoint(path, fields)
+        model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8))
+        checkpoint.restore(model, state, path, ["wall"], None)
+        return {**state, "restored": model.state_dict()}
+    return path, read
+
+
+@kind("checkpoint", checksum=True)
+def training_checkpoint(folder):
+    return make_checkpoint(folder / "last.pt", checkpoint.FIELDS)
+
+
+@kind("saved step", checksum=True)
+def saved_step(folder):
+    return make_checkpoint(folder / "bad_step_3.pt", checkpoint.STEP_FIELDS)
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+def damage(content, rng):
+    """Bytes -> other bytes: one to three random edits."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        size = len(content)
+        place = int(rng.integers(0, size + 1))
+        length = int(min(rng.integers(1, 2 ** rng.integers(1, 10)), size - place))
+        edit = rng.integers(8)
+        if edit == 0 and length:
+            content[place] ^= 1 << int(rng.integers(8))
+        elif edit == 1:
+            content[place:place + length] = rng.bytes(length)
+        elif edit == 2:
+            del content[place:place + length]
+        elif edit == 3:
+            content[place:place] = content[place:place + length]
+        elif edit == 4:
+            del content[place:]
+        elif edit == 5:
+            content[place:place + length] = bytes(length)
+        elif edit == 6:
+            content[place:place + int(rng.integers(0, 6))] = TOKENS[rng.integers(len(TOKENS))]
+        elif edit == 7 and length:
+            content[place] = int(rng.choice([0, 1, 127, 128, 255]))
+    return bytes(content)
+
+
+def equal(a, b):
+    """Whether two results of a reader are the same to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, (np.ndarray, torch.Tensor)):
+        return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    return a == b
+
+
+def hang(signum, frame):
+    raise TimeoutError("reading takes over a minute")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_damaged_file_is_read_rightly_or_refused_by_name(tmp_path, name):
+    make, checksum = KINDS[name]
+    path, read = make(tmp_path)
+    whole = path.read_bytes()
+    expected = read()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    handler = signal.signal(signal.SIGALRM, hang)
+    refused = 0
+    for trial in range(TRIALS):
+        damaged = damage(whole, np.random.default_rng([zlib.crc32(name.encode()), trial]))
+        path.write_bytes(damaged)
+        signal.alarm(60)
+        try:
+            result = read()
+        except (ValueError, FileNotFoundError) as error:
+            refused += 1
+            assert str(tmp_path) in str(error), f"trial {trial} is refused without a name: {error}"
+        else:
+            assert not checksum or equal(result, expected), f"trial {trial} is read as something else"
+        finally:
+            signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
+    print(f"{name}: {TRIALS} damaged, {refused} refused, {growth:.2f} GiB at most")
+    assert growth < 1
