@@ -329,7 +329,7 @@ class PointDataset(Dataset):
     augment: for training. color=False: all features are 1. images=False: samples hold no images.
     voxel_size: metres; elastic augmentation is measured in voxels, see `augment_points`.
     feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) -> tokens, pooled.
-    Samples then hold clip_tokens and clip_pooled instead of images.
+    Samples then hold clip_tokens, clip_pooled and, if the cache has dense features, clip_dense_map instead of images.
     superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), numbered
     0..S-1, each within one view.
     up: the axis of the data's world that points up, a key of UP_AXES. Samples are of the world turned to z up.
@@ -456,9 +456,9 @@ class PointDataset(Dataset):
         if self.feature_cache is None:
             sample["images"] = torch.stack([to_tensor(image) for image in images])
             return sample
-        tokens, pooled = zip(*(self.feature_cache.get(image) for image in images))
-        sample["clip_tokens"] = torch.stack(tokens)
-        sample["clip_pooled"] = torch.stack(pooled)
+        features = zip(*(self.feature_cache.get(image) for image in images))
+        for key, views in zip(("clip_tokens", "clip_pooled", "clip_dense_map"), features):
+            sample[key] = torch.stack(views)
         return sample
 
 

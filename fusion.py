@@ -354,8 +354,9 @@ class BiFusionEncoder(nn.Module):
         `intrinsics` would give, for all views, or a sequence of V functions, None for pinhole ones. It must return NaN
         for directions that the lens does not see. A batch may bring its own as the field `camera_model`.
     depth_tolerance: metres by which a point may lie behind the depth map and still count as seen.
-    dense_target: also give `clip_dense`, CLIP's own feature at every point, a target that no training can change.
-        encoder_2d then needs `encode(images) -> tokens, pooled`, `project` and `project_dense(tokens)`.
+    dense_target: also give `clip_dense`, CLIP's own feature at every point through a fixed map, a target for a loss; the
+        training loop switches it. encoder_2d then needs `encode_with_dense(images) -> tokens, pooled, dense`,
+        `project(tokens, pooled)` and `project_dense_target(dense)`.
     """
 
     def __init__(self, encoder_2d, encoder_3d, gate=None, dim_3d=96, embed_dim=256, depth_tolerance=0.05,
@@ -383,12 +384,14 @@ class BiFusionEncoder(nn.Module):
             image_size = images.shape[-2:]
             if not self.dense_target:
                 return *encoder(images), None, image_size
-            tokens, pooled = encoder.encode(images)
+            tokens, pooled, dense = encoder.encode_with_dense(images)
         else:
             image_size = encoder.image_size
             tokens = present_views(batch, "clip_tokens")
             pooled = present_views(batch, "clip_pooled")
-        dense = encoder.project_dense(tokens) if self.dense_target else None
+            dense = present_views(batch, "clip_dense_map") if self.dense_target else None
+        if self.dense_target:
+            dense = encoder.project_dense_target(dense)
         return *encoder.project(tokens, pooled), dense, image_size
 
     def project(self, batch, image_size):
@@ -442,13 +445,13 @@ class BiFusionEncoder(nn.Module):
         Without a 2D encoder the clip entries are None, and valid and alpha are 0.
 
         Fields: points, coords (N, 3), features (N, F), batch (N,), images (B, V, 3, H, W) or clip_tokens
-        (B, V, D, Hf, Wf) and clip_pooled (B, V, E), world2cam (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth
+        (B, V, D, Hf, Wf), clip_pooled (B, V, E) and, with dense_target, clip_dense_map (B, V, E, Hf, Wf), world2cam (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth
         (B, V, Hd, Wd) and depth_intrinsics (B, V, 3, 3) of a pinhole depth camera with the same pose, view_valid (B, V)
         bool, false for a view that is not there, whatever its fields hold, image_sizes (B, V, 2), the (H, W) that each
         view's intrinsics refer to if it is not that of the images, and camera_model. Raises ValueError for others
         (`check_batch`).
         """
-        check_batch(batch, self.encoder_2d is not None)
+        check_batch(batch, self.encoder_2d is not None, self.dense_target)
         feat_3d = self.proj_3d(self.encoder_3d(batch))  # (N, C)
         if self.encoder_2d is None:
             n = len(feat_3d)
@@ -461,6 +464,8 @@ class BiFusionEncoder(nn.Module):
         maps = [spatial] if dense is None else [spatial, dense]
         valid, (feat_2d, *target) = self.sample(batch, image_size, maps)
         fused, alpha = self.gate(feat_3d, feat_2d, valid)
+        fused = fused.where(valid[:, None], feat_3d)  # whatever gate was handed in
+        alpha = alpha.where(valid[:, None], 0)
         clip_global = clip_global.unflatten(0, batch["world2cam"].shape[:2])  # (B, V, C)
         if "view_valid" in batch:
             there = batch["view_valid"][..., None]
@@ -496,7 +501,7 @@ def distort(uv: Tensor, points_cam: Tensor, camera_model) -> Tensor:
     return uv
 
 
-def check_batch(batch, with_images):
+def check_batch(batch, with_images, with_dense=False):
     """Raises a ValueError that names the first missing or misshapen field of a batch, or one with impossible values."""
     def expect(name, shape):
         if name not in batch:
@@ -519,6 +524,8 @@ def check_batch(batch, with_images):
     else:
         expect("clip_tokens", (b, v, "D", "Hf", "Wf"))
         expect("clip_pooled", (b, v, "E"))
+        if with_dense:
+            expect("clip_dense_map", (b, v, "E", "Hf", "Wf"))
     check_ids("batch: field 'batch'", batch["batch"], b)
     there = torch.ones((), dtype=torch.bool, device=batch["batch"].device)
     if "view_valid" in batch:

@@ -328,15 +328,22 @@ def open_tower(args, config, log_warning):
                     "colours and textures but no meaning: good for trying things out, not for results.")
         config["clip_pretrained"] = "none"  # what the checkpoint will say
         encoder_2d = build_encoder_2d(config)
-    if encoder_2d is not None and args.clip_target == "point" and max(args.clip_weights) > 0:
-        encoder_2d.project_dense(torch.zeros(1, encoder_2d.token_dim, 1, 1))  # fails now if the tower has no such target
+    if encoder_2d is not None and needs_dense(args):
+        encoder_2d.encode_dense(torch.zeros(1, 3, *encoder_2d.image_size))  # fails now if the tower has no such target
     return encoder_2d
+
+
+def needs_dense(args):
+    """Whether the CLIP loss ties points to dense features."""
+    return args.clip_target == "point" and max(args.clip_weights) > 0
 
 
 def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
     """A frozen tower encodes every image once; from then on the samples of the data sets hold its features."""
     device = encoder_2d.global_proj.device
-    cache = FeatureCache(args.cache, owner, lambda images: encoder_2d.encode(images.to(device)), workers=args.workers)
+    encode = encoder_2d.encode_with_dense if needs_dense(args) else encoder_2d.encode
+    cache = FeatureCache(args.cache, f"{owner} {encode.__name__}", lambda images: encode(images.to(device)),
+                         workers=args.workers)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache

@@ -474,6 +474,9 @@ def test_the_gate_is_its_layers_on_the_concatenated_features():
 # ---------------------------------------------------------------------------------------------- the whole encoder
 
 
+CACHED = ("clip_tokens", "clip_pooled", "clip_dense_map")
+
+
 class Tower(nn.Module):
     """Stands in for the image encoder: 16 x 16 patches of a 64 x 96 image, no exchange between them."""
 
@@ -491,8 +494,12 @@ class Tower(nn.Module):
     def project(self, tokens, pooled):
         return self.spatial_proj(tokens.float()), F.linear(pooled.float(), self.fixed)
 
-    def project_dense(self, tokens):
-        return F.conv2d(tokens.float(), self.fixed[:, :, None, None])
+    def encode_with_dense(self, images):
+        tokens, pooled = self.encode(images)
+        return tokens, pooled, tokens.flip(1)
+
+    def project_dense_target(self, dense):
+        return F.conv2d(dense.float(), self.fixed[:, :, None, None])
 
     def forward(self, images):
         return self.project(*self.encode(images))
@@ -699,13 +706,27 @@ def test_depth_hides_points_by_the_tolerance():
 def test_cached_features_give_what_the_images_give(dense_target, dtype):
     net, scenes = model(dense_target=dense_target), collate([sample(30, seed=1), sample(20, seed=2)])
     expected = net(scenes)
-    tokens, pooled = net.encoder_2d.encode(scenes["images"].flatten(0, 1))
+    features = net.encoder_2d.encode_with_dense(scenes["images"].flatten(0, 1))
     cached = {k: x for k, x in scenes.items() if k != "images"}
-    cached["clip_tokens"], cached["clip_pooled"] = (x.unflatten(0, (2, 2)).to(dtype) for x in (tokens, pooled))
+    cached |= {k: x.unflatten(0, (2, 2)).to(dtype) for k, x in zip(CACHED, features)}
     out = net(cached)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     for name in OUTPUTS if dense_target else OUTPUTS - {"clip_dense"}:
         torch.testing.assert_close(out[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+def test_a_gate_that_forgets_invalid_points_cannot_change_them():
+    class Half(nn.Module):
+        def forward(self, feat_3d, feat_2d, valid):
+            return (feat_3d + feat_2d) / 2, feat_3d.new_full((len(valid), 1), 0.5)
+
+    net, scene = model(gate=Half()), sample(60)
+    scene["world2cam"][:, 0, :3, 3] -= 2  # many points leave the image
+    scene.pop("depth")
+    out = net(scene)
+    assert not out["valid"].all()
+    assert torch.equal(out["feat_fusion"][~out["valid"]], out["feat_3d"][~out["valid"]])
+    assert not out["alpha"][~out["valid"]].any()
 
 
 def test_the_dense_target_cannot_be_trained_and_the_sampled_feature_can():
@@ -819,9 +840,9 @@ def test_resized_intrinsics_say_the_same_as_the_sizes_of_the_cameras():
 def test_an_absent_view_is_as_if_it_had_not_been_given_whatever_it_holds(cached, dense_target):
     net, scenes = model(dense_target=dense_target).train(), collate([sample(40, v=3, seed=1), sample(30, v=3, seed=2)])
     if cached:
-        tokens, pooled = net.encoder_2d.encode(scenes.pop("images").flatten(0, 1))
-        scenes["clip_tokens"], scenes["clip_pooled"] = (x.unflatten(0, (2, 3)) for x in (tokens, pooled))
-    per_view = {"images", "clip_tokens", "clip_pooled", "world2cam", "intrinsics", "depth", "depth_intrinsics"}
+        features = net.encoder_2d.encode_with_dense(scenes.pop("images").flatten(0, 1))
+        scenes |= {k: x.unflatten(0, (2, 3)) for k, x in zip(CACHED, features)}
+    per_view = {"images", *CACHED, "world2cam", "intrinsics", "depth", "depth_intrinsics"}
     fewer = {name: x[:, :2] if name in per_view else x for name, x in scenes.items()}
     absent = {name: x.clone() for name, x in scenes.items()}
     for name in per_view & set(absent):
