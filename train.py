@@ -341,9 +341,10 @@ def needs_dense(args):
 def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
     """A frozen tower encodes every image once; from then on the samples of the data sets hold its features."""
     device = encoder_2d.global_proj.device
-    encode = encoder_2d.encode_with_dense if needs_dense(args) else encoder_2d.encode
-    cache = FeatureCache(args.cache, f"{owner} {encode.__name__}", lambda images: encode(images.to(device)),
-                         workers=args.workers)
+    encode = encoder_2d.encode
+    if needs_dense(args):
+        encode, owner = encoder_2d.encode_with_dense, f"{owner} with dense features"
+    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache
