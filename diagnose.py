@@ -333,4 +333,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from model import run_command
+    run_command(main)
