@@ -28,6 +28,7 @@ FIELDS = {"class_names": list, "config": dict, "model": dict, "clip_fingerprint"
 STEP_FIELDS = {"class_names": list, "config": dict, "model": dict, "clip_fingerprint": (str, type(None)), "batch": dict,
                "weights": dict, "scale": float, "epoch": int, "step": int, "findings": list}
 PAUSES = (1, 2, 4)  # seconds until a full disk is tried again
+FOLDER = 0x10  # attribute of an entry of a zip file
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
@@ -112,15 +113,16 @@ def read_checkpoint(path, fields=FIELDS):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not a checkpoint of train.py, or truncated")
     try:
         with zipfile.ZipFile(path) as archive:
-            is_compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-            damaged = None if is_compressed else archive.testzip()  # torch.load does not look at the checksums
-        state = None if is_compressed or damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, with a text that advises weights_only=False
-        raise ValueError(f"{path}: not a checkpoint of train.py, or damaged ({type(error).__name__})") from error
+            # torch takes an entry that is marked as a folder for empty, and hands out whatever its memory holds
+            is_torch = all(entry.compress_type == zipfile.ZIP_STORED and not entry.external_attr & FOLDER
+                           for entry in archive.infolist())
+            damaged = archive.testzip() if is_torch else None  # torch.load does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True) if is_torch and not damaged else None
+    except Exception as error:  # torch raises many kinds, and advises weights_only=False
+        kind = type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint of train.py, truncated, or damaged ({kind})") from error
     if damaged:
         raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
     for field, kind in fields.items():

@@ -228,7 +228,10 @@ def test_a_flipped_bit_in_any_entry_is_named(path):
             checkpoint.read_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [b"hello", pickle.dumps({"model": {}}), b"\x80\x02."])
+ON_TWO_DISKS = b"PK\6\7" + bytes(12) + b"\2\0\0\0" + b"PK\5\6" + bytes(18)  # a zip file that zipfile does not read
+
+
+@pytest.mark.parametrize("content", [b"hello", pickle.dumps({"model": {}}), b"\x80\x02.", bytes(99) + ON_TWO_DISKS])
 def test_a_foreign_file_is_named(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(ValueError, match="x.pt: not a checkpoint of train.py"):
@@ -297,10 +300,15 @@ def test_contents_that_no_training_writes_are_named(tmp_path, model, changes, me
         checkpoint.read_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_compressed_file_is_refused_before_it_is_unpacked(path, tmp_path):
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+@pytest.mark.parametrize("change", [{"compress_type": zipfile.ZIP_DEFLATED}, {"external_attr": checkpoint.FOLDER}])
+def test_an_entry_that_torch_does_not_write_is_refused(path, tmp_path, change):
+    """Compressed, it could unpack to any size; a folder would be read from memory that nobody has written."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         for entry in source.infolist():
-            archive.writestr(entry.filename, source.read(entry))
+            content = source.read(entry)
+            for name, value in change.items():
+                setattr(entry, name, value)
+            archive.writestr(entry, content)
     with pytest.raises(ValueError, match="x.pt: not a checkpoint"):
         checkpoint.read_checkpoint(tmp_path / "x.pt")
 
