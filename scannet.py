@@ -27,7 +27,8 @@ MAX_SHIFT = 1e8  # metres; UTM and earth-centred coordinates stay below 1.1e7
 # bytes of a file; what is made of one takes less than 1 GiB
 MAX_IMAGE = 2 ** 28
 MAX_MESH = 2 ** 27
-MAX_TEXT = 2 ** 25
+MAX_JSON = 2 ** 25
+MAX_SPLIT = 2 ** 24
 MAX_LIST = 2 ** 22
 MAX_MATRIX = 2 ** 16
 
@@ -231,7 +232,7 @@ def read_split(path):
 
     Both are names inside the data folder, never paths out of it.
     """
-    entries = read_text(path, "split file", MAX_TEXT).split()
+    entries = read_text(path, "split file", MAX_SPLIT).split()
     if not entries:
         raise ValueError(f"split file {path} is empty")
     pairs = []
@@ -298,7 +299,7 @@ class FrameFolders:
         self.num_skipped = 0
         self._scenes, self._poses, self._colors = {}, [], []  # by scene, by frame, by frame
         pairs = [(scene, "") for scene in self._all_scenes()] if split is None else read_split(split)
-        for scene, _ in pairs:
+        for scene in dict.fromkeys(scene for scene, _ in pairs):
             if not self._has_scene(scene):
                 raise FileNotFoundError(f"split file {split}: {self.root} has no scene {scene!r} with colour images")
         for scene, frame in pairs:
@@ -497,7 +498,9 @@ class PosedFrames(FrameFolders):
         return scenes
 
     def _has_scene(self, scene):
-        return scene in self._all_scenes()
+        if self._is_scene:
+            return scene == self.root.resolve().name
+        return any((self.root / scene).glob("frame-*.color.*"))
 
     def _path(self, scene, stem, kind):
         return f"{self._folder(scene)}/{stem}.{kind}.{'txt' if kind == 'pose' else 'png'}"
@@ -592,7 +595,7 @@ def read_axis_alignment(path):
 def read_json(path, field):
     """The list `field` of a JSON file that holds one object."""
     try:
-        content = json.loads(read_text(path, "annotation", MAX_TEXT))
+        content = json.loads(read_text(path, "annotation", MAX_JSON))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or field not in content:
