@@ -17,6 +17,8 @@ Imports torch and open_clip.
 """
 import difflib
 import hashlib
+import importlib.util
+import json
 from pathlib import Path
 
 import open_clip
@@ -44,6 +46,7 @@ def resize_position_embedding(embedding, old_grid, new_grid):
     return torch.cat([class_token, grid.permute(0, 2, 3, 1).flatten(0, 2)])
 
 
+WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
 ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
 
 
@@ -95,21 +98,87 @@ def last_block(block, x, grid, attention="naclip"):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
+def read_config(model_name):
+    """open_clip's config of a model: a dict with "model_cfg" and, if it comes with weights, usually "preprocess_cfg".
+
+    Raises ValueError for an unknown model, FileNotFoundError without the config of a "hf-hub:" or "local-dir:" name.
+    """
+    if model_name.startswith(WITH_WEIGHTS):
+        kind, place = model_name.split(":", 1)
+        try:
+            path = Path(place) / "open_clip_config.json"
+            if kind == "hf-hub":
+                path = Path(open_clip.pretrained.download_pretrained_from_hf(place, filename=path.name))
+            config = json.loads(path.read_text())
+            config["model_cfg"]["text_cfg"]  # a KeyError if it is missing
+        except Exception as error:
+            raise FileNotFoundError(f"CLIP model {model_name}: no usable open_clip_config.json ({error!r})") from error
+        return config
+    if model_name in open_clip.list_models():
+        return {"model_cfg": open_clip.get_model_config(model_name)}
+    near = difflib.get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0)
+    raise ValueError(f"CLIP model {model_name!r} is unknown to open_clip; the nearest names: {', '.join(near)}")
+
+
+def tag_scaling(model_name, tag):
+    """How the images of open_clip's weights of that tag were scaled and resized."""
+    config = open_clip.get_pretrained_cfg(model_name, tag)
+    return {key: config[key] for key in ("mean", "std", "interpolation")}
+
+
+def image_scaling(model_name, pretrained, mean_std=None):
+    """What `load_clip` cannot know of the scaling of images: a dict with "mean" and "std", and maybe "interpolation".
+
+    mean_std: a pair (mean, std), 3 numbers each, or a tag of the model. None: a tag knows its own scaling, a "hf-hub:"
+    or "local-dir:" config says it, and for random weights any will do. A file does not say: all tags of its model must
+    agree. Raises ValueError if the scaling cannot be known.
+    """
+    if mean_std is not None and not isinstance(mean_std, str):
+        values = torch.tensor(mean_std, dtype=torch.float64)
+        if values.shape != (2, 3) or not values.isfinite().all() or (values[1] <= 0).any():
+            raise ValueError(f"mean_std {mean_std}: must be 3 means and 3 positive standard deviations")
+        return {"mean": tuple(values[0].tolist()), "std": tuple(values[1].tolist())}
+    tags = {tag: tag_scaling(model_name, tag) for tag in open_clip.list_pretrained_tags_by_model(model_name)}
+    if mean_std in tags:
+        return tags[mean_std]
+    if mean_std is None:
+        config = read_config(model_name).get("preprocess_cfg", {})
+        is_tag = not model_name.startswith(WITH_WEIGHTS) and not Path(pretrained or "").is_file()
+        if pretrained is None or is_tag or ("mean" in config and "std" in config):
+            return {}
+        scalings = list(tags.values())
+        if scalings and all(scaling == scalings[0] for scaling in scalings):
+            return scalings[0]
+    known = "".join(f"\n  {tag}: mean {scaling['mean']}, std {scaling['std']}" for tag, scaling in tags.items())
+    raise ValueError(f"{pretrained}: the mean and std of the images of these weights must be given as mean_std, in "
+                     f"numbers or as a tag of {model_name}, got {mean_std!r}; its tags:{known or ' none'}")
+
+
 def load_clip(model_name, pretrained):
     """An open_clip model. pretrained: a tag, the path of a checkpoint file, or None for random weights of a fixed seed.
 
+    A name "hf-hub:OWNER/REPOSITORY" or "local-dir:FOLDER" brings its own weights: pretrained is "own", or None.
     A tag sets the activation that its weights were trained with. A file does not tell: for OpenAI's weights, and others
-    trained with QuickGELU, give a model name that ends in "-quickgelu".
-    Raises ValueError for an unknown model or tag, or a file that does not fit the model; FileNotFoundError if the
-    weights of a known tag are neither cached nor can be downloaded.
+    trained with QuickGELU, give a model name that ends in "-quickgelu"; for mean and std see `image_scaling`.
+    Raises ValueError for an unknown model or tag, a missing package, or a file that does not fit the model;
+    FileNotFoundError if weights are neither here nor can be downloaded.
     """
-    if model_name not in open_clip.list_models():
-        near = difflib.get_close_matches(model_name, open_clip.list_models(), n=3, cutoff=0)
-        raise ValueError(f"CLIP model {model_name!r} is unknown to open_clip; the nearest names: {', '.join(near)}")
+    text_tower = read_config(model_name)["model_cfg"]["text_cfg"].get("hf_model_name")
+    if text_tower and importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"CLIP model {model_name}: its text tower {text_tower} needs the package transformers "
+                         f"(pip install transformers)")
     if pretrained is None:
         with torch.random.fork_rng(devices=[]):  # the same weights in every run; the global RNG is left untouched
             torch.manual_seed(0)
-            return open_clip.create_model(model_name, pretrained_text=False)
+            return open_clip.create_model(model_name, load_weights=False, pretrained_text=False)
+    if model_name.startswith(WITH_WEIGHTS):
+        if pretrained != "own":
+            raise ValueError(f"CLIP model {model_name} brings its own weights: pretrained must be 'own', or None for "
+                             f"random ones, got {pretrained!r}")
+        try:
+            return open_clip.create_model(model_name, require_pretrained=True)
+        except Exception as error:
+            raise FileNotFoundError(f"CLIP model {model_name}: its weights could not be loaded ({error})") from error
     if Path(pretrained).is_file():
         try:
             return open_clip.create_model(model_name, pretrained=str(pretrained))
@@ -135,31 +204,30 @@ class Enhanced2DEncoder(nn.Module):
     """Spatial and global CLIP features of images; CLIP is frozen, except for `trainable_blocks`.
 
     model_name, pretrained: see `load_clip`. embed_dim: width of all outputs.
-    image_size: int or (H, W), multiples of the patch size; None: the model's own.
+    image_size: int or (H, W), multiples of the patch size; None: the model's own, less what its patches do not cover.
     trainable_blocks: the last k transformer blocks are trained: they get gradients, are parameters of this module, and
         are in its state dict.
+    mean_std: see `image_scaling`. `interpolation` is how the tower's own images were resized.
 
     The frozen tower is not a registered submodule: no state dict or optimizer contains it, and `.train()` does not
     reach it. `.to()` does.
     """
 
-    def __init__(self, model_name="ViT-B-16", pretrained="openai", embed_dim=256, image_size=None, trainable_blocks=0):
+    def __init__(self, model_name="ViT-B-16", pretrained="openai", embed_dim=256, image_size=None, trainable_blocks=0,
+                 mean_std=None):
         super().__init__()
+        scaling = image_scaling(model_name, pretrained, mean_std)
         clip = load_clip(model_name, pretrained).float().eval().requires_grad_(False)
         self.__dict__["clip"] = clip  # not registered
         self.model_name = model_name
         visual = clip.visual
+        visual.preprocess_cfg = {**visual.preprocess_cfg, **scaling}
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(visual.preprocess_cfg[name]).view(3, 1, 1), persistent=False)
+        self.interpolation = visual.preprocess_cfg["interpolation"]
 
-        is_timm = hasattr(visual, "trunk")
-        is_vit = hasattr(visual.trunk, "patch_embed") if is_timm else hasattr(visual, "patch_size")
-        if not is_vit:
-            raise ValueError(f"CLIP model {model_name}: not a vision transformer ({type(visual).__name__})")
-        self.patch = tuple(visual.trunk.patch_embed.patch_size if is_timm else visual.patch_size)
+        blocks = self._find_blocks()
         self._set_image_size(image_size)
-
-        blocks = visual.trunk.blocks if is_timm else visual.transformer.resblocks
         if not 0 <= trainable_blocks <= len(blocks):
             raise ValueError(f"trainable_blocks={trainable_blocks}: {model_name} has {len(blocks)} blocks")
         self.blocks = list(blocks)  # for torch.compile; a plain list registers nothing
@@ -172,21 +240,37 @@ class Enhanced2DEncoder(nn.Module):
         self.spatial_proj = nn.Conv2d(self.token_dim, embed_dim, 1)
         self.register_buffer("global_proj", semi_orthogonal(embed_dim, self.pooled_dim))
 
+    def _find_blocks(self):
+        """The tower's transformer blocks; ValueError if it is not a ViT whose tokens form one grid."""
+        visual = self.clip.visual
+        tower = getattr(visual, "trunk", visual)
+        if isinstance(visual, open_clip.transformer.VisionTransformer):
+            return visual.transformer.resblocks
+        if hasattr(tower, "blocks") and hasattr(getattr(tower, "patch_embed", None), "grid_size"):
+            return tower.blocks
+        raise ValueError(f"CLIP model {self.model_name}: not a vision transformer ({type(tower).__name__})")
+
     def _set_image_size(self, image_size):
         visual = self.clip.visual
-        native = tuple(visual.image_size)
+        is_timm = hasattr(visual, "trunk")
+        embed = visual.trunk.patch_embed if is_timm else visual
+        native = embed.img_size if is_timm else visual.image_size
+        native_grid = embed.grid_size
+        # A stem of convolutions has patches of its own output, so the image's are its size over the grid.
+        self.patch = tuple(patch if size // patch == cells else size // cells
+                           for size, patch, cells in zip(native, embed.patch_size, native_grid))
         if image_size is None:
-            image_size = native
+            image_size = tuple(cells * patch for cells, patch in zip(native_grid, self.patch))
         elif isinstance(image_size, int):
             image_size = (image_size, image_size)
         self.image_size = tuple(image_size)
         if len(self.image_size) != 2 or any(s < p or s % p for s, p in zip(self.image_size, self.patch)):
             raise ValueError(f"image_size {image_size}: both sides must be multiples of the patch size {self.patch}")
         self.grid = tuple(s // p for s, p in zip(self.image_size, self.patch))
-        if hasattr(visual, "trunk"):  # timm
+        if is_timm:
             visual.set_input_size(self.image_size)
-        elif self.image_size != native:
-            embedding = resize_position_embedding(visual.positional_embedding.data, visual.grid_size, self.grid)
+        elif self.grid != tuple(native_grid):
+            embedding = resize_position_embedding(visual.positional_embedding.data, native_grid, self.grid)
             visual.positional_embedding = nn.Parameter(embedding, requires_grad=False)
             visual.image_size = self.image_size
             visual.grid_size = self.grid
@@ -223,7 +307,10 @@ class Enhanced2DEncoder(nn.Module):
         with self._grad_mode():
             out = visual.forward_intermediates(self._normalized(images), indices=1, output_fmt="NCHW",
                                                normalize_intermediates=normalize)
-        return out["image_intermediates"][-1], out["image_features"]
+            pooled = out["image_features"]
+            if isinstance(self.clip, open_clip.CoCa):  # its encode_image normalizes, too
+                pooled = F.normalize(pooled, dim=-1)
+        return out["image_intermediates"][-1], pooled
 
     def encode_with_dense(self, images: Tensor, attention="naclip"):
         """images (B, 3, H, W), RGB in [0, 1] -> tokens, pooled as of `encode`, dense as of `encode_dense`, in one pass.
@@ -263,8 +350,8 @@ class Enhanced2DEncoder(nn.Module):
             found = "blocks of a custom attention"
         else:
             return
-        raise ValueError(f"CLIP model {self.model_name}: dense features need open_clip's own ViT with plain blocks and a "
-                         f"linear head, such as ViT-B-16, ViT-B-32, ViT-L-14 or ViT-H-14; this one has {found}")
+        raise ValueError(f"CLIP model {self.model_name}: dense features need open_clip's own ViT with plain blocks and "
+                         f"a linear head, such as ViT-B-16, ViT-B-32, ViT-L-14 or ViT-H-14; this one has {found}")
 
     def _normalized(self, images):
         """Images as CLIP wants them; ValueError if they do not fit."""
@@ -295,15 +382,34 @@ class Enhanced2DEncoder(nn.Module):
     def project_dense(self, tokens):
         """Raw tokens (B, D, Hf, Wf) -> (B, 256, Hf, Wf), in the space of the global feature: a per-point loss target.
 
-        Applies CLIP's own output projection to every token, as MaskCLIP (Zhou et al., ECCV 2022), then the fixed
-        matrix, so this target cannot collapse either. Raises ValueError if CLIP's output projection is not linear.
+        Applies CLIP's own output projection to every token, then the fixed matrix, so this target cannot collapse
+        either. Raises ValueError, with the reason, if CLIP's output projection is not linear.
+        """
+        norm, weight, bias = self._linear_head()
+        matrix = self.global_proj if weight is None else self.global_proj @ weight  # (256, D)
+        offset = None if bias is None else self.global_proj @ bias
+        tokens = norm(tokens.to(matrix.dtype).movedim(1, -1)).movedim(-1, 1)
+        return F.conv2d(tokens, matrix[:, :, None, None], offset)
+
+    def _linear_head(self):
+        """What takes a pooled feature to CLIP's space: a norm, weight (E, D) and bias (E,), each None if there is none.
         """
         visual = self.clip.visual
-        if not hasattr(visual, "proj") or visual.attn_pool is not None:
-            raise ValueError(f"CLIP model {self.model_name}: a per-point target needs a linear map from tokens to the "
-                             f"global feature, but the head of {type(visual).__name__} is not linear")
-        matrix = self.global_proj if visual.proj is None else self.global_proj @ visual.proj.T  # (256, D)
-        return F.conv2d(tokens.to(matrix.dtype), matrix[:, :, None, None])
+        trunk = getattr(visual, "trunk", visual)
+        if getattr(trunk, "attn_pool", None) is not None:
+            reason = "its pooled feature comes from an attention pool over all tokens"
+        elif trunk is visual:
+            return nn.Identity(), visual.proj.T, None
+        else:
+            inert = (nn.Identity, nn.Dropout)
+            head = [module for module in (trunk.head, *visual.head) if not isinstance(module, inert)]
+            if not head:
+                return trunk.fc_norm, None, None
+            if len(head) == 1 and isinstance(head[0], nn.Linear):
+                return trunk.fc_norm, head[0].weight, head[0].bias
+            reason = f"its head is {', '.join(type(module).__name__ for module in head)}"
+        raise ValueError(f"CLIP model {self.model_name}: a per-point target needs a linear map from tokens to the "
+                         f"global feature, but {reason}")
 
     def forward(self, images: Tensor):
         """images (B, 3, H, W), RGB in [0, 1] -> spatial (B, 256, Hf, Wf), global (B, 256)."""
@@ -331,5 +437,9 @@ class Enhanced2DEncoder(nn.Module):
     def _text(self, prompts):
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts: expected a list of at least one string, got {prompts!r}")
-        tokenizer = open_clip.get_tokenizer(self.model_name)
+        try:
+            tokenizer = open_clip.get_tokenizer(self.model_name)
+        except ImportError as error:
+            raise ValueError(f"CLIP model {self.model_name}: its tokenizer needs the package {error.name} (pip install "
+                             f"{error.name})") from error
         return self.clip.encode_text(tokenizer(prompts).to(self.global_proj.device))

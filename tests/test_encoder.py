@@ -15,7 +15,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import encoder as encoder_module
-from encoder import ATTENTIONS, Enhanced2DEncoder, last_block, load_clip, resize_position_embedding, semi_orthogonal
+from encoder import (
+    ATTENTIONS, Enhanced2DEncoder, image_scaling, last_block, load_clip, resize_position_embedding, semi_orthogonal)
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
@@ -30,10 +31,24 @@ TOWERS = {
     "tiny-timm": {"embed_dim": 192, "text_cfg": TEXT,
                   "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
                                  "timm_pool": "map", "timm_proj": "none", "image_size": 64}},
+    # the class token through one layer, the mean of normalized tokens, the normalized mean of tokens, an MLP
+    **{f"tiny-timm-{kind}": {"embed_dim": 32, "text_cfg": TEXT,
+                             "vision_cfg": {"timm_model_name": model, "timm_pool": pool, "timm_proj": proj,
+                                            "image_size": 160}}
+       for kind, model, pool, proj in (("token", "test_vit", "token", None), ("average", "test_vit", "avg", "linear"),
+                                       ("norm", "test_vit2", "avg", "linear"), ("mlp", "test_vit", "token", "mlp"))},
+    "tiny-uneven": {"embed_dim": 32, "vision_cfg": {**VISION, "image_size": (66, 75)}, "text_cfg": TEXT},
+    "tiny-coca": {"embed_dim": 32, "custom_text": True,
+                  "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+                  "text_cfg": {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
+                  "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}},
     "tiny-resnet": {"embed_dim": 32, "text_cfg": TEXT,
                     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
 }
-VITS = [name for name in TOWERS if name != "tiny-resnet"]
+VITS = [name for name in TOWERS if name not in ("tiny-resnet", "tiny-uneven")]
+
+
+OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,12 +88,12 @@ def test_pooled_equals_open_clips_encode_image(name):
     cfg = encoder.clip.visual.preprocess_cfg
     with torch.no_grad():
         expected = encoder.clip.encode_image(normalized(images, cfg["mean"], cfg["std"]))
-    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)
-    assert tokens.shape == (2, encoder.token_dim, 4, 4)
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)  # of a CoCa: both are normalized
+    assert tokens.shape == (2, encoder.token_dim, *encoder.grid) and encoder.patch == (16, 16)
 
 
 def test_weights_of_a_file_give_the_features_that_open_clip_gives_with_them(checkpoint):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
     model = open_clip.create_model("tiny-vit", pretrained=str(checkpoint)).eval()
     images = sample_images(encoder)
     with torch.no_grad():
@@ -87,7 +102,7 @@ def test_weights_of_a_file_give_the_features_that_open_clip_gives_with_them(chec
 
 
 def test_tokens_are_the_last_blocks_output_after_the_final_norm_in_image_order(checkpoint):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, image_size=(32, 96))
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=(32, 96))
     images, seen = sample_images(encoder), []
     hook = encoder.clip.visual.transformer.resblocks[-1].register_forward_hook(lambda *a: seen.append(a[-1]))
     tokens, pooled = encoder.encode(images)
@@ -101,7 +116,7 @@ def test_tokens_are_the_last_blocks_output_after_the_final_norm_in_image_order(c
 
 def test_a_patch_lands_in_its_own_cell(checkpoint):
     """Without attention between patches, only the token under a changed patch changes."""
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, image_size=(32, 96))
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=(32, 96))
     for block in encoder.clip.visual.transformer.resblocks:
         nn.init.zeros_(block.attn.out_proj.weight)
     images = sample_images(encoder, 1)
@@ -233,7 +248,7 @@ def test_prompts_and_dense_features_share_clips_own_space():
 
 @pytest.mark.parametrize("size", [(96, 96), (32, 32), (48, 80), (32, 128)])  # the last has as many patches as 64 x 64
 def test_position_embedding_is_resized_as_open_clip_does(checkpoint, size):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, image_size=size)
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=size)
     grid = (size[0] // 16, size[1] // 16)
     native = torch.load(checkpoint, weights_only=True)["visual.positional_embedding"]
     if grid[0] * grid[1] != 16:
@@ -269,11 +284,22 @@ def test_timm_towers_take_other_sizes(size):
     assert tokens.shape == (2, 192, size[0] // 16, size[1] // 16)
 
 
+def test_the_border_that_the_patches_do_not_cover_is_left_out():
+    """As of SO400M at 384: 27 patches of 14 cover 378 pixels."""
+    encoder = Enhanced2DEncoder("tiny-uneven", None)
+    assert (encoder.patch, encoder.image_size, encoder.grid) == ((16, 16), (64, 64), (4, 4))
+    images = torch.rand(2, 3, 66, 75)
+    with torch.no_grad():
+        expected = open_clip.create_model("tiny-uneven").eval()
+        expected.load_state_dict(encoder.clip.state_dict())  # no position embedding was resized
+        torch.testing.assert_close(encoder.encode(images[..., :64, :64])[1], expected.encode_image(normalized(images)))
+
+
 # ---------------------------------------------------------------------------------------------- frozen
 
 
 def test_frozen_in_every_sense(checkpoint):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
     before = copy.deepcopy(encoder.clip.state_dict())
     assert [name for name, _ in encoder.named_parameters()] == ["spatial_proj.weight", "spatial_proj.bias"]
     assert sorted(encoder.state_dict()) == ["global_proj", "spatial_proj.bias", "spatial_proj.weight"]
@@ -365,18 +391,34 @@ def test_a_map_into_more_dimensions_keeps_all_cosines_and_text_passes_through_th
     torch.testing.assert_close(ours[0] @ ours[1].T, image @ text.T, rtol=1e-5, atol=1e-6)
 
 
-def test_dense_features_share_the_space_of_the_global_one():
-    encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=64)
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-average"])
+def test_projected_tokens_share_the_space_of_the_global_feature(name):
+    encoder = Enhanced2DEncoder(name, None, embed_dim=64)
     tokens, pooled = encoder.encode(sample_images(encoder))
     dense = encoder.project_dense(tokens)
     expected = encoder.project_global(tokens[1, :, 2, 3] @ encoder.clip.visual.proj)
     torch.testing.assert_close(dense[1, :, 2, 3], expected, rtol=1e-4, atol=1e-5)
     assert not dense.requires_grad
-    # what the tower does to its class token, the same map does to it
+    # what the tower does to its pooled token, the same map does to it
     with torch.no_grad():
         class_token = torch.linalg.lstsq(encoder.clip.visual.proj.T, pooled.T).solution.T[:, :, None, None]
     torch.testing.assert_close(encoder.project_dense(class_token)[..., 0, 0], encoder.project_global(pooled),
                                rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-timm-token", "tiny-timm-average", "tiny-timm-norm"])
+@torch.no_grad()
+def test_any_linear_head_takes_a_token_where_the_tower_takes_its_pooled_one(name):
+    encoder = Enhanced2DEncoder(name, None, embed_dim=64)
+    trunk = encoder.clip.visual.trunk
+    for linear in (trunk.head, *encoder.clip.visual.head):
+        if isinstance(linear, nn.Linear) and linear.bias is not None:
+            nn.init.normal_(linear.bias)
+    images = sample_images(encoder)
+    before_head = trunk.pool(trunk.forward_features(normalized(images)))  # (B, D)
+    torch.testing.assert_close(encoder.project_dense(before_head[:, :, None, None])[..., 0, 0],
+                               encoder.forward_global(images), rtol=1e-4, atol=1e-5)
+    assert encoder.project_dense(encoder.encode(images)[0]).shape == (2, 64, 10, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -406,15 +448,15 @@ def test_the_random_tower_is_always_the_same_and_leaves_the_global_rng_alone():
 
 
 def test_the_fingerprint_changes_with_all_that_the_features_depend_on(checkpoint):
-    digests = [Enhanced2DEncoder("tiny-vit", checkpoint).fingerprint()]
-    assert Enhanced2DEncoder("tiny-vit", checkpoint, embed_dim=8).fingerprint() == digests[0]
+    digests = [Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI).fingerprint()]
+    assert Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, embed_dim=8).fingerprint() == digests[0]
     digests += [Enhanced2DEncoder("tiny-vit", None).fingerprint(),
-                Enhanced2DEncoder("tiny-vit-quickgelu", checkpoint).fingerprint(),
-                Enhanced2DEncoder("tiny-vit", checkpoint, image_size=(32, 128)).fingerprint()]
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+                Enhanced2DEncoder("tiny-vit-quickgelu", checkpoint, mean_std=OPENAI).fingerprint(),
+                Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=(32, 128)).fingerprint()]
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
     encoder.model_name = "tiny-vit-quickgelu"  # the same name, weights and size: only the activation differs
     digests.append(encoder.fingerprint())
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint)
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
     encoder.clip.visual.preprocess_cfg = {**encoder.clip.visual.preprocess_cfg, "mean": (0.5, 0.5, 0.5)}
     digests.append(encoder.fingerprint())
     assert len(set(digests)) == len(digests)
@@ -432,7 +474,7 @@ def test_a_wrong_checkpoint_file_is_named(tmp_path, checkpoint, content):
     else:
         torch.save([1, 2, 3], path)
     with pytest.raises(ValueError, match=r"wrong\.pt.*tiny-vit"):
-        Enhanced2DEncoder("tiny-vit", path)
+        Enhanced2DEncoder("tiny-vit", path, mean_std=OPENAI)
 
 
 @pytest.mark.parametrize("pretrained, advice", [("openai", "ViT-B-32-quickgelu;"), ("laion2b_e16", "ViT-B-32;")])
@@ -452,6 +494,112 @@ def test_a_tag_is_loaded_with_the_activation_that_it_was_trained_with(monkeypatc
     assert asked == {"pretrained": pretrained, "force_quick_gelu": quick_gelu}
 
 
+# ---------------------------------------------------------------------------------------------- scaling of images
+
+
+def test_a_file_takes_the_scaling_on_which_all_tags_of_its_model_agree(checkpoint):
+    """The file may be any: its content says nothing of mean and std."""
+    undecided = set()
+    for name in open_clip.list_models():
+        configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+        scalings = [{key: config[key] for key in ("mean", "std", "interpolation")} for config in configs]
+        try:
+            found = image_scaling(name, checkpoint)
+        except ValueError as error:
+            undecided.add(name)
+            assert all(str(scaling["mean"]) in str(error) for scaling in scalings) and name in str(error)
+        else:
+            assert scalings and all(scaling == found for scaling in scalings)
+    tagged = {name for name in open_clip.list_models() if open_clip.list_pretrained_tags_by_model(name)}
+    assert undecided & tagged == {"ViT-L-14"}
+    assert image_scaling("ViT-B-16-SigLIP", checkpoint)["mean"] == (0.5, 0.5, 0.5)
+    assert image_scaling("MobileCLIP-B", checkpoint)["interpolation"] == "bilinear"
+
+
+def test_the_caller_may_say_the_scaling_in_numbers_or_by_a_tag(checkpoint):
+    assert image_scaling("ViT-L-14", checkpoint, "laion2b_s32b_b82k")["mean"] == (0.5, 0.5, 0.5)
+    assert image_scaling("ViT-L-14", checkpoint, "openai")["std"] == open_clip.OPENAI_DATASET_STD
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=[mean, std])
+    model = open_clip.create_model("tiny-vit", pretrained=str(checkpoint)).eval()
+    images = sample_images(encoder)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode(images)[1], model.encode_image(normalized(images, mean, std)))
+    assert encoder.interpolation == "bicubic"
+    assert encoder.fingerprint() != Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI).fingerprint()
+
+
+def test_random_weights_and_tags_need_no_scaling():
+    assert image_scaling("tiny-vit", None) == image_scaling("ViT-L-14", "openai") == {}
+
+
+# ---------------------------------------------------------------------------------------------- names with weights
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """A folder as open_clip publishes models: config, scaling, weights."""
+    scaling = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "interpolation": "bilinear"}
+    config = {"model_cfg": TOWERS["tiny-vit"], "preprocess_cfg": scaling}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(checkpoint.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "hf-hub"])
+def test_a_published_folder_brings_its_weights_scaling_and_tokenizer(folder, checkpoint, monkeypatch, kind):
+    name = f"local-dir:{folder}"
+    if kind == "hf-hub":
+        def download(model_id, filename=None, **_):
+            assert model_id == "someone/model"
+            return str(folder / (filename or "open_clip_pytorch_model.bin"))
+        monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", download)
+        monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", download)
+        name = "hf-hub:someone/model"
+    encoder = Enhanced2DEncoder(name, "own")
+    same = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=((0.5, 0.4, 0.3), (0.3, 0.2, 0.1)))
+    images = sample_images(same)
+    assert all(map(torch.equal, encoder.encode(images), same.encode(images)))
+    assert torch.equal(encoder.encode_text(["a chair"]), same.encode_text(["a chair"]))
+    assert encoder.interpolation == "bilinear"
+    assert not torch.equal(Enhanced2DEncoder(name, None).encode(images)[1], encoder.encode(images)[1])
+
+
+@pytest.mark.parametrize("harm, error, message", [
+    (lambda folder: None, ValueError, "brings its own weights.*'own'.*got 'openai'"),
+    (lambda folder: (folder / "open_clip_config.json").unlink(), FileNotFoundError, "no usable open_clip_config.json"),
+    (lambda folder: (folder / "open_clip_config.json").write_text("{}"), FileNotFoundError, "no usable.*model_cfg"),
+    (lambda folder: (folder / "open_clip_pytorch_model.bin").unlink(), FileNotFoundError, "could not be loaded"),
+    (lambda folder: (folder / "open_clip_pytorch_model.bin").write_text("no"), FileNotFoundError, "could not be loaded"),
+    (lambda folder: (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TOWERS["tiny-vit"]})),
+     ValueError, "must be given as mean_std.*its tags: none")])
+def test_a_folder_that_lacks_something_is_named_with_what_it_lacks(folder, harm, error, message):
+    harm(folder)
+    with pytest.raises(error, match=f"{folder.name}.*{message}|{message}.*{folder.name}|{message}"):
+        Enhanced2DEncoder(f"local-dir:{folder}", "openai" if "openai" in message else "own")
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("connection refused")
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", no_network)
+    with pytest.raises(FileNotFoundError, match="hf-hub:someone/model.*open_clip_config.json.*connection refused"):
+        Enhanced2DEncoder("hf-hub:someone/model", "own")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="roberta-ViT-B-32.*text tower roberta-base needs.*pip install transformers"):
+        Enhanced2DEncoder("roberta-ViT-B-32", None)
+
+    def no_tokenizer(name):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    encoder = Enhanced2DEncoder("tiny-vit", None)
+    monkeypatch.setattr(open_clip, "get_tokenizer", no_tokenizer)
+    with pytest.raises(ValueError, match="tiny-vit: its tokenizer needs the package transformers"):
+        encoder.encode_prompts(["a chair"])
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -459,13 +607,18 @@ def vit(**options):
     return Enhanced2DEncoder("tiny-vit", None, **options)
 
 
-def dense(name):
-    encoder = Enhanced2DEncoder(name, None, image_size=64)
+def dense(name, size=64):
+    encoder = Enhanced2DEncoder(name, None, image_size=size)
     return encoder.project_dense(encoder.encode(sample_images(encoder))[0])
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: Enhanced2DEncoder("ViT-B-61", None), "'ViT-B-61'.*ViT-B-16"),
+    (lambda: image_scaling("ViT-L-14", __file__), r"test_encoder\.py.*got None.*openai: mean .0\.48.*82k: mean .0\.5"),
+    (lambda: image_scaling("ViT-L-14", __file__, "laion"), "got 'laion'.*laion400m_e31"),
+    (lambda: image_scaling("tiny-vit", __file__), "tag of tiny-vit, got None; its tags: none"),
+    *((lambda pair=pair: image_scaling("tiny-vit", None, pair), "3 means and 3 positive")
+      for pair in ((0, 0, 0, 1, 1, 1), ((0, 0, 0), (1, 0, 1)), ((0, 0, float("nan")), (1, 1, 1)))),
     (lambda: Enhanced2DEncoder("tiny-resnet", None), "tiny-resnet.*not a vision transformer"),
     (lambda: Enhanced2DEncoder("ViT-B-32", "missing.pt"), r"missing\.pt.*no such file.*laion400m_e32"),
     *((lambda size=size: vit(image_size=size), r"image_size.*\(16, 16\)")
@@ -481,8 +634,9 @@ def dense(name):
     (lambda: vit().encode_dense(torch.zeros(1, 3, 64, 32)), r"\(B, 3, 64, 64\).*\(1, 3, 64, 32\)"),
     (lambda: vit().encode_prompts("a chair"), "list of at least one string, got 'a chair'"),
     (lambda: vit().encode_text([]), r"list of at least one string, got \[\]"),
-    (lambda: dense("tiny-attention-pool"), "tiny-attention-pool.*not linear"),
-    (lambda: dense("tiny-timm"), "tiny-timm.*not linear")])
+    (lambda: dense("tiny-attention-pool"), "tiny-attention-pool.*linear map.*an attention pool"),
+    (lambda: dense("tiny-timm-mlp", 160), "tiny-timm-mlp.*linear map.*its head is Mlp"),
+    (lambda: dense("tiny-timm"), "tiny-timm.*linear map.*an attention pool")])
 def test_malformed_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         call()
