@@ -46,7 +46,7 @@ from model import build_encoder_2d, build_model, compile_parts, run_command, to_
 from predict import evaluate, format_metrics, paint_instances
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib, visualizations
-from scannet import ScanNetFrames, ScanNetScenes, load_classes
+from scannet import ScanNetFrames, ScanNetScenes, check_splits, load_classes
 from sparse_unet import load_res16unet34c
 from superpoints import VERSION, oversegment
 
@@ -208,9 +208,15 @@ NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "device", "debug")
 def parse_args(argv=None, defaults=None):
     """The options of a run. defaults: the config of a checkpoint, which stands in for options that are not given."""
     parser = build_parser()
-    if defaults is not None:
-        own = {key: tuple(value) if isinstance(value, list) else value for key, value in defaults.items()}
-        parser.set_defaults(**own)
+    for action in parser._actions if defaults else ():
+        value = defaults.get(action.dest)
+        if value is None or action.dest in NOT_IN_CONFIG:
+            continue
+        if action.choices and value not in action.choices:
+            parser.error(f"the checkpoint's config has {value!r} for {action.option_strings[0]}")
+        if action.type:  # as text, so that argparse checks it like an option that is given
+            value = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+        parser.set_defaults(**{action.dest: value})
     args = parser.parse_args(argv)
 
     if args.resume and args.eval:
@@ -263,12 +269,15 @@ def build_datasets(args):
         classes = load_classes(args.classes or Path(args.data) / "classes.txt")
         scans = [ScanNetScenes(args.scans, classes, split, args.label_map) for split in splits]
         frames = [ScanNetFrames(args.data, None, split) for split in splits]
+        check_splits(scans, ())
+        check_splits(frames, ())
     else:
         classes = load_classes(args.classes or Path(args.data) / "classes.txt")
         frames = [ScanNetFrames(args.data, classes, split) for split in splits]
         for scene in sorted({name.split("/")[0] for part in frames for name in part.names}):
             if not (Path(args.data) / scene / "label-filt").is_dir():
                 raise FileNotFoundError(f"{Path(args.data) / scene}: the folder of labels, label-filt, does not exist")
+        check_splits(frames, () if args.no_instances else ("instance-filt",))
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
                    color=not args.no_color, images=not args.no_clip, seed=args.seed, up=args.up,
@@ -594,20 +603,19 @@ def main(argv=None, clip_criterion=None, stop=None):
 
     clip_criterion: a module in the place of ClipConsCriterion. stop: a StopRequest that listens to signals.
     """
-    # options, and the checkpoint to go on from or to score
+    # options; processes, one or as many as torchrun started; the checkpoint to go on from or to score
     args = parse_args(argv)
+    rank, world_size, device = setup(args.device)
+    main_process = rank == 0
     path = args.resume or args.eval
     state = None
     if path:
         state = read_checkpoint(path)
+        lock = lock_folder(Path(path).parent) if args.resume and main_process else None
         args = parse_args(argv, defaults=state["config"])
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     amp_dtype = AMP_DTYPES[args.amp]
     stop = stop or StopRequest()
-
-    # processes: one, or as many as torchrun started
-    rank, world_size, device = setup(args.device)
-    main_process = rank == 0
     if device.type == "cpu":
         keep_buffers()
     warnings = []
@@ -680,7 +688,7 @@ def main(argv=None, clip_criterion=None, stop=None):
         return metrics
 
     # log and guard
-    folder, lock = run_folder(args, rank, world_size)
+    folder, lock = run_folder(args, rank, world_size)  # nobody else may write there while `lock` is open
     log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
                  logged_modules(model), world_mean)
     log.step = step

@@ -449,6 +449,25 @@ def test_own_frames_train_and_a_broken_one_ends_the_run_before_anything_is_writt
     assert not any((tmp_path / name / "runs").exists() for name in ("truncated", "label", "missing"))
 
 
+def test_a_frame_in_both_splits_is_refused(tmp_path):
+    options = write_rooms_as_scannet(tmp_path / "own", 2, 2)
+    (tmp_path / "own" / "val.txt").write_text((tmp_path / "own" / "train.txt").read_text())
+    with pytest.raises(ValueError, match="train0000/. is in two splits"):
+        train.main(small(tmp_path, *options))
+
+
+def test_the_config_of_a_checkpoint_names_no_place_to_write_and_is_checked(trained, tmp_path, capsys):
+    state = checkpoint(trained[0])
+    assert not {"runs", "cache", "name", "device", "resume"} & set(state["config"])
+    args = train.parse_args([], defaults={**state["config"], "runs": "/", "cache": "/", "device": "cuda"})
+    assert (args.runs, args.cache, args.device) == ("runs", ".cache", None)
+    assert {key: value for key, value in vars(args).items() if key in state["config"]} == state["config"]
+    for key, value in {"lr": "fast", "batch_size": -1, "amp": "fp8", "image_size": (1,)}.items():
+        with pytest.raises(SystemExit):
+            train.parse_args([], defaults={**state["config"], key: value})
+        assert f"--{key.replace('_', '-')}" in capsys.readouterr().err
+
+
 def test_wrong_cameras_are_refused_unless_one_insists(tmp_path):
     options = [*write_rooms_as_scannet(tmp_path / "own", 3, 6), "--epochs", "1", "--no-clip", "--no-instances"]
     for path in (tmp_path / "own").glob("*/pose/*.txt"):
