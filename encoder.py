@@ -170,7 +170,10 @@ def load_clip(model_name, pretrained):
     if pretrained is None:
         with torch.random.fork_rng(devices=[]):  # the same weights in every run; the global RNG is left untouched
             torch.manual_seed(0)
-            return open_clip.create_model(model_name, load_weights=False, pretrained_text=False)
+            try:
+                return open_clip.create_model(model_name, load_weights=False, pretrained_text=False)
+            except OSError as error:
+                raise FileNotFoundError(f"CLIP model {model_name}: could not be made ({error})") from error
     if model_name.startswith(WITH_WEIGHTS):
         if pretrained != "own":
             raise ValueError(f"CLIP model {model_name} brings its own weights: pretrained must be 'own', or None for "
@@ -442,4 +445,6 @@ class Enhanced2DEncoder(nn.Module):
         except ImportError as error:
             raise ValueError(f"CLIP model {self.model_name}: its tokenizer needs the package {error.name} (pip install "
                              f"{error.name})") from error
+        except OSError as error:
+            raise FileNotFoundError(f"CLIP model {self.model_name}: no tokenizer ({error})") from error
         return self.clip.encode_text(tokenizer(prompts).to(self.global_proj.device))

@@ -4,7 +4,9 @@
 The towers are tiny open_clip models of the same classes as the real ones; `ViT-S-16-alt` stands for the shipped sizes.
 """
 import copy
+import importlib.util
 import json
+import os
 import re
 
 import numpy as np
@@ -587,6 +589,19 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
         Enhanced2DEncoder("hf-hub:someone/model", "own")
 
 
+def test_files_of_another_hub_that_cannot_be_reached_are_named(monkeypatch):
+    """A text tower's config, and a tokenizer, of the transformers package."""
+    def no_network(*_, **__):
+        raise OSError("no connection")
+    encoder = Enhanced2DEncoder("tiny-vit", None)
+    monkeypatch.setattr(open_clip, "get_tokenizer", no_network)
+    with pytest.raises(FileNotFoundError, match="tiny-vit.*tokenizer.*no connection"):
+        encoder.encode_prompts(["a chair"])
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(FileNotFoundError, match="tiny-vit.*no connection"):
+        load_clip("tiny-vit", None)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="roberta-ViT-B-32.*text tower roberta-base needs.*pip install transformers"):
@@ -640,3 +655,62 @@ def dense(name, size=64):
 def test_malformed_input_is_named(call, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         call()
+
+
+# ---------------------------------------------------------------------------------------------- towers by name
+
+POOL = "an attention pool"
+TIMM = "timm's"
+TRANSFORMERS = "the package transformers"
+# name: patch, grid, and for dense features, projected tokens and text None or the reason why not (docs/towers.md)
+BY_NAME = {
+    "ViT-B-32-quickgelu": (32, 7, None, None, None),
+    "ViT-B-16-plus-240": (16, 15, None, None, None),
+    "ViT-L-14": (14, 16, None, None, None),
+    "ViT-L-14-CLIPA": (14, 16, None, None, TRANSFORMERS),
+    "EVA02-B-16": (16, 14, TIMM, None, None),
+    "EVA02-L-14-336": (14, 24, TIMM, None, None),
+    "MobileCLIP-B": (16, 14, TIMM, None, None),
+    "MobileCLIP2-L-14": (14, 16, TIMM, None, None),
+    "ViTamin-S": (16, 14, TIMM, None, None),
+    "vit_medium_patch16_gap_256": (16, 16, TIMM, None, None),
+    "vit_relpos_medium_patch16_cls_224": (16, 14, TIMM, None, None),
+    "PE-Core-B-16": (16, 14, TIMM, POOL, None),
+    "ViT-B-16-SigLIP": (16, 14, TIMM, POOL, TRANSFORMERS),
+    "ViT-SO400M-14-SigLIP-384": (14, 27, TIMM, POOL, TRANSFORMERS),
+    "coca_ViT-B-32": (32, 7, POOL, POOL, None)}
+REFUSED = {"MobileCLIP-S1": "FastVit", "swin_base_patch4_window7_224": "SwinTransformer", "convnext_base": "ConvNeXt",
+           "RN50": "ModifiedResNet", "roberta-ViT-B-32": TRANSFORMERS}
+slow = pytest.mark.skipif(os.environ.get("BIFUSION_SLOW") != "1", reason="builds large towers; BIFUSION_SLOW=1 runs it")
+
+
+@slow
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_towers_by_name_give_what_the_table_says(name):
+    patch, grid, *reasons = BY_NAME[name]
+    encoder = Enhanced2DEncoder(name, None)
+    assert encoder.patch == (patch, patch) and encoder.grid == (grid, grid)
+    images = torch.rand(1, 3, *encoder.image_size)
+    tokens, pooled = encoder.encode(images)
+    expected = encoder.clip.encode_image((images - encoder.mean) / encoder.std)
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
+    has_transformers = importlib.util.find_spec("transformers") is not None
+    calls = (lambda: encoder.encode_dense(images), lambda: encoder.project_dense(tokens),
+             lambda: encoder.encode_text(["a chair"]))
+    for call, reason in zip(calls, reasons):
+        if reason is None:
+            assert call().isfinite().all()
+        elif reason != TRANSFORMERS or not has_transformers:
+            with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+                call()
+    size = (patch * 3, patch * 4)
+    assert Enhanced2DEncoder(name, None, image_size=size).encode(torch.rand(1, 3, *size))[0].shape[2:] == (3, 4)
+
+
+@slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_towers_that_are_refused_by_name_say_why(name, monkeypatch):
+    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"{name}.*{REFUSED[name]}"):
+        Enhanced2DEncoder(name, None)
