@@ -123,7 +123,7 @@ def test_a_step_moves_fusion_and_head_and_its_shares_sum_to_one(setup, fused):
     step = bench.step.Step(args, encoder_2d if fused else None, num_classes)
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     for _ in range(2):
-        _, finite, _ = step(cached)
+        finite = step(cached).finite
         assert finite
     still = [name for name, p in step.model.named_parameters() if torch.equal(p, before[name])]
     assert not [name for name in still if name.startswith(("fusion.", "head."))]
