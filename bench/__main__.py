@@ -22,7 +22,8 @@ COMMANDS = {
     "sample": "bilinear features of points, against a loop of grid_sample",
     "sparse": "sparse convolution against spconv; Res16UNet34C: step, maps, memory, growth",
     "ap": "ScanNet's average precision of 100 large scenes",
-    "stability": "the study of CLIP consistency losses on hostile features"}
+    "stability": "the study of CLIP consistency losses on hostile features",
+    "picture": "truth beside prediction on held-back rooms, as an image"}
 REPEATS = {"step": 9, "loader": 5, "encode": 9, "sample": 9, "sparse": 15}  # the others measure once
 
 
@@ -54,6 +55,10 @@ def parse_args(argv=None):
     command.add_argument("--seeds", type=int, default=3, help="trainings per setting (default: %(default)s)")
     command.add_argument("--out", default="runs/stability", help="folder of stability.json; a training that it holds "
                          "with the same options is not repeated (default: %(default)s)")
+    options["picture"].add_argument("--checkpoint", required=True, help="of a training on the built-in rooms")
+    options["picture"].add_argument("--frames", type=int, nargs="+", default=[0, 5], help="which of 12 validation frames "
+                                    "(default: 0 5)")
+    options["picture"].add_argument("--out", default="docs/prediction.png", help="PNG file (default: %(default)s)")
 
     args = parser.parse_args(argv)
     if getattr(args, "repeats", 2) < 2:
