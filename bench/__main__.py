@@ -55,7 +55,8 @@ def parse_args(argv=None):
     command.add_argument("--seeds", type=int, default=3, help="trainings per setting (default: %(default)s)")
     command.add_argument("--out", default="runs/stability", help="folder of stability.json; a training that it holds "
                          "with the same options is not repeated (default: %(default)s)")
-    options["picture"].add_argument("--checkpoint", required=True, help="of a training on the built-in rooms")
+    options["picture"].add_argument("--checkpoint", default="best.pt", help="of a training on the built-in rooms "
+                                    "(default: %(default)s)")
     options["picture"].add_argument("--frames", type=int, nargs="+", default=[0, 5], help="which of 12 validation frames "
                                     "(default: 0 5)")
     options["picture"].add_argument("--out", default="docs/prediction.png", help="PNG file (default: %(default)s)")
