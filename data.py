@@ -9,16 +9,18 @@ A *frame* is a dict:
     world2cam         (4, 4) float, the pose that color and depth share
     intrinsics        (3, 3) float, of the colour image
     depth_intrinsics  (3, 3) float, of the depth image
-    label, instance   (H, W) or (Hd, Wd) integers, -1 = none; None or absent if there are no labels
+    label             (H, W) or (Hd, Wd) integers, an index into the class names, -1 = none; None or absent if unlabelled
+    instance          of the same shapes, any number >= 0 per object, -1 = none; None or absent if there are none
 
-Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates.
+Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates. The world's z axis
+points up, because augmentation turns about it; `up` names another.
 
 A *source* is any sequence of frames: a list of dicts made in a notebook, or a class that reads files when it is
 indexed. A source may also offer
 
     names             list of the frames' names, so that nothing is read to group frames into scenes
     color(index)      the colour image alone
-    class_names       list of K class names
+    class_names       list of K class names; training needs it
     num_skipped       number of frames left out because their pose is unknown
     files(index)      list of all paths that a frame is read from
     settings          what else its frames depend on (a class list, say), as a string
@@ -542,7 +544,7 @@ def collate(samples):
 def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
     """Reads every sample of this process's share once -> number of points with a label in it.
 
-    A broken file raises here, by name, before anything is written, and superpoints are computed. store: a cache.Store
+    A broken file or a label without a class raises here, by name, and superpoints are computed. store: a cache.Store
     that remembers the result under a digest of the files (path, size, modification time) and of all settings, so that
     the next start on unchanged files reads no frame. Sources without `files` are read every time.
     """
@@ -553,8 +555,12 @@ def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
         return int.from_bytes(known, "little")
     loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers, generator=torch.Generator())
     labelled = 0
+    num_classes = len(getattr(dataset.frames, "class_names", None) or ())
     for sample in tqdm(loader, "reading frames", unit="sample", disable=rank > 0):
-        labelled += (sample["labels"] >= 0).sum().item()
+        labels = sample["labels"]
+        if num_classes and (labels >= num_classes).any():
+            raise ValueError(f"{sample['name']}: label {labels.max()} is outside -1..{num_classes - 1}, the class names")
+        labelled += (labels >= 0).sum().item()
     if key is not None:
         store.put(key, labelled.to_bytes(8, "little"))
     return labelled

@@ -598,6 +598,9 @@ def test_another_backbone_and_another_data_set_train_as_a_user_would_put_them_in
     monkeypatch.setattr(train, "RoomFrames", lambda *args: MyFrames())
     metrics = train.main(small(tmp_path, "--epochs", "1", "--diagnose", "1"))
     assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and "ap" not in metrics
+    monkeypatch.setattr(MyFrames, "class_names", ["far"])
+    with pytest.raises(ValueError, match="room/0: label 1 is outside -1..0"):
+        train.main(small(tmp_path / "outside", "--epochs", "1"))
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_path):
