@@ -4,7 +4,10 @@
 A number that is added in every step is averaged from one log to the next; docs/tensorboard.md explains every tag.
 Tensors stay on their device until a log is due, and then go to the host in one copy.
 
-Imports torch and, through it, tensorboard.
+TensorBoard may fail, the training may not: an OSError of the writer (a full disk, a folder that is gone) is reported
+once, and the writer is opened again at a later log.
+
+Imports torch and, where a log is opened, tensorboard.
 """
 import colorsys
 import resource
@@ -14,7 +17,6 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
@@ -22,11 +24,16 @@ class RunLog:
 
     folder: of the run, or None to write nothing (the other processes, benchmarks). purge_step: when a run is resumed,
     the step from which on old entries are dropped. modules: {name: nn.Module} whose gradient norms are logged.
-    mean_over_processes: averages a tensor over all processes; every process calls it equally often.
+    mean_over_processes: averages a tensor over all processes; every process calls it equally often. report: takes a
+    text about a writer that fails.
     """
 
-    def __init__(self, folder=None, log_every=10, purge_step=None, modules=None, mean_over_processes=None):
-        self.writer = SummaryWriter(folder, purge_step=purge_step) if folder is not None else None
+    def __init__(self, folder=None, log_every=10, purge_step=None, modules=None, mean_over_processes=None,
+                 report=print):
+        self.folder = folder
+        self.writer = None
+        self.report = report
+        self.failed = False
         self.log_every = log_every
         self.modules = modules or {}
         self.mean_over_processes = mean_over_processes or (lambda values: values)
@@ -34,11 +41,39 @@ class RunLog:
         self.host_window = defaultdict(list)  # numbers of this process
         self.step = 0
         self.due = False
+        self.open_writer(purge_step)
+
+    def open_writer(self, purge_step=None):
+        """Opens TensorBoard's file if there is a folder and it is not open."""
+        if self.folder is None or self.writer is not None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        try:
+            self.writer = SummaryWriter(self.folder, purge_step=purge_step)
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        self.writer = None
+        if not self.failed:
+            self.report(f"TensorBoard cannot write to {self.folder}: {error}. The training goes on without.")
+        self.failed = True
+
+    def call(self, method, *args):
+        """Calls a method of the writer, if there is one."""
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, method)(*args)
+        except OSError as error:  # of this call, or of an earlier one: the writer works in a thread of its own
+            self.give_up(error)
 
     def begin_step(self, step, last=False):
         """step: number of this optimizer step, from 1; the last one of a run is always written."""
         self.step = step
         self.due = step % self.log_every == 0 or last
+        if self.due:
+            self.open_writer()
 
     def add(self, name, value):
         """A 0-d tensor, averaged over window and processes, or a number, averaged over the window."""
@@ -79,33 +114,28 @@ class RunLog:
         return averages
 
     def add_scalar(self, name, value):
-        if self.writer is not None:
-            self.writer.add_scalar(name, value, self.step)
+        self.call("add_scalar", name, value, self.step)
 
     def add_text(self, name, text):
-        if self.writer is not None:
-            self.writer.add_text(name, text.replace("\n", "  \n"), self.step)
-            self.writer.flush()
+        self.call("add_text", name, text.replace("\n", "  \n"), self.step)
+        self.call("flush")
 
     def add_table(self, name, values):
         """A dict as a table in the text tab."""
         rows = [f"| {key} | {value} |" for key, value in sorted(values.items())]
-        if self.writer is not None:
-            self.writer.add_text(name, "\n".join(["| option | value |", "| --- | --- |", *rows]), self.step)
+        self.call("add_text", name, "\n".join(["| option | value |", "| --- | --- |", *rows]), self.step)
 
     def add_histogram(self, name, values):
-        if self.writer is not None and len(values) and values.isfinite().all():  # TensorBoard refuses others
-            self.writer.add_histogram(name, values, self.step)
+        if len(values) and values.isfinite().all():  # TensorBoard refuses others
+            self.call("add_histogram", name, values, self.step)
 
     def add_images(self, images):
         """images: {name: (3, H, W) in [0, 1]}."""
-        if self.writer is not None:
-            for name, image in images.items():
-                self.writer.add_image(name, image, self.step)
+        for name, image in images.items():
+            self.call("add_image", name, image, self.step)
 
     def close(self):
-        if self.writer is not None:
-            self.writer.close()
+        self.call("close")
 
 
 def peak_memory_gib(device):

@@ -690,7 +690,7 @@ def main(argv=None, clip_criterion=None, stop=None):
     # log and guard
     folder, lock = run_folder(args, rank, world_size)  # nobody else may write there while `lock` is open
     log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
-                 logged_modules(model), world_mean)
+                 logged_modules(model), world_mean, log_warning)
     log.step = step
     log.add_table("config", vars(args))
     for text in warnings:

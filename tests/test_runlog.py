@@ -80,6 +80,47 @@ def test_a_histogram_of_nothing_or_of_nan_is_left_out(tmp_path):
     assert read(tmp_path).Tags()["histograms"] == ["good"]
 
 
+def test_a_writer_that_fails_is_reported_once_and_opened_again(tmp_path):
+    reports = []
+    log = runlog.RunLog(tmp_path, log_every=1, report=reports.append)
+    log.begin_step(1)
+
+    class Full:
+        def __getattr__(self, name):
+            def fail(*args):
+                raise OSError(28, "No space left on device")
+            return fail
+
+    for step in (2, 3):
+        log.writer = Full()
+        log.begin_step(step)
+        log.add("a", torch.tensor(1.0))
+        log.write({"b": 2})
+        log.add_text("t", "x")
+        log.add_images({"i": torch.zeros(3, 2, 2)})
+    log.begin_step(4)
+    log.add("a", torch.tensor(5.0))
+    assert log.write({}) == {"a": 5}
+    log.close()
+    assert len(reports) == 1 and "No space left on device" in reports[0] and str(tmp_path) in reports[0]
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("a")] == [(4, 5.0)]
+
+
+def test_a_folder_that_is_gone_does_not_stop_a_log(tmp_path):
+    reports = []
+    folder = tmp_path / "run"
+    folder.mkdir()
+    log = runlog.RunLog(folder, log_every=1, report=reports.append)
+    log.close()
+    log.writer = None
+    (tmp_path / "run" / next(folder.iterdir()).name).unlink()
+    folder.rmdir()
+    folder.write_text("a file in its place")
+    log.begin_step(1)
+    log.add("a", torch.tensor(1.0))
+    assert log.write({}) == {"a": 1} and len(reports) == 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_colors_of_features_that_are_not_finite_are_black(bad):
     feats = torch.randn(9, 4)
