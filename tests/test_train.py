@@ -162,10 +162,9 @@ def same_weights(one, two):
     return all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
 
 
-@pytest.mark.parametrize("variant, target, step", [("sigmoid", "global", 5), ("infonce", "point", 3),
-                                                   ("cosine", "global", 6)])
+@pytest.mark.parametrize("variant, target, step", [("sigmoid", "global", 5), ("infonce", "point", 6)])
 def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, variant, target, step):
-    """3 steps per epoch: step 5 is inside one, steps 3 and 6 end one, before and after an evaluation."""
+    """3 steps per epoch: step 5 is inside one, step 6 ends one, before its evaluation."""
     options = ["--epochs", "3", "--eval-every", "2", "--clip-warmup=-1", "--clip-weights", "0,0.1", "--clip-loss",
                variant, "--clip-target", target, "--rooms", "3"]
     metrics = train.main(small(tmp_path / "straight", *options))
@@ -331,12 +330,12 @@ def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path,
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_100_steps_under_autocast_are_finite(tmp_path, amp):
-    train.main(small(tmp_path, "--amp", amp, "--epochs", "25", "--num-points", "100", "--eval-every", "25",
+def test_60_steps_under_autocast_are_finite(tmp_path, amp):
+    train.main(small(tmp_path, "--amp", amp, "--epochs", "15", "--num-points", "100", "--eval-every", "15",
                      "--batch-size", "1", "--voxel-size", "0.3", "--no-instances", "--clip-warmup", "1,2",
                      "--clip-weights", "0.01,0.05,0.05", "--log-every", "10"))
     events = scalars(tmp_path)  # a mean over 10 steps is finite only if each of them is
-    assert len(events.Scalars("loss/total")) == 10 and checkpoint(tmp_path)["step"] == 100
+    assert len(events.Scalars("loss/total")) == 6 and checkpoint(tmp_path)["step"] == 60
     for tag in ("loss/total", "loss/clip"):
         assert all(torch.tensor([e.value for e in events.Scalars(tag)]).isfinite())
     assert all(v.isfinite().all() for v in checkpoint(tmp_path)["model"].values())
