@@ -75,7 +75,7 @@ def build_encoder_2d(config):
         return None
     pretrained = None if config["clip_pretrained"] == "none" else config["clip_pretrained"]
     return Enhanced2DEncoder(config["clip_model"], pretrained, image_size=tuple(config["image_size"]),
-                             trainable_blocks=config["clip_blocks"])
+                             trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
 
 
 def build_model(config, num_classes, instances, encoder_2d):

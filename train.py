@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -88,6 +89,16 @@ def list_of(convert):
     return convert_list
 
 
+def mean_std(text):
+    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag's name stays as it is."""
+    if "," not in text:
+        return text
+    numbers = list_of(float)(text)
+    if len(numbers) != 6:
+        raise argparse.ArgumentTypeError(f"expected 3 means and 3 standard deviations, or a tag, got {text!r}")
+    return numbers[:3], numbers[3:]
+
+
 def image_size(text):
     """"240,320" -> (240, 320)."""
     size = list_of(number_in(int, 1, 2048))(text)  # the memory of attention grows with the fourth power of a side
@@ -147,6 +158,9 @@ def build_parser():
                    "predicted nor scored")
     g.add_argument("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
     g.add_argument("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
+    g.add_argument("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP weights "
+                   "from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag that has it; "
+                   "needed if the tags of the model disagree")
     g.add_argument("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to train; 0: "
                    "frozen")
     g.add_argument("--depth-tolerance", type=nonnegative_float, default=0.05, help="metres by which a point may lie "
@@ -215,7 +229,7 @@ def parse_args(argv=None, defaults=None):
         if action.choices and value not in action.choices:
             parser.error(f"the checkpoint's config has {value!r} for {action.option_strings[0]}")
         if action.type:  # as text, so that argparse checks it like an option that is given
-            value = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+            value = re.sub(r"[][() ]|,\)", "", str(value))
         parser.set_defaults(**{action.dest: value})
     args = parser.parse_args(argv)
 

@@ -401,7 +401,7 @@ WRONG = [
     (["--init-3d", "x.pt", "--backbone", "res16unet34c", "--no-clip"], "x.pt"), (["--data", "folder"], "--train-split"),
     (["--data", "folder", "--train-split", "t", "--val-split", "v"], "folder/classes.txt does not exist"),
     (["--clip-model", "ViT-X"], "is unknown to open_clip"), (["--clip-pretrained", "moon"], "not a tag of"),
-    (["--clip-blocks", "99"], "has 12 blocks"), (["--eval", "missing.pt"], "missing.pt does not exist"),
+    (["--clip-blocks", "99"], "has 12 blocks"), (["--clip-mean-std", "0.5,0.5"], "3 means"), (["--eval", "missing.pt"], "missing.pt does not exist"),
     (["--resume", "missing.pt"], "missing.pt does not exist"), (["--resume", "text.pt"], "text.pt: not a checkpoint"),
     (["--runs", "text.pt"], "not a folder that can be written to"), (["--cache", "text.pt/a"], "not a folder"),
     (["--num-views", "9"], "fewer than num_views=9"), (["--device", "cuda:99"], "cuda"), (["--device", "moon"], "moon")]
@@ -424,7 +424,7 @@ def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     actions = [action for action in train.build_parser()._actions if action.dest != "help"]
-    assert len(actions) <= 62
+    assert len(actions) <= 63
     for action in actions:
         assert action.help and action.option_strings[0] in printed
         if action.default not in (None, False):
@@ -464,6 +464,10 @@ def test_the_config_of_a_checkpoint_names_no_place_to_write_and_is_checked(train
     args = train.parse_args([], defaults={**state["config"], "runs": "/", "cache": "/", "device": "cuda"})
     assert (args.runs, args.cache, args.device) == ("runs", ".cache", None)
     assert {key: value for key, value in vars(args).items() if key in state["config"]} == state["config"]
+    given = {**state["config"], "clip_mean_std": ((0.5, 0.4, 0.3), (0.25, 1e-3, 1.0)), "clip_warmup": (-1,),
+             "clip_weights": (0.0, 0.1)}
+    args = train.parse_args([], defaults=given)
+    assert {key: value for key, value in vars(args).items() if key in given} == given
     for key, value in {"lr": "fast", "batch_size": -1, "amp": "fp8", "image_size": (1,)}.items():
         with pytest.raises(SystemExit):
             train.parse_args([], defaults={**state["config"], key: value})
