@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""A trained network on frames: labels for every pixel of known depth, and scores if there are labels to compare with.
+"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and scores.
+
+    python predict.py runs/NAME/best.pt --data DIR --out OUT
+    python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
+    python predict.py runs/NAME/best.pt --data 7SCENES --out OUT --intrinsics 585,585,320,240
+    python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
+
+docs/predict.md describes what it writes. In a notebook:
 
     from model import load_model
     from predict import predict_frames
@@ -8,61 +15,108 @@
     for result in predict_frames(model, ScanNetFrames("DATA", classes=None), config):
         print(result["name"], result["labels"].shape)
 
-Imports data, decoder, distributed, metrics, model and superpoints.
+The file reads from top to bottom: scores, prediction of one sample, text queries, merging, files, and `main`.
+Imports cache, clouds, data, decoder, distributed, metrics, model, rooms, scannet and superpoints.
 """
+import argparse
+import json
+import re
 import sys
+import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
-from data import PointDataset, collate, depth_to_color
+from cache import FeatureCache
+from clouds import SceneMerger, write_ply, write_submission
+from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, group_by_scene,
+                  turn_up)
 from decoder import scene_instances
 from distributed import gather_objects
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
-from model import to_device
+from model import load_model, run_command, to_device
+from rooms import RoomFrames
+from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes
 from superpoints import oversegment
+
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INSTANCE_SCORE = 0.3  # instances with a lower score are not written
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+class Scores:
+    """Semantic IoU and instance AP over any number of samples.
+
+    Mean IoU is the mean over the classes that the truth holds; a class without truth is NaN.
+    """
+
+    def __init__(self, num_classes, with_instances, min_instance_points=100, device="cpu"):
+        self.with_instances = with_instances
+        self.semantics = SemanticMeter(range(num_classes), device)
+        self.instances = InstanceMeter(range(1, num_classes + 1), min_instance_points)
+
+    def update(self, labels, truth):
+        """labels, truth: (P,) integers, -1 = none."""
+        self.semantics.update(labels, truth)
+
+    def update_instances(self, scene, truth, truth_instances):
+        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances: (P,) int64."""
+        self.instances.update({**scene, "labels": scene["labels"] + 1}, ground_truth_ids(truth, truth_instances))
+
+    def synchronize(self, world_size):
+        """Sums over all processes."""
+        if world_size > 1:
+            dist.all_reduce(self.semantics.confusion)
+            self.instances.scenes = sum(gather_objects(self.instances.scenes, world_size), [])
+
+    def compute(self):
+        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of (AP, AP50, AP25)}.
+        """
+        per_class = self.semantics.compute()["per_class"]
+        has_truth = self.semantics.confusion.sum(1).cpu() > 0  # (K,)
+        iou = torch.tensor(list(per_class.values()), dtype=torch.float64).where(has_truth, torch.nan)  # (K,)
+        metrics = {"miou": iou.nanmean().item(), "iou": iou.tolist()}
+        if self.with_instances:
+            result = self.instances.compute()
+            metrics |= {name: result[name] for name in ("ap", "ap50", "ap25")}
+            metrics["aps"] = list(result["per_class"].values())
+        return metrics
 
 
 @torch.no_grad()
 def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, world_size=1):
-    """Scores of a Segmenter over a loader of labelled batches and all processes.
+    """Scores of a Segmenter over a loader of labelled batches and all processes; see `Scores.compute`.
 
-    Returns {"miou": float, "iou": [K]}, with an instance decoder also {"ap", "ap50", "ap25": float, "aps": [K] of (AP,
-    AP50, AP25)}; a class that does not occur is NaN. The model's mode is left as it was found.
+    The model's mode is left as it was found.
     """
     was_training = model.training
     model.eval()
     device = model.head.weight.device
-    num_classes = model.head.out_features
-    semantics = SemanticMeter(range(num_classes), device)
-    instances = InstanceMeter(range(1, num_classes + 1), min_instance_points)
+    scores = Scores(model.head.out_features, model.decoder is not None, min_instance_points, device)
     for batch in loader:
         batch = to_device(batch, device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             out = model(batch)
-        semantics.update(out["logits"].argmax(1), batch["labels"])
+        scores.update(out["logits"].argmax(1), batch["labels"])
         if model.decoder is None:
             continue
         scenes = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
                                  min_points=min_instance_points)
         for b, scene in enumerate(scenes):
             points = batch["batch"] == b
-            truth = ground_truth_ids(batch["labels"][points], batch["instances"][points])
-            instances.update({**scene, "labels": scene["labels"] + 1}, truth)
+            scores.update_instances(scene, batch["labels"][points], batch["instances"][points])
     model.train(was_training)
-
-    if world_size > 1:
-        dist.all_reduce(semantics.confusion)
-        instances.scenes = sum(gather_objects(instances.scenes, world_size), [])
-    result = semantics.compute()
-    metrics = {"miou": result["miou"], "iou": [result["per_class"][c] for c in range(num_classes)]}
-    if model.decoder is not None:
-        result = instances.compute()
-        metrics |= {name: result[name] for name in ("ap", "ap50", "ap25")}
-        metrics["aps"] = [result["per_class"][c] for c in range(1, num_classes + 1)]
-    return metrics
+    scores.synchronize(world_size)
+    return scores.compute()
 
 
 def ground_truth_ids(labels, instances):
@@ -75,53 +129,138 @@ def ground_truth_ids(labels, instances):
 
 
 def format_metrics(metrics, class_names):
-    """The table that a run ends with: IoU, and AP if there is one, of every class and their means."""
+    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes without truth.
+    """
     columns = ["AP", "AP50", "AP25"] if "ap" in metrics else []
     lines = [f"{'class':<24}" + "".join(f"{name:>8}" for name in ["IoU", *columns])]
     for i, name in enumerate(class_names):
         values = [metrics["iou"][i], *(metrics["aps"][i] if columns else ())]
         lines.append(f"{name:<24}" + "".join(f"{value:>8.3f}" for value in values))
+    absent = [name for name, value in zip(class_names, metrics["iou"]) if value != value]
     means = [metrics["miou"], *(metrics[name.lower()] for name in columns)]
-    lines.append(f"{'mean':<24}" + "".join(f"{value:>8.3f}" for value in means))
+    title = f"mean, {len(class_names) - len(absent)} classes"
+    lines.append(f"{title:<24}" + "".join(f"{value:>8.3f}" for value in means))
+    if absent:
+        lines.append(f"without truth, left out: {', '.join(absent)}")
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------- one sample
+
+
+def fuse_in_draws(fusion, batch, draw_size, at_once=8):
+    """The output of a BiFusionEncoder for all points of one sample, as if they were drawn in training.
+
+    Every point is in exactly one of several random draws of at most draw_size points, which are independent samples for
+    the network, `at_once` of them per forward pass. Images are encoded once. The draws depend on the number of points
+    alone. Returns {"feat_fusion" (N, C), "alpha" (N,)}, alpha averaged over channels.
+    """
+    n = len(batch["points"])
+    shared = [key for key, value in batch.items()
+              if isinstance(value, torch.Tensor) and key not in PER_POINT and key != "batch"]  # (1, V, ...)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(batch["points"].device)
+    draws = order.tensor_split(-(-n // draw_size))
+    out = {}
+    for start in range(0, len(draws), at_once):
+        some = draws[start:start + at_once]
+        rows = torch.cat(some)
+        sizes = torch.tensor([len(draw) for draw in some], device=rows.device)
+        part = {key: batch[key][rows] for key in PER_POINT if key in batch}
+        part["batch"] = torch.repeat_interleave(torch.arange(len(some), device=rows.device), sizes)
+        part |= {key: batch[key].expand(len(some), *batch[key].shape[1:]) for key in shared}
+        fused = fusion(part)
+        values = {"feat_fusion": fused["feat_fusion"], "alpha": fused["alpha"].float().mean(1)}
+        for key, value in values.items():
+            if key not in out:
+                out[key] = value.new_empty(n, *value.shape[1:])
+            out[key][rows] = value
+    return out
+
+
 @torch.no_grad()
-def predict_frames(model, frames, config, instance_score=0.3, probabilities=False):
+def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_SCORE):
+    """The network's answers for all points of one sample, a dict of tensors on the model's device.
+
+    sample: of a data set that draws every point. queries: a TextQueries. Holds points, colors (N, 3), truth and
+    truth_instances (N,), probabilities (N, K), labels (N,), gate (N,), and with queries cosines (N, T). If the model
+    has a decoder, also "scene", all instances as decoder.instances_from_logits gives them, and of those that score
+    above instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 = none.
+    """
+    batch = to_device(collate([sample]), model.head.weight.device)
+    points = turn_up(sample["points"].numpy(), TURN_BACK[config.get("up", "z")])  # of the data's world
+    result = {"points": torch.from_numpy(points).to(batch["points"].device), "colors": batch["features"],
+              "truth": batch["labels"], "truth_instances": batch["instances"]}
+    if config["no_color"]:
+        batch["features"] = torch.ones_like(batch["features"])
+    dense = None
+    if model.fusion.encoder_2d is not None:  # each image is encoded once
+        encode = model.fusion.encoder_2d.encode
+        if queries is not None and queries.source == "clip":
+            encode = model.fusion.encoder_2d.encode_with_dense
+        tokens, pooled, *dense = encode(batch.pop("images")[0])
+        batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
+    num_views = batch["world2cam"].shape[1]
+    fused = fuse_in_draws(model.fusion, batch, max(1, config["num_points"] * num_views // config["num_views"]))
+    if queries is not None:
+        result["cosines"] = queries.cosines(model.fusion, batch, fused["feat_fusion"], *dense)
+    # the rest of the network sees all points at once, so a superpoint is the mean of all of its points
+    parts = SimpleNamespace(fusion=lambda batch: fused, head=model.head, decoder=model.decoder, cell=model.cell,
+                            position=getattr(model, "position", None))
+    out = type(model).forward(parts, batch)
+    probabilities = out["logits"].float().softmax(1)
+    result |= {"gate": fused["alpha"], "probabilities": probabilities, "labels": probabilities.argmax(1)}
+    if model.decoder is not None:
+        scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
+                                 min_points=config["min_instance_points"])
+        good = scene["scores"] > instance_score
+        result |= {"scene": scene, "instances": paint_instances(scene["masks"][good]),
+                   "instance_labels": scene["labels"][good], "scores": scene["scores"][good]}
+    return result
+
+
+def sample_options(model, config):
+    """Keyword arguments of data.PointDataset that draw every point of a frame, with its colour."""
+    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"],
+                   up=config.get("up", "z"))
+    if model.decoder is not None and config["superpoints"]:
+        options["superpoints"] = partial(oversegment, count=config["superpoints"])
+    return options
+
+
+def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabilities=False, queries=None):
     """Labels every pixel of known depth, frame by frame; a generator of one dict per frame.
 
     model: a Segmenter in eval mode. frames: a sequence of frame dicts (see data.py); labels are not needed. config: the
-    options that the model was trained with. instance_score: instances with a lower score are left out.
+    options that the model was trained with. instance_score: instances with a lower score are left out. queries: a
+    TextQueries.
     A result holds "name", and of the depth image's size: "labels" (Hd, Wd) int64, index of the class; "instances"
     (Hd, Wd) int64, numbered from 0 with the best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32
-    on demand. Pixels of unknown depth, and those outside the colour image, hold -1 (probabilities: 0). "scores" and
-    "instance_labels" are lists with one entry per instance.
+    on demand; "queries" (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside
+    the colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with one entry
+    per instance. "points" is the result of `predict_sample`, with one row per point.
     """
-    device = model.head.weight.device
-    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), color=not config["no_color"],
-                   images=not config["no_clip"])
-    if model.decoder is not None and config["superpoints"]:
-        options["superpoints"] = partial(oversegment, count=config["superpoints"])
-    for frame in frames:
-        batch = to_device(collate([PointDataset([frame], **options)[0]]), device)
-        out = model(batch)
+    options = sample_options(model, config)
+    for index in range(len(frames)):
+        frame = frames[index]
+        points = predict_sample(model, PointDataset([frame], **options)[0], config, queries, instance_score)
         pixels = depth_to_color(frame)[0]  # flat index of each point, in the order of the points
 
         def to_image(values, fill=-1):
             """(N, ...) -> (Hd, Wd, ...)"""
+            values = values.cpu().numpy()
             image = np.full((frame["depth"].size, *values.shape[1:]), fill, values.dtype)
             image[pixels] = values
             return image.reshape(*frame["depth"].shape, *values.shape[1:])
 
-        result = {"name": frame["name"], "labels": to_image(out["logits"].argmax(1).cpu().numpy())}
+        result = {"name": frame["name"], "points": points, "labels": to_image(points["labels"])}
         if probabilities:
-            result["probabilities"] = to_image(out["logits"].float().softmax(1).cpu().numpy(), 0)
-        if model.decoder is not None:
-            scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
-                                     min_points=config["min_instance_points"], score_threshold=instance_score)
-            result["instances"] = to_image(paint_instances(scene["masks"]).cpu().numpy())
-            result["scores"] = scene["scores"].tolist()
-            result["instance_labels"] = scene["labels"].tolist()
+            result["probabilities"] = to_image(points["probabilities"], 0)
+        if queries is not None:
+            result["queries"] = to_image(queries.probabilities(points["cosines"]), 0)
+        if "instances" in points:
+            result["instances"] = to_image(points["instances"])
+            result["scores"] = points["scores"].tolist()
+            result["instance_labels"] = points["instance_labels"].tolist()
         yield result
 
 
@@ -130,3 +269,368 @@ def paint_instances(masks):
     if len(masks) == 0:
         return torch.full(masks.shape[1:], -1, device=masks.device)
     return torch.where(masks.any(0), masks.int().argmax(0), -1)  # argmax gives the first of equals
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+TEMPLATES = ("a {} in a scene", "a photo of a {}.", "a photo of the {}.", "a photo of a {} in a room.",
+             "a photo of the large {}.", "a photo of the small {}.", "there is a {} in the scene.")
+NEUTRAL = ("object", "things", "stuff", "texture")  # compete with the queries, so that one query alone means something
+TEXT_SCALE = 40.0
+
+
+def parse_queries(text):
+    """"chair, red sofa | couch" -> [["chair"], ["red sofa", "couch"]]: queries, each with its names."""
+    queries = [[name.strip() for name in query.split("|")] for query in text.split(",")]
+    for names in queries:
+        if "" in names:
+            raise ValueError(f"--text {text!r}: an empty name; write queries as \"chair, red sofa | couch\"")
+    fields = [field_name(names[0]) for names in queries]
+    for field in fields:
+        if fields.count(field) > 1 or field in ("label", "instance", "confidence", "gate"):
+            raise ValueError(f"--text {text!r}: the field scalar_{field} of a PLY file would be written twice")
+    return queries
+
+
+def field_name(query):
+    """A query as part of the name of a PLY field."""
+    return re.sub(r"\W+", "_", query).strip("_")
+
+
+class TextQueries:
+    """Queries in words, compared with CLIP's dense features or with the network's fused ones.
+
+    encoder_2d: an Enhanced2DEncoder. text: see `parse_queries`. source: "clip": the dense features of CLIP itself;
+    "fused": the network's, which only a trained consistency loss ties to text.
+    A name is the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times its
+    cosines with all names, NEUTRAL ones included; a query gets the largest probability among its names.
+    """
+
+    def __init__(self, encoder_2d, text, source="clip"):
+        self.names = parse_queries(text)
+        self.source = source
+        names = [*sum(self.names, []), *NEUTRAL]  # T
+        prompts = [template.format(name) for name in names for template in TEMPLATES]
+        embedding = F.normalize(encoder_2d.encode_prompts(prompts).float(), dim=1)
+        self.embedding = F.normalize(embedding.unflatten(0, (len(names), -1)).mean(1), dim=1)  # (T, E)
+        if source == "fused":
+            self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
+
+    def cosines(self, fusion, batch, feat_fusion, dense=None):
+        """Cosines (N, T) of the points of one sample with all names; 0 if no view sees a point.
+
+        feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's views. A point
+        takes the interpolated cosines of the cells around it: that needs T channels per point instead of E.
+        """
+        if self.source == "fused":
+            return F.normalize(feat_fusion.float(), dim=1) @ self.embedding.T
+        maps = torch.einsum("vehw,te->vthw", dense, self.embedding)
+        return fusion.sample(batch, fusion.encoder_2d.image_size, [maps])[1][0]
+
+    def probabilities(self, cosines):
+        """Cosines (N, T) -> the probability of each query (N, Q); 0 if no view saw the point."""
+        likely = (TEXT_SCALE * cosines).softmax(1) * cosines.any(1, keepdim=True)
+        columns = likely.split([*map(len, self.names), len(NEUTRAL)], 1)[:-1]
+        return torch.stack([column.amax(1) for column in columns], 1)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def write_frame(folder, stem, result, class_ids):
+    """label/<stem>.png, instance/<stem>.png (0 = none) and instance/<stem>.txt: number, class id, confidence per line.
+    """
+    images = {"label": class_ids[result["labels"]]}  # the last class id stands for "none"
+    if "instances" in result:
+        images["instance"] = result["instances"] + 1
+    for kind, image in images.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint16)).save(folder / kind / f"{stem}.png")
+    if "instances" in result:
+        lines = [f"{number} {class_ids[label]} {score!r}\n" for number, (label, score) in
+                 enumerate(zip(result["instance_labels"], result["scores"]), 1)]
+        (folder / "instance" / f"{stem}.txt").write_text("".join(lines))
+
+
+def benchmark_ids(benchmark, class_names):
+    """The ids (K,) that a benchmark, "scannet20" or "scannet200", gives to the classes of a network."""
+    path = Path(__file__).parent / "labels" / f"{benchmark}.txt"
+    ids = {name: key for key, name in load_classes(path).items() if name is not None}
+    foreign = [name for name in class_names if name not in ids]
+    if foreign:
+        raise ValueError(f"--submission {benchmark}: {path} does not list the network's classes {', '.join(foreign)}")
+    return np.array([ids[name] for name in class_names])
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def pinhole(text):
+    """An argparse type: "fx,fy,cx,cy" -> intrinsics (3, 3)."""
+    try:
+        fx, fy, cx, cy = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}") from None
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser("predict.py", description="Labels every pixel of known depth and merges the frames "
+                                     "of a scene.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", help="a best.pt or last.pt of train.py")
+    parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, labelled or not; with "
+                        "--intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or 'rooms' (built in)")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
+    parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: everything")
+    parser.add_argument("--classes", help="class list of the data, one 'id name' pair per line; not given: classes.txt "
+                        "in the folder, else the list that the network was trained with")
+    parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* images, pixels")
+    parser.add_argument("--up", choices=tuple(UP_AXES), help="axis of the data's world that points up; not given: as in "
+                        "training")
+    parser.add_argument("--text", help='queries, such as "chair, red sofa | couch, something to sit on"; | separates '
+                        "names of one query")
+    parser.add_argument("--text-from", choices=("clip", "fused"), default="clip", help="compare the text with CLIP's "
+                        "dense features or with the network's own, if its consistency loss was on")
+    parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for this benchmark; "
+                        "needs --scans")
+    parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep nothing")
+    parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if args.submission and not args.scans:
+        parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")
+    if args.intrinsics is not None and args.scans:
+        parser.error("--intrinsics and --scans exclude each other")
+    return args
+
+
+def find_classes(args, config, class_names):
+    """The class list {id: name} of the data, or None if there is none with the network's classes in their order."""
+    paths = [args.classes] if args.classes else [f"{args.data}/classes.txt", config["classes"],
+                                                 f"{config['data']}/classes.txt"]
+    for path in paths:
+        if not args.classes and (path is None or not Path(path).is_file()):
+            continue
+        classes = load_classes(path)
+        names = list(dict.fromkeys(name for name in classes.values() if name is not None))
+        if names == class_names:
+            return classes
+        if args.classes:
+            raise ValueError(f"{path}: its classes {names} are not the network's, {class_names}")
+        print(f"{path}: its classes are not the network's, so labels of the data are not read")
+        return None
+    return None
+
+
+def open_source(args, config, classes):
+    """What --data and --scans name -> frames, scans or None."""
+    if args.intrinsics is not None:
+        return PosedFrames(args.data, args.intrinsics, args.split), None
+    if args.data == "rooms":  # the validation rooms of a training with these options
+        return RoomFrames("val", -(-config["rooms"] * 3 // 8), config["frames_per_room"]), None
+    if args.scans is None:
+        return ScanNetFrames(args.data, classes, args.split), None
+    scan = next((path.parent for path in Path(args.scans).glob("*/*_vh_clean_2.ply")), Path(args.scans))
+    description = scan / f"{scan.name}.txt"  # scans of the test split have neither annotation nor alignment
+    align = description.is_file() and "axisAlignment" in description.read_text()
+    labelled = classes is not None and (scan / f"{scan.name}.aggregation.json").is_file()
+    labels = (classes, args.split, config["label_map"]) if labelled else (None, args.split, None)
+    return ScanNetFrames(args.data, None, args.split), ScanNetScenes(args.scans, *labels, align)
+
+
+def warn(text):
+    """A text that nobody overlooks."""
+    tqdm.write(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n", file=sys.stderr)
+
+
+def open_queries(args, model, config):
+    """The TextQueries of --text, or None."""
+    if args.text is None:
+        return None
+    if config["no_clip"]:
+        raise ValueError(f"--text: {args.checkpoint} was trained with --no-clip, so it has no tower to compare with")
+    if config["clip_pretrained"] == "none":
+        warn("CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing")
+    elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
+        warn("--text-from fused: the consistency loss had no weight in training, so the answers mean nothing")
+    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from)
+    for names in queries.names:
+        print(f"query {field_name(names[0])}: {', '.join(names)}")
+    print(f"beside them: {', '.join(NEUTRAL)}; templates: {', '.join(TEMPLATES)}")
+    return queries
+
+
+def write_classes(path, classes, class_names):
+    """Writes the class list of the output and returns its ids (K + 1,), the last for pixels without a label.
+
+    The ids are those of the data's class list (the first of several), and 1 + index if there is none.
+    """
+    ids = np.arange(1, len(class_names) + 1)
+    if classes is not None:
+        known = {name: key for key, name in reversed(classes.items())}
+        ids = np.array([known[name] for name in class_names])
+    none = 65535 if 0 in ids else 0
+    if ids.max() > 65534:
+        raise ValueError(f"class id {ids.max()} does not fit into a 16-bit image")
+    lines = [f"{none} unlabeled\n"] + [f"{key} {name}\n" for key, name in zip(ids, class_names)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
+    return np.append(ids, none)
+
+
+class Output:
+    """What a run of the command writes into its folder, and what it counts and scores on the way.
+
+    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files.
+    """
+
+    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments):
+        self.folder = folder
+        self.class_ids = class_ids
+        self.class_names = class_names
+        self.queries = queries
+        self.comments = comments
+        self.points = new_scores()  # every pixel, or every vertex of scans
+        self.merged = new_scores()
+        self.counts = np.zeros(len(class_names), np.int64)
+        self.scenes = {}
+
+    def add_frame(self, result):
+        """Images and scores of a result of `predict_frames`."""
+        scene, stem = result["name"].split("/", 1)
+        write_frame(self.folder / scene, stem, result, self.class_ids)
+        self.score(self.points, result["points"])
+
+    def score(self, scores, points):
+        """Counts points with their labels, truth and instances; nothing if no point has a true label."""
+        labels, truth = torch.as_tensor(points["labels"]), torch.as_tensor(points["truth"])
+        if scores is self.points:
+            self.counts += torch.bincount(labels, minlength=len(self.class_names)).cpu().numpy()
+        if not (truth >= 0).any():
+            return
+        scores.update(labels, truth)
+        if "instances" in points:
+            instances, kinds = torch.as_tensor(points["instances"]), torch.as_tensor(points["instance_labels"])
+            scene = {"masks": instances == torch.arange(len(kinds), device=instances.device)[:, None], "labels": kinds,
+                     "scores": torch.as_tensor(points["scores"])}
+            scores.update_instances(scene, truth, torch.as_tensor(points["truth_instances"]))
+
+    def add_cloud(self, name, cloud):
+        """The PLY file of a scene; cloud: as `SceneMerger.cloud` gives it."""
+        scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"], "gate": cloud["gate"]}
+        entry = {"points": len(cloud["labels"]), "instances": []}
+        if "instances" in cloud:
+            scalars["instance"] = cloud["instances"] + 1
+            sizes = np.bincount(cloud["instances"] + 1, minlength=len(cloud["scores"]) + 1)[1:]
+            for i, label in enumerate(cloud["instance_labels"]):
+                entry["instances"].append({"id": i + 1, "class": self.class_names[label], "points": int(sizes[i]),
+                                           "confidence": float(cloud["scores"][i])})
+        if self.queries is not None:
+            for i, names in enumerate(self.queries.names):
+                scalars[field_name(names[0])] = cloud["queries"][:, i]
+        write_ply(self.folder / f"{name}.ply", cloud["points"], cloud["colors"], scalars, self.comments)
+        self.scenes[name] = entry
+
+    def add_scan(self, name, points, ids):
+        """The files of a scan, a result of `predict_sample`; ids: of a benchmark, or None."""
+        cloud = {key: value.cpu().numpy() for key, value in points.items() if isinstance(value, torch.Tensor)}
+        cloud["confidence"] = cloud["probabilities"].max(1)
+        if self.queries is not None:
+            cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
+        self.add_cloud(name, cloud)
+        self.score(self.points, points)
+        if ids is not None:
+            scene = {key: value.cpu().numpy() for key, value in points["scene"].items()} if "scene" in points else None
+            write_submission(self.folder / "submission", name, cloud["labels"], scene, ids)
+
+
+def same_points(model, config, frames, scans, cache):
+    """A loader of the points that `train.py --eval` draws from these frames."""
+    options = sample_options(model, config)
+    options |= {"num_points": config["num_points"], "num_views": config["num_views"], "seed": config["seed"],
+                "color": not config["no_color"]}
+    if scans is not None:
+        options.pop("superpoints", None)  # scans bring their own
+        dataset = SceneDataset(scans, frames, **options)
+    else:
+        dataset = PointDataset(frames, **options)
+    encoder = model.fusion.encoder_2d
+    if encoder is not None and config["clip_blocks"] == 0 and cache != "none":  # features in fp16, as in training
+        device = model.head.weight.device
+        owner = f"clip {encoder.fingerprint()}"
+        features = FeatureCache(cache, owner, lambda images: encoder.encode(images.to(device)))
+        features.build(dataset.images_only)
+        dataset.feature_cache = features
+    return DataLoader(dataset, config["batch_size"], collate_fn=collate)
+
+
+def main(argv=None):
+    """One run of the command; returns the content of summary.json."""
+    args = parse_args(argv)
+    model, class_names, config = load_model(args.checkpoint, args.device)
+    config["up"] = args.up or config.get("up", "z")
+    ids = benchmark_ids(args.submission, class_names) if args.submission else None
+    classes = find_classes(args, config, class_names)
+    frames, scans = open_source(args, config, classes)
+    queries = open_queries(args, model, config)
+    class_ids = write_classes(args.out / "classes.txt", classes, class_names)
+    comments = [f"checkpoint {args.checkpoint}", *(f"class {key} {name}" for key, name in zip(class_ids, class_names))]
+    output = Output(args.out, class_ids, class_names, queries, lambda: Scores(
+        len(class_names), model.decoder is not None, config["min_instance_points"]), comments)
+
+    # every point
+    start = time.perf_counter()
+    options = sample_options(model, config)
+    if scans is not None:
+        options.pop("superpoints", None)
+        dataset = SceneDataset(scans, frames, num_views=config["num_views"], **options)
+        for index in tqdm(range(len(dataset)), unit="scan"):
+            output.add_scan(dataset.scenes.names[index], predict_sample(model, dataset[index], config, queries), ids)
+    else:
+        bar = tqdm(total=len(frames), unit="frame")
+        for scene, members in group_by_scene(frames.names).items():
+            merger = SceneMerger(len(class_names))
+            for result in predict_frames(model, Subset(frames, members), config, queries=queries):
+                output.add_frame(result)
+                merger.add(result["points"])
+                bar.update()
+            cloud = merger.cloud(config["min_instance_points"], queries)
+            output.add_cloud(scene, cloud)
+            output.score(output.merged, cloud)
+        bar.close()
+    seconds = time.perf_counter() - start
+
+    # scores
+    count = len(frames if scans is None else scans)
+    kind = "frame" if scans is None else "scan"
+    skipped = getattr(frames, "num_skipped", 0)
+    scores = {}
+    if output.points.semantics.confusion.any():
+        loader = same_points(model, config, frames, scans, args.cache)
+        scores["the points that train.py --eval draws"] = evaluate(model, loader, config["min_instance_points"],
+                                                                   AMP_DTYPES[config["amp"]])
+        print(format_metrics(*scores.values(), class_names))
+        scores["every pixel" if scans is None else "every vertex"] = output.points.compute()
+        if scans is None:
+            scores["merged scenes"] = output.merged.compute()
+        for name, metrics in scores.items():
+            print(f"{name}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in metrics if key not in ("iou", "aps")))
+    share = output.counts / max(output.counts.sum(), 1)
+    options = {key: str(value) for key, value in vars(args).items() if value is not None}
+    summary = {
+        "checkpoint": args.checkpoint, "options": options,
+        "training": config, f"{kind}s": count, "frames_skipped": skipped, "seconds": seconds,
+        f"seconds_per_{kind}": seconds / count, "points": int(output.counts.sum()),
+        "share_of_points": dict(zip(class_names, share.tolist())),
+        "queries": None if queries is None else {"names": queries.names, "neutral": NEUTRAL, "templates": TEMPLATES},
+        "scores": scores, "scenes": output.scenes}
+    summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {seconds / count:.2f} s per {kind}; "
+          f"{len(output.scenes)} scenes in {args.out}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_command(main)

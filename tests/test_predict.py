@@ -1,26 +1,34 @@
 # SPDX-License-Identifier: MIT
 """predict.py: the metrics of a whole evaluation, and labels for every pixel of known depth."""
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import predict
 import train
 from data import collate
-from helpers import last_checkpoint, small
+from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet
 from metrics import evaluate_semantics
-from model import load_model
+from model import load_model, run_command
 from rooms import RoomFrames
+from scannet import ScanNetFrames
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     train.main(small(folder, "--epochs", "2", "--rooms", "4"))
-    return load_model(last_checkpoint(folder), "cpu")
+    return last_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return load_model(trained, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +86,17 @@ def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode
     model.eval()
     with torch.no_grad():
         guesses = [model(collate([sample]))["logits"].argmax(1) for sample in dataset]
-    expected = evaluate_semantics(guesses, [sample["labels"] for sample in dataset], range(len(class_names)))
-    assert metrics["miou"] == pytest.approx(expected["miou"], abs=0.02)  # a batch rounds otherwise than its scenes
-    table = predict.format_metrics(metrics, class_names)
-    assert len(table.splitlines()) == len(class_names) + 2 and "AP50" in table
-    assert f"{metrics['miou']:.3f}" in table.splitlines()[-1]
+    truth = [sample["labels"] for sample in dataset]
+    expected = evaluate_semantics(guesses, truth, range(len(class_names)))["per_class"]
+    present = sorted(set(torch.cat(truth).tolist()) - {-1})
+    mean = sum(expected[c] for c in present) / len(present)
+    assert metrics["miou"] == pytest.approx(mean, abs=0.02)  # a batch rounds otherwise than its scenes
+    assert [c for c, iou in enumerate(metrics["iou"]) if not math.isnan(iou)] == present
+    table = predict.format_metrics(metrics, class_names).splitlines()
+    assert "AP50" in table[0] and f"mean, {len(present)} classes" in table[len(class_names) + 1]
+    assert f"{metrics['miou']:.3f}" in table[len(class_names) + 1]
+    absent = [name for c, name in enumerate(class_names) if c not in present]
+    assert table[-1] == f"without truth, left out: {', '.join(absent)}"
 
 
 def test_truth_ids_are_those_of_the_evaluator():
@@ -101,3 +115,49 @@ def test_the_best_instance_of_a_point_is_painted():
 def test_a_table_shows_nan_for_a_class_that_does_not_occur():
     table = predict.format_metrics({"miou": 0.5, "iou": [0.5, math.nan]}, ["wall", "chair"])
     assert "nan" in table and "AP" not in table
+
+
+def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_other(tmp_path, capsys):
+    """Frames with labels: the table is that of `train.py --eval`, and the images score as what was in memory."""
+    options = write_rooms_as_scannet(tmp_path / "data", 3, 2, (60, 80))
+    train.main(small(tmp_path, *options, "--epochs", "2"))
+    path = last_checkpoint(tmp_path)
+    capsys.readouterr()
+    train.main(["--eval", str(path), "--device", "cpu", "--cache", SHARED_CACHE.name])
+    table = capsys.readouterr().out.split("class  ")[1].split("\nnote")[0].strip()
+    out = tmp_path / "out"
+    summary = predict.main([str(path), "--data", str(tmp_path / "data"), "--split", str(tmp_path / "data" / "val.txt"),
+                            "--out", str(out), "--text", "red sofa | couch, chair", "--cache", SHARED_CACHE.name,
+                            "--device", "cpu"])
+    captured = capsys.readouterr()
+    assert table in captured.out and "RANDOMLY INITIALISED" in captured.err
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["frames"] == 1 and sum(summary["share_of_points"].values()) == pytest.approx(1)
+    assert summary["queries"]["names"] == [["red sofa", "couch"], ["chair"]]
+
+    frames = ScanNetFrames(tmp_path / "data", tmp_path / "data" / "classes.txt", tmp_path / "data" / "val.txt")
+    scene, stem = frames.names[0].split("/")
+    written = np.array(Image.open(out / scene / "label" / f"{stem}.png"))
+    assert written.dtype == np.uint16 and written.shape == frames[0]["depth"].shape
+    truth = np.where(frames[0]["depth"] > 0, frames[0]["label"], -1)
+    score = evaluate_semantics([written.astype(int) - 1], [truth], range(len(frames.class_names)))
+    present = np.unique(truth)
+    mean = np.mean([score["per_class"][c] for c in present[present >= 0]])
+    assert summary["scores"]["every pixel"]["miou"] == pytest.approx(mean, abs=1e-9)
+    assert np.array(Image.open(out / scene / "instance" / f"{stem}.png")).max() == len(
+        (out / scene / "instance" / f"{stem}.txt").read_text().splitlines())
+    header = (out / f"{scene}.ply").read_bytes().split(b"end_header")[0].decode()
+    for field in ("label", "instance", "confidence", "gate", "red_sofa", "chair"):
+        assert f"property float scalar_{field}\n" in header
+    assert (out / "classes.txt").read_text().splitlines()[:2] == ["0 unlabeled", "1 wall"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--submission", "scannet20"], "needs --scans"), (["--intrinsics", "1,2"], "expected fx,fy,cx,cy"),
+    (["--text", "chair,,sofa"], "an empty name"), (["--text", "chair, chair"], "would be written twice"),
+    (["--data", "nowhere"], "nowhere does not exist")])
+def test_a_wrong_command_is_one_line_and_status_2(trained, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: predict.main([str(trained), "--data", "rooms", "--out", str(tmp_path / "out"), *options]))
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and message in errors[-1] and not (tmp_path / "out").exists()

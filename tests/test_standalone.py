@@ -42,7 +42,7 @@ ClipConsCriterion()(feat, torch.randn(2, 8), batch=torch.arange(6) % 2).backward
 assert feat.grad.any()
 """,
     **dict.fromkeys(["decoder", "metrics", "rooms", "scannet", "cache", "superpoints", "diagnose", "distributed",
-                     "checkpoint", "data", "runlog"], ""),
+                     "checkpoint", "data", "runlog", "clouds"], ""),
 }
 # One interpreter for all, because most of the time goes into importing torch. A file meets no sibling: its folder holds
 # nothing else, and what was imported before it is forgotten.
