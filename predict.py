@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cache import FeatureCache
-from clouds import SceneMerger, write_ply, write_submission
+from clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
 from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, group_by_scene,
                   turn_up)
 from decoder import scene_instances
@@ -590,7 +590,7 @@ def main(argv=None):
     else:
         bar = tqdm(total=len(frames), unit="frame")
         for scene, members in group_by_scene(frames.names).items():
-            merger = SceneMerger(len(class_names))
+            merger = SceneMerger(len(class_names), min(MERGE_VOXEL, config["voxel_size"]))
             for result in predict_frames(model, Subset(frames, members), config, queries=queries):
                 output.add_frame(result)
                 merger.add(result["points"])
