@@ -57,10 +57,12 @@ class Row(NamedTuple):
 
 
 def wrong(fault, words):
+    """The Row of a fault: what was seen, and its mend."""
     return Row(fault, "WRONG", f"{words} {MENDS[fault]}")
 
 
 def unreadable(error):
+    """The rows of a data set that a reader refuses."""
     return [wrong("unreadable", f"{error}. Nothing else was tested.")]
 
 
@@ -271,6 +273,7 @@ def pose_rows(runs, quick=False):
 
 
 def depth_rows(frames):
+    """Rows about the values of depth images alone: their number and their median."""
     values = np.unique(np.concatenate([frame["depth"][::2, ::2].ravel() for frame in frames]))
     values = values[(values > 0) & np.isfinite(values)]
     if len(values) == 0:
@@ -453,6 +456,7 @@ def draw_pair(a, b):
 
 
 def names_of(source):
+    """The names of a source's frames, which are read if it has no list of them."""
     return source.names if hasattr(source, "names") else [source[i]["name"] for i in range(len(source))]
 
 
@@ -533,6 +537,7 @@ def open_sources(args):
 
 
 def main(argv=None):
+    """The command; returns its exit code, 1 if something is wrong."""
     parser = argparse.ArgumentParser("check.py", description="Says what is wrong with a data set.")
     parser.add_argument("data", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
     parser.add_argument("--split", nargs="+", default=[], help="files with one scene or scene/frame per line; not "

@@ -375,6 +375,7 @@ def pinhole(text):
 
 
 def parse_args(argv=None):
+    """The options of the command."""
     parser = argparse.ArgumentParser("predict.py", description="Labels every pixel of known depth and merges the frames "
                                      "of a scene.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", help="a best.pt or last.pt of train.py")

@@ -55,7 +55,7 @@ def test_every_command_line_parses(command):
     words = shlex.split(command)
     data = ["--train-split", "t", "--val-split", "v"] if "--data" in words else []
     numbers = {"S": "0", "K": "10", "N": "4"}
-    train.parse_args([*data, *(numbers.get(word, word) for word in words)])
+    assert train.parse_args([*data, *(numbers.get(word, word) for word in words)])
 
 
 @pytest.mark.parametrize("name", PAGES)
