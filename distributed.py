@@ -164,7 +164,7 @@ class StopRequest:
             raise SystemExit(128 + signum)
 
 
-WORKER_GRACE = 30  # seconds
+WORKER_GRACE = 5  # seconds; also what leaving on an error may take
 
 
 def survive_first_signal(worker_id):
