@@ -26,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
+ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
+
 
 def semi_orthogonal(rows, cols, seed=0):
     """A fixed (rows, cols) float32 matrix with orthonormal rows, or orthonormal columns if rows > cols."""
@@ -44,10 +47,6 @@ def resize_position_embedding(embedding, old_grid, new_grid):
     grid = embedding[1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
     grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([class_token, grid.permute(0, 2, 3, 1).flatten(0, 2)])
-
-
-WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
-ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
 
 
 def neighbour_bias(grid, sigma=5.0):
@@ -330,8 +329,7 @@ class Enhanced2DEncoder(nn.Module):
             tokens = visual.ln_post(last)
             dense = last_block(visual.transformer.resblocks[-1], before, self.grid, attention)[:, 1:]
             dense = F.normalize(visual.ln_post(dense) @ visual.proj, dim=-1)
-        to_map = (lambda x: x.transpose(1, 2).unflatten(2, self.grid).contiguous())
-        return to_map(tokens), out["image_features"], to_map(dense)
+        return self._to_map(tokens), out["image_features"], self._to_map(dense)
 
     def encode_dense(self, images: Tensor, attention="naclip"):
         """images (B, 3, H, W), RGB in [0, 1] -> (B, E, Hf, Wf), unit vectors in the space of `encode_prompts`.
@@ -355,6 +353,9 @@ class Enhanced2DEncoder(nn.Module):
             return
         raise ValueError(f"CLIP model {self.model_name}: dense features need open_clip's own ViT with plain blocks and "
                          f"a linear head, such as ViT-B-16, ViT-B-32, ViT-L-14 or ViT-H-14; this one has {found}")
+
+    def _to_map(self, x):  # (B, Hf * Wf, C) -> (B, C, Hf, Wf)
+        return x.transpose(1, 2).unflatten(2, self.grid).contiguous()
 
     def _normalized(self, images):
         """Images as CLIP wants them; ValueError if they do not fit."""
