@@ -15,8 +15,8 @@ docs/predict.md describes what it writes. In a notebook:
     for result in predict_frames(model, ScanNetFrames("DATA", classes=None), config):
         print(result["name"], result["labels"].shape)
 
-The file reads from top to bottom: scores, prediction of one sample, text queries, merging, files, and `main`.
-Imports cache, clouds, data, decoder, distributed, metrics, model, rooms, scannet and superpoints.
+The file reads from top to bottom: scores, prediction of one sample, TensorBoard, text queries, files, and `main`.
+Imports cache, clouds, data, decoder, distributed, metrics, model, rooms, runlog, scannet and superpoints.
 """
 import argparse
 import json
@@ -37,13 +37,14 @@ from tqdm import tqdm
 
 from cache import FeatureCache
 from clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
-from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, group_by_scene,
-                  turn_up)
+from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, frame_names,
+                  group_by_scene, turn_up, unproject)
 from decoder import scene_instances
 from distributed import gather_objects
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
 from model import load_model, run_command, to_device
 from rooms import RoomFrames
+from runlog import clouds, visualizations
 from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes
 from superpoints import oversegment
 
@@ -269,6 +270,79 @@ def paint_instances(masks):
     if len(masks) == 0:
         return torch.full(masks.shape[1:], -1, device=masks.device)
     return torch.where(masks.any(0), masks.int().argmax(0), -1)  # argmax gives the first of equals
+
+
+# ---------------------------------------------------------------------------------------------- TensorBoard
+
+
+def visualize(log, model, dataset, class_names, min_instance_points):
+    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first scene."""
+    names = frame_names(dataset.frames)
+    members = group_by_scene([names[dataset.frame_indices(index)[0]] for index in range(len(dataset))])
+    scene = next(iter(members))
+    shown = spread(range(len(dataset)), 4)
+    in_cloud = spread(members[scene], 8)
+    model.eval()
+    views = {index: first_view(model, dataset, index, min_instance_points) for index in {*shown, *in_cloud}}
+    model.train()
+    log.add_images(visualizations([views[index] for index in shown], class_names))
+    merged = clouds([views[index] for index in in_cloud])
+    log.add_clouds({f"{kind}/{scene}": cloud for kind, cloud in merged.items()})  # the view shows what is before the "/"
+
+
+def spread(items, count):
+    """At most `count` items, evenly spread."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+
+
+@torch.no_grad()
+def first_view(model, dataset, index, min_instance_points):
+    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds` take it."""
+    batch = to_device(collate([dataset[index]]), model.head.weight.device)
+    out = model(batch)
+    images = [torch.from_numpy(np.array(dataset.images_only[i])).permute(2, 0, 1) / 255
+              for i in dataset.frame_indices(index)]  # V of (3, H, W)
+    size = images[0].shape[1:]
+    uv, visible, _ = model.fusion.project(batch, size)
+    rotation, shift = batch["world2cam"][0, 0, :3, :3], batch["world2cam"][0, 0, :3, 3]
+    view = {"uv": uv[:, 0], "seen": visible[:, 0], "depth": batch["points"] @ rotation[2] + shift[2],
+            "camera_height": -rotation[:, 2] @ shift, "points": batch["points"], "colors": batch["features"],
+            "truth": batch["labels"], "prediction": out["logits"].argmax(1), "fused": out["feat_fusion"].float()}
+    if out["clip_global"] is not None:
+        if "clip_tokens" in batch:
+            tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
+        else:
+            tokens = model.fusion.encoder_2d.encode(batch["images"][0])[0].float()
+        view |= {"gate": out["alpha"].float().mean(1), "clip_map": tokens[0],
+                 "clip": model.fusion.sample(batch, size, [tokens])[1][0]}
+    view = {key: value.cpu() for key, value in view.items()} | {"name": batch["name"][0], "image": images[0]}
+    if model.decoder is not None:
+        scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
+                                 min_points=min_instance_points, score_threshold=0.3)
+        view |= {"instances": paint_instances(scene["masks"]).cpu(), "instance_labels": scene["labels"].cpu(),
+                 "instance_scores": scene["scores"].cpu(), "instances_truth": batch["instances"].cpu()}
+    if len(images) > 1:
+        view["other_view"] = second_on_first_view(model, batch, images)
+    return view
+
+
+def second_on_first_view(model, batch, images, count=4000):
+    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors (n, 3) there.
+
+    They do not fit that image if a pose is wrong.
+    """
+    depth = batch["depth"][0, 1].cpu()
+    pixels = depth.nonzero()  # (n, 2), v and u
+    pixels = pixels[::max(1, len(pixels) // count)]
+    points = unproject(pixels.flip(1).numpy(), depth[tuple(pixels.T)].numpy(),
+                       batch["depth_intrinsics"][0, 1].cpu().double().numpy(),
+                       batch["world2cam"][0, 1].cpu().double().numpy())
+    cameras = {key: batch[key][:, :2].cpu() for key in ("world2cam", "intrinsics")}
+    uv, visible, _ = model.fusion.project({"points": torch.from_numpy(points).float(), **cameras,
+                                           "batch": torch.zeros(len(points), dtype=torch.int64)}, images[0].shape[1:])
+    uv = uv[visible.all(1)]  # (n, 2, 2)
+    u, v = uv[:, 1].round().long().unbind(1)
+    return uv[:, 0], images[1][:, v, u].T
 
 
 # ---------------------------------------------------------------------------------------------- text

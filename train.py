@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -37,16 +36,15 @@ from cache import FeatureCache, Store, SuperpointCache, content_key
 from check import quick_check
 from checkpoint import lock_folder, new_folder, read_checkpoint, restore, write_atomically
 from data import UP_AXES, PointDataset, SceneDataset, check_frames, collate
-from decoder import scene_instances
 from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
 from distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
                          survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight, instance_targets)
 from model import build_encoder_2d, build_model, compile_parts, run_command, to_device
-from predict import evaluate, format_metrics, paint_instances
+from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
-from runlog import RunLog, peak_memory_gib, visualizations
+from runlog import RunLog, peak_memory_gib
 from scannet import ScanNetFrames, ScanNetScenes, check_splits, load_classes
 from sparse_unet import load_res16unet34c
 from superpoints import VERSION, oversegment
@@ -530,34 +528,6 @@ def log_metrics(log, metrics, class_names):
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-@torch.no_grad()
-def visualize(model, dataset, index, min_instance_points):
-    """Named images (3, H, W) of one sample: its points in the first view, truth, predictions, features."""
-    model.eval()
-    batch = to_device(collate([dataset[index]]), model.head.weight.device)
-    out = model(batch)
-    image = torch.from_numpy(np.array(dataset.images_only[dataset.frame_indices(index)[0]]))
-    image = image.to(batch["points"].device).permute(2, 0, 1) / 255  # (3, H, W)
-    uv, visible, _ = model.fusion.project(batch, image.shape[1:])
-    seen = visible[:, 0]
-    rotation, shift = batch["world2cam"][0, 0, 2, :3], batch["world2cam"][0, 0, 2, 3]
-    depth = batch["points"] @ rotation + shift
-    labels = {"prediction": out["logits"].argmax(1), "truth": batch["labels"]}
-    if model.decoder is not None:
-        scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
-                                 min_points=min_instance_points, score_threshold=0.3)
-        labels["instances"] = paint_instances(scene["masks"])
-        labels["instances_truth"] = batch["instances"]
-    clip_map = None
-    if "clip_tokens" in batch:
-        clip_map = batch["clip_tokens"][0, 0]
-    elif out["clip_global"] is not None:
-        clip_map = model.fusion.encoder_2d.encode(batch["images"][0, :1])[0][0]
-    model.train()
-    return visualizations(image, uv[seen, 0], depth[seen], {name: index[seen] for name, index in labels.items()},
-                          out["feat_fusion"][seen], clip_map)
-
-
 # ---------------------------------------------------------------------------------------------- one step
 
 
@@ -796,8 +766,7 @@ def main(argv=None, clip_criterion=None, stop=None):
             metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
             print0(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
             if main_process:
-                images = visualize(model, val_set, 0, args.min_instance_points)
-                log.add_images({f"val/{name}": image for name, image in images.items()})
+                visualize(log, model, val_set, class_names, args.min_instance_points)
             if metrics["miou"] > best:
                 best = metrics["miou"]
                 save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn import functional as F
+from tensorboard.util import tensor_util
 
 import runlog
 
 
 def read(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
     events.Reload()
     return events
 
@@ -80,14 +80,15 @@ def test_a_histogram_of_nothing_or_of_nan_is_left_out(tmp_path):
     assert read(tmp_path).Tags()["histograms"] == ["good"]
 
 
-def test_a_writer_that_fails_is_reported_once_and_opened_again(tmp_path):
+def test_a_writer_that_fails_is_reported_once_and_opened_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "RETRY_SECONDS", 0)
     reports = []
     log = runlog.RunLog(tmp_path, log_every=1, report=reports.append)
     log.begin_step(1)
 
     class Full:
         def __getattr__(self, name):
-            def fail(*args):
+            def fail(*args, **options):
                 raise OSError(28, "No space left on device")
             return fail
 
@@ -177,55 +178,123 @@ def test_pca_colors_of_few_or_equal_rows_are_in_range():
         assert ((colors >= 0) & (colors <= 1)).all()
 
 
-def scene(n, height=24, width=32, seed=0):
+def view(n, height=24, width=32, seed=0, **more):
+    """What `visualizations` and `clouds` take, of n points of which all are seen."""
     generator = torch.Generator().manual_seed(seed)
-    uv = torch.rand(n, 2, generator=generator) * torch.tensor([width, height]) - 0.5
-    return {"image": torch.rand(3, height, width, generator=generator), "uv": uv,
-            "depth": torch.rand(n, generator=generator) * 3 + 0.5,
-            "labels": {"truth": torch.randint(-1, 300, (n,), generator=generator),
-                       "prediction": torch.full((n,), -1)},
-            "fused": torch.randn(n, 16, generator=generator),
-            "clip_map": torch.randn(20, 3, 4, generator=generator).half()}
+    ids = torch.randint(-1, 5, (n,), generator=generator)
+    return {"name": f"room{seed}/0", "image": torch.rand(3, height, width, generator=generator),
+            "uv": torch.rand(n, 2, generator=generator) * torch.tensor([width, height]) - 0.5,
+            "depth": torch.rand(n, generator=generator) * 3 + 0.5, "seen": torch.ones(n, dtype=torch.bool),
+            "points": torch.rand(n, 3, generator=generator), "colors": torch.rand(n, 3, generator=generator),
+            "camera_height": torch.tensor(2.0), "truth": ids, "prediction": torch.full((n,), -1),
+            "fused": torch.randn(n, 16, generator=generator), **more}
+
+
+def with_everything(n):
+    generator = torch.Generator().manual_seed(1)
+    return view(n, gate=torch.rand(n, generator=generator), clip=torch.randn(n, 20, generator=generator),
+                clip_map=torch.randn(20, 3, 4, generator=generator), instances=torch.arange(n) % 4 - 1,
+                instances_truth=torch.arange(n) % 7 - 1, instance_labels=torch.tensor([0, 1, 2]),
+                instance_scores=torch.tensor([0.9, 0.8, 0.7]), other_view=(torch.rand(n, 2) * 20, torch.rand(n, 3)))
+
+
+NAMES = [f"class {i}" for i in range(5)]
+ALWAYS = {"image", "input_points", "fused_pca", "truth", "prediction"}
+SOMETIMES = {"gate", "clip_pca", "instances", "instances_truth", "other_view"}
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 300])
-@pytest.mark.parametrize("with_clip", [True, False])
-def test_visualizations_have_the_images_shape_and_range_for_any_number_of_points(n, with_clip):
-    arguments = scene(n)
-    if not with_clip:
-        arguments["clip_map"] = None
-    before = scene(n)
-    named = runlog.visualizations(**arguments)
-    assert named.keys() == {"input_points", "fused_pca", "truth", "prediction"} | ({"clip_pca"} if with_clip else set())
-    for name, image_ in named.items():
-        assert image_.shape == (3, 24, 32) and image_.isfinite().all(), name
-        assert image_.min() >= 0 and image_.max() <= 1, name
-    for key in ("image", "uv", "depth", "fused"):
-        assert torch.equal(arguments[key], before[key])
-    assert all(torch.equal(arguments["labels"][name], before["labels"][name]) for name in before["labels"])
+@pytest.mark.parametrize("make, kinds", [(view, ALWAYS), (with_everything, ALWAYS | SOMETIMES)])
+def test_visualizations_and_clouds_are_in_range_for_any_number_of_points(n, make, kinds):
+    given, before = make(n), make(n)
+    named = runlog.visualizations([given], NAMES)
+    assert named.keys() == {f"val_room0_0/{kind}" for kind in kinds}
+    shape = (3, runlog.SHOWN_HEIGHT, runlog.SHOWN_HEIGHT * 4 // 3 + runlog.LEGEND_WIDTH)
+    for name, image in named.items():
+        assert image.shape == shape and image.isfinite().all() and image.min() >= 0 and image.max() <= 1, name
+    for name, (points, colors) in runlog.clouds([given, given]).items():
+        assert points.shape == colors.shape == (2 * n, 3) and ((colors >= 0) & (colors <= 1)).all(), name
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(given[key], value), key
 
 
-def test_points_without_a_label_are_grey_and_others_have_the_color_of_their_label():
-    image, uv = torch.zeros(3, 9, 30), torch.tensor([[2.0, 4], [10, 4], [18, 4], [26, 4]])
-    labels = torch.tensor([-1, 0, 7, 255])
-    image_ = runlog.visualizations(image, uv, torch.ones(4), {"truth": labels}, torch.randn(4, 8), None)["truth"]
-    shown = image_[:, 4, uv[:, 0].long()].T
-    assert torch.equal(shown, torch.cat([torch.full((1, 3), 0.4), runlog.palette(256)[[0, 7, 255]]]))
-    unlabelled = runlog.visualizations(image, uv, torch.ones(4), {"truth": torch.full((4,), -1)}, torch.randn(4, 8), None)
-    assert unlabelled["truth"].unique().tolist() == pytest.approx([0, 0.4])
+def shown(image, uv, scale):
+    """The colours of an image that `visualizations` gives, at pixels uv of the image that it was given."""
+    u, v = ((uv + 0.5) * scale - 0.5).round().long().unbind(1)
+    return image[:, v, u].T
+
+
+def test_a_class_has_one_colour_everywhere_and_points_without_a_label_are_grey():
+    uv = torch.tensor([[2.0, 4], [10, 4], [18, 4], [26, 4]])
+    labels = torch.tensor([-1, 0, 3, 4])
+    expected = torch.cat([torch.full((1, 3), runlog.NONE), runlog.palette(5)[[0, 3, 4]]])
+    given = view(4, uv=uv, truth=labels, prediction=labels)
+    named = runlog.visualizations([given], NAMES)
+    for kind in ("truth", "prediction"):
+        assert torch.allclose(shown(named[f"val_room0_0/{kind}"], uv, runlog.SHOWN_HEIGHT / 24), expected)
+        assert torch.allclose(runlog.clouds([given])[kind][1], expected)
+
+
+def test_a_legend_has_the_colour_of_every_row_and_says_how_many_are_missing():
+    colors = runlog.palette(5)
+    image = runlog.legend([(color, "x") for color in colors], (100, 60))
+    present = {tuple((c * 255).round().int().tolist()) for c in image.flatten(1).T}
+    assert {tuple((c * 255).round().int().tolist()) for c in colors} <= present
+    cut = runlog.legend([(color, "x") for color in colors], (45, 60))
+    assert not torch.equal(cut, runlog.legend([(color, "x") for color in colors[:2]], (45, 60)))
+    assert cut.shape == (3, 45, 60)
+
+
+def test_classes_are_listed_by_frequency_and_only_if_they_occur():
+    rows = runlog.class_rows(torch.tensor([2, 2, 2, 0, -1, -1]), NAMES)
+    assert [text for _, text in rows] == ["class 2", "class 0", "no label"]
+    assert torch.equal(rows[0][0], runlog.palette(3)[2])
 
 
 def test_near_points_are_red_and_far_ones_blue_whatever_the_farthest():
-    uv, depth = torch.tensor([[1.0, 1], [3, 1], [5, 1]]), torch.tensor([2.0, 1.0, 1e6])
-    image_ = runlog.visualizations(torch.zeros(3, 4, 8), uv, depth, {}, torch.randn(3, 8), None)["input_points"]
-    assert image_[:, 1, 3].tolist() == [1, 0, 0] and image_[2, 1, 5] == 1 and image_[0, 1, 5] == 0
-    assert image_[0, 1, 1] == pytest.approx(0.5) == image_[2, 1, 1]
+    near, middle, far = runlog.near_far_colors(torch.tensor([1.0, 2.0, 1e6]))
+    assert near.tolist() == [1, 0, 0] and far[2] == 1 and far[0] == 0 and middle[0] == 0.5 == middle[2]
 
 
 def test_clip_cells_lie_where_their_patch_lies():
-    arguments = scene(5)
-    image_ = runlog.visualizations(**arguments)["clip_pca"]
-    cells = F.avg_pool2d(image_[None], 8)[0]
-    assert torch.allclose(cells.repeat_interleave(8, 1).repeat_interleave(8, 2), image_, atol=1e-6)
-    expected = runlog.pca_colors(arguments["clip_map"].flatten(1).T).T.view(3, 3, 4)
+    given = with_everything(5)
+    image = runlog.visualizations([given], NAMES)["val_room0_0/clip_pca"][:, :, :runlog.SHOWN_HEIGHT * 4 // 3]
+    cell = runlog.SHOWN_HEIGHT // 3
+    cells = image[:, cell // 2::cell, cell // 2::cell]
+    assert torch.allclose(cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2), image, atol=1e-6)
+    expected = runlog.pca_colors(given["clip_map"].flatten(1).T).T.view(3, 3, 4)
     assert torch.allclose(cells, expected, atol=1e-6)
+
+
+def test_a_predicted_instance_has_the_colour_of_the_true_one_that_it_finds():
+    truth = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3, -1, -1])
+    predicted = torch.tensor([1, 1, 1, -1, 0, 0, 0, 2, 3, 3])
+    numbers = runlog.match_instances(truth, predicted)
+    assert numbers[:2].tolist() == [3, 7]
+    assert len(set(numbers.tolist())) == 4 and not {3, 7} & set(numbers[2:].tolist())
+    assert runlog.renumber(predicted, numbers)[3] == -1
+
+
+def test_what_lies_above_the_cameras_is_left_out_of_a_cloud_and_a_cloud_has_a_largest_size(monkeypatch):
+    monkeypatch.setattr(runlog, "MAX_CLOUD", 50)
+    given = view(300)
+    given["points"][:100, 2] = 2.6  # the camera is at 2 m
+    points, _ = runlog.clouds([given])["truth"]
+    assert len(points) == 50 and points[:, 2].max() < 2.5
+
+
+def test_an_image_or_cloud_that_has_not_changed_is_written_once(tmp_path):
+    log = runlog.RunLog(tmp_path, log_every=1)
+    cloud = (torch.rand(40, 3), torch.rand(40, 3))
+    for step, image in ((1, torch.zeros(3, 2, 2)), (2, torch.zeros(3, 2, 2)), (3, torch.ones(3, 2, 2))):
+        log.begin_step(step)
+        log.add_images({"a/i": image})
+        log.add_clouds({"truth/room": cloud, "empty/room": (cloud[0][:0], cloud[1][:0])})
+    log.close()
+    events = read(tmp_path)
+    assert [event.step for event in events.Images("a/i")] == [1, 3]
+    assert {tag for tag in events.Tags()["tensors"]} == {"truth/room_VERTEX", "truth/room_COLOR"}
+    event, = events.Tensors("truth/room_VERTEX")
+    written = tensor_util.make_ndarray(event.tensor_proto)[0]
+    assert torch.allclose(torch.from_numpy(written), cloud[0][:, [0, 2, 1]] * torch.tensor([1, 1, -1]))  # y is up there

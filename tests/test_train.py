@@ -43,14 +43,16 @@ def test_a_run_writes_finite_scalars_images_and_checkpoints_and_every_tag_is_doc
     assert {"loss/total", "loss/semantic", "weighted/semantic", "loss/clip", "weighted/clip", "loss/instance_dice",
             "clip/weight", "clip/clamped_entries", "grad/total", "grad/encoder_3d", "grad/fusion", "fusion/gate_mean",
             "fusion/effective_rank", "speed/data_wait", "guard/bad_steps", "val/miou", "val/ap50"} <= set(tags["scalars"])
-    assert {"val/input_points", "val/truth", "val/prediction", "val/instances", "val/fused_pca", "val/clip_pca"} <= set(
-        tags["images"])
+    kinds = {"image", "input_points", "truth", "prediction", "instances", "instances_truth", "gate", "fused_pca", "clip_pca"}
+    samples = {tag.split("/")[0] for tag in tags["images"]}
+    assert set(tags["images"]) == {f"{sample}/{kind}" for sample in samples for kind in kinds} and len(samples) == 2
+    assert {"truth/val0000_VERTEX", "gate/val0000_COLOR", "clip_pca/val0000_COLOR"} <= set(tags["tensors"])
     values = {tag: [e.value for e in events.Scalars(tag)] for tag in tags["scalars"]}
     undefined = {tag for tag in values if tag.startswith("val_iou/")}  # NaN: a class that the few frames do not show
     assert all(torch.tensor(values[tag]).isfinite().all() for tag in values.keys() - undefined)
-    documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "tensorboard.md").read_text(), re.M)
-    patterns = [re.sub(r"<[a-z]+>", ".+", tag) for tag in documented]
-    for tag in tags["scalars"] + tags["images"]:
+    cells = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs" / "tensorboard.md").read_text(), re.M)
+    patterns = [re.sub(r"<[a-z]+>", ".+", tag) for cell in cells for tag in re.findall("`([^`]+)`", cell)]
+    for tag in [*tags["scalars"], *kinds]:
         assert any(re.fullmatch(pattern, tag) for pattern in patterns), f"{tag} is not in docs/tensorboard.md"
     for name in ("best.pt", "last.pt"):
         state = checkpoint(folder, name)
@@ -526,7 +528,7 @@ def test_whole_scans_train_with_posed_views(tmp_path):
     events = scalars(tmp_path)
     assert 0 < events.Scalars("fusion/valid_share")[-1].value <= 1
     assert torch.tensor(events.Scalars("loss/clip")[-1].value).isfinite()
-    assert "val/instances" in events.Tags()["images"]
+    assert {tag.split("/")[1] for tag in events.Tags()["images"]} >= {"instances", "other_view"}
 
 
 def test_a_wrong_model_or_checkpoint_is_named_before_anything_is_written(tmp_path):
