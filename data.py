@@ -11,6 +11,8 @@ A *frame* is a dict:
     depth_intrinsics  (3, 3) float, of the depth image
     label             (H, W) or (Hd, Wd) integers, an index into the class names, -1 = none; None or absent if unlabelled
     instance          of the same shapes, any number >= 0 per object, -1 = none; None or absent if there are none
+    features          (H, W, F) or (Hd, Wd, F) floats that the 3D encoder sees beside the colour, normals or intensity
+                      say; absent: none
 
 Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates. The world's z axis
 points up, because augmentation turns about it; `up` names another.
@@ -22,6 +24,7 @@ indexed. A source may also offer
     color(index)      the colour image alone
     class_names       list of K class names; training needs it
     num_skipped       number of frames left out because their pose is unknown
+    num_features      3 + F, if its frames have features
     files(index)      list of all paths that a frame is read from
     settings          what else its frames depend on (a class list, say), as a string
 
@@ -188,6 +191,11 @@ def check_frame(frame):
         if value is not None and (np.shape(value) not in sizes or value.dtype.kind not in "iu"):
             raise ValueError(f"frame {name}: {field} has shape {np.shape(value)}, expected integers of the size of "
                              f"color {sizes[0]} or depth {sizes[1]}")
+    features = frame.get("features")
+    if features is not None and (features.ndim != 3 or features.shape[:2] not in sizes or features.dtype.kind != "f"
+                                 or not np.isfinite(features).all()):
+        raise ValueError(f"frame {name}: features has shape {features.shape} of {features.dtype}, expected finite floats "
+                         f"of the size of color {sizes[0]} or depth {sizes[1]}, and F channels")
 
 
 def frame_names(frames):
@@ -286,6 +294,11 @@ def pixel_fields(frame, known, seen):
                        frame["world2cam"])
     fields = {"points": points.astype(np.float32),
               "features": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
+    more = frame.get("features")
+    if more is not None:
+        rows = seen if more.shape[:2] == frame["color"].shape[:2] else known
+        more = more.reshape(-1, more.shape[2])[rows].astype(np.float32)
+        fields["features"] = np.concatenate([fields["features"], more], 1)
     for key, image in (("labels", frame.get("label")), ("instances", frame.get("instance"))):
         if image is None:
             fields[key] = np.full(len(known), -1, np.int64)
@@ -328,7 +341,7 @@ class PointDataset(Dataset):
     image_size: (H, W) of the images.
     num_views: consecutive frames of a scene per sample. If a scene's frames are not a multiple, its last sample
     overlaps the one before.
-    augment: for training. color=False: all features are 1. images=False: samples hold no images.
+    augment: for training. color=False: all colours are 1. images=False: samples hold no images.
     voxel_size: metres; elastic augmentation is measured in voxels, see `augment_points`.
     feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) -> tokens, pooled.
     Samples then hold clip_tokens, clip_pooled and, if the cache has dense features, clip_dense_map instead of images.
@@ -336,9 +349,10 @@ class PointDataset(Dataset):
     0..S-1, each within one view.
     up: the axis of the data's world that points up, a key of UP_AXES. Samples are of the world turned to z up.
 
-    A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3), the colours in
-    [0, 1], labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics
-    (V, 3, 3) of the resized image, depth (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
+    A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3 + F), the colours
+    in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1],
+    world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image, depth (V, Hd, Wd) metres with 0 = unknown,
+    depth_intrinsics (V, 3, 3).
     """
 
     def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True, seed=0,
@@ -438,10 +452,12 @@ class PointDataset(Dataset):
     def _sample(self, name, frames, fields, coords, rng):
         """Views, per-point fields, and the coordinates to augment -> sample."""
         fields["coords"] = augment_points(coords, rng, self.voxel_size) if self.augment else coords.astype(np.float32)
+        colors = fields["features"][:, :3]
         if not self.color:
-            fields["features"] = np.ones_like(fields["features"])
+            colors = np.ones_like(colors)
         elif self.augment:
-            fields["features"] = jitter_colors(fields["features"], rng)
+            colors = jitter_colors(colors, rng)
+        fields["features"] = np.concatenate([colors, fields["features"][:, 3:]], 1)
         if "superpoints" in fields:  # renumbered without gaps: the draw may have missed some
             fields["superpoints"] = np.unique(fields["superpoints"], return_inverse=True)[1]
         sample = {"name": name, "seed": int(rng.integers(2 ** 62))}

@@ -21,7 +21,7 @@ from checkpoint import read_checkpoint, restore
 from decoder import InstanceDecoder, pool, superpoint_index
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
-from sparse_unet import SMALL, PointEncoder
+from sparse_unet import COLORS, NETWORKS, PointEncoder
 
 
 class Segmenter(nn.Module):
@@ -78,19 +78,21 @@ def build_encoder_2d(config):
                              trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
 
 
-def build_model(config, num_classes, instances, encoder_2d):
+def build_model(config, num_classes, instances, encoder_2d, in_channels=3):
     """A Segmenter with fresh weights.
 
     config: the options of train.py as a dict. instances: whether it has an instance decoder. encoder_2d: see
-    `build_encoder_2d`.
+    `build_encoder_2d`. in_channels: width of the points' features.
     """
-    is_res34 = config["backbone"] == "res16unet34c"
-    encoder_3d = PointEncoder(config["voxel_size"], **({} if is_res34 else SMALL))
+    is_small = config["backbone"] == "small"
+    color_mean, color_std = COLORS[config["colors"]] or (None, None)
+    encoder_3d = PointEncoder(config["voxel_size"], in_channels, color_mean=color_mean, color_std=color_std,
+                              **NETWORKS[config["backbone"]])
     # another gate: pass gate=MyGate(256); another backbone: pass it as encoder_3d, with dim_3d= if it is not 96 wide
     fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=config["depth_tolerance"])
     decoder = None
     if instances:
-        decoder = InstanceDecoder(256, num_classes, **({} if is_res34 else dict(embed_dim=128, ffn=512)))
+        decoder = InstanceDecoder(256, num_classes, **(dict(embed_dim=128, ffn=512) if is_small else {}))
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
@@ -107,7 +109,8 @@ def load_model(path, device=None):
         warnings.warn(f"{path}: {text}")
     encoder_2d = build_encoder_2d(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
-    model = build_model(config, len(class_names), instances, encoder_2d)
+    stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)
+    model = build_model(config, len(class_names), instances, encoder_2d, stem.shape[1])
     restore(model, state, path, class_names, encoder_2d.fingerprint() if encoder_2d is not None else None)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), class_names, config

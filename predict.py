@@ -189,10 +189,10 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
     """
     batch = to_device(collate([sample]), model.head.weight.device)
     points = turn_up(sample["points"].numpy(), TURN_BACK[config.get("up", "z")])  # of the data's world
-    result = {"points": torch.from_numpy(points).to(batch["points"].device), "colors": batch["features"],
+    result = {"points": torch.from_numpy(points).to(batch["points"].device), "colors": batch["features"][:, :3],
               "truth": batch["labels"], "truth_instances": batch["instances"]}
     if config["no_color"]:
-        batch["features"] = torch.ones_like(batch["features"])
+        batch["features"] = torch.cat([torch.ones_like(result["colors"]), batch["features"][:, 3:]], 1)
     dense = None
     if model.fusion.encoder_2d is not None:  # each image is encoded once
         encode = model.fusion.encoder_2d.encode
@@ -306,7 +306,7 @@ def first_view(model, dataset, index, min_instance_points):
     uv, visible, _ = model.fusion.project(batch, size)
     rotation, shift = batch["world2cam"][0, 0, :3, :3], batch["world2cam"][0, 0, :3, 3]
     view = {"uv": uv[:, 0], "seen": visible[:, 0], "depth": batch["points"] @ rotation[2] + shift[2],
-            "camera_height": -rotation[:, 2] @ shift, "points": batch["points"], "colors": batch["features"],
+            "camera_height": -rotation[:, 2] @ shift, "points": batch["points"], "colors": batch["features"][:, :3],
             "truth": batch["labels"], "prediction": out["logits"].argmax(1), "fused": out["feat_fusion"].float()}
     if out["clip_global"] is not None:
         if "clip_tokens" in batch:

@@ -13,9 +13,15 @@ Submanifold convolution: Graham et al., "3D Semantic Segmentation with Submanifo
 2018. Network, state-dict keys and kernel layout: Choy et al., "4D Spatio-Temporal ConvNets", CVPR 2019, so checkpoints
 trained with MinkowskiEngine load unchanged.
 """
+import io
 import math
+import os
 import pickle
+import re
+import zipfile
+from collections import OrderedDict
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -345,20 +351,22 @@ def sparse_conv(feats, kernel, kernel_map, transposed=False):
 
 
 class SparseConv(nn.Module):
-    """Sparse convolution without bias, kernel (K^3, Cin, Cout); the kernel map given to forward sets the stride.
+    """Sparse convolution, kernel (K^3, Cin, Cout); the kernel map given to forward sets the stride.
 
-    With kernel_size 1 the kernel is (Cin, Cout), and forward needs no map.
+    With kernel_size 1 the kernel is (Cin, Cout), and forward needs no map. Only then there may be a bias (1, Cout).
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size):
+    def __init__(self, in_channels, out_channels, kernel_size, bias=False):
         super().__init__()
         shape = (in_channels, out_channels) if kernel_size == 1 else (kernel_size ** 3, in_channels, out_channels)
         self.kernel = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(1, out_channels)) if bias else None
         nn.init.normal_(self.kernel, std=math.sqrt(2 / (kernel_size ** 3 * out_channels)))  # He et al. 2015, fan out
 
     def forward(self, feats, kernel_map=None, transposed=False):
         if self.kernel.ndim == 2:
-            return feats @ self.kernel
+            out = feats @ self.kernel
+            return out if self.bias is None else out + self.bias
         return sparse_conv(feats, self.kernel, kernel_map, transposed)
 
     def extra_repr(self):
@@ -428,24 +436,32 @@ class Stage(nn.Sequential):
 
 PLANES = (32, 64, 128, 256, 256, 128, 96, 96)
 LAYERS = (2, 3, 4, 6, 2, 2, 2, 2)
-SMALL = dict(planes=(32, 32, 64, 96, 64, 48, 32, 32), layers=(1,) * 8)  # the default of train.py
+SMALL = dict(planes=(32, 32, 64, 96, 64, 48, 32, 32), layers=(1,) * 8)
+NETWORKS = {  # options of Res16UNet34C
+    "small": dict(**SMALL, stem=5),  # the default of train.py
+    "res16unet34c": dict(planes=PLANES, layers=LAYERS, stem=5),  # ESAM, oneformer3d, Mask3D, Pointcept's MinkUNet34C
+    "res16unet34c-k3": dict(planes=PLANES, layers=LAYERS, stem=3),  # UnScene3D, LanguageGroundedSemseg
+    "minkunet18a": dict(planes=(32, 64, 128, 256, 128, 128, 96, 96), layers=(2,) * 8, stem=5)}  # OpenScene
 
 
 class Res16UNet34C(nn.Module):
     """The U-Net of ESAM and Mask3D: five resolutions, 37.9 M parameters with the default planes.
 
     forward(coords (M, 4) int64 (batch, x, y, z), feats (M, in_channels)) -> (M, planes[-1]).
-    planes, layers: channels and number of BasicBlocks of block1 to block8. State-dict keys are MinkowskiEngine's.
+    planes, layers: channels and number of BasicBlocks of block1 to block8; NETWORKS has its relatives. stem: kernel size
+    of the first convolution. final: None; or (channels, bias) of a last linear layer, whose output it then returns.
+    The keys of its state dict are MinkowskiEngine's.
     """
 
-    def __init__(self, in_channels=3, planes=PLANES, layers=LAYERS):
+    def __init__(self, in_channels=3, planes=PLANES, layers=LAYERS, stem=5, final=None):
         super().__init__()
         if len(planes) != 8 or len(layers) != 8:
             raise ValueError(f"planes and layers must have 8 entries, got {planes} and {layers}")
         p = planes
-        self.in_channels, self.out_channels = in_channels, p[7]
+        self.out_channels = final[0] if final else p[7]
+        self.options = dict(in_channels=in_channels, planes=tuple(planes), layers=tuple(layers), stem=stem)
 
-        self.conv0p1s1, self.bn0 = SparseConv(in_channels, p[0], 5), BatchNorm(p[0], 0.02)
+        self.conv0p1s1, self.bn0 = SparseConv(in_channels, p[0], stem), BatchNorm(p[0], 0.02)
         self.conv1p1s2, self.bn1 = SparseConv(p[0], p[0], 2), BatchNorm(p[0], 0.02)
         self.block1 = Stage(p[0], p[0], layers[0])
         self.conv2p2s2, self.bn2 = SparseConv(p[0], p[0], 2), BatchNorm(p[0], 0.02)
@@ -463,17 +479,18 @@ class Res16UNet34C(nn.Module):
         self.block7 = Stage(p[6] + p[0], p[6], layers[6])
         self.convtr7p2s2, self.bntr7 = SparseConv(p[6], p[7], 2), BatchNorm(p[7], 0.02)
         self.block8 = Stage(p[7] + p[0], p[7], layers[7])
+        self.final = SparseConv(p[7], final[0], 1, bias=final[1]) if final else nn.Identity()
 
     def forward(self, coords, feats):
-        if feats.ndim != 2 or feats.shape != (len(coords), self.in_channels):
-            raise ValueError(f"feats must be ({len(coords)}, {self.in_channels}), got {tuple(feats.shape)}")
+        if feats.ndim != 2 or feats.shape != (len(coords), self.options["in_channels"]):
+            raise ValueError(f"feats must be ({len(coords)}, {self.options['in_channels']}), got {tuple(feats.shape)}")
         g1 = VoxelGrid(coords)  # gN: stride N
         g2 = g1.coarser
         g4 = g2.coarser
         g8 = g4.coarser
         g16 = g8.coarser
 
-        stem = norm_relu(self.bn0, self.conv0p1s1(feats, g1.neighbours(5)))
+        stem = norm_relu(self.bn0, self.conv0p1s1(feats, g1.neighbours(self.options["stem"])))
         skip2 = self.block1(norm_relu(self.bn1, self.conv1p1s2(stem, g1.down())), g2.neighbours(3))
         skip4 = self.block2(norm_relu(self.bn2, self.conv2p2s2(skip2, g2.down())), g4.neighbours(3))
         skip8 = self.block3(norm_relu(self.bn3, self.conv3p4s2(skip4, g4.down())), g8.neighbours(3))
@@ -486,55 +503,167 @@ class Res16UNet34C(nn.Module):
         x = norm_relu(self.bntr6, self.convtr6p4s2(x, g2.down(), transposed=True))
         x = self.block7(torch.cat((x, skip2), 1), g2.neighbours(3))
         x = norm_relu(self.bntr7, self.convtr7p2s2(x, g1.down(), transposed=True))
-        return self.block8(torch.cat((x, stem), 1), g1.neighbours(3))
+        return self.final(self.block8(torch.cat((x, stem), 1), g1.neighbours(3)))
 
 
-def load_res16unet34c(model, checkpoint):
-    """Loads the weights of a Res16UNet34C: a checkpoint of ESAM or Mask3D, or one written by this repository.
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints of other projects
 
-    checkpoint: a path, or a dict of tensors, flat or under "state_dict" or "model". The prefix of the network is found
-        from the key that ends in `conv0p1s1.kernel` (`backbone.`, `model.backbone.`). Keys without the prefix are
-        ignored, and so is `final.*`, a classifier.
-    Returns a line that says what was loaded. Raises FileNotFoundError; or ValueError with all keys that are missing,
-    unknown or of another shape, in which case the model is unchanged.
+# what a network sees of a colour c in [0, 1]: (c - mean) / std; None: ones, it sees no colour
+COLORS = {"signed": (0.5, 0.5), "centred": (0.5, 1.0), "raw": (0.0, 1.0), "ones": None,
+          "scannet": ((0.47793125906962, 0.4303257521323044, 0.3749598901421883),
+                      (0.2834475483823543, 0.27566157565723015, 0.27018971370874995))}
+# project: prefix of its keys, kernel size of the stem, input channels, colours
+PROJECTS = {"ESAM": (r"backbone\.", 5, 3, "scannet"), "oneformer3d": (r"unet\.", 5, 3, "scannet"),
+            "Mask3D": (r"model\.backbone\.", 5, 3, "scannet"), "UnScene3D": (r"model\.backbone\.", 3, 3, "scannet"),
+            "LanguageGroundedSemseg": (r"(model\.)?", 3, 3, "centred"),
+            "OpenScene": (r"(module\.)?net3d\.", 5, 3, "ones"), "Pointcept": (r"(module\.)?backbone\.", 5, 9, "raw"),
+            "BiFusion": (r"fusion\.encoder_3d\.backbone\.", 5, 3, "signed")}
+DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32}
+
+
+def load_backbone(path, final=False):
+    """A U-Net with the weights of a checkpoint, as ESAM, oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg,
+    OpenScene and Pointcept (MinkUNet34C) publish it, or as train.py writes it.
+
+    Its size is read off the keys. The file's pickle executes nothing and needs no package: `TensorUnpickler`.
+    final: keep the last layer; OpenScene's maps into CLIP's space.
+
+    Returns a Res16UNet34C in eval mode; the name of its colours, a key of COLORS, or None if the project cannot be told;
+    and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the path, if the file is damaged,
+    a tensor is missing, unknown or of another shape, or holds NaN or inf.
     """
-    name = "checkpoint"
-    if not isinstance(checkpoint, dict):
-        name = str(checkpoint)
-        checkpoint = _read_tensors(checkpoint)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{name} holds a {type(checkpoint).__name__}, expected a dict of tensors")
-    tensors = next((checkpoint[key] for key in ("state_dict", "model") if key in checkpoint), checkpoint)
-    anchor = "conv0p1s1.kernel"
-    prefixes = [key[:-len(anchor)] for key in tensors if key == anchor or key.endswith("." + anchor)]
-    if len(prefixes) != 1:
-        raise ValueError(f"{name} has {len(prefixes)} keys that end in {anchor}, expected one; "
-                         f"its keys begin {list(tensors)[:4]}")
-    prefix = prefixes[0]
-    found = {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
-    dropped = [key for key in found if key.startswith("final.")]
-    found = {key: value for key, value in found.items() if key not in dropped}
-
-    own = model.state_dict()
-    problems = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in found]
-    problems += [f"unknown {key}" for key in found if key not in own]
-    problems += [f"{key} is {tuple(found[key].shape)}, the model has {tuple(own[key].shape)}"
-                 for key in own if key in found and found[key].shape != own[key].shape]
+    prefix, tensors, colors = read_backbone(path)
+    dropped = [key for key in tensors if key.startswith("final.") and not final]
+    tensors = {key: value for key, value in tensors.items() if key not in dropped}
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {prefix}{key} {tuple(value.shape)} holds NaN or inf")
+    with torch.device("meta"):  # a hostile file must not decide how much memory is taken
+        network = Res16UNet34C(**network_options(tensors, f"{path}: {prefix}"))
+    own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in tensors.items()}
+    problems = [f"{key} is {theirs.get(key, 'missing')}, expected {own.get(key, 'no such key')}"
+                for key in sorted(own.keys() | theirs.keys()) if own.get(key) != theirs.get(key)]
     if problems:
-        raise ValueError(f"{name} does not fit, {len(problems)} of {len(own)} tensors:\n  " + "\n  ".join(problems))
-    model.load_state_dict(found)
-    return (f"{len(found)} tensors from {name}, prefix {prefix!r}, dropped {dropped or 'nothing'}, "
-            f"left {len(tensors) - len(found) - len(dropped)} keys of other modules")
+        raise ValueError(f"{path} does not fit, {len(problems)} of {len(own)} tensors:\n  " + "\n  ".join(problems))
+    network.load_state_dict(tensors, assign=True)
+
+    options = network.options
+    project = next((name for name, (pattern, stem, channels, _) in PROJECTS.items() if re.fullmatch(pattern, prefix)
+                    and (options["stem"], options["in_channels"]) == (stem, channels)), None)
+    if colors is None and project:
+        colors = PROJECTS[project][3]
+    return network.eval(), colors, (f"{len(tensors)} tensors from {path}, prefix {prefix!r}, project "
+                                    f"{project or 'unknown'}, dropped {dropped or 'nothing'}")
 
 
-def _read_tensors(path):
+def network_options(tensors, where):
+    """The tensors of a network by key -> the options of Res16UNet34C that give these keys and shapes."""
+    planes, layers = [], []
+    for i in range(1, 9):
+        kernels = [value for key, value in tensors.items() if re.fullmatch(rf"block{i}\.\d+\.conv2\.kernel", key)]
+        if not kernels or kernels[0].ndim != 3:
+            raise ValueError(f"{where}block{i} has no conv2.kernel of 3 dimensions")
+        planes.append(kernels[0].shape[2])
+        layers.append(len(kernels))
+    stem = tensors["conv0p1s1.kernel"]
+    if stem.ndim != 3 or len(stem) not in (27, 125):
+        raise ValueError(f"{where}conv0p1s1.kernel has shape {tuple(stem.shape)}, expected (27 or 125, Cin, Cout)")
+    final = None
+    if "final.kernel" in tensors:
+        final = tensors["final.kernel"].shape[-1], "final.bias" in tensors
+    return dict(in_channels=stem.shape[1], planes=planes, layers=layers, stem=round(len(stem) ** (1 / 3)), final=final)
+
+
+def read_backbone(path):
+    """The prefix of a U-Net's keys in a checkpoint, its tensors (float32 or int64) by key without the prefix, and the
+    colours that its config names if train.py wrote it, else None.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # torch raises any of these
-        raise ValueError(f"{path} is not a checkpoint of plain tensors. If it holds other objects and you trust it, "
-                         "load it with weights_only=False and save only its state_dict") from error
+        with zipfile.ZipFile(path) as archive:
+            pickles = [entry for entry in archive.namelist() if entry.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise ValueError(f"it has {len(pickles)} entries data.pkl")
+            state = TensorUnpickler(io.BytesIO(read_entry(archive, pickles[0]))).load()
+            nested = next((state[key] for key in ("state_dict", "model") if key in state), state)
+            anchor = "conv0p1s1.kernel"
+            keys = [key for key, value in nested.items() if isinstance(key, str) and isinstance(value, StoredTensor)]
+            prefixes = [key[:-len(anchor)] for key in keys if key == anchor or key.endswith("." + anchor)]
+            if len(prefixes) != 1:
+                raise ValueError(f"{len(prefixes)} keys end in {anchor}, expected one; its keys begin {keys[:4]}")
+            folder = pickles[0][:-len("data.pkl")]
+            parts = re.compile(re.escape(prefixes[0]) + r"(conv\d|convtr\d|bn\d|bntr\d|block\d|final\.)")
+            found = {key[len(prefixes[0]):]: nested[key].read(archive, folder) for key in keys if parts.match(key)}
+            config = state.get("config")
+    except Exception as error:  # pickle and zipfile raise many kinds
+        raise ValueError(f"{path}: not a checkpoint in the zip format of torch.save, damaged, or without a U-Net "
+                         f"({type(error).__name__}: {error})") from error
+    colors = config.get("colors") if isinstance(config, dict) else None
+    return prefixes[0], found, colors if colors in COLORS else None
+
+
+def read_entry(archive, name):
+    """The bytes of an entry of a zip file, whose checksum zipfile checks; refused if it is larger than in the file."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return archive.read(name)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a checkpoint that has not been read yet."""
+
+    key: str
+    dtype: torch.dtype
+    offset: int
+    size: tuple
+    stride: tuple
+
+    def read(self, archive, folder):
+        """Its values, from an open zip file, which checks their checksum; float32, or int64 for whole numbers."""
+        values = torch.frombuffer(bytearray(read_entry(archive, f"{folder}data/{self.key}")), dtype=self.dtype)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
+        fits = all(n > 0 for n in self.size) and min(self.offset, *self.stride, 0) == 0
+        if not fits or last >= len(values) or math.prod(self.size) > len(values):
+            raise ValueError(f"storage {self.key} has {len(values)} values, which do not make {self}")
+        values = values.as_strided(self.size, self.stride, self.offset)
+        return values.to(torch.float32 if self.dtype.is_floating_point else torch.int64).contiguous()
+
+
+class Inert:
+    """Stands in for every class and function that a pickle names and `TensorUnpickler` does not know; does nothing."""
+
+    def __new__(cls, *args, **options):
+        return super().__new__(cls)
+
+    def ignore(self, *args, **options):
+        pass
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = ignore
+
+
+class TensorUnpickler(pickle._Unpickler):
+    """Reads the pickle of a torch.save file: plain containers, `StoredTensor`, and `Inert` for all else.
+
+    Nothing that the file names is imported or called. The class is pickle's own in Python: the one in C takes as much
+    memory as the largest index that a file names.
+    """
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return lambda storage, offset, size, stride, *_: StoredTensor(*storage, offset, size, stride)
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor
+        return DTYPES.get(name, Inert) if module == "torch" else Inert
+
+    def persistent_load(self, pid):
+        _, dtype, key, *_ = pid
+        return key, dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -543,26 +672,41 @@ def _read_tensors(path):
 class PointEncoder(nn.Module):
     """A sparse U-Net for points: averages point features per voxel, and gives each point its voxel's output.
 
-    voxel_size: in metres. in_channels: F, the channels of the point features. planes, layers: of `Res16UNet34C`.
-    out_channels: if planes[-1] differs, a linear layer maps the voxels to out_channels.
+    voxel_size: in metres. in_channels: F, the channels of the point features. out_channels: if the network's differ, a
+    linear layer maps the voxels to out_channels. network: options of `Res16UNet34C`.
+    color_mean, color_std: the network sees (features - color_mean) / color_std, numbers or sequences of F numbers; None:
+    it sees ones, whatever the features. COLORS has those of other projects.
     """
 
-    def __init__(self, voxel_size, in_channels=3, out_channels=96, planes=PLANES, layers=LAYERS):
+    def __init__(self, voxel_size, in_channels=3, out_channels=96, color_mean=0.5, color_std=0.5, **network):
         super().__init__()
         if not voxel_size > 0:
             raise ValueError(f"voxel_size must be positive, got {voxel_size}")
         self.voxel_size, self.in_channels, self.out_channels = voxel_size, in_channels, out_channels
-        self.backbone = Res16UNet34C(in_channels, planes, layers)
-        self.project = nn.Identity() if planes[-1] == out_channels else nn.Linear(planes[-1], out_channels)
+        self.sees_features = color_mean is not None
+        for name, value in (("color_mean", color_mean), ("color_std", color_std)):
+            value = torch.tensor(value if self.sees_features else 1.0)
+            if value.shape not in ((), (in_channels,)) or not value.isfinite().all() or name == "color_std" and (
+                    value <= 0).any():
+                raise ValueError(f"{name} must be a finite number or {in_channels} of them, positive for color_std; got "
+                                 f"{value.tolist()}")
+            self.register_buffer(name, value, persistent=False)
+        self.backbone = Res16UNet34C(in_channels, **network)
+        width = self.backbone.out_channels
+        self.project = nn.Identity() if width == out_channels else nn.Linear(width, out_channels)
 
     def forward(self, batch):
-        """batch, a dict of "coords" (N, 3) in metres, "features" (N, F) in [0, 1], and "batch" (N,) int64, the scene of
-        each point -> (N, out_channels). The network sees 2 * features - 1.
+        """batch, a dict of "coords" (N, 3) in metres, "features" (N, F) and "batch" (N,) int64, the scene of each point
+        -> (N, out_channels).
         """
         coords, features, batch_idx = batch["coords"], batch["features"], batch["batch"]
         if features.shape != (len(coords), self.in_channels):
             raise ValueError(f"features must be ({len(coords)}, {self.in_channels}), got {tuple(features.shape)}")
+        if self.sees_features:
+            features = (features - self.color_mean) / self.color_std
+        else:
+            features = torch.ones_like(features)
         voxels, point_to_voxel = voxelize(coords, batch_idx, self.voxel_size)  # (M, 4), (N,)
-        feats = voxel_mean(features * 2 - 1, point_to_voxel, len(voxels))      # (M, F)
-        feats = self.project(self.backbone(voxels, feats))                     # (M, out_channels)
+        feats = voxel_mean(features, point_to_voxel, len(voxels))  # (M, F)
+        feats = self.project(self.backbone(voxels, feats))         # (M, out_channels)
         return feats.index_select(0, point_to_voxel)  # its backward adds rows in a fixed order; feats[...]'s is slower

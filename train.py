@@ -46,7 +46,7 @@ from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib
 from scannet import ScanNetFrames, ScanNetScenes, check_splits, load_classes
-from sparse_unet import load_res16unet34c
+from sparse_unet import COLORS, NETWORKS, load_backbone
 from superpoints import VERSION, oversegment
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,9 +147,13 @@ def build_parser():
                    "run ends; 0: wait for ever")
 
     g = parser.add_argument_group("model")
-    g.add_argument("--backbone", choices=("small", "res16unet34c"), default="small", help="the 3D encoder")
+    g.add_argument("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network of "
+                   "--init-3d")
+    g.add_argument("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colours, see "
+                   "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
     g.add_argument("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="metres")
-    g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained Res16UNet34C weights (ESAM, Mask3D)")
+    g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, oneformer3d, "
+                   "Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
     g.add_argument("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
     g.add_argument("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
     g.add_argument("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither "
@@ -222,7 +226,7 @@ def parse_args(argv=None, defaults=None):
     parser = build_parser()
     for action in parser._actions if defaults else ():
         value = defaults.get(action.dest)
-        if value is None or action.dest in NOT_IN_CONFIG:
+        if value is None or action.dest in (*NOT_IN_CONFIG, "init_3d"):  # those weights are in the checkpoint
             continue
         if action.choices and value not in action.choices:
             parser.error(f"the checkpoint's config has {value!r} for {action.option_strings[0]}")
@@ -237,8 +241,8 @@ def parse_args(argv=None, defaults=None):
         parser.error("--scans holds only points: give --data, the folder of their frames, too")
     if args.label_map and not args.scans:
         parser.error("--label-map belongs to --scans: label images already hold that table's ids")
-    if args.init_3d and args.backbone != "res16unet34c":
-        parser.error("--init-3d holds Res16UNet34C weights: give --backbone res16unet34c too")
+    if args.init_3d and (args.resume or args.eval):
+        parser.error("--init-3d begins a run; the weights of a checkpoint are in it")
     if args.init_3d and not Path(args.init_3d).is_file():
         parser.error(f"--init-3d {args.init_3d}: no such file")
     if args.compile and args.diagnose:
@@ -262,6 +266,8 @@ def parse_args(argv=None, defaults=None):
                      "more, or --clip-target point")
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
+    if not args.init_3d:
+        args.backbone, args.colors = args.backbone or "small", args.colors or "signed"
     return args
 
 
@@ -336,6 +342,22 @@ def check_cameras(dataset, store, args):
                          "--no-check insists")
     if key is not None:
         store.put(key, b"right")
+
+
+def open_backbone(args):
+    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were trained with."""
+    network, colors, loaded = load_backbone(args.init_3d)
+    name = next((name for name, options in NETWORKS.items() if network.options == {"in_channels": 3, **options}), None)
+    if name is None or args.backbone not in (None, name):
+        raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
+                         f"{args.backbone or 'one of --backbone ' + ', '.join(NETWORKS)}")
+    if colors is None and args.colors is None:
+        raise ValueError(f"--init-3d {args.init_3d}: no project is known by the names of these weights; say with --colors "
+                         f"{'|'.join(COLORS)} how they saw colours, see docs/backbones.md")
+    args.backbone, args.colors = name, args.colors or colors
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"--backbone {args.backbone}, --colors {args.colors}: {loaded}")
+    return network.state_dict()
 
 
 def open_tower(args, config, log_warning):
@@ -597,6 +619,7 @@ def main(argv=None, clip_criterion=None, stop=None):
         state = read_checkpoint(path)
         lock = lock_folder(Path(path).parent) if args.resume and main_process else None
         args = parse_args(argv, defaults=state["config"])
+    init_3d = open_backbone(args) if args.init_3d else None
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     amp_dtype = AMP_DTYPES[args.amp]
     stop = stop or StopRequest()
@@ -623,9 +646,9 @@ def main(argv=None, clip_criterion=None, stop=None):
     read_every_frame(used_sets, args, rank, world_size)
 
     # model
-    model = build_model(config, len(class_names), instances, encoder_2d)
-    if args.init_3d and state is None:
-        print0(load_res16unet34c(model.fusion.encoder_3d.backbone, args.init_3d))
+    model = build_model(config, len(class_names), instances, encoder_2d, getattr(train_set.frames, "num_features", 3))
+    if init_3d is not None:
+        model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
     synchronize_batch_norm(model)
     fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None

@@ -8,6 +8,7 @@ tests/test_fuzz.py` runs 1,000 trials of each kind.
 import os
 import resource
 import signal
+import zipfile
 import zlib
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 
 import checkpoint
 import scannet
+import sparse_unet
 from cache import FeatureCache, SuperpointCache
 from helpers import CLASSES, TABLE, write_scan, write_scannet
 
@@ -179,6 +181,34 @@ def training_checkpoint(folder):
 @kind("saved step", checksum=True)
 def saved_step(folder):
     return make_checkpoint(folder / "bad_step_3.pt", checkpoint.STEP_FIELDS)
+
+
+def backbone(folder):
+    path = folder / "backbone.pth"
+    torch.manual_seed(0)
+    network = sparse_unet.Res16UNet34C(planes=(4,) * 8, layers=(1,) * 8)
+    torch.save({"state_dict": {f"backbone.{key}": value for key, value in network.state_dict().items()},
+                "meta": {"time": "now", "rng": np.float64(3)}}, path)
+    return path, lambda: sparse_unet.load_backbone(path)[0].state_dict()
+
+
+kind("foreign checkpoint", checksum=True)(backbone)
+
+
+@kind("pickle of a foreign checkpoint")
+def backbone_pickle(folder):
+    path, read_backbone = backbone(folder)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    pickled = folder / "data.pkl"
+    pickled.write_bytes(entries["backbone/data.pkl"])
+
+    def read():
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in (entries | {"backbone/data.pkl": pickled.read_bytes()}).items():
+                archive.writestr(name, content)
+        return read_backbone()
+    return pickled, read
 
 
 # ------------------------------------------------------------------------------------------------------------ damage

@@ -54,8 +54,8 @@ def commands():
 def test_every_command_line_parses(command):
     words = shlex.split(command)
     data = ["--train-split", "t", "--val-split", "v"] if "--data" in words else []
-    numbers = {"S": "0", "K": "10", "N": "4"}
-    assert train.parse_args([*data, *(numbers.get(word, word) for word in words)])
+    values = {"S": "0", "K": "10", "N": "4", "CHECKPOINT": __file__}
+    assert train.parse_args([*data, *(values.get(word, word) for word in words)])
 
 
 @pytest.mark.parametrize("name", PAGES)

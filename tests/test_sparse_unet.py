@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import sparse_unet
 from sparse_unet import (SMALL, BatchNorm, PointEncoder, Res16UNet34C, VoxelGrid,
-                         build_kernel_map, load_res16unet34c, sparse_conv, voxel_mean, voxelize)
+                         build_kernel_map, sparse_conv, voxel_mean, voxelize)
 
 DATA = Path(__file__).parent / "data"
 CONVOLUTIONS = ("conv_k1s1", "conv_k2s2", "conv_k3s1", "conv_k3s1d2", "conv_k5s1", "convtr_k2s2")
@@ -520,69 +520,6 @@ ONE, TWO = torch.zeros(1).long(), torch.zeros(2).long()
 def test_malformed_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# Checkpoints
-
-@functools.cache
-def tiny_weights():
-    torch.manual_seed(1)
-    return Res16UNet34C(**TINY).state_dict()
-
-
-@pytest.mark.parametrize("prefix, nested", [
-    ("", None), ("backbone.", None), ("backbone.", "state_dict"), ("model.backbone.", "state_dict"),
-    ("module.encoder_3d.backbone.", "model")])
-def test_a_checkpoint_loads_whatever_its_prefix(tmp_path, prefix, nested):
-    tensors = {prefix + key: tensor for key, tensor in tiny_weights().items()}
-    tensors[prefix + "final.kernel"] = torch.zeros(8, 20)
-    if prefix:
-        tensors["decoder.weight"] = torch.zeros(3)
-    path = tmp_path / "weights.ckpt"
-    torch.save({nested: tensors, "epoch": 3} if nested else tensors, path)
-    net = Res16UNet34C(**TINY)
-    said = load_res16unet34c(net, path)
-    assert f"{len(net.state_dict())} tensors" in said and str(path) in said and "final.kernel" in said
-    assert ("left 1 keys" if prefix else "left 0 keys") in said
-    assert all(torch.equal(tensor, tiny_weights()[key]) for key, tensor in net.state_dict().items())
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda t: t.pop("backbone.block3.0.conv1.kernel"), "missing block3.0.conv1.kernel"),
-    (lambda t: t.update({"backbone.block9.kernel": torch.zeros(2, 2)}), "unknown block9.kernel"),
-    (lambda t: t.update({"backbone.conv0p1s1.kernel": torch.zeros(125, 6, 8)}), r"\(125, 6, 8\), the model has"),
-    (lambda t: t.pop("backbone.conv0p1s1.kernel"), "0 keys that end in"),
-    (lambda t: t.update({"teacher.conv0p1s1.kernel": torch.zeros(1)}), "2 keys that end in")])
-def test_a_partial_match_is_refused_by_name_and_loads_nothing(spoil, message):
-    tensors = {"backbone." + key: tensor for key, tensor in tiny_weights().items()}
-    spoil(tensors)
-    torch.manual_seed(2)
-    net = Res16UNet34C(**TINY)
-    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        load_res16unet34c(net, {"state_dict": tensors})
-    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
-
-
-class Opaque:
-    pass
-
-
-def test_a_file_that_holds_code_or_is_absent_is_refused(tmp_path):
-    net = Res16UNet34C(**TINY)
-    with pytest.raises(FileNotFoundError, match="absent.ckpt"):
-        load_res16unet34c(net, tmp_path / "absent.ckpt")
-    torch.save({"state_dict": tiny_weights(), "hyper_parameters": Opaque()}, tmp_path / "code.ckpt")
-    with pytest.raises(ValueError, match="code.ckpt is not a checkpoint of plain tensors"):
-        load_res16unet34c(net, tmp_path / "code.ckpt")
-    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "code.ckpt").read_bytes()[:5000])
-    (tmp_path / "empty.ckpt").touch()
-    for name in ("cut.ckpt", "empty.ckpt"):
-        with pytest.raises(ValueError, match=name):
-            load_res16unet34c(net, tmp_path / name)
-    torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
-    with pytest.raises(ValueError, match="tensor.ckpt holds a Tensor"):
-        load_res16unet34c(net, tmp_path / "tensor.ckpt")
 
 
 def test_a_map_dies_with_its_grid():

@@ -399,7 +399,7 @@ WRONG = [
     (["--lr", "inf"], "above 0"), (["--epochs", "two"], "expected a number"), (["--epochs", "1.5"], "expected a number"),
     (["--resume", "a.pt", "--eval", "b.pt"], "exclude each other"), (["--semantic-weight", "0"], "above 0"),
     (["--scans", "scans"], "holds only points"), (["--label-map", "x.tsv"], "belongs to --scans"),
-    (["--init-3d", "x.pt"], "--backbone res16unet34c"), (["--no-such-option"], "unrecognized arguments"),
+    (["--init-3d", "x.pt"], "x.pt: no such file"), (["--no-such-option"], "unrecognized arguments"),
     (["--init-3d", "x.pt", "--backbone", "res16unet34c", "--no-clip"], "x.pt"), (["--data", "folder"], "--train-split"),
     (["--data", "folder", "--train-split", "t", "--val-split", "v"], "folder/classes.txt does not exist"),
     (["--clip-model", "ViT-X"], "is unknown to open_clip"), (["--clip-pretrained", "moon"], "not a tag of"),
