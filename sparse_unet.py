@@ -74,13 +74,13 @@ def voxelize(points, batch_idx, voxel_size):
         raise ValueError(f"voxel_size must be positive, got {voxel_size}")
     xyz = torch.floor(points / voxel_size)
     in_range = xyz.abs() < COORD_LIMIT  # also False for NaN
-    if not in_range.all():
-        bad = (~in_range).any(1).nonzero()[0].item()
-        raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 voxels of {voxel_size} m")
     coords = torch.cat((batch_idx[:, None], xyz.long()), 1)  # (N, 4), one row per point
     if not len(coords):
         return coords, coords.new_empty(0)
-    low, high = torch.stack(coords.aminmax(dim=0)).tolist()
+    low, high, (all_in_range, *_) = torch.stack((*coords.aminmax(dim=0), in_range.all().expand(4))).tolist()
+    if not all_in_range:
+        bad = (~in_range).any(1).nonzero()[0].item()
+        raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 voxels of {voxel_size} m")
     if low[0] < 0:
         raise ValueError(f"batch_idx must not be negative, got {low[0]}")
     return _unique(coords, low, high)
@@ -89,13 +89,24 @@ def voxelize(points, batch_idx, voxel_size):
 def voxel_mean(feats, point_to_voxel, num_voxels):
     """Mean of feats (N, C) over the points of each voxel -> (num_voxels, C); point_to_voxel (N,) from `voxelize`."""
     total = feats.new_zeros(num_voxels, feats.shape[1]).index_add_(0, point_to_voxel, feats)
-    return total / torch.bincount(point_to_voxel, minlength=num_voxels)[:, None]
+    ones = torch.ones(point_to_voxel.shape, device=feats.device)
+    points = ones.new_zeros(num_voxels).index_add_(0, point_to_voxel, ones)  # bincount would wait for a GPU
+    return total / points[:, None]
+
+
+def _invert(table, num_in):
+    """table (n, num_out) of rows in [0, num_in], no two alike in a line but num_in -> (n, num_in): where each row stands
+    in its line, and num_out for those that do not.
+    """
+    n, num_out = table.shape
+    rows = torch.arange(num_out, dtype=table.dtype, device=table.device).expand_as(table)
+    return table.new_full((n, num_in + 1), num_out).scatter_(1, table.long(), rows)[:, :-1]
 
 
 class KernelMap:
     """Which input row each output row reads at each kernel offset; also serves the transposed convolution.
 
-    table: (K^3, num_out) int64, input rows, and num_in where the voxel is empty.
+    table: (K^3, num_out) int32, input rows, and num_in where the voxel is empty.
     """
 
     def __init__(self, table, num_in):
@@ -104,16 +115,14 @@ class KernelMap:
     @cached_property
     def transposed_table(self):
         """(K^3, num_in): the output row that reads each input row, and num_out where none does."""
-        rows = torch.arange(self.num_out, device=self.table.device).expand_as(self.table)
-        table = self.table.new_full((len(self.table), self.num_in + 1), self.num_out)
-        return table.scatter_(1, self.table, rows)[:, :-1]
+        return _invert(self.table, self.num_in)
 
     @cached_property
     def pairs(self):
         """The P occupied entries, sorted by offset: input rows (P,), output rows (P,), and K^3 numbers of pairs."""
         occupied = self.table < self.num_in
         entries = occupied.view(-1).nonzero().squeeze(1)
-        in_rows = self.table.view(-1)[entries]
+        in_rows = self.table.view(-1)[entries].long()
         out_rows = entries % max(self.num_out, 1)
         return in_rows, out_rows, occupied.sum(1).tolist()
 
@@ -140,11 +149,7 @@ class VoxelGrid:
     def __init__(self, coords, stride=1):
         if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"coords must be (M, 4) int64 (batch, x, y, z), got {tuple(coords.shape)} {coords.dtype}")
-        self.coords = coords.long()
-        self.stride = stride
-        self.order = None  # sorts coords; None: they are sorted
-        self.bounds = ([0] * 4, [0] * 4)
-        self._maps = {}
+        self._set(coords.long(), stride)
         if not len(coords):
             return
         self.bounds = low, high = torch.stack(self.coords.aminmax(dim=0)).tolist()
@@ -159,6 +164,14 @@ class VoxelGrid:
             if len(twins):
                 twin = self.coords[self.order[twins[0, 0]]].tolist()
                 raise ValueError(f"coords hold {len(twins)} duplicates, the first is {twin}: voxelize first")
+
+    def _set(self, coords, stride, bounds=([0] * 4, [0] * 4)):
+        self.coords = coords
+        self.stride = stride
+        self.bounds = bounds
+        self.order = None  # sorts coords; None: they are sorted
+        self._maps = {}
+        return self
 
     def __len__(self):
         return len(self.coords)
@@ -176,7 +189,8 @@ class VoxelGrid:
         parents = self.coords.clone()
         parents[:, 1:] = self.coords[:, 1:].div(stride, rounding_mode="floor") * stride
         low, high = ([batch] + [c // stride * stride for c in xyz] for batch, *xyz in self.bounds)
-        return VoxelGrid(_unique(parents, low, high)[0], stride)
+        coords = _unique(parents, low, high)[0]  # sorted and valid: checks would only wait for a GPU
+        return VoxelGrid.__new__(VoxelGrid)._set(coords, stride, (low, high))
 
     def neighbours(self, kernel_size, dilation=1):
         """KernelMap of a stride-1 convolution on these voxels."""
@@ -196,15 +210,15 @@ class VoxelGrid:
 def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     """KernelMap from one VoxelGrid to another; outputs.stride must be inputs.stride or a multiple of it.
 
-    A kernel column is the K offsets that share ix and iy. One binary search finds the first voxel of a column; z varies
-    fastest in the sorted keys, so the other voxels are the next keys, and K^2 searches serve K^3 offsets. If both grids
-    are the same, offset K^3 - 1 - k mirrors offset k, which halves the searches.
+    A kernel column is the K offsets that share ix and iy. One binary search finds the first voxel of every column; z
+    varies fastest in the sorted keys, so the other voxels are the next keys, and K^2 searches serve K^3 offsets. If both
+    grids are the same, offset K^3 - 1 - k mirrors offset k, which halves the searches.
     """
     if kernel_size < 1 or dilation < 1 or outputs.stride % inputs.stride:
         raise ValueError(f"no map of kernel {kernel_size}, dilation {dilation} "
                          f"from stride {inputs.stride} to {outputs.stride}")
     K = kernel_size
-    num_in = len(inputs)
+    num_in, num_out = len(inputs), len(outputs)
     first = -(K // 2) if K % 2 else 0
     shifts = [(first + i) * dilation * inputs.stride for i in range(K)]
 
@@ -216,29 +230,28 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     queries, _ = _pack(outputs.sorted_coords, low, high, margin)
     keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))  # a search may end past the last key
 
-    rows = torch.arange(len(outputs), device=keys.device)
-    table = keys.new_empty(K ** 3, len(outputs))
     mirrored = inputs is outputs and K % 2 == 1
-    middle = K * K // 2  # the column through the centre
-    for column in range(middle + 1 if mirrored else K * K):
-        start = queries + (shifts[column % K] * x_step + shifts[column // K] * y_step)
-        position = torch.searchsorted(keys, start + shifts[0])
-        for iz in range(K // 2 if mirrored and column == middle else K):
-            target = start + shifts[iz]
-            if iz:
-                for _ in range(dilation):  # at most `dilation` voxels lie between two offsets of a column
-                    position = position + (keys[position] < target)
-            found = torch.where(keys[position] == target, position, num_in)
-            k = column + K * K * iz
-            table[k] = found
-            if mirrored:
-                table[-1 - k] = keys.new_full((num_in + 1,), num_in).scatter_(0, found, rows)[:-1]
-    if mirrored:
-        table[K ** 3 // 2] = rows
+    columns = K * K // 2 + 1 if mirrored else K * K  # of a mirrored map up to the column through the centre
+    along = (torch.arange(K, device=keys.device) + first) * (dilation * inputs.stride)  # (K,), as shifts
+    column_shifts = (along * x_step + along[:, None] * y_step).flatten()[:columns]
+    start = queries + column_shifts[:, None]  # (columns, num_out)
+    position = torch.searchsorted(keys, start + shifts[0])
+    table = torch.empty(K, K * K, num_out, dtype=torch.int32, device=keys.device)
+    for iz in range(K):
+        target = start + shifts[iz]
+        if iz:
+            for _ in range(dilation):  # at most `dilation` voxels lie between two offsets of a column
+                position = position + (keys[position] < target)
+        table[iz, :columns] = torch.where(keys[position] == target, position, num_in)
+    if mirrored and columns > 1:
+        found = table[:, :columns - 1].flatten(0, 1)
+        table[:, columns:] = _invert(found, num_in).view(K, columns - 1, num_out).flip(0, 1)
+    table = table.view(K ** 3, num_out)
 
     # from sorted rows back to the order of coords
     if inputs.order is not None:
-        table = torch.cat((inputs.order, inputs.order.new_tensor([num_in])))[table]
+        order = torch.cat((inputs.order, inputs.order.new_full((1,), num_in))).to(table.dtype)
+        table = order.index_select(0, table.view(-1)).view_as(table)
     if outputs.order is not None:
         table = torch.empty_like(table).index_copy_(1, outputs.order, table)
     return KernelMap(table, num_in)
