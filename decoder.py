@@ -48,8 +48,29 @@ def pool(feats, index, count):
         raise ValueError(f"feats must be (N, C) and index (N,), got {tuple(feats.shape)} and {tuple(index.shape)}")
     wide = feats.to(torch.promote_types(feats.dtype, torch.float32))
     total = wide.new_zeros(count, feats.shape[1]).index_add(0, index, wide)
-    num_rows = torch.bincount(index, minlength=count).clamp(min=1)
+    ones = wide.new_ones(len(index))
+    num_rows = ones.new_zeros(count).index_add(0, index, ones).clamp(min=1)  # bincount would wait for a GPU
     return (total / num_rows[:, None]).to(feats.dtype)
+
+
+def draw_queries(superpoint_batch, seeds=None, min_share=1.0):
+    """The superpoints of every scene that become queries: a random share between min_share and all of them.
+
+    superpoint_batch: (S,) int64, sorted. seeds: B integers, or None, see `InstanceDecoder.forward`. In evaluation
+    min_share is 1, and the queries are all superpoints in their order.
+    Returns the queries (Q,) int64 on the CPU, scene after scene and numbered within their scene; and two lists of B
+    integers, the superpoints S_b and the queries Q_b of each scene.
+    """
+    sizes = torch.bincount(superpoint_batch).tolist()
+    drawn = []
+    for size, seed in zip(sizes, [None] * len(sizes) if seeds is None else seeds):
+        if min_share == 1:
+            drawn.append(torch.arange(size))
+            continue
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        share = torch.empty(()).uniform_(min_share, 1, generator=generator).item()
+        drawn.append(torch.randperm(size, generator=generator)[:math.ceil(share * size)])
+    return torch.cat(drawn), sizes, [len(index) for index in drawn]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -139,12 +160,13 @@ class InstanceDecoder(nn.Module):
         self.quality_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.semantic_head = nn.Linear(C, K)
 
-    def forward(self, feats, superpoint_batch, seeds=None):
+    def forward(self, feats, superpoint_batch, seeds=None, queries=None):
         """Predictions for a packed batch of superpoints.
 
         feats: (S, C) superpoint features. superpoint_batch: (S,) int64, sorted, the scene of each superpoint.
         seeds: B integers that draw the training queries of each scene, so that the draw depends neither on the other
             scenes nor on the process; None: torch's global generator draws them.
+        queries: what `draw_queries` gave for these superpoints, which keeps this from waiting for a GPU; None: drawn here.
         Returns a dict:
             "layers": num_layers + 1 predictions, the last is the final one; each is a dict of tuples over B scenes,
                 "class_logits" (Q_b, K + 1), the last column is "no object"; "mask_logits" (Q_b, S_b);
@@ -157,11 +179,12 @@ class InstanceDecoder(nn.Module):
                              f"got {tuple(feats.shape)} and {tuple(superpoint_batch.shape)}")
         if len(feats) == 0:
             raise ValueError("no superpoint in the whole batch")
-        sizes = torch.bincount(superpoint_batch).tolist()  # S_b of each scene
-        if seeds is None:
-            seeds = [None] * len(sizes)
-        query_index = tuple(self._draw_queries(size, seed, feats.device) for size, seed in zip(sizes, seeds))
-        query_sizes = [len(index) for index in query_index]  # Q_b of each scene
+        if queries is None:
+            share = self.min_query_share if self.training else 1.0
+            index, sizes, query_sizes = draw_queries(superpoint_batch, seeds, share)
+        else:
+            index, sizes, query_sizes = queries
+        query_index = index.to(feats.device).split(query_sizes)  # B tensors (Q_b,)
 
         source = self.source_proj(feats)                  # (S, D)
         mask_feats = self.mask_proj(feats).split(sizes)   # B tensors (S_b, D)
@@ -174,16 +197,6 @@ class InstanceDecoder(nn.Module):
             query = layer(query, source, query_sizes, sizes, allowed)
             layers.append(self._predict(query, query_sizes, mask_feats))
         return {"layers": layers, "query": query_index, "semantic_logits": self.semantic_head(feats)}
-
-    def _draw_queries(self, num_superpoints, seed, device):
-        """Indices of the superpoints of one scene that become queries: all in evaluation, a random share in training.
-        """
-        if not self.training:
-            return torch.arange(num_superpoints, device=device)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        share = torch.empty(()).uniform_(self.min_query_share, 1, generator=generator).item()
-        order = torch.randperm(num_superpoints, generator=generator)
-        return order[:math.ceil(share * num_superpoints)].to(device)
 
     def _predict(self, query, query_sizes, mask_feats):
         query = self.out_norm(query)  # (Q, D)

@@ -393,51 +393,71 @@ def match_instances(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, m
 
         cost = -0.5 * p(class of the instance) + BCE(mask) + dice(mask)          (weights: MATCHING_COSTS)
 
-    One scene: class_logits (Q, K + 1), mask_logits (Q, S), labels (G,), masks (G, S) bool, query (Q,) the superpoint
-    of each query. Returns best (G,) int64, the query taken, and matched (G,) bool, False if the instance owns the
-    superpoint of no query.
+    One scene, any number of predictions of it, which are matched independently: class_logits (..., Q, K + 1),
+    mask_logits (..., Q, S), labels (G,), masks (G, S) bool, query (Q,) the superpoint of each query. Returns best
+    (..., G) int64, the query taken, and matched (..., G) bool, False if the instance owns the superpoint of no query.
     """
     target = masks.to(mask_logits.dtype)
     probability = mask_logits.sigmoid()
     # Summed over a mask, softplus(x) - x t is the BCE; dice as in dice_loss. As matrix products, to make no (Q, G, S).
-    bce = (F.softplus(mask_logits).sum(1, keepdim=True) - mask_logits @ target.T) / mask_logits.shape[1]
-    dice = 1 - (2 * probability @ target.T + 1) / (probability.sum(1, keepdim=True) + target.sum(1) + 1)
-    class_probability = class_logits.softmax(1)[:, labels]
+    bce = (F.softplus(mask_logits).sum(-1, keepdim=True) - mask_logits @ target.T) / mask_logits.shape[-1]
+    dice = 1 - (2 * probability @ target.T + 1) / (probability.sum(-1, keepdim=True) + target.sum(1) + 1)
+    class_probability = class_logits.softmax(-1)[..., labels]
     cost = (MATCHING_COSTS["bce"] * bce + MATCHING_COSTS["dice"] * dice
-            - MATCHING_COSTS["class"] * class_probability)  # (Q, G)
-    cheapest, best = cost.where(masks[:, query].T, torch.inf).min(0)
+            - MATCHING_COSTS["class"] * class_probability)  # (..., Q, G)
+    cheapest, best = cost.where(masks[:, query].T, torch.inf).min(-2)
     return best, cheapest.isfinite()
 
 
 def scene_instance_loss(class_logits: Tensor, mask_logits: Tensor, quality: Tensor, target: dict, query: Tensor):
-    """The terms of `instance_loss` for one scene -> terms (4,), counted (4,) bool: whether the term has a value."""
-    if len(query) == 0:  # a scene without points: zeros with a graph, not counted
-        return class_logits.sum().expand(4), torch.zeros(4, dtype=torch.bool, device=class_logits.device)
-    Q, K = class_logits.shape[0], class_logits.shape[1] - 1
-    best, matched = match_instances(class_logits, mask_logits, target["labels"], target["masks"], query)
+    """The terms of `instance_loss` for one scene and L layers: class_logits (L, Q, K + 1), mask_logits (L, Q, S),
+    quality (L, Q) -> terms (L, 4), counted (L, 4) bool: whether the term has a value.
+    """
+    L, Q, K = class_logits.shape[0], class_logits.shape[1], class_logits.shape[2] - 1
+    if Q == 0:  # a scene without points: zeros with a graph, not counted
+        return class_logits.sum().expand(L, 4), torch.zeros(L, 4, dtype=torch.bool, device=class_logits.device)
+    best, matched = match_instances(class_logits, mask_logits, target["labels"], target["masks"], query)  # (L, G)
 
-    # Unmatched instances write to a spare row Q: nothing here waits for the device.
-    classes = torch.full((Q + 1,), K, device=class_logits.device)
-    classes[torch.where(matched, best, Q)] = torch.where(matched, target["labels"], K)
+    # Unmatched instances write to a spare query Q: nothing here waits for the device.
+    classes = torch.full((L, Q + 1), K, device=class_logits.device)
+    classes.scatter_(1, torch.where(matched, best, Q), torch.where(matched, target["labels"], K))
+    classes = classes[:, :Q]
     class_weights = class_logits.new_ones(K + 1)
     class_weights[K] = NO_OBJECT_WEIGHT
-    class_term = F.cross_entropy(class_logits, classes[:Q], class_weights)
+    cross_entropy = F.cross_entropy(class_logits.transpose(1, 2), classes, class_weights, reduction="none")  # (L, Q)
+    class_term = cross_entropy.sum(1) / class_weights[classes].sum(1)
 
-    logits = mask_logits[best]  # (G, S)
+    logits = mask_logits.gather(1, best[..., None].expand(-1, -1, mask_logits.shape[2]))  # (L, G, S)
     masks = target["masks"].to(mask_logits.dtype)
-    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(1)  # (G,)
+    bce = F.binary_cross_entropy_with_logits(logits, masks.expand_as(logits), reduction="none").mean(-1)  # (L, G)
     dice = dice_loss(logits.sigmoid(), masks)
     shape = logits >= 0
-    overlap = (shape & target["masks"]).sum(1)
-    union = (shape | target["masks"]).sum(1)
+    overlap = (shape & target["masks"]).sum(-1)
+    union = (shape | target["masks"]).sum(-1)
     iou = overlap / union.clamp(min=1)
+    error = (quality.gather(1, best) - iou) ** 2
     good = matched & (iou > 0.5)
 
-    terms, counted = [class_term], [matched.new_ones(())]
-    for value, mask in ((bce, matched), (dice, matched), ((quality[best] - iou) ** 2, good)):
-        terms.append(value.where(mask, 0).sum() / mask.sum().clamp(min=1))
-        counted.append(mask.any())
-    return torch.stack(terms), torch.stack(counted)
+    values = torch.stack([bce, dice, error], 1)          # (L, 3, G)
+    masks = torch.stack([matched, matched, good], 1)
+    means = values.where(masks, 0).sum(-1) / masks.sum(-1).clamp(min=1)
+    counted = torch.cat([masks.new_ones(L, 1), masks.any(-1)], 1)
+    return torch.cat([class_term[:, None], means], 1), counted
+
+
+def instance_losses(layers: list, targets: list, query, world_mean=None) -> list:
+    """`instance_loss` of L layers at once: a list of L dicts. world_mean is called once per layer."""
+    terms, counted = [], []
+    with torch.autocast(layers[0]["class_logits"][0].device.type, enabled=False):
+        for b, (target, index) in enumerate(zip(targets, query)):
+            scene = [torch.stack([layer[key][b] for layer in layers]) for key in ("class_logits", "mask_logits", "quality")]
+            scene_terms, scene_counted = scene_instance_loss(*(x.to(common_dtype(x)) for x in scene), target, index)
+            terms.append(scene_terms)
+            counted.append(scene_counted)
+        counted = torch.stack(counted)  # (B, L, 4)
+        total = torch.stack(terms).where(counted, 0).sum(0)  # (L, 4)
+        means = [mean_over(*layer, world_mean) for layer in zip(total, counted.sum(0))]
+    return [dict(zip(INSTANCE_WEIGHTS, mean)) for mean in means]
 
 
 def instance_loss(layer: dict, targets: list, query, world_mean=None) -> dict:
@@ -455,16 +475,8 @@ def instance_loss(layer: dict, targets: list, query, world_mean=None) -> dict:
     of a batch weigh the same. Without any match a term is a zero with a graph. world_mean: see the top of the file; it
     is called once, on the number of scenes of each term (4,).
     """
-    terms, counted = [], []
-    with torch.autocast(layer["class_logits"][0].device.type, enabled=False):
-        for *scene, target, index in zip(layer["class_logits"], layer["mask_logits"], layer["quality"], targets, query):
-            scene = [x.to(common_dtype(x)) for x in scene]
-            scene_terms, scene_counted = scene_instance_loss(*scene, target, index)
-            terms.append(scene_terms)
-            counted.append(scene_counted)
-        counted = torch.stack(counted)  # (B, 4)
-        mean = mean_over(torch.stack(terms).where(counted, 0).sum(0), counted.sum(0), world_mean)
-    return dict(zip(INSTANCE_WEIGHTS, mean))
+    result, = instance_losses([layer], targets, query, world_mean)
+    return result
 
 
 class InstanceCriterion(nn.Module):
@@ -484,5 +496,5 @@ class InstanceCriterion(nn.Module):
         """
         if len(output["query"]) != len(targets):
             raise ValueError(f"output of {len(output['query'])} scenes, but targets of {len(targets)}")
-        layers = [instance_loss(layer, targets, output["query"], self.world_mean) for layer in output["layers"]]
+        layers = instance_losses(output["layers"], targets, output["query"], self.world_mean)
         return {name: sum(layer[name] for layer in layers) for name in INSTANCE_WEIGHTS}

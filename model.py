@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from checkpoint import read_checkpoint, restore
-from decoder import InstanceDecoder, pool, superpoint_index
+from decoder import InstanceDecoder, draw_queries, pool, superpoint_index
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from sparse_unet import COLORS, NETWORKS, PointEncoder
@@ -50,11 +50,9 @@ class Segmenter(nn.Module):
         out["logits"] = self.head(out["feat_fusion"])  # (N, K)
         if self.decoder is None:
             return out
-        if "superpoints" in batch:
-            segments = batch["superpoints"]
-        else:
-            segments = (batch["points"] / self.cell).floor().long()  # (N, 3)
-        point_to_superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
+        if "queries" not in batch:
+            batch = number_superpoints(batch, self.cell, self.decoder.min_query_share if self.training else 1.0)
+        point_to_superpoint, superpoint_batch = batch["point_to_superpoint"], batch["superpoint_batch"]
         S = len(superpoint_batch)
 
         # position of a superpoint within its scene
@@ -63,10 +61,22 @@ class Segmenter(nn.Module):
         position = self.position(centre - scene_centre[superpoint_batch])  # (S, C)
 
         feats = pool(out["feat_fusion"], point_to_superpoint, S) + position
-        decoded = self.decoder(feats, superpoint_batch, batch.get("seed"))
+        decoded = self.decoder(feats, superpoint_batch, queries=batch["queries"])
         out["logits"] = out["logits"] + decoded["semantic_logits"][point_to_superpoint]
         return {**out, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
                 "decoder": decoded}
+
+
+def number_superpoints(batch, cell=0.2, min_query_share=1.0):
+    """A batch with what the decoder needs of it and the network does not change, so that nothing waits for a GPU later.
+
+    Adds point_to_superpoint (N,), superpoint_batch (S,) and queries, a result of `decoder.draw_queries`. A batch without
+    superpoints gets cubes of `cell` metres.
+    """
+    segments = batch["superpoints"] if "superpoints" in batch else (batch["points"] / cell).floor().long()
+    point_to_superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
+    return {**batch, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
+            "queries": draw_queries(superpoint_batch, batch.get("seed"), min_query_share)}
 
 
 def build_encoder_2d(config):
@@ -116,10 +126,15 @@ def load_model(path, device=None):
     return model.to(device).eval(), class_names, config
 
 
-def to_device(batch, device):
-    """A batch with its tensors on a device."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()}
+def to_device(value, device):
+    """A batch, or whatever is in it, with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(part, device) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(part, device) for part in value)
+    return value
 
 
 def run_command(main):

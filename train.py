@@ -41,7 +41,7 @@ from distributed import (StopRequest, average_buffers, average_gradients, gather
                          survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight, instance_targets)
-from model import build_encoder_2d, build_model, compile_parts, run_command, to_device
+from model import build_encoder_2d, build_model, compile_parts, number_superpoints, run_command, to_device
 from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib
@@ -394,9 +394,21 @@ def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
     gather_objects(None, world_size)  # wait for the others
 
 
-def data_loader(dataset, sampler, args, device):
-    """Batches of the samples that `sampler` names."""
-    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate, num_workers=args.workers,
+def collate_prepared(samples, cell, min_query_share):
+    """Samples -> a batch with what the decoder and the instance loss need of it alone; see `number_superpoints`."""
+    batch = number_superpoints(collate(samples), cell, min_query_share)
+    targets = instance_targets(batch["labels"], batch["instances"], batch["point_to_superpoint"],
+                               batch["superpoint_batch"])
+    return {**batch, "targets": targets}
+
+
+def data_loader(dataset, sampler, args, device, model):
+    """Batches of the samples that `sampler` names; model: a Segmenter, in training mode if the batches are to train it."""
+    collate_fn = collate
+    if model.decoder is not None:
+        collate_fn = partial(collate_prepared, cell=model.cell,
+                             min_query_share=model.decoder.min_query_share if model.training else 1.0)
+    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=args.workers,
                       persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
                       timeout=args.worker_timeout if args.workers else 0, worker_init_fn=survive_first_signal,
                       generator=torch.Generator())  # a separate one leaves the global one untouched
@@ -428,8 +440,8 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32):
         out = model(batch)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
     if model.decoder is not None:
-        targets = instance_targets(batch["labels"], batch["instances"], out["point_to_superpoint"],
-                                   out["superpoint_batch"])
+        targets = batch["targets"] if "targets" in batch else instance_targets(
+            batch["labels"], batch["instances"], out["point_to_superpoint"], out["superpoint_batch"])
         for name, term in criteria["instance"](out["decoder"], targets).items():
             terms[f"instance_{name}"] = term
     if out["clip_global"] is not None and weights["clip"] > 0:
@@ -662,8 +674,8 @@ def main(argv=None, clip_criterion=None, stop=None):
     if encoder_2d is not None and args.clip_blocks == 0 and args.cache != "none":
         cache_features(encoder_2d, f"clip {fingerprint}", used_sets, args, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    train_loader = data_loader(train_set, sampler, args, device)
-    val_loader = data_loader(val_set, range(rank, len(val_set), world_size), args, device)
+    train_loader = data_loader(train_set, sampler, args, device, model)
+    val_loader = data_loader(val_set, range(rank, len(val_set), world_size), args, device, model.eval())
 
     # optimizer and schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
