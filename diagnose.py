@@ -221,13 +221,13 @@ class NonFiniteGuard:
 
     def begin_step(self):
         """Remembers the running statistics, so that a skipped step leaves no trace."""
-        for before, now in zip(self.statistics_before, self.statistics):
-            before.copy_(now)
+        if self.statistics:
+            torch._foreach_copy_(self.statistics_before, self.statistics)
 
     def skip_step(self):
         """Puts the running statistics back."""
-        for before, now in zip(self.statistics_before, self.statistics):
-            now.copy_(before)
+        if self.statistics:
+            torch._foreach_copy_(self.statistics, self.statistics_before)
 
     def good_step(self):
         self.bad_in_a_row = 0

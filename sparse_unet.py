@@ -43,20 +43,15 @@ def _pack(coords, low, high, margin=0):
     if math.prod(extent) >= 2 ** 63:
         raise ValueError(f"coords span {extent} voxels in (batch, x, y, z), a product of 2^63 or more")
     steps = [math.prod(extent[i + 1:]) for i in range(4)]
-    keys = sum((column - lo) * step for column, lo, step in zip(coords.unbind(1), low, steps))
-    return keys, steps
+    batch, x, y, z = coords.unbind(1)
+    keys = z - sum(lo * step for lo, step in zip(low, steps))  # steps[3] is 1
+    return keys.add_(batch, alpha=steps[0]).add_(x, alpha=steps[1]).add_(y, alpha=steps[2]), steps
 
 
 def _unique(coords, low, high):
     """Distinct rows of coords in lexicographic order, and the index of each given row among them."""
-    keys, steps = _pack(coords, low, high)
-    keys, inverse = keys.unique(return_inverse=True)
-    columns = []
-    for lo, step in zip(low, steps):
-        column = keys // step
-        columns.append(column + lo)
-        keys = keys - column * step
-    return torch.stack(columns, 1), inverse
+    keys, inverse = _pack(coords, low, high)[0].unique(return_inverse=True)
+    return coords.new_empty(len(keys), 4).index_copy_(0, inverse, coords), inverse  # equal rows meet in one place
 
 
 def voxelize(points, batch_idx, voxel_size):
@@ -227,7 +222,7 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     high = list(map(max, inputs.bounds[1], outputs.bounds[1]))
     margin = max(map(abs, shifts))
     keys, (_, x_step, y_step, _) = _pack(inputs.sorted_coords, low, high, margin)
-    queries, _ = _pack(outputs.sorted_coords, low, high, margin)
+    queries = keys if inputs is outputs else _pack(outputs.sorted_coords, low, high, margin)[0]
     keys = torch.cat((keys, keys.new_full((1,), torch.iinfo(torch.int64).max)))  # a search may end past the last key
 
     mirrored = inputs is outputs and K % 2 == 1
