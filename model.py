@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
         if self.decoder is None:
             return out
         if "queries" not in batch:
-            batch = number_superpoints(batch, self.cell, self.decoder.min_query_share if self.training else 1.0)
+            batch = number_superpoints(batch, self.cell, self.decoder.min_query_share if self.decoder.training else 1.0)
         point_to_superpoint, superpoint_batch = batch["point_to_superpoint"], batch["superpoint_batch"]
         S = len(superpoint_batch)
 
