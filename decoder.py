@@ -12,14 +12,16 @@ al., "Masked-attention Mask Transformer", CVPR 2022. On superpoints: Sun et al.,
 et al., "OneFormer3D", CVPR 2024; for single RGB-D frames: Xu et al., "ESAM", ICLR 2025. Inference ends with matrix NMS:
 Wang et al., "SOLOv2", NeurIPS 2020.
 
-Scenes are packed and ragged, without padding: linear layers run once over the rows of all scenes, and only the
-attention loops over scenes. Imports torch only.
+Scenes are packed and ragged: linear layers run once over the rows of all scenes, without padding. Attention and masks
+pad the scenes to the largest, so that they need no loop over scenes. Imports torch only.
 """
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+PADDED = -1e4  # mask logit of a superpoint that is not there: its probability and its part of a loss are exactly 0
 
 
 def superpoint_index(segments, batch_idx):
@@ -58,8 +60,9 @@ def draw_queries(superpoint_batch, seeds=None, min_share=1.0):
 
     superpoint_batch: (S,) int64, sorted. seeds: B integers, or None, see `InstanceDecoder.forward`. In evaluation
     min_share is 1, and the queries are all superpoints in their order.
-    Returns the queries (Q,) int64 on the CPU, scene after scene and numbered within their scene; and two lists of B
-    integers, the superpoints S_b and the queries Q_b of each scene.
+    Returns a dict, its tensors on the CPU: "rows" (Q,) int64, the superpoint of each query, scene after scene; "query"
+    (B, Q_max) int64, the same numbered within the scene, and -1 beyond its queries; "sizes" and "query_sizes", lists of
+    B integers, the superpoints S_b and the queries Q_b of each scene; "padding" (B, S_max) bool, True beyond S_b.
     """
     sizes = torch.bincount(superpoint_batch).tolist()
     drawn = []
@@ -70,11 +73,59 @@ def draw_queries(superpoint_batch, seeds=None, min_share=1.0):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         share = torch.empty(()).uniform_(min_share, 1, generator=generator).item()
         drawn.append(torch.randperm(size, generator=generator)[:math.ceil(share * size)])
-    return torch.cat(drawn), sizes, [len(index) for index in drawn]
+    first = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    rows = torch.cat([index + start for index, start in zip(drawn, first)])
+    query = nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=-1)
+    padding = torch.arange(max(sizes)) >= torch.tensor(sizes)[:, None]
+    return {"rows": rows, "query": query, "sizes": sizes, "query_sizes": [len(index) for index in drawn],
+            "padding": padding}
+
+
+def pad_scenes(rows, sizes):
+    """rows (R, C) of B scenes, sizes: B integers that sum to R -> (B, largest of sizes, C), zero beyond a scene's rows.
+    """
+    longest = max(sizes)
+    zeros = rows.new_zeros(longest - min(sizes), *rows.shape[1:])
+    parts = [part for scene in rows.split(sizes) for part in (scene, zeros[:longest - len(scene)])]
+    return torch.cat(parts).view(len(sizes), longest, *rows.shape[1:])  # one copy, and none in the backward pass
+
+
+def unpad_scenes(padded, sizes):
+    """The inverse of `pad_scenes`: padded (B, R_max, C) -> (R, C)."""
+    longest = padded.shape[1]
+    lengths = [length for size in sizes for length in (size, longest - size)]
+    return torch.cat(padded.flatten(0, 1).split(lengths)[::2])
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Network
+
+def attend_by_scene(q, k, v, x_sizes, source_sizes, allowed=None):
+    """q (Q, nh, C), k and v (S, nh, C) of B packed scenes -> (Q, nh, C); see `Attention.forward`."""
+    queries = q.transpose(0, 1).split(x_sizes, 1)  # B tensors (nh, Q_b, C)
+    keys, values = (rows.transpose(0, 1).split(source_sizes, 1) for rows in (k, v))
+    scenes = []
+    for q, k, v, mask in zip(queries, keys, values, allowed or [None] * len(x_sizes)):
+        y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)  # (1, nh, Q_b, C)
+        scenes.append(y[0].transpose(0, 1))
+    return torch.cat(scenes)
+
+
+def attend_padded(q, k, v, x_sizes, source_sizes, allowed=None):
+    """The same in one call."""
+    q, k, v = pad_scenes(q, x_sizes), pad_scenes(k, source_sizes), pad_scenes(v, source_sizes)  # (B, longest, nh, C)
+    mask = None
+    if allowed is not None:
+        height, width = q.shape[1], k.shape[1]
+        mask = torch.stack([F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0])) for m in allowed])
+    elif min(source_sizes) < max(source_sizes):
+        mask = pad_scenes(k.new_ones(sum(source_sizes), dtype=torch.bool), source_sizes)[:, None]  # (B, 1, S_max)
+    if mask is not None:  # open the rows that see nothing, those of padding among them: their softmax would be NaN
+        mask = (mask | ~mask.any(2, keepdim=True))[:, None]
+    q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))  # (B, nh, longest, C)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return unpad_scenes(y.transpose(1, 2), x_sizes)
+
 
 class Attention(nn.Module):
     """Multi-head attention over packed scenes: the rows of a scene attend only to the source rows of that scene."""
@@ -96,23 +147,10 @@ class Attention(nn.Module):
         x_sizes, source_sizes: lists of B integers, the rows of each scene.
         allowed: B bool masks (Q_b, S_b), True where a row of x may attend to a source row, or None for everywhere.
         """
-        queries = self._split_heads(self.query(x), x_sizes)            # B tensors (1, nh, Q_b, D / nh)
-        keys = self._split_heads(self.key(source), source_sizes)       # B tensors (1, nh, S_b, D / nh)
-        values = self._split_heads(self.value(source), source_sizes)
-        if allowed is None:
-            allowed = [None] * len(x_sizes)
-        scenes = []
-        for q, k, v, mask in zip(queries, keys, values, allowed):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (1, nh, Q_b, D / nh)
-            scenes.append(y[0].transpose(0, 1).flatten(1))               # (Q_b, D)
-        return self.out(torch.cat(scenes))
-
-    def _split_heads(self, packed, sizes):
-        scenes = []
-        for rows in packed.split(sizes):                           # (rows, D)
-            heads = rows.unflatten(1, (self.num_heads, -1))        # (rows, nh, D / nh)
-            scenes.append(heads.transpose(0, 1)[None])
-        return scenes
+        attend = attend_by_scene if x.device.type == "cpu" else attend_padded  # a CPU pays for padding, a GPU for calls
+        q, k, v = (rows.unflatten(1, (self.num_heads, -1))  # (rows, nh, D / nh)
+                   for rows in (self.query(x), self.key(source), self.value(source)))
+        return self.out(attend(q, k, v, x_sizes, source_sizes, allowed).flatten(1))
 
 
 class DecoderLayer(nn.Module):
@@ -166,13 +204,16 @@ class InstanceDecoder(nn.Module):
         feats: (S, C) superpoint features. superpoint_batch: (S,) int64, sorted, the scene of each superpoint.
         seeds: B integers that draw the training queries of each scene, so that the draw depends neither on the other
             scenes nor on the process; None: torch's global generator draws them.
-        queries: what `draw_queries` gave for these superpoints, which keeps this from waiting for a GPU; None: drawn here.
+        queries: what `draw_queries` gave for these superpoints, with its tensors on the device of feats, so that
+            nothing here waits for a GPU; None: drawn here.
         Returns a dict:
             "layers": num_layers + 1 predictions, the last is the final one; each is a dict of tuples over B scenes,
                 "class_logits" (Q_b, K + 1), the last column is "no object"; "mask_logits" (Q_b, S_b);
                 "quality" (Q_b,) in (0, 1)
             "query": tuple over B scenes, (Q_b,) int64, the superpoint of the scene that each query was made from
             "semantic_logits": (S, K)
+            "padded": the layers once more, as losses take them: "class_logits" (L, B, Q_max, K + 1), "mask_logits"
+                (L, B, Q_max, S_max), PADDED beyond S_b, "quality" (L, B, Q_max), and "query" (B, Q_max), -1 beyond Q_b
         """
         if feats.ndim != 2 or feats.shape[1] != self.in_channels or superpoint_batch.shape != feats.shape[:1]:
             raise ValueError(f"feats must be (S, {self.in_channels}) and superpoint_batch (S,), "
@@ -180,37 +221,46 @@ class InstanceDecoder(nn.Module):
         if len(feats) == 0:
             raise ValueError("no superpoint in the whole batch")
         if queries is None:
-            share = self.min_query_share if self.training else 1.0
-            index, sizes, query_sizes = draw_queries(superpoint_batch, seeds, share)
-        else:
-            index, sizes, query_sizes = queries
-        query_index = index.to(feats.device).split(query_sizes)  # B tensors (Q_b,)
+            queries = draw_queries(superpoint_batch, seeds, self.min_query_share if self.training else 1.0)
+        sizes, query_sizes = queries["sizes"], queries["query_sizes"]
+        rows, query_index, padding = (queries[key].to(feats.device) for key in ("rows", "query", "padding"))
 
-        source = self.source_proj(feats)                  # (S, D)
-        mask_feats = self.mask_proj(feats).split(sizes)   # B tensors (S_b, D)
-        picked = [scene[index] for scene, index in zip(feats.split(sizes), query_index)]
-        query = self.query_proj(torch.cat(picked))        # (Q, C) -> (Q, D)
+        source = self.source_proj(feats)                       # (S, D)
+        mask_feats = pad_scenes(self.mask_proj(feats), sizes)  # (B, S_max, D)
+        query = self.query_proj(feats[rows])                   # (Q, C) -> (Q, D)
 
-        layers = [self._predict(query, query_sizes, mask_feats)]
+        states = [self._predict_masks(query, query_sizes, mask_feats, padding)]
         for layer in self.layers:
-            allowed = [attention_mask(logits) for logits in layers[-1]["mask_logits"]]
+            allowed = scenes_of(attention_mask(states[-1][1]), query_sizes, sizes)
             query = layer(query, source, query_sizes, sizes, allowed)
-            layers.append(self._predict(query, query_sizes, mask_feats))
-        return {"layers": layers, "query": query_index, "semantic_logits": self.semantic_head(feats)}
+            states.append(self._predict_masks(query, query_sizes, mask_feats, padding))
 
-    def _predict(self, query, query_sizes, mask_feats):
-        query = self.out_norm(query)  # (Q, D)
-        masks = tuple(q @ m.T for q, m in zip(query.split(query_sizes), mask_feats))  # B tensors (Q_b, S_b)
-        classes = self.class_head(query)                           # (Q, K + 1)
-        quality = self.quality_head(query).squeeze(1).sigmoid()    # (Q,)
-        return {"class_logits": classes.split(query_sizes), "mask_logits": masks, "quality": quality.split(query_sizes)}
+        normed, masks = map(torch.stack, zip(*states))         # (L, B, Q_max, D), (L, B, Q_max, S_max)
+        padded = {"class_logits": self.class_head(normed), "mask_logits": masks,
+                  "quality": self.quality_head(normed).squeeze(3).sigmoid()}
+        layers = [{"class_logits": scenes_of(classes, query_sizes), "mask_logits": scenes_of(mask, query_sizes, sizes),
+                   "quality": scenes_of(quality, query_sizes)} for classes, mask, quality in zip(*padded.values())]
+        return {"layers": layers, "query": scenes_of(query_index, query_sizes),
+                "semantic_logits": self.semantic_head(feats), "padded": {**padded, "query": query_index}}
+
+    def _predict_masks(self, query, query_sizes, mask_feats, padding):
+        """query (Q, D) -> normalized and padded (B, Q_max, D), and mask logits (B, Q_max, S_max)."""
+        normed = pad_scenes(self.out_norm(query), query_sizes)
+        logits = normed @ mask_feats.transpose(1, 2)
+        return normed, logits.masked_fill(padding[:, None], PADDED)
+
+
+def scenes_of(padded, heights, widths=None):
+    """padded (B, R_max, ...) -> B views, of heights[b] rows and, with widths, of widths[b] columns."""
+    scenes = [scene[:height] for scene, height in zip(padded.unbind(), heights)]
+    return tuple(scenes if widths is None else (scene[:, :width] for scene, width in zip(scenes, widths)))
 
 
 @torch.no_grad()
 def attention_mask(mask_logits):
-    """(Q, S) mask logits -> (Q, S) bool: where sigmoid >= 0.5, or everywhere in a row that has no such entry."""
+    """(..., Q, S) mask logits -> bool: where sigmoid >= 0.5, or everywhere in a row that has no such entry."""
     allowed = mask_logits >= 0
-    return allowed | ~allowed.any(dim=1, keepdim=True)
+    return allowed | ~allowed.any(dim=-1, keepdim=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ CLIP_LOSSES = ("sigmoid", "cosine", "infonce")
 
 NO_OBJECT_WEIGHT = 0.1  # of the class K, "no object", in the cross-entropy of the queries
 MATCHING_COSTS = {"class": 0.5, "bce": 1.0, "dice": 1.0}
+PADDED = -1e4  # mask logit of a superpoint that is not there: its probability and its part of a loss are exactly 0
 INSTANCE_WEIGHTS = {"class": 0.5, "bce": 1.0, "dice": 1.0, "quality": 0.5}
 
 
@@ -387,77 +388,112 @@ def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
     return 1 - (2 * (probability * target).sum(-1) + 1) / (probability.sum(-1) + target.sum(-1) + 1)
 
 
+def pad_together(tensors, value=0) -> Tensor:
+    """B tensors of one rank -> (B, ...): each filled up with value to the largest sizes of all, and to 1 at least."""
+    largest = [max(1, *lengths) for lengths in zip(*(x.shape for x in tensors))]
+
+    def missing(x):
+        return [n for have, want in zip(x.shape[::-1], largest[::-1]) for n in (0, want - have)]  # last dimension first
+    return torch.stack([F.pad(x, missing(x), value=value) for x in tensors])
+
+
+def pad_targets(targets: list) -> dict:
+    """The result of `instance_targets` in three tensors, for `InstanceCriterion`; made in advance, it saves time there.
+
+    "masks" (B, G_max, S_max), False beyond a scene's; "labels" (B, G_max), -1 beyond them; "sizes" (B,), S_b.
+    """
+    masks = [target["masks"] for target in targets]
+    sizes = torch.tensor([mask.shape[1] for mask in masks])
+    return {"masks": pad_together(masks), "labels": pad_together([target["labels"] for target in targets], -1),
+            "sizes": sizes.to(masks[0].device, non_blocking=True)}
+
+
+def pad_predictions(layers: list, query) -> dict:
+    """Layers of tuples over scenes, see `instance_loss` -> what the decoder gives as "padded"."""
+    padded = {"query": pad_together(query, -1)}
+    for name, value in (("class_logits", 0), ("mask_logits", PADDED), ("quality", 0)):
+        padded[name] = torch.stack([pad_together(layer[name], value) for layer in layers])
+    return padded
+
+
 @torch.no_grad()
-def match_instances(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, query: Tensor):
+def match_instances(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor, query: Tensor,
+                    sizes=None):
     """Each instance takes its cheapest query among those whose superpoint it owns; so no query is taken twice.
 
         cost = -0.5 * p(class of the instance) + BCE(mask) + dice(mask)          (weights: MATCHING_COSTS)
 
-    One scene, any number of predictions of it, which are matched independently: class_logits (..., Q, K + 1),
-    mask_logits (..., Q, S), labels (G,), masks (G, S) bool, query (Q,) the superpoint of each query. Returns best
-    (..., G) int64, the query taken, and matched (..., G) bool, False if the instance owns the superpoint of no query.
+    class_logits (..., Q, K + 1), mask_logits (..., Q, S), labels (..., G), masks (..., G, S) bool, query (..., Q) the
+    superpoint of each query; leading dimensions, layers and scenes or none, are matched independently. Padding is -1 in
+    query and labels, PADDED in mask_logits, False in masks; sizes (..., 1, 1) is then the number of superpoints.
+    Returns best (..., G) int64, the query taken, and matched (..., G) bool, False if the instance owns the superpoint
+    of no query.
     """
-    target = masks.to(mask_logits.dtype)
+    target = masks.to(mask_logits.dtype).transpose(-1, -2)  # (..., S, G)
     probability = mask_logits.sigmoid()
+    sizes = mask_logits.shape[-1] if sizes is None else sizes
     # Summed over a mask, softplus(x) - x t is the BCE; dice as in dice_loss. As matrix products, to make no (Q, G, S).
-    bce = (F.softplus(mask_logits).sum(-1, keepdim=True) - mask_logits @ target.T) / mask_logits.shape[-1]
-    dice = 1 - (2 * probability @ target.T + 1) / (probability.sum(-1, keepdim=True) + target.sum(1) + 1)
-    class_probability = class_logits.softmax(-1)[..., labels]
+    bce = (F.softplus(mask_logits).sum(-1, keepdim=True) - mask_logits @ target) / sizes
+    dice = 1 - (2 * probability @ target + 1) / (probability.sum(-1, keepdim=True) + target.sum(-2, keepdim=True) + 1)
+    column = labels.clamp(min=0)[..., None, :].expand(bce.shape)
+    class_probability = class_logits.softmax(-1).gather(-1, column)
     cost = (MATCHING_COSTS["bce"] * bce + MATCHING_COSTS["dice"] * dice
             - MATCHING_COSTS["class"] * class_probability)  # (..., Q, G)
-    cheapest, best = cost.where(masks[:, query].T, torch.inf).min(-2)
+    row = query.clamp(min=0)[..., None].expand(*query.shape, masks.shape[-2])
+    inside = masks.transpose(-1, -2).gather(-2, row) & (query >= 0)[..., None]  # (..., Q, G)
+    cheapest, best = cost.where(inside, torch.inf).min(-2)
     return best, cheapest.isfinite()
 
 
-def scene_instance_loss(class_logits: Tensor, mask_logits: Tensor, quality: Tensor, target: dict, query: Tensor):
-    """The terms of `instance_loss` for one scene and L layers: class_logits (L, Q, K + 1), mask_logits (L, Q, S),
-    quality (L, Q) -> terms (L, 4), counted (L, 4) bool: whether the term has a value.
+def scene_terms(class_logits: Tensor, mask_logits: Tensor, quality: Tensor, query: Tensor, targets: dict):
+    """The terms of `instance_loss` scene by scene: padded predictions of L layers and B scenes, and `pad_targets` ->
+    terms (L, B, 4), counted (L, B, 4) bool: whether the scene has the term.
     """
-    L, Q, K = class_logits.shape[0], class_logits.shape[1], class_logits.shape[2] - 1
-    if Q == 0:  # a scene without points: zeros with a graph, not counted
-        return class_logits.sum().expand(L, 4), torch.zeros(L, 4, dtype=torch.bool, device=class_logits.device)
-    best, matched = match_instances(class_logits, mask_logits, target["labels"], target["masks"], query)  # (L, G)
+    L, B, Q = quality.shape
+    K = class_logits.shape[3] - 1
+    labels, masks = targets["labels"].expand(L, -1, -1), targets["masks"]
+    sizes = targets["sizes"].clamp(min=1)[:, None]  # (B, 1)
+    best, matched = match_instances(class_logits, mask_logits, labels, masks, query, sizes[..., None])  # (L, B, G)
 
     # Unmatched instances write to a spare query Q: nothing here waits for the device.
-    classes = torch.full((L, Q + 1), K, device=class_logits.device)
-    classes.scatter_(1, torch.where(matched, best, Q), torch.where(matched, target["labels"], K))
-    classes = classes[:, :Q]
+    classes = torch.full((L, B, Q + 1), K, device=query.device)
+    classes.scatter_(2, torch.where(matched, best, Q), torch.where(matched, labels, K))
+    classes = classes[..., :Q]
     class_weights = class_logits.new_ones(K + 1)
     class_weights[K] = NO_OBJECT_WEIGHT
-    cross_entropy = F.cross_entropy(class_logits.transpose(1, 2), classes, class_weights, reduction="none")  # (L, Q)
-    class_term = cross_entropy.sum(1) / class_weights[classes].sum(1)
+    cross_entropy = F.cross_entropy(class_logits.movedim(3, 1), classes, class_weights, reduction="none")  # (L, B, Q)
+    weight = class_weights[classes].where(query >= 0, 0).sum(2)
+    class_term = mean_over(cross_entropy.where(query >= 0, 0).sum(2), weight)  # (L, B)
 
-    logits = mask_logits.gather(1, best[..., None].expand(-1, -1, mask_logits.shape[2]))  # (L, G, S)
-    masks = target["masks"].to(mask_logits.dtype)
-    bce = F.binary_cross_entropy_with_logits(logits, masks.expand_as(logits), reduction="none").mean(-1)  # (L, G)
-    dice = dice_loss(logits.sigmoid(), masks)
+    logits = mask_logits.gather(2, best[..., None].expand(-1, -1, -1, mask_logits.shape[3]))  # (L, B, G, S)
+    target = masks.to(mask_logits.dtype).expand_as(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(3) / sizes  # (L, B, G)
+    dice = dice_loss(logits.sigmoid(), target)
     shape = logits >= 0
-    overlap = (shape & target["masks"]).sum(-1)
-    union = (shape | target["masks"]).sum(-1)
-    iou = overlap / union.clamp(min=1)
-    error = (quality.gather(1, best) - iou) ** 2
+    iou = (shape & masks).sum(3) / (shape | masks).sum(3).clamp(min=1)
+    error = (quality.gather(2, best) - iou) ** 2
     good = matched & (iou > 0.5)
 
-    values = torch.stack([bce, dice, error], 1)          # (L, 3, G)
-    masks = torch.stack([matched, matched, good], 1)
-    means = values.where(masks, 0).sum(-1) / masks.sum(-1).clamp(min=1)
-    counted = torch.cat([masks.new_ones(L, 1), masks.any(-1)], 1)
-    return torch.cat([class_term[:, None], means], 1), counted
+    values = torch.stack([bce, dice, error], 2)            # (L, B, 3, G)
+    chosen = torch.stack([matched, matched, good], 2)
+    means = values.where(chosen, 0).sum(3) / chosen.sum(3).clamp(min=1)
+    has_queries = (query[:, :1] >= 0).expand(L, B, 1)
+    return torch.cat([class_term[..., None], means], 2), torch.cat([has_queries, chosen.any(3)], 2)
 
 
-def instance_losses(layers: list, targets: list, query, world_mean=None) -> list:
-    """`instance_loss` of L layers at once: a list of L dicts. world_mean is called once per layer."""
-    terms, counted = [], []
-    with torch.autocast(layers[0]["class_logits"][0].device.type, enabled=False):
-        for b, (target, index) in enumerate(zip(targets, query)):
-            scene = [torch.stack([layer[key][b] for layer in layers]) for key in ("class_logits", "mask_logits", "quality")]
-            scene_terms, scene_counted = scene_instance_loss(*(x.to(common_dtype(x)) for x in scene), target, index)
-            terms.append(scene_terms)
-            counted.append(scene_counted)
-        counted = torch.stack(counted)  # (B, L, 4)
-        total = torch.stack(terms).where(counted, 0).sum(0)  # (L, 4)
-        means = [mean_over(*layer, world_mean) for layer in zip(total, counted.sum(0))]
-    return [dict(zip(INSTANCE_WEIGHTS, mean)) for mean in means]
+def instance_losses(output: dict, targets, world_mean=None) -> Tensor:
+    """`instance_loss` of L layers at once -> (L, 4); output and targets as in `InstanceCriterion`."""
+    with torch.autocast(output["query"][0].device.type, enabled=False):
+        if not isinstance(targets, dict):
+            targets = pad_targets(targets)
+        predictions = output.get("padded") or pad_predictions(output["layers"], output["query"])
+        inputs = [predictions[name] for name in ("class_logits", "mask_logits", "quality")]
+        terms, counted = scene_terms(*(x.to(common_dtype(x)) for x in inputs), predictions["query"], targets)
+        total = terms.where(counted, 0).sum(1)  # (L, 4)
+        scenes = counted.sum(1).to(total.dtype)
+        if world_mean is not None:
+            scenes = torch.stack([world_mean(layer) for layer in scenes])
+        return mean_over(total, scenes)
 
 
 def instance_loss(layer: dict, targets: list, query, world_mean=None) -> dict:
@@ -475,8 +511,8 @@ def instance_loss(layer: dict, targets: list, query, world_mean=None) -> dict:
     of a batch weigh the same. Without any match a term is a zero with a graph. world_mean: see the top of the file; it
     is called once, on the number of scenes of each term (4,).
     """
-    result, = instance_losses([layer], targets, query, world_mean)
-    return result
+    terms, = instance_losses({"layers": [layer], "query": query}, targets, world_mean)
+    return dict(zip(INSTANCE_WEIGHTS, terms))
 
 
 class InstanceCriterion(nn.Module):
@@ -490,11 +526,12 @@ class InstanceCriterion(nn.Module):
         self.world_mean = world_mean
 
     def forward(self, output: dict, targets: list) -> dict:
-        """output {"layers", "query"} of the decoder, see `instance_loss`; targets from `instance_targets`.
+        """output {"layers", "query"} of the decoder, see `instance_loss`; its "padded" stands in for the layers if it has
+        that. targets: from `instance_targets`, or made of those by `pad_targets`.
 
         Returns {"class", "bce", "dice", "quality"}, scalars. Raises ValueError if the numbers of scenes differ.
         """
-        if len(output["query"]) != len(targets):
-            raise ValueError(f"output of {len(output['query'])} scenes, but targets of {len(targets)}")
-        layers = instance_losses(output["layers"], targets, output["query"], self.world_mean)
-        return {name: sum(layer[name] for layer in layers) for name in INSTANCE_WEIGHTS}
+        num_scenes = len(targets["labels"]) if isinstance(targets, dict) else len(targets)
+        if len(output["query"]) != num_scenes:
+            raise ValueError(f"output of {len(output['query'])} scenes, but targets of {num_scenes}")
+        return dict(zip(INSTANCE_WEIGHTS, instance_losses(output, targets, self.world_mean).sum(0)))

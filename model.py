@@ -70,8 +70,8 @@ class Segmenter(nn.Module):
 def number_superpoints(batch, cell=0.2, min_query_share=1.0):
     """A batch with what the decoder needs of it and the network does not change, so that nothing waits for a GPU later.
 
-    Adds point_to_superpoint (N,), superpoint_batch (S,) and queries, a result of `decoder.draw_queries`. A batch without
-    superpoints gets cubes of `cell` metres.
+    Adds point_to_superpoint (N,), superpoint_batch (S,) and queries, the result of `decoder.draw_queries`. A batch
+    without superpoints gets cubes of `cell` metres.
     """
     segments = batch["superpoints"] if "superpoints" in batch else (batch["points"] / cell).floor().long()
     point_to_superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])

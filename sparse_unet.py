@@ -91,7 +91,7 @@ def voxel_mean(feats, point_to_voxel, num_voxels):
 
 def _invert(table, num_in):
     """table (n, num_out) of rows in [0, num_in], no two alike in a line but num_in -> (n, num_in): where each row stands
-    in its line, and num_out for those that do not.
+    in its line, and num_out for rows that do not.
     """
     n, num_out = table.shape
     rows = torch.arange(num_out, dtype=table.dtype, device=table.device).expand_as(table)

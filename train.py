@@ -40,7 +40,7 @@ from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
 from distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
                          survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
-                    clip_loss_weight, instance_targets)
+                    clip_loss_weight, instance_targets, pad_targets)
 from model import build_encoder_2d, build_model, compile_parts, number_superpoints, run_command, to_device
 from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
@@ -399,11 +399,11 @@ def collate_prepared(samples, cell, min_query_share):
     batch = number_superpoints(collate(samples), cell, min_query_share)
     targets = instance_targets(batch["labels"], batch["instances"], batch["point_to_superpoint"],
                                batch["superpoint_batch"])
-    return {**batch, "targets": targets}
+    return {**batch, "targets": pad_targets(targets)}
 
 
 def data_loader(dataset, sampler, args, device, model):
-    """Batches of the samples that `sampler` names; model: a Segmenter, in training mode if the batches are to train it."""
+    """Batches of the samples that `sampler` names, for a Segmenter: in training mode if they are to train it."""
     collate_fn = collate
     if model.decoder is not None:
         collate_fn = partial(collate_prepared, cell=model.cell,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from decoder import (Attention, DecoderLayer, InstanceDecoder, attention_mask, instances_from_logits, matrix_nms, pool,
-                     scene_instances, superpoint_index)
+from decoder import (PADDED, Attention, DecoderLayer, InstanceDecoder, attend_by_scene, attend_padded, attention_mask,
+                     instances_from_logits, matrix_nms, pad_scenes, pool, scene_instances, superpoint_index,
+                     unpad_scenes)
 
 SIZES = [7, 1, 0, 12]  # superpoints per scene; one has a single one, one has none
 
@@ -327,3 +328,42 @@ def test_training_queries_are_drawn_by_the_scene_seed_alone():
         assert torch.equal(alone, both[scene])
     first = torch.zeros(12, dtype=torch.int64)
     assert any(len(decoder(feats[:12], first, [seed])["query"][0]) < 12 for seed in range(5))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_one_padded_call_equals_attention_scene_by_scene(masked):
+    torch.manual_seed(0)
+    x_sizes, source_sizes = [3, 1, 0, 5], [7, 1, 0, 12]
+    q, k, v = (torch.randn(sum(sizes), 2, 4, dtype=torch.float64, requires_grad=True)
+               for sizes in (x_sizes, source_sizes, source_sizes))
+    allowed = [torch.rand(q, s) < .5 for q, s in zip(x_sizes, source_sizes)] if masked else None
+    for mask in allowed or ():
+        mask[:, :1] = True
+    results = []
+    for attend in (attend_by_scene, attend_padded):
+        y = attend(q, k, v, x_sizes, source_sizes, allowed)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_padding_scenes_is_undone_and_holds_zeros():
+    rows = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    padded = pad_scenes(rows, SIZES)
+    assert padded.shape == (4, 12, 3) and padded.count_nonzero() == 60
+    assert torch.equal(unpad_scenes(padded, SIZES), rows)
+    assert torch.autograd.gradcheck(lambda x: pad_scenes(x, SIZES), rows)
+    assert torch.autograd.gradcheck(lambda x: unpad_scenes(x, SIZES), torch.randn(4, 12, 2).double().requires_grad_())
+
+
+def test_what_losses_take_is_what_the_layers_hold_and_nothing_else():
+    output = small_decoder()(torch.randn(20, 6, dtype=torch.float64), batch_of(SIZES))
+    padded = output["padded"]
+    for i, layer in enumerate(output["layers"]):
+        for b, query in enumerate(output["query"]):
+            n = len(query)
+            assert torch.equal(padded["query"][b, :n], query) and (padded["query"][b, n:] == -1).all()
+            assert torch.equal(padded["class_logits"][i, b, :n], layer["class_logits"][b])
+            assert torch.equal(padded["mask_logits"][i, b, :n, :SIZES[b]], layer["mask_logits"][b])
+            assert (padded["mask_logits"][i, b, :, SIZES[b]:] == PADDED).all()
+            assert torch.equal(padded["quality"][i, b, :n], layer["quality"][b])

@@ -419,3 +419,27 @@ def test_the_decoder_learns_instances_that_it_can_tell_apart():
     result = evaluate_instances([{**scene, "labels": scene["labels"] + 1} for scene in scenes],
                                 [truth[batch == b] for b in range(2)], range(1, K + 1))
     assert result["ap"] == pytest.approx(1, abs=1e-9)
+
+
+def test_what_is_padded_changes_nothing_whatever_it_holds():
+    """Predictions and targets given padded, with rubbish in the padding of all but masks and queries."""
+    layer, targets, query = batched([random_scene(9, 3, 6, 1), random_scene(5, 4, 2, 2), no_point(), no_instance()])
+    output = {"layers": [layer, layer], "query": query}
+    predictions = losses.pad_predictions(output["layers"], query)
+    for b, q in enumerate(query):
+        for name in ("class_logits", "quality"):
+            predictions[name][:, b, len(q):] = 7
+        predictions["mask_logits"][:, b, len(q):] = 3
+    predictions = {name: x.requires_grad_(x.is_floating_point()) for name, x in predictions.items()}
+    expected = InstanceCriterion()(output, targets)
+    terms = InstanceCriterion()({**output, "padded": predictions}, losses.pad_targets(targets))
+    for name in expected:
+        assert terms[name].item() == pytest.approx(expected[name].item(), abs=1e-12)
+    weighted(terms).backward()
+    for b, q in enumerate(query):
+        assert not any(predictions[name].grad[:, b, len(q):].any() for name in ("class_logits", "quality", "mask_logits"))
+
+
+def test_the_decoder_and_the_criterion_mean_the_same_padding():
+    import decoder
+    assert decoder.PADDED == losses.PADDED
