@@ -101,23 +101,24 @@ def _invert(table, num_in):
 class KernelMap:
     """Which input row each output row reads at each kernel offset; also serves the transposed convolution.
 
-    table: (K^3, num_out) int32, input rows, and num_in where the voxel is empty.
+    table: (num_out, K^3) int32, input rows, and num_in where the voxel is empty.
     """
 
     def __init__(self, table, num_in):
-        self.table, self.num_in, self.num_out = table, num_in, table.shape[1]
+        self.table, self.num_in, self.num_out = table, num_in, len(table)
 
     @cached_property
     def transposed_table(self):
-        """(K^3, num_in): the output row that reads each input row, and num_out where none does."""
-        return _invert(self.table, self.num_in)
+        """(num_in, K^3): the output row that reads each input row, and num_out where none does."""
+        return _invert(self.table.t(), self.num_in).t().contiguous()
 
     @cached_property
     def pairs(self):
         """The P occupied entries, sorted by offset: input rows (P,), output rows (P,), and K^3 numbers of pairs."""
-        occupied = self.table < self.num_in
+        by_offset = self.table.t().contiguous()
+        occupied = by_offset < self.num_in
         entries = occupied.view(-1).nonzero().squeeze(1)
-        in_rows = self.table.view(-1)[entries].long()
+        in_rows = by_offset.view(-1)[entries].long()
         out_rows = entries % max(self.num_out, 1)
         return in_rows, out_rows, occupied.sum(1).tolist()
 
@@ -241,14 +242,14 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     if mirrored and columns > 1:
         found = table[:, :columns - 1].flatten(0, 1)
         table[:, columns:] = _invert(found, num_in).view(K, columns - 1, num_out).flip(0, 1)
-    table = table.view(K ** 3, num_out)
+    table = table.view(K ** 3, num_out).t().contiguous()
 
     # from sorted rows back to the order of coords
     if inputs.order is not None:
         order = torch.cat((inputs.order, inputs.order.new_full((1,), num_in))).to(table.dtype)
         table = order.index_select(0, table.view(-1)).view_as(table)
     if outputs.order is not None:
-        table = torch.empty_like(table).index_copy_(1, outputs.order, table)
+        table = torch.empty_like(table).index_copy_(0, outputs.order, table)
     return KernelMap(table, num_in)
 
 
@@ -275,10 +276,10 @@ def _im2col(feats, kernel_map, transposed):
     """Iterates over blocks of output rows: (slice of rows, (rows, K^3 * C) the input features that they read)."""
     table = kernel_map.transposed_table if transposed else kernel_map.table
     padded = torch.cat((feats, feats.new_zeros(1, feats.shape[1])))
-    width = len(table) * feats.shape[1]
+    width = table.shape[1] * feats.shape[1]
     rows = max(1, (BLOCK if feats.device.type == "cpu" else GPU_BLOCK) // width)
-    for begin in range(0, table.shape[1], rows):
-        index = table[:, begin:begin + rows].t().reshape(-1)
+    for begin in range(0, len(table), rows):
+        index = table[begin:begin + rows].view(-1)
         yield slice(begin, begin + rows), padded.index_select(0, index).view(-1, width)
 
 
@@ -302,12 +303,14 @@ def _convolve(feats, kernel, kernel_map, transposed):
 def _kernel_grad(feats, grad, kernel_map, transposed):
     """Gradient of the kernel: feats (input rows, Cin), grad (output rows, Cout) -> (K^3, Cin, Cout)."""
     c_in, c_out = feats.shape[1], grad.shape[1]
-    out = grad.new_zeros(len(kernel_map.table), c_in, c_out, dtype=_sum_dtype(feats.dtype))
+    K3 = kernel_map.table.shape[1]
     if _use_im2col(feats.device, len(grad), c_in, c_out):
-        flat = out.view(-1, c_out)
-        for rows, columns in _im2col(feats, kernel_map, transposed):
-            flat += columns.t() @ grad[rows]
-        return out.to(feats.dtype)
+        products = [columns.t() @ grad[rows] for rows, columns in _im2col(feats, kernel_map, transposed)]
+        if len(products) != 1:  # a sum of blocks, in float32 or wider
+            zero = grad.new_zeros(K3 * c_in, c_out, dtype=_sum_dtype(feats.dtype))
+            products = [sum(products, zero).to(feats.dtype)]
+        return products[0].view(K3, c_in, c_out)
+    out = grad.new_zeros(K3, c_in, c_out, dtype=_sum_dtype(feats.dtype))
     sums = out.unbind()
     for k, source, target in kernel_map.blocks(max(1, BLOCK // max(c_in, c_out)), transposed):
         sums[k].add_(feats.index_select(0, source).t() @ grad.index_select(0, target))
@@ -351,7 +354,7 @@ def sparse_conv(feats, kernel, kernel_map, transposed=False):
     rows = kernel_map.num_out if transposed else kernel_map.num_in
     if feats.ndim != 2 or len(feats) != rows:
         raise ValueError(f"feats must be ({rows}, Cin) for this map, got {tuple(feats.shape)}")
-    expected = (len(kernel_map.table), feats.shape[1])
+    expected = (kernel_map.table.shape[1], feats.shape[1])
     if kernel.ndim != 3 or kernel.shape[:2] != expected or feats.dtype != kernel.dtype:
         raise ValueError(f"kernel must be {(*expected, 'Cout')} {feats.dtype} for feats {tuple(feats.shape)} "
                          f"on this map, got {tuple(kernel.shape)} {kernel.dtype}")

@@ -34,7 +34,7 @@ def room_cloud(voxels, points_per_voxel, seed=0):
 def one_product(feats, kernel, kernel_map):
     """The same convolution as one gather (M, K^3 Cin) and one matrix product."""
     padded = torch.cat([feats, feats.new_zeros(1, feats.shape[1])])  # the last row: an empty voxel
-    columns = padded[kernel_map.table.T].flatten(1)  # (M, K^3 Cin)
+    columns = padded[kernel_map.table].flatten(1)  # (M, K^3 Cin)
     return columns @ kernel.flatten(0, 1)
 
 
