@@ -461,9 +461,9 @@ def scene_terms(class_logits: Tensor, mask_logits: Tensor, quality: Tensor, quer
     classes = classes[..., :Q]
     class_weights = class_logits.new_ones(K + 1)
     class_weights[K] = NO_OBJECT_WEIGHT
-    cross_entropy = F.cross_entropy(class_logits.movedim(3, 1), classes, class_weights, reduction="none")  # (L, B, Q)
-    weight = class_weights[classes].where(query >= 0, 0).sum(2)
-    class_term = mean_over(cross_entropy.where(query >= 0, 0).sum(2), weight)  # (L, B)
+    cross_entropy = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), class_weights, reduction="none")
+    total = cross_entropy.view(L, B, Q).where(query >= 0, 0).sum(2)
+    class_term = mean_over(total, class_weights[classes].where(query >= 0, 0).sum(2))  # (L, B)
 
     logits = mask_logits.gather(2, best[..., None].expand(-1, -1, -1, mask_logits.shape[3]))  # (L, B, G, S)
     target = masks.to(mask_logits.dtype).expand_as(logits)

@@ -62,7 +62,9 @@ class Segmenter(nn.Module):
 
         feats = pool(out["feat_fusion"], point_to_superpoint, S) + position
         decoded = self.decoder(feats, superpoint_batch, queries=batch["queries"])
-        out["logits"] = out["logits"] + decoded["semantic_logits"][point_to_superpoint]
+        # in float32, also under autocast: the gradient of a superpoint is a sum over its points
+        wide = decoded["semantic_logits"].to(torch.promote_types(out["logits"].dtype, torch.float32))
+        out["logits"] = out["logits"] + wide.index_select(0, point_to_superpoint)
         return {**out, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
                 "decoder": decoded}
 

@@ -720,4 +720,6 @@ class PointEncoder(nn.Module):
         voxels, point_to_voxel = voxelize(coords, batch_idx, self.voxel_size)  # (M, 4), (N,)
         feats = voxel_mean(features, point_to_voxel, len(voxels))  # (M, F)
         feats = self.project(self.backbone(voxels, feats))         # (M, out_channels)
+        # in float32, also under autocast: the gradient of a voxel is a sum over its points
+        feats = feats.to(torch.promote_types(feats.dtype, torch.float32))
         return feats.index_select(0, point_to_voxel)  # its backward adds rows in a fixed order; feats[...]'s is slower
