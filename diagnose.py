@@ -301,7 +301,7 @@ def main(argv=None):
     from checkpoint import STEP_FIELDS, read_checkpoint, restore
     from distributed import setup
     from model import build_encoder_2d, build_model, to_device
-    from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, weigh
+    from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, prepare_device, weigh
 
     parser = argparse.ArgumentParser("diagnose.py", description="Runs a saved step again, under anomaly detection.")
     parser.add_argument("file", help="bad_step_N.pt of a run")
@@ -310,6 +310,7 @@ def main(argv=None):
     state = read_checkpoint(command.file, STEP_FIELDS)
     args = parse_args([], defaults=state["config"])
     _, _, device = setup(command.device)
+    prepare_device(device, args.deterministic)
 
     encoder_2d = build_encoder_2d(vars(args))
     instances = any(key.startswith("decoder.") for key in state["model"])

@@ -29,7 +29,8 @@ from torch.autograd.function import once_differentiable
 def setup(device=None, timeout=1800.0):
     """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun: (0, 1, device).
 
-    device: None is cuda if available, else cpu. With several processes each takes the GPU of its LOCAL_RANK.
+    device: None is cuda if available, else cpu. With several processes each takes the GPU of its LOCAL_RANK, or the only
+        one that CUDA_VISIBLE_DEVICES shows it, as SLURM's --gpus-per-task does.
     timeout: seconds that the other processes wait for one that hangs, before they end with an error. If a process dies,
         they end at once: torchrun stops them, and on a CPU their connections break.
     Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
@@ -51,6 +52,8 @@ def setup(device=None, timeout=1800.0):
         if world_size > 1 and device.index is not None:
             raise ValueError(f"{world_size} processes cannot share device {device}: give {device.type}")
     if device.type == "cuda":
+        if world_size > 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+            local_rank = 0
         device = torch.device("cuda", device.index or local_rank)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"there is no {device} for local process {local_rank}: this machine has "

@@ -15,10 +15,12 @@ NACLIP: Hajimiri et al., "Pay Attention to Your Neighbours: Training-Free Open-V
 WACV 2025.
 Imports torch and open_clip.
 """
+import contextlib
 import difflib
 import hashlib
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -28,6 +30,32 @@ from torch.nn import functional as F
 
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
 ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
+
+
+def set_tf32(products, convolutions):
+    """Whether a GPU rounds the factors of float32 matrix products and convolutions to TF32, 10 bits, which is faster."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 announces other names, but its compiler fails if those are set
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Without TF32, whatever is set."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # reading the old names raises an error if somebody has set the new ones
+        before = (matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32")
+    else:
+        before = (matmul.allow_tf32, cudnn.allow_tf32)
+    set_tf32(False, False)
+    try:
+        yield
+    finally:
+        set_tf32(*before)
 
 
 def semi_orthogonal(rows, cols, seed=0):
@@ -300,13 +328,13 @@ class Enhanced2DEncoder(nn.Module):
     def encode(self, images: Tensor):
         """images (B, 3, H, W), RGB in [0, 1] -> tokens (B, D, Hf, Wf), pooled (B, E): raw CLIP features in one pass.
 
-        `pooled` equals open_clip's `encode_image` of the normalized images. Raises ValueError for another image size
-        and for integers.
+        `pooled` equals open_clip's `encode_image` of the normalized images. On a GPU without TF32, because a cache may
+        store them. Raises ValueError for another image size and for integers.
         """
         visual = self.clip.visual
         # With an attention pool, the final norm acts on the pooled feature and not on the tokens.
         normalize = getattr(visual, "attn_pool", None) is None
-        with self._grad_mode():
+        with self._grad_mode(), full_float32(images.device):
             out = visual.forward_intermediates(self._normalized(images), indices=1, output_fmt="NCHW",
                                                normalize_intermediates=normalize)
             pooled = out["image_features"]
@@ -321,7 +349,7 @@ class Enhanced2DEncoder(nn.Module):
         """
         self._check_dense()
         visual = self.clip.visual
-        with self._grad_mode():
+        with self._grad_mode(), full_float32(images.device):
             out = visual.forward_intermediates(self._normalized(images), indices=2, output_fmt="NLC",
                                                output_extra_tokens=True)
             before, last = out["image_intermediates"]  # (B, Hf * Wf, D)

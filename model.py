@@ -10,6 +10,7 @@ of `build_model`.
 
 Imports torch, and its siblings checkpoint, decoder, encoder, fusion, sparse_unet.
 """
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 
 from checkpoint import read_checkpoint, restore
 from decoder import InstanceDecoder, draw_queries, pool, superpoint_index
-from encoder import Enhanced2DEncoder
+from encoder import Enhanced2DEncoder, set_tf32
 from fusion import BiFusionEncoder
 from sparse_unet import COLORS, NETWORKS, PointEncoder
 
@@ -137,6 +138,25 @@ def to_device(value, device):
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(part, device) for part in value)
     return value
+
+
+def gpu_settings(deterministic=False):
+    """How a GPU computes; call it before the first tensor is made there. A CPU is not concerned.
+
+    deterministic: a run gives the same numbers every time, as on a CPU, where torch has such kernels for it; it warns
+    where it has none. Sums then take sorted instead of atomic additions, which is slower.
+    """
+    # Products in float32 round their factors to TF32: about as fast as bf16, and autocast would round them further.
+    # `Enhanced2DEncoder.encode` turns it off, so that features in a cache are those of float32.
+    set_tf32(products=True, convolutions=True)
+    # Sums of half-precision products stay in float32, also between the parts into which a long product is split.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in each step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def run_command(main):

@@ -41,7 +41,7 @@ from distributed import (StopRequest, average_buffers, average_gradients, gather
                          survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight, instance_targets, pad_targets)
-from model import build_encoder_2d, build_model, compile_parts, number_superpoints, run_command, to_device
+from model import build_encoder_2d, build_model, compile_parts, gpu_settings, number_superpoints, run_command, to_device
 from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib
@@ -196,9 +196,12 @@ def build_parser():
     g.add_argument("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
     g.add_argument("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: none")
     g.add_argument("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down to it")
-    g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype")
+    g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended on "
+                   "a GPU")
     g.add_argument("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     g.add_argument("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
+    g.add_argument("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as always on a "
+                   "CPU; slower, see docs/gpus.md")
     g.add_argument("--device", help="not given: cuda if there is one, else cpu")
 
     g = parser.add_argument_group("run")
@@ -531,6 +534,14 @@ def keep_buffers():
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
+def prepare_device(device, deterministic):
+    """Settings of the process that suit its device."""
+    if device.type == "cuda":
+        gpu_settings(deterministic)
+    else:
+        keep_buffers()
+
+
 def run_folder(args, rank, world_size):
     """The folder of this run, a new one or that of the checkpoint to go on from, and the lock that the first process
     holds on it.
@@ -635,8 +646,7 @@ def main(argv=None, clip_criterion=None, stop=None):
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     amp_dtype = AMP_DTYPES[args.amp]
     stop = stop or StopRequest()
-    if device.type == "cpu":
-        keep_buffers()
+    prepare_device(device, args.deterministic)
     warnings = []
 
     def print0(text):

@@ -442,6 +442,9 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="no cuda:2 for local process 2: this machine has 2 GPUs"):
         setup("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # each process sees one GPU of its own
+    assert setup("cuda")[2] == torch.device("cuda:0")
 
 
 def reduce_forever(rank, port, pipe, timeout):
