@@ -2,6 +2,7 @@
 """Puts the flat files of the repository root on the import path, and says where shared test data would lie."""
 import copy
 import functools
+import importlib
 import sys
 from pathlib import Path
 
@@ -21,6 +22,72 @@ def shared():
     if not folder.is_dir():
         pytest.skip(f"needs the real frames and reference figures in {folder.name}/ beside the repository")
     return folder
+
+
+# Functions of each module's mathematics. Where there is a GPU, the tests of these modules run a second time, with these
+# functions computing there: their arguments go there, and their results, which keep their graph, come back.
+ON_A_GPU = {
+    "fusion": ("transform_packed", "project_packed", "project_to_image", "visible_mask", "occluded_mask",
+               "sample_cells", "view_cells", "weighted_rows"),
+    "losses": ("clip_consistency", "clip_infonce", "semantic_loss", "instance_loss", "instance_losses",
+               "instance_targets", "match_instances", "dice_loss"),
+    "decoder": ("superpoint_index", "pool", "attend_by_scene", "attend_padded", "attention_mask", "matrix_nms",
+                "instances_from_logits"),
+    "sparse_unet": ("voxelize", "voxel_mean", "build_kernel_map", "sparse_conv")}
+MODULES = {"test_instance_losses": "losses", **{f"test_{name}": name for name in ON_A_GPU}}
+CPU_ONLY = ("autocast", "compile", "waits", "vmap", "ddp", "processes", "bit_exact", "keeps_only", "dies_with",
+            "refused", "malformed")  # in names of tests; on a GPU, what is out of range ends the process
+
+
+def pytest_generate_tests(metafunc):
+    name = metafunc.function.__name__
+    twice = metafunc.module.__name__ in MODULES and not any(part in name for part in CPU_ONLY)
+    if torch.cuda.is_available() and twice:
+        metafunc.parametrize("device", ["cpu", "cuda"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request, monkeypatch):
+    """Where the functions of ON_A_GPU compute."""
+    device = getattr(request, "param", "cpu")
+    if device == "cuda":
+        name = MODULES[request.module.__name__]
+        for function in ON_A_GPU[name]:
+            wrapped = on_device(getattr(importlib.import_module(name), function), device)
+            monkeypatch.setattr(f"{name}.{function}", wrapped)
+            monkeypatch.setattr(request.module, function, wrapped, raising=False)
+    return device
+
+
+running = []  # the function of ON_A_GPU that runs now
+
+
+def on_device(function, device):
+    """The function with its tensors on a device; with grids and kernel maps of sparse_unet among its arguments."""
+    from model import to_device
+    from sparse_unet import KernelMap, VoxelGrid
+
+    def move(value):
+        if isinstance(value, KernelMap):
+            return KernelMap(value.table.to(device), value.num_in)
+        if isinstance(value, VoxelGrid):
+            value.on_device = getattr(value, "on_device", None) or VoxelGrid(value.coords.to(device), value.stride)
+            return value.on_device
+        return to_device(value, device)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        if running:  # called by another of these functions, which has moved its arguments
+            return function(*args, **kwargs)
+        running.append(function)
+        try:
+            result = function(*map(move, args), **{name: move(value) for name, value in kwargs.items()})
+        finally:
+            running.pop()
+        if isinstance(result, KernelMap):
+            return KernelMap(result.table.cpu(), result.num_in)
+        return to_device(result, "cpu")
+    return wrapped
 
 
 WHOLE_RUNS = ("test_train", "test_diagnose", "test_model", "test_predict", "test_readme", "test_stability")

@@ -23,7 +23,7 @@ WAITS = {"nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_sele
          "equal", "histc", "linalg_eigh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # wait for masks, may take indices from the host
 TRANSFERS = {"_to_copy", "copy_", "_foreach_copy_", "lift_fresh"}
-NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "alias"}
+NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -132,8 +132,10 @@ def record(func, name, args, kwargs, ours, hosts, down):
         LOG.kernels.append(name)
 
 
-def attention(query, key, value, attn_mask=None):
+def attention(query, key, value, attn_mask=None, *more, real=F.scaled_dot_product_attention, **options):
     """The plain kernel, because the choice of another asks the driver."""
+    if not isinstance(query, GpuTensor):
+        return real(query, key, value, attn_mask, *more, **options)
     if attn_mask is not None:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     return torch._scaled_dot_product_attention_math(query, key, value, attn_mask)[0]
@@ -157,8 +159,8 @@ def pretend_gpu():
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters, of our class
-    stubs = dict(is_available=lambda: True, is_current_stream_capturing=lambda: False, manual_seed_all=lambda seed: None,
-                 is_bf16_supported=lambda *_, **__: True, _lazy_init=lambda: None)
+    stubs = dict(is_available=lambda: True, is_current_stream_capturing=lambda: False, _lazy_init=lambda: None,
+                 manual_seed_all=lambda seed: None, is_bf16_supported=lambda *_, **__: True)
     foreach = [*_foreach_utils._foreach_supported_types, GpuTensor]
     with contextlib.ExitStack() as stack:
         for name, stub in stubs.items():
