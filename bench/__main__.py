@@ -16,6 +16,7 @@ import os
 
 COMMANDS = {
     "step": "a training step against the 3D baseline's, and where its time goes",
+    "gpu": "the training step by batch size and dtype: rate, memory, waits, kernels",
     "loader": "frames per second and worker, against a plain loader",
     "scale": "projection, sampling and gate for 10,000 to 1,000,000 points",
     "encode": "spatial and global CLIP features, against open_clip's encode_image",
@@ -24,7 +25,7 @@ COMMANDS = {
     "ap": "ScanNet's average precision of 100 large scenes",
     "stability": "the study of CLIP consistency losses on hostile features",
     "picture": "truth beside prediction on held-back rooms, as an image"}
-REPEATS = {"step": 9, "loader": 5, "encode": 9, "sample": 9, "sparse": 15}  # the others measure once
+REPEATS = {"step": 9, "gpu": 7, "loader": 5, "encode": 9, "sample": 9, "sparse": 15}  # the others measure once
 
 
 def parse_args(argv=None):
@@ -50,6 +51,11 @@ def parse_args(argv=None):
     options["step"].add_argument("--scenes", type=int, help="per batch (default: that of train.py, 1 for "
                                  "Res16UNet34C, 8 on a GPU)")
     options["step"].add_argument("--compile", action="store_true", help="also a step with train.py --compile")
+    command = options["gpu"]
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="scenes per batch (default: "
+                         "1 4 8 16 32)")
+    command.add_argument("--options", default="", help="more options of train.py, in one string")
+    command.add_argument("--of", metavar="RUN", help="print what this finished run logged about its speed instead")
     command = options["stability"]
     command.add_argument("--quick", action="store_true", help="a smoke test: two draws, two tiny trainings")
     command.add_argument("--seeds", type=int, default=3, help="trainings per setting (default: %(default)s)")
@@ -75,6 +81,9 @@ def main(argv=None):
     import torch
     from bench.timing import chart
     torch.set_num_threads(args.threads)
+    if args.device == "cuda":
+        from model import gpu_settings
+        gpu_settings()
     panels = importlib.import_module(f"bench.{args.command}").run(args)
     if args.plot and panels:  # stability draws its own
         chart(args.plot, panels)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import machine, median, ratio, turns
-from encoder import Enhanced2DEncoder
+from encoder import Enhanced2DEncoder, full_float32
 
 
 def run(args, model_name="ViT-B-16"):
@@ -28,7 +28,7 @@ def run(args, model_name="ViT-B-16"):
         candidates = {"encode_image": lambda: encoder.clip.encode_image(normalized),
                       "both features": lambda: encoder.encode(images),
                       "matrix product": lambda: matrix @ matrix}
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), full_float32(images.device), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             seconds = turns(candidates, args.repeats, device)
         spent = median(seconds)
         rate = flops / spent["both features"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench step`: a training step of BiFusion with a warm cache against the 3D baseline's, and where it goes.
 
-The step is `train.train_step`. Imports train and what it is handed: cache, data, model, runlog; and bench.timing.
+The step is `train.train_step`. Imports train and what it is handed: cache, model, runlog; and bench.timing.
 """
 import argparse
 import copy
@@ -13,7 +13,6 @@ import torch
 import train
 from bench.timing import machine, median, now, ratio, turns
 from cache import FeatureCache
-from data import collate
 from model import build_encoder_2d, build_model, compile_parts, to_device
 from runlog import RunLog
 
@@ -113,8 +112,11 @@ def setup(network, device, folder, scenes=None, options=()):
     assert instances
     encoder_2d = build_encoder_2d(vars(args)).to(device)
 
-    def whole_batch():
-        return to_device(collate([dataset[i] for i in range(len(dataset))]), device)
+    model = build_model(vars(args), len(class_names), instances, None)
+
+    def whole_batch():  # as the loader makes it
+        samples = [dataset[i] for i in range(len(dataset))]
+        return to_device(train.collate_prepared(samples, model.cell, model.decoder.min_query_share), device)
 
     with_images = whole_batch()
     dataset.feature_cache = FeatureCache(folder, encoder_2d.fingerprint(),

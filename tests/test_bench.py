@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import bench.ap
+import bench.gpu
 import bench.loader
 import bench.sample
 import bench.scale
@@ -115,6 +116,14 @@ def test_a_step_from_the_cache_is_the_step_with_the_tower_to_half_precision(setu
         assert "clip" in terms
         totals.append(sum(train.weigh(terms, step.weights).values()))
     torch.testing.assert_close(*totals, rtol=2e-3, atol=0)
+
+
+def test_the_table_of_steps_has_a_row_per_network_batch_and_dtype(monkeypatch, capsys, setup):
+    monkeypatch.setattr(bench.gpu, "setup", lambda *_: setup)
+    bench.gpu.run(parse_args(["gpu", "--repeats", "2", "--batches", "1", "2"]))
+    lines = capsys.readouterr().out.strip().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 2 * 2 * 2 and len({row.count("|") for row in rows}) == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])

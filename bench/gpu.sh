@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Measures on one GPU, within 8 minutes, what docs/benchmarks.md calls not measured, and prints it as Markdown.
+#
+#     bench/gpu.sh > gpu.md          --smoke: the smallest form, on a CPU, to see that every command runs
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+device=cuda
+tests=(tests/test_gpu.py tests/test_fusion.py tests/test_losses.py tests/test_instance_losses.py tests/test_decoder.py
+       tests/test_sparse_unet.py)
+main=(--clip-warmup "10,20" --workers 8)
+long=(--epochs 94 --eval-every 94 --workers 8)  # 94 epochs of 32 steps
+step=(--device cuda --repeats 5)
+batches=(--batches 1 4 8 16 32)
+scale=()
+encode=()
+if [[ ${1:-} == --smoke ]]; then
+    device=cpu
+    tiny="--num-points 200 --image-size 32,48 --superpoints 8 --clip-model ViT-S-16-alt"
+    tests=(tests/test_losses.py -k warm_up)
+    read -ra words <<< "$tiny"
+    main=("${words[@]}" --rooms 2 --frames-per-room 2 --epochs 1 --workers 0 --clip-pretrained none)
+    long=("${main[@]}")
+    step=(--device cpu --repeats 2)
+    batches=(--batches 1 --threads 1 --options "$tiny")
+    scale=(--max-points 12000 --threads 1)
+    encode=(--batch 1 --threads 1)
+fi
+
+section() { printf '\n## %s\n\n' "$1"; }
+
+# limited SECONDS COMMAND...: the command, the end of its output, how long it took, and how it ended
+limited() {
+    local start=$SECONDS status=0 seconds=$1
+    shift
+    printf '    %s\n\n~~~\n' "$*"
+    timeout --kill-after 10 "$seconds" "$@" 2> "$folder/errors" | tail -n 60 || status=$?
+    if [[ $status != 0 ]]; then tail -n 20 "$folder/errors"; fi
+    printf '~~~\n\n%s s, status %s\n\n' "$((SECONDS - start))" "$status"
+}
+
+section "Tests of what a GPU computes"
+limited 80 python -m pytest -q "${tests[@]}"
+
+section "Training in bf16: its time and table"
+limited 70 python train.py --device "$device" --amp bf16 --runs "$folder/bf16" --cache "$folder/cache" "${main[@]}"
+python -m bench gpu --of "$folder"/bf16/* || true
+
+section "3,000 steps in fp16: its bad steps"
+limited 90 python train.py --device "$device" --amp fp16 --runs "$folder/fp16" --cache "$folder/cache" "${long[@]}"
+python -m bench gpu --of "$folder"/fp16/* || true
+
+section "The step by batch and dtype"
+timeout 60 python -m bench gpu "${step[@]}" "${batches[@]}" 2> "$folder/errors" | grep -v ^encoding \
+    || tail -n 20 "$folder/errors"
+
+if [[ $device == cuda ]]; then
+    section "The step against the 3D baseline, eager and compiled"
+    limited 30 python -m bench step "${step[@]}"
+    limited 60 python -m bench step "${step[@]}" --compile
+    section "Sparse convolution"
+    limited 20 python -m bench sparse --device cuda --repeats 8
+fi
+
+section "Encoder: share of the peak of a matrix product"
+limited 30 python -m bench encode --device "$device" --repeats 3 "${encode[@]}"
+
+section "Sampling"
+limited 10 python -m bench sample --device "$device" --repeats 3
+
+section "Projection, sampling and gate by points"
+limited 30 python -m bench scale --device "$device" "${scale[@]}"
