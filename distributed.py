@@ -89,9 +89,8 @@ def average_gradients(parameters, world_size, extra=()):
     if world_size == 1:
         return extra
     missing = [i for i, parameter in enumerate(parameters) if parameter.grad is None]
-    present = torch.ones(len(parameters), device=parameters[0].device)
-    for i in missing:
-        present[i] = 0
+    present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    present = present.to(parameters[0].device, non_blocking=True)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
     flat = torch.cat([present, extra, *(grad.flatten() for grad in grads)])  # cat promotes to the widest dtype
@@ -99,8 +98,7 @@ def average_gradients(parameters, world_size, extra=()):
     flat /= world_size
     present, extra, *means = flat.split([len(parameters), len(extra), *(grad.numel() for grad in grads)])
 
-    for grad, mean in zip(grads, means):
-        grad.copy_(mean.view_as(grad))
+    torch._foreach_copy_(grads, [mean.view_as(grad) for grad, mean in zip(grads, means)])
     if missing:  # only then, because tolist waits for the device
         present = present.tolist()
         for i in missing:

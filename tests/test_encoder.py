@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 
 import numpy as np
 import open_clip
@@ -18,7 +19,8 @@ from torch import nn
 
 import encoder as encoder_module
 from encoder import (
-    ATTENTIONS, Enhanced2DEncoder, image_scaling, last_block, load_clip, resize_position_embedding, semi_orthogonal)
+    ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip, resize_position_embedding,
+    semi_orthogonal, set_tf32)
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
@@ -714,3 +716,30 @@ def test_towers_that_are_refused_by_name_say_why(name, monkeypatch):
     monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"{name}.*{REFUSED[name]}"):
         Enhanced2DEncoder(name, None)
+
+
+@pytest.mark.parametrize("set_before", [lambda: set_tf32(True, True), lambda: set_tf32(False, True),
+                                        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")],
+                         ids=["on", "half on", "by the newer names"])
+def test_tf32_is_off_inside_and_what_it_was_outside_also_after_an_error(set_before):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("needs torch 2.9, which can be asked by names that never raise")
+
+    def seen():
+        return matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            set_before()
+            before = seen()
+            assert before[0] or before[1]
+            with pytest.raises(KeyError), full_float32(torch.device("cuda")):
+                assert seen() == (False, False)
+                raise KeyError
+            assert seen() == before
+            with full_float32(torch.device("cpu")):
+                assert seen() == before
+    finally:
+        set_tf32(False, True)  # torch's defaults
