@@ -33,7 +33,7 @@ ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
 
 
 def set_tf32(products, convolutions):
-    """Whether a GPU rounds the factors of float32 matrix products and convolutions to TF32, 10 bits, which is faster."""
+    """Whether a GPU rounds the factors of float32 matrix products and convolutions to the 10 bits of TF32."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 announces other names, but its compiler fails if those are set
         torch.backends.cuda.matmul.allow_tf32 = products

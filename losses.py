@@ -526,8 +526,8 @@ class InstanceCriterion(nn.Module):
         self.world_mean = world_mean
 
     def forward(self, output: dict, targets: list) -> dict:
-        """output {"layers", "query"} of the decoder, see `instance_loss`; its "padded" stands in for the layers if it has
-        that. targets: from `instance_targets`, or made of those by `pad_targets`.
+        """output {"layers", "query"} of the decoder, see `instance_loss`; if it has "padded", that is read instead of
+        the layers. targets: from `instance_targets`, or made of those by `pad_targets`.
 
         Returns {"class", "bce", "dice", "quality"}, scalars. Raises ValueError if the numbers of scenes differ.
         """

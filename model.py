@@ -146,8 +146,8 @@ def gpu_settings(deterministic=False):
     deterministic: a run gives the same numbers every time, as on a CPU, where torch has such kernels for it; it warns
     where it has none. Sums then take sorted instead of atomic additions, which is slower.
     """
-    # Products in float32 round their factors to TF32: about as fast as bf16, and autocast would round them further.
-    # `Enhanced2DEncoder.encode` turns it off, so that features in a cache are those of float32.
+    # Products of float32 round their factors to TF32. `Enhanced2DEncoder.encode` turns that off, because a cache stores
+    # its features.
     set_tf32(products=True, convolutions=True)
     # Sums of half-precision products stay in float32, also between the parts into which a long product is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -155,7 +155,7 @@ def gpu_settings(deterministic=False):
     # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without a fixed workspace, cuBLAS varies
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 

@@ -90,8 +90,8 @@ def voxel_mean(feats, point_to_voxel, num_voxels):
 
 
 def _invert(table, num_in):
-    """table (n, num_out) of rows in [0, num_in], no two alike in a line but num_in -> (n, num_in): where each row stands
-    in its line, and num_out for rows that do not.
+    """table (n, num_out) of rows in [0, num_in], of which only num_in may repeat in a line -> (n, num_in): where each
+    row stands in its line, and num_out for rows that do not.
     """
     n, num_out = table.shape
     rows = torch.arange(num_out, dtype=table.dtype, device=table.device).expand_as(table)
@@ -207,8 +207,8 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
     """KernelMap from one VoxelGrid to another; outputs.stride must be inputs.stride or a multiple of it.
 
     A kernel column is the K offsets that share ix and iy. One binary search finds the first voxel of every column; z
-    varies fastest in the sorted keys, so the other voxels are the next keys, and K^2 searches serve K^3 offsets. If both
-    grids are the same, offset K^3 - 1 - k mirrors offset k, which halves the searches.
+    varies fastest in the sorted keys, so the other voxels are the next keys, and K^2 searches serve K^3 offsets. If
+    both grids are the same, offset K^3 - 1 - k mirrors offset k, which halves the searches.
     """
     if kernel_size < 1 or dilation < 1 or outputs.stride % inputs.stride:
         raise ValueError(f"no map of kernel {kernel_size}, dilation {dilation} "

@@ -66,9 +66,10 @@ def run(args):
     for network in NETWORKS:
         for scenes in args.batches:
             with tempfile.TemporaryDirectory() as folder:
-                options, tower, num_classes, cached, _ = setup(network, args.device, folder, scenes, args.options.split())
+                more = args.options.split()
+                options, tower, num_classes, cached, _ = setup(network, args.device, folder, scenes, more)
             for amp in ("off", "bf16"):
                 step = Step(argparse.Namespace(**{**vars(options), "amp": amp}), tower, num_classes)
-                spent, memory, waits, kernels = measure(step, cached, args.repeats, args.device)
-                print(f"| {network} | {amp} | {scenes} | {spent:.1f} | {scenes / spent * 1e3:.1f} | {memory} | {waits} | "
-                      f"{kernels} |", flush=True)
+                spent, *counts = measure(step, cached, args.repeats, args.device)
+                row = [network, amp, scenes, f"{spent:.1f}", f"{scenes / spent * 1e3:.1f}", *counts]
+                print("|", " | ".join(map(str, row)), "|", flush=True)

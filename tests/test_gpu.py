@@ -42,8 +42,8 @@ def prepare(network):
 
 
 def step(args, model, batch, amp, device, mistake=None):
-    """One training step -> losses, gradients, and on a pretended GPU {"waits", "kernels", "marks"}: the numbers of kernels
-    that are queued when the first layer begins, and when the backward pass has ended.
+    """One training step -> losses, gradients, and on a pretended GPU {"waits", "kernels", "marks"}: how many kernels
+    are queued when the first layer begins, and when the backward pass has ended.
     """
     import train
     from model import to_device

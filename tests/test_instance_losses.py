@@ -436,8 +436,8 @@ def test_what_is_padded_changes_nothing_whatever_it_holds():
     for name in expected:
         assert terms[name].item() == pytest.approx(expected[name].item(), abs=1e-12)
     weighted(terms).backward()
-    for b, q in enumerate(query):
-        assert not any(predictions[name].grad[:, b, len(q):].any() for name in ("class_logits", "quality", "mask_logits"))
+    for name in ("class_logits", "mask_logits", "quality"):
+        assert not any(predictions[name].grad[:, b, len(q):].any() for b, q in enumerate(query))
 
 
 def test_the_decoder_and_the_criterion_mean_the_same_padding():
