@@ -361,9 +361,9 @@ def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoin
     inside = (labels >= 0) & (instances >= 0)
     superpoint = index[inside]
     label = labels[inside]
-    scene_instance = torch.stack([superpoint_batch[superpoint], instances[inside]], 1)
-    groups, group = torch.unique(scene_instance, dim=0, return_inverse=True)  # (G, 2), (points inside,)
-    G = len(groups)
+    ids, rank = instances[inside].unique(return_inverse=True)
+    keys, group = (superpoint_batch[superpoint] * len(ids) + rank).unique(return_inverse=True)  # (G,), (points inside,)
+    G = len(keys)
 
     # Number of points per (superpoint, instance) pair that occurs
     pairs, points = torch.unique(superpoint * G + group, return_counts=True)
@@ -377,7 +377,7 @@ def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoin
     group_label = torch.bincount(group * K + label, minlength=G * K).view(G, K).argmax(1)
 
     # By scene
-    counts = torch.bincount(groups[:, 0], minlength=len(sizes)).tolist()
+    counts = torch.bincount(keys // max(len(ids), 1), minlength=len(sizes)).tolist()
     rows = torch.arange(G, device=index.device).split(counts)
     owners = owner.split(sizes.tolist())
     return [{"masks": own == row[:, None], "labels": group_label[row]} for own, row in zip(owners, rows)]
