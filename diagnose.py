@@ -215,19 +215,22 @@ class NonFiniteGuard:
         self.report, self.save, self.gather = report, save, gather
         self.bad_steps = 0  # since the start of the training
         self.bad_in_a_row = 0
-        self.statistics = [buffer for name, buffer in model.named_buffers()
-                           if "running_" in name or "num_batches" in name]
-        self.statistics_before = [buffer.clone() for buffer in self.statistics]
+        buffers = dict(model.named_buffers())
+        self.statistics = [[buffer for name, buffer in buffers.items() if key in name]
+                           for key in ("running_", "num_batches")]  # by dtype, so that a GPU copies each list at once
+        self.statistics_before = [[buffer.clone() for buffer in group] for group in self.statistics]
 
     def begin_step(self):
         """Remembers the running statistics, so that a skipped step leaves no trace."""
-        if self.statistics:
-            torch._foreach_copy_(self.statistics_before, self.statistics)
+        for before, now in zip(self.statistics_before, self.statistics):
+            if now:
+                torch._foreach_copy_(before, now)
 
     def skip_step(self):
         """Puts the running statistics back."""
-        if self.statistics:
-            torch._foreach_copy_(self.statistics, self.statistics_before)
+        for before, now in zip(self.statistics_before, self.statistics):
+            if now:
+                torch._foreach_copy_(now, before)
 
     def good_step(self):
         self.bad_in_a_row = 0
