@@ -314,6 +314,17 @@ def test_autocast_stays_close_to_float32_in_both_passes(dtype, algorithm):
         assert error(low, exact) < 4 * torch.finfo(dtype).eps
 
 
+def test_the_gradient_of_a_voxel_is_summed_over_its_points_in_float32_under_autocast():
+    """In bfloat16 a sum of ones would stop at 256."""
+    encoder, seen = PointEncoder(0.1, out_channels=8, **TINY), []
+    encoder.backbone.register_forward_hook(lambda *inputs: inputs[-1].register_hook(seen.append))
+    points = torch.tensor([[0.05, 0.05, 0.05], [0.15, 0.05, 0.05]]).repeat(1000, 1)
+    batch = {"coords": points, "features": torch.rand(2000, 3), "batch": torch.zeros(2000, dtype=torch.int64)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder(batch).sum().backward()
+    assert seen[0].dtype == torch.bfloat16 and (seen[0] == 1000).all()
+
+
 def test_double_stays_double_under_autocast():
     m = VoxelGrid(cloud(20, 2)).neighbours(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
