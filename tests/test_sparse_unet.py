@@ -315,13 +315,15 @@ def test_autocast_stays_close_to_float32_in_both_passes(dtype, algorithm):
 
 
 def test_the_gradient_of_a_voxel_is_summed_over_its_points_in_float32_under_autocast():
-    """In bfloat16 a sum of ones would stop at 256."""
+    """In bfloat16 a sum of ones stops at 256; a CPU adds wider by itself, a GPU only if what it adds is float32."""
     encoder, seen = PointEncoder(0.1, out_channels=8, **TINY), []
-    encoder.backbone.register_forward_hook(lambda *inputs: inputs[-1].register_hook(seen.append))
+    encoder.backbone.register_forward_hook(lambda _, __, output: output.register_hook(seen.append) and None)
     points = torch.tensor([[0.05, 0.05, 0.05], [0.15, 0.05, 0.05]]).repeat(1000, 1)
     batch = {"coords": points, "features": torch.rand(2000, 3), "batch": torch.zeros(2000, dtype=torch.int64)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoder(batch).sum().backward()
+        out = encoder(batch)
+    out.sum().backward()
+    assert out.dtype == torch.float32
     assert seen[0].dtype == torch.bfloat16 and (seen[0] == 1000).all()
 
 
