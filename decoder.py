@@ -237,9 +237,13 @@ class InstanceDecoder(nn.Module):
             query = layer(query, source, query_sizes, sizes, allowed)
             states.append(self._predict_masks(query, query_sizes, mask_feats, padding))
 
-        normed, masks = map(torch.stack, zip(*states))         # (L, B, Q_max, D), (L, B, Q_max, S_max)
-        padded = {"class_logits": self.class_head(normed), "mask_logits": masks,
-                  "quality": self.quality_head(normed).squeeze(3).sigmoid()}
+        normed, masks = zip(*states)
+        masks = torch.stack(masks)                             # (L, B, Q_max, S_max)
+        shape = masks.shape[:3]
+        # no view of (L, B, Q_max, D), of which a compiled head would tell one scene from several
+        rows = torch.cat([layer.flatten(0, 1) for layer in normed])
+        padded = {"class_logits": self.class_head(rows).unflatten(0, shape), "mask_logits": masks,
+                  "quality": self.quality_head(rows).view(shape).sigmoid()}
         layers = [{"class_logits": scenes_of(classes, query_sizes), "mask_logits": scenes_of(mask, query_sizes, sizes),
                    "quality": scenes_of(quality, query_sizes)} for classes, mask, quality in zip(*padded.values())]
         return {"layers": layers, "query": scenes_of(query_index, query_sizes),
