@@ -16,12 +16,15 @@ fp32 when it fills a cache: fp16 autocast costs 1.3e-3 of a token's norm and bf1
 Imports torch, numpy, tqdm.
 """
 import contextlib
+import ctypes
 import errno
 import hashlib
 import math
 import os
 import shutil
+import signal
 import struct
+import sys
 import tempfile
 import time
 import uuid
@@ -241,7 +244,7 @@ class FeatureCache:
     def _encode(self, images, rank):
         """Encodes images and writes their entries."""
         loader = DataLoader(images, self.batch_size, num_workers=self.workers, collate_fn=list,
-                            generator=torch.Generator())
+                            worker_init_fn=end_with_parent, generator=torch.Generator())
         with tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0) as bar:
             for batch in loader:
                 entries = self._features(batch)
@@ -274,6 +277,15 @@ class FeatureCache:
         if not all(tensor.isfinite().all() for tensor in features):
             raise ValueError("encode returned features that are not finite in fp16")
         return [pack_features(of_image) for of_image in zip(*features)]
+
+
+def end_with_parent(worker_id):
+    """worker_init_fn of a DataLoader: on Linux a worker is killed when its process ends, however that ends.
+
+    Images fill the pipe, and a worker would otherwise wait forever for somebody to read it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class CheckedImages(Dataset):

@@ -16,8 +16,10 @@ Every process must send the same messages in the same order, or the others wait 
 when a process has no rows. The caller's part: the output of every norm must reach the loss, with a zero gradient if a
 process has nothing to learn from, so that the backward pass of every norm runs on every process.
 """
+import ctypes
 import os
 import signal
+import sys
 from datetime import timedelta
 
 import torch
@@ -172,8 +174,12 @@ def survive_first_signal(worker_id):
     """worker_init_fn of a DataLoader: workers outlive a signal that asks the run to stop by WORKER_GRACE seconds.
 
     Schedulers and terminals signal every process of a job. If the workers ended at once, the training process could not
-    finish its step.
+    finish its step. On Linux they end with the training process, however that ends: a worker whose pipe is full would
+    otherwise wait forever for somebody to read it.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
     def receive(signum, frame):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(WORKER_GRACE)

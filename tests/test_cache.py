@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """cache.py: what is stored comes back, once computed; what is damaged, foreign or half-written is never used."""
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -427,3 +430,35 @@ def test_superpoints_of_another_frame_are_not_used(tmp_path, other):
 def test_a_superpoint_cache_works_in_workers(tmp_path):
     cache = pickle.loads(pickle.dumps(SuperpointCache(tmp_path, rows, "rows")))
     assert np.array_equal(cache(DEPTH, COLORS, INTRINSICS), np.indices((4, 6))[0])
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended may remain as a zombie until somebody asks for its status."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def encode_and_be_killed(folder, pipe):
+    def die(images):
+        pipe.send(multiprocessing.active_children()[0].pid)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    images = [np.full((300, 400, 3), i, np.uint8) for i in range(12)]  # more than a pipe holds
+    FeatureCache(folder, "tower", die, batch_size=4, workers=1).build(images)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_no_worker_outlives_a_killed_build(tmp_path):
+    mine, theirs = FORK.Pipe()
+    process = FORK.Process(target=encode_and_be_killed, args=(tmp_path, theirs))
+    process.start()
+    worker = mine.recv()
+    process.join()
+    end = time.time() + 5
+    while is_alive(worker) and time.time() < end:
+        time.sleep(0.02)
+    survived = is_alive(worker)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+    assert process.exitcode == -signal.SIGKILL and not survived
