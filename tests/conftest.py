@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Tensors as small as these only wait for a thread pool, and for long where other work shares the cores.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_disks():
+    """fsync guards against power cuts alone, which no test has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture
@@ -88,6 +98,18 @@ def on_device(function, device):
             return KernelMap(result.table.cpu(), result.num_in)
         return to_device(result, "cpu")
     return wrapped
+
+
+CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of two epochs with everything on: its folder and final metrics."""
+    import train
+    from helpers import small
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, train.main(small(folder, *CLIP_ON))
 
 
 WHOLE_RUNS = ("test_train", "test_diagnose", "test_model", "test_predict", "test_readme", "test_stability")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Builders shared by several test files: a camera, tiny data sets on disk, rooms in ScanNet's layout."""
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -129,7 +130,7 @@ def small(folder, *more):
     """Arguments of a run of a few seconds in `folder`."""
     return ["--rooms", "2", "--frames-per-room", "2", "--num-points", "1000", "--voxel-size", "0.15", "--batch-size",
             "2", "--image-size", "96,128", "--clip-model", TOWER, "--clip-pretrained", "none", "--workers", "0",
-            "--epochs", "2", "--eval-every", "1", "--log-every", "1", "--superpoints", "24",
+            "--epochs", "2", "--eval-every", "2", "--log-every", "1", "--superpoints", "24",
             "--min-instance-points", "20", "--cache", SHARED_CACHE.name, "--runs", str(folder / "runs"),
             "--device", "cpu", *more]
 
@@ -153,13 +154,39 @@ def scalars(folder):
     return events
 
 
-def torchrun(folder, code, arguments):
-    """Runs Python code that calls train.main(sys.argv[1:]) in two processes; returns what subprocess.run does."""
-    (folder / "two.py").write_text("import os, signal, sys, time, torch, train, torch.distributed as dist\n" + code)
-    root = str(Path(rooms.__file__).parent)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(folder / "two.py"), *arguments], capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+class Forked:
+    """Runs function() in a fork of this process, which need not import anything again; what it prints goes to files."""
+
+    def __init__(self, function, **environment):
+        self.printed = [tempfile.TemporaryFile("w+") for _ in range(2)]  # stdout, stderr
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(function, environment))
+        self.process.start()
+
+    def _run(self, function, environment):
+        os.environ.update(environment)
+        for number, file in enumerate(self.printed, 1):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        function()
+
+    def wait(self, seconds=120):
+        """-> exit status, what went to stdout, and to stderr; the process is killed if it does not end in time."""
+        self.process.join(seconds)
+        self.process.kill()
+        self.process.join()
+        for file in self.printed:
+            file.seek(0)
+        return self.process.exitcode, *(file.read() for file in self.printed)
+
+
+def in_two_processes(function):
+    """What `Forked.wait` gives for two processes that train as one, both running function()."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    pair = [Forked(function, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in "01"]
+    return [process.wait() for process in pair]
 
 
 def two_processes(run, halves):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from data import PointDataset, collate
 from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
-from helpers import checkpoint, last_checkpoint, small
+from helpers import Forked, checkpoint, last_checkpoint, small
 from model import Segmenter, load_model
 from rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder
@@ -155,27 +154,38 @@ def test_a_loaded_model_is_the_trained_one_in_eval_mode(tmp_path, samples, optio
         assert network(collate(single))["logits"].shape[1] == len(class_names)
 
 
-def test_loading_needs_no_tensorboard(tmp_path):
-    """The front of a notebook: five lines, and the package that only training needs is not imported."""
-    train.main(small(tmp_path, "--epochs", "1", "--no-clip"))
-    code = ("import sys\nfrom model import load_model\nimport predict\n"
-            f"model, class_names, config = load_model({str(last_checkpoint(tmp_path))!r})\n"
-            "assert not model.training and not any(name.startswith('tensorboard') for name in sys.modules)\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """The folder of a run without CLIP."""
+    folder = tmp_path_factory.mktemp("baseline")
+    train.main(small(folder, "--epochs", "1", "--no-clip"))
+    return folder
 
 
-def test_a_random_tower_is_said_when_its_checkpoint_is_loaded(tmp_path):
-    train.main(small(tmp_path, "--epochs", "1", "--no-clip"))
-    state = checkpoint(tmp_path)
+def test_loading_needs_no_tensorboard(baseline):
+    """The front of a notebook: the package that only training needs is not imported."""
+    def notebook():
+        own = {path.stem for path in Path(train.__file__).parent.glob("*.py")}
+        for name in list(sys.modules):
+            if name in own or "tensorboard" in name:
+                del sys.modules[name]
+        sys.modules["tensorboard"] = sys.modules["torch.utils.tensorboard"] = None  # importing them raises
+        from model import load_model
+        import predict  # noqa: F401
+        assert not load_model(last_checkpoint(baseline))[0].training
+    status, _, errors = Forked(notebook).wait()
+    assert status == 0, errors
+
+
+def test_a_random_tower_is_said_when_its_checkpoint_is_loaded(baseline, tmp_path):
+    state = checkpoint(baseline)
     write_atomically({**state, "warnings": ["CLIP IS RANDOMLY INITIALISED"]}, tmp_path / "x.pt")
     with pytest.warns(UserWarning, match="x.pt: CLIP IS RANDOMLY INITIALISED"):
         load_model(tmp_path / "x.pt")
 
 
-def test_another_tower_or_a_missing_file_is_refused(tmp_path):
-    train.main(small(tmp_path, "--epochs", "1", "--no-instances"))
-    state = checkpoint(tmp_path)
+def test_another_tower_or_a_missing_file_is_refused(trained, tmp_path):
+    state = checkpoint(trained[0])
     state["config"]["image_size"] = (64, 96)
     write_atomically(state, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="x.pt: clip_fingerprint differs"):

@@ -13,26 +13,22 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 
+import distributed
 import model as model_file
 import train
+from checkpoint import lock_folder
+from conftest import CLIP_ON
 from distributed import StopRequest
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
-from helpers import (POSE, SHARED_CACHE, checkpoint, last_checkpoint, scalars, small, torchrun, write_rooms_as_scannet, write_scan,
-                     write_scannet)
+from helpers import (POSE, SHARED_CACHE, Forked, checkpoint, in_two_processes, last_checkpoint, scalars, small,
+                     write_rooms_as_scannet, write_scan, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from model import run_command
 
 ROOT = Path(train.__file__).parent
-CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two epochs with everything on: its folder and final metrics."""
-    folder = tmp_path_factory.mktemp("trained")
-    return folder, train.main(small(folder, *CLIP_ON))
 
 
 def test_a_run_writes_finite_scalars_images_and_checkpoints_and_every_tag_is_documented(trained):
@@ -168,7 +164,7 @@ def same_weights(one, two):
 def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, variant, target, step):
     """3 steps per epoch: step 5 is inside one, step 6 ends one, before its evaluation."""
     options = ["--epochs", "3", "--eval-every", "2", "--clip-warmup=-1", "--clip-weights", "0,0.1", "--clip-loss",
-               variant, "--clip-target", target, "--rooms", "3"]
+               variant, "--clip-target", target, "--rooms", "3", "--num-points", "300"]
     metrics = train.main(small(tmp_path / "straight", *options))
     stop = StopRequest()
     with pytest.raises(SystemExit) as left:
@@ -188,63 +184,83 @@ def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, var
     assert best[0]["epoch"] == best[1]["epoch"] and best[0]["best"] == best[1]["best"]
 
 
-def wait_for(condition, process, seconds=120):
+def as_command(arguments):
+    """What `python train.py` does."""
+    run_command(lambda: train.main(arguments, stop=StopRequest().install()))
+
+
+def wait_for_file(pattern, folder, is_alive, seconds=120):
     end = time.time() + seconds
-    while not condition() and time.time() < end:
-        assert process.poll() is None, process.stderr.read()
+    while not list(folder.glob(pattern)) and time.time() < end and is_alive():
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", [[sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                         "--nproc-per-node", "2"]], ids=["one process", "torchrun"])
-def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, launcher):
-    options = ["--epochs", "8", "--eval-every", "8", "--no-clip", "--no-instances", "--workers", "1", "--batch-size",
-               "1", "--save-every", "2", "--rooms", "3", "--num-points", "100"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "train.py")]
-    run = subprocess.Popen([*command, *small(tmp_path / "stopped", *options)], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for(lambda: list((tmp_path / "stopped" / "runs").glob("*/last.pt")), run)
-    run.terminate()
-    printed, errors = run.communicate(timeout=60)
-    assert run.returncode == (128 + signal.SIGTERM if len(launcher) == 1 else 1), errors
+TO_INTERRUPT = ["--epochs", "4", "--eval-every", "4", "--no-clip", "--no-instances", "--workers", "1", "--batch-size", "1",
+                "--rooms", "3", "--num-points", "100"]
+
+
+def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path):
+    run = Forked(lambda: as_command(small(tmp_path / "stopped", *TO_INTERRUPT, "--save-every", "2")))
+    wait_for_file("stopped/runs/*/last.pt", tmp_path, run.process.is_alive)
+    run.process.terminate()
+    status, printed, errors = run.wait()
+    assert status == 128 + signal.SIGTERM, errors
     assert "go on with: python train.py --resume" in printed
     stopped = checkpoint(tmp_path / "stopped")
-    assert 2 <= stopped["step"] and stopped["epoch"] < 8
-    for arguments in (["--resume", str(last_checkpoint(tmp_path / "stopped")), "--device", "cpu"],
-                      small(tmp_path / "straight", *options)):
-        if len(launcher) == 1:
-            train.main(arguments)
-        else:
-            subprocess.run([*command, *arguments], capture_output=True, check=True, env=environment)
+    assert 2 <= stopped["step"] and stopped["epoch"] < 4
+    train.main(["--resume", str(last_checkpoint(tmp_path / "stopped")), "--device", "cpu", "--save-every", "0"])
+    train.main(small(tmp_path / "straight", *TO_INTERRUPT))
     assert same_weights(tmp_path / "straight", tmp_path / "stopped")
     assert not list((tmp_path / "stopped" / "runs").glob("*/*.tmp"))
 
 
-def test_a_second_signal_ends_a_run_at_once_and_the_first_one_during_set_up():
-    code = ("import os, signal\nfrom distributed import StopRequest\nstop = StopRequest().install()\n{arm}"
-            "os.kill(os.getpid(), signal.SIGINT)\nprint('alive', flush=True)\nos.kill(os.getpid(), signal.SIGTERM)\n"
-            "print('alive', flush=True)\n")
-    for arm, printed, status in (("", "", 130), ("stop.armed = True\n", "alive\n", 143)):
-        done = subprocess.run([sys.executable, "-c", code.format(arm=arm)], cwd=ROOT, capture_output=True, text=True)
-        assert (done.stdout, done.stderr, done.returncode) == (printed, "", status)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path):
-    (tmp_path / "hang.py").write_text(
-        "import distributed, sys, time, train\n"
-        "distributed.WORKER_GRACE = 1\n"
-        "read = train.PointDataset.__getitem__\n"
-        "def hang(self, index):\n"
-        "    if self.augment and int(self._epoch) == 1:\n"
-        "        time.sleep(1000)\n"
-        "    return read(self, index)\n"
-        "train.PointDataset.__getitem__ = hang\n"
-        "train.main(sys.argv[1:])\n")
+def test_sigterm_to_torchrun_saves_ends_and_resumes_bit_exactly(tmp_path):
+    run = subprocess.Popen([*TORCHRUN, str(ROOT / "train.py"),
+                            *small(tmp_path / "stopped", *TO_INTERRUPT, "--save-every", "2", "--workers", "0")],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_file("stopped/runs/*/last.pt", tmp_path, lambda: run.poll() is None)
+    run.terminate()
+    printed, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "go on with: python train.py --resume" in printed, errors
+    stopped = checkpoint(tmp_path / "stopped")
+    assert 2 <= stopped["step"] and stopped["epoch"] < 4
+    for arguments in (["--resume", str(last_checkpoint(tmp_path / "stopped")), "--device", "cpu", "--save-every", "0"],
+                      small(tmp_path / "straight", *TO_INTERRUPT, "--workers", "0")):
+        for status, _, errors in in_two_processes(lambda: train.main(arguments)):
+            assert status == 0, errors
+    assert same_weights(tmp_path / "straight", tmp_path / "stopped")
+    assert not list((tmp_path / "stopped" / "runs").glob("*/*.tmp"))
+
+
+@pytest.mark.parametrize("armed, printed, status", [(False, "", 130), (True, "alive\n", 143)])
+def test_a_second_signal_ends_a_run_at_once_and_the_first_one_during_set_up(armed, printed, status):
+    def run():
+        stop = StopRequest().install()
+        stop.armed = armed
+        os.kill(os.getpid(), signal.SIGINT)
+        print("alive")
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("alive")
+
+    assert Forked(run).wait() == (status, printed, "")
+
+
+def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path, monkeypatch):
+    read = train.PointDataset.__getitem__
+
+    def hang(self, index):
+        if self.augment and int(self._epoch) == 1:
+            time.sleep(1000)
+        return read(self, index)
+
+    monkeypatch.setattr(train.PointDataset, "__getitem__", hang)
+    monkeypatch.setattr(distributed, "WORKER_GRACE", 1)
     options = small(tmp_path, "--no-clip", "--no-instances", "--workers", "1", "--worker-timeout", "2")
-    done = subprocess.run([sys.executable, str(tmp_path / "hang.py"), *options], capture_output=True, text=True,
-                          timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and "timed out after 2 seconds" in done.stderr
+    status, _, errors = Forked(lambda: train.main(options)).wait()
+    assert status == 1 and "timed out after 2 seconds" in errors
     assert checkpoint(tmp_path)["epoch"] == 1
 
 
@@ -257,13 +273,19 @@ def test_a_finished_run_prints_its_table_when_it_is_resumed(trained, capsys):
 def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
     train.main(small(tmp_path, "--no-clip", "--no-instances", "--epochs", "1"))
     path = last_checkpoint(tmp_path)
-    code = (f"import sys, checkpoint\nlock = checkpoint.lock_folder({str(path.parent)!r})\n"
-            "print('locked', flush=True)\nsys.stdin.read()\n")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(ValueError, match=f"{path.parent} is in use by process {other.pid}"):
-            train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
-        other.stdin.close()
+
+    def hold():
+        lock = lock_folder(path.parent)
+        (tmp_path / "locked").touch()
+        while lock and not (tmp_path / "enough").exists():
+            time.sleep(0.05)
+
+    other = Forked(hold)
+    wait_for_file("locked", tmp_path, other.process.is_alive)
+    with pytest.raises(ValueError, match=f"{path.parent} is in use by process {other.process.pid}"):
+        train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
+    (tmp_path / "enough").touch()
+    assert other.wait() == (0, "", "")
     train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
     assert checkpoint(tmp_path)["epoch"] == 2
 
@@ -281,7 +303,7 @@ def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
 
 
 def test_options_given_on_resuming_take_effect(tmp_path, capsys):
-    train.main(small(tmp_path, "--no-clip", "--no-instances", "--batch-size", "1", "--epochs", "2"))
+    train.main(small(tmp_path, "--no-clip", "--no-instances", "--batch-size", "1", "--eval-every", "1"))
     path = last_checkpoint(tmp_path)
     train.main(["--resume", str(path), "--epochs", "3", "--batch-size", "4", "--amp", "fp16", "--weight-decay", "0.5",
                 "--lr-3d", "0.1", "--device", "cpu", "--cache", SHARED_CACHE.name])
@@ -294,12 +316,13 @@ def test_options_given_on_resuming_take_effect(tmp_path, capsys):
 
 def test_compiled_parts_train_as_plain_ones(tmp_path, monkeypatch, caplog):
     """With the tracer alone: the C++ behind it takes minutes."""
+    torch.compiler.reset()  # graphs of other tests count towards its limit
     compiled, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f.__self__) or compile(
         f, backend="eager", **options))
     ends = []
     for more in ([], ["--compile"]):
-        train.main(small(tmp_path / str(len(more)), "--epochs", "2", "--cache", "none", *more))
+        train.main(small(tmp_path / str(len(more)), "--epochs", "1", "--cache", "none", *more))
         ends.append(checkpoint(tmp_path / str(len(more)))["model"])
     assert any(isinstance(module, FusionGate) for module in compiled) and len(compiled) > 12
     assert ends[0].keys() == ends[1].keys() and "limit" not in caplog.text
@@ -332,12 +355,12 @@ def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path,
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_60_steps_under_autocast_are_finite(tmp_path, amp):
-    train.main(small(tmp_path, "--amp", amp, "--epochs", "15", "--num-points", "100", "--eval-every", "15",
+def test_40_steps_under_autocast_are_finite(tmp_path, amp):
+    train.main(small(tmp_path, "--amp", amp, "--epochs", "10", "--num-points", "100", "--eval-every", "10",
                      "--batch-size", "1", "--voxel-size", "0.3", "--no-instances", "--clip-warmup", "1,2",
                      "--clip-weights", "0.01,0.05,0.05", "--log-every", "10"))
     events = scalars(tmp_path)  # a mean over 10 steps is finite only if each of them is
-    assert len(events.Scalars("loss/total")) == 6 and checkpoint(tmp_path)["step"] == 60
+    assert len(events.Scalars("loss/total")) == 4 and checkpoint(tmp_path)["step"] == 40
     for tag in ("loss/total", "loss/clip"):
         assert all(torch.tensor([e.value for e in events.Scalars(tag)]).isfinite())
     assert all(v.isfinite().all() for v in checkpoint(tmp_path)["model"].values())
@@ -487,7 +510,7 @@ def test_wrong_cameras_are_refused_unless_one_insists(tmp_path):
 
 
 def test_a_second_start_on_unchanged_frames_reads_no_more_than_its_first_batch(tmp_path, monkeypatch):
-    options = [*write_rooms_as_scannet(tmp_path / "own", 4, 3), "--epochs", "1"]
+    options = [*write_rooms_as_scannet(tmp_path / "own", 4, 3, (96, 128)), "--epochs", "1"]
     train.main(small(tmp_path, *options, "--cache", str(tmp_path / "cache")))
     read, reader = [], train.ScanNetFrames.__getitem__
     monkeypatch.setattr(train.ScanNetFrames, "__getitem__", lambda self, i: read.append(i) or reader(self, i))
@@ -608,42 +631,45 @@ def test_another_backbone_and_another_data_set_train_as_a_user_would_put_them_in
         train.main(small(tmp_path / "outside", "--epochs", "1"))
 
 
-def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_path):
-    code = ("average = train.average_buffers\n"
-            "def check(model, world):\n"
-            "    average(model, world)\n"
-            "    for p in [*model.parameters(), *model.buffers()]:\n"
-            "        others = [torch.empty_like(p) for _ in range(world)]\n"
-            "        dist.all_gather(others, p.detach().contiguous())\n"
-            "        assert torch.equal(others[0], others[1])\n"
-            "train.average_buffers = check\n"
-            "metrics = train.main(sys.argv[1:])\n"
-            "print('MIOU', metrics['miou'])\n")
-    options = ["--rooms", "4", "--epochs", "10", "--eval-every", "10", "--clip-warmup", "1,2", "--clip-weights",
+def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_path, monkeypatch):
+    average = train.average_buffers
+
+    def check(model, world):
+        average(model, world)
+        for p in [*model.parameters(), *model.buffers()]:
+            others = [torch.empty_like(p) for _ in range(world)]
+            dist.all_gather(others, p.detach().contiguous())
+            assert torch.equal(others[0], others[1])
+
+    options = ["--rooms", "4", "--epochs", "5", "--eval-every", "5", "--clip-warmup", "1,2", "--clip-weights",
                "0.001,0.01,0.1",
                "--lr", "2e-4"]  # at more, rounding may grow until a match or a bit of a mask is another
     metrics = train.main(small(tmp_path / "one", *options, "--batch-size", "4"))
-    done = torchrun(tmp_path, code, small(tmp_path / "two", *options, "--batch-size", "2"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    values = [float(value) for value in re.findall(r"MIOU (\S+)", done.stdout)]
+    monkeypatch.setattr(train, "average_buffers", check)
+    done = in_two_processes(lambda: print("MIOU", train.main(
+        small(tmp_path / "two", *options, "--batch-size", "2"))["miou"]))
+    assert [status for status, _, _ in done] == [0, 0], done
+    values = [float(re.search(r"MIOU (\S+)", printed)[1]) for _, printed, _ in done]
     assert values == pytest.approx([metrics["miou"]] * 2, abs=1e-3)
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")  # of one run each: one process writes
-    assert len(one.Scalars("loss/total")) == 20
+    assert len(one.Scalars("loss/total")) == 10
     for tag in ("loss/total", "loss/semantic", "loss/instance_bce", "loss/clip"):
         theirs = [e.value for e in two.Scalars(tag)]
         assert theirs == pytest.approx([e.value for e in one.Scalars(tag)], rel=1e-4), tag
 
 
-def test_a_killed_process_ends_the_other_within_a_minute_and_with_a_message(tmp_path):
-    code = ("factor = train.lr_factor\n"
-            "def die(position, *rest):\n"
-            "    if position == 3 and os.environ['RANK'] == '1':\n"
-            "        open(sys.argv[-1] + '/died', 'w').close()\n"
-            "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return factor(position, *rest)\n"
-            "train.lr_factor = die\n"
-            "train.main(sys.argv[1:-1])\n")
-    done = torchrun(tmp_path, code, [*small(tmp_path, "--epochs", "1000", "--no-clip", "--no-instances"),
-                                     str(tmp_path)])
-    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
-    assert done.returncode != 0 and re.search(r"exitcode\s*: -9|SIGKILL", done.stderr)
+@pytest.mark.parametrize("status", [1, -9], ids=["raises", "is killed"])
+def test_a_process_that_raises_or_is_killed_ends_the_other_with_an_error(tmp_path, monkeypatch, status):
+    factor = train.lr_factor
+
+    def fail(position, *rest):
+        if position == 3 and os.environ["RANK"] == "1":
+            if status == -9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError
+        return factor(position, *rest)
+
+    monkeypatch.setattr(train, "lr_factor", fail)
+    first, second = in_two_processes(lambda: train.main(small(tmp_path, "--epochs", "1000", "--no-clip", "--no-instances")))
+    assert second[0] == status and ("ZeroDivisionError" in second[2]) == (status == 1)
+    assert first[0] == 1 and re.search("Connection (closed|reset) by peer", first[2]), first[2]
