@@ -106,10 +106,13 @@ CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run of two epochs with everything on: its folder and final metrics."""
+    import predict
     import train
     from helpers import small
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train.main(small(folder, *CLIP_ON))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "visualize", predict.visualize)
+        return folder, train.main(small(folder, *CLIP_ON))
 
 
 WHOLE_RUNS = ("test_train", "test_diagnose", "test_model", "test_predict", "test_readme", "test_stability")
@@ -117,14 +120,18 @@ WHOLE_RUNS = ("test_train", "test_diagnose", "test_model", "test_predict", "test
 
 @pytest.fixture(autouse=True, scope="module")
 def made_once(request):
-    """For tests of whole runs: the rooms that most of them share are rendered once, their random tower is made once."""
+    """For tests of whole runs: the rooms that most of them share are rendered once, their random tower is made once, and
+    images for TensorBoard are drawn only in tests that look at them, which put `predict.visualize` back.
+    """
     if request.module.__name__ not in WHOLE_RUNS:
         yield
         return
     import encoder
     import rooms
+    import train
     load = functools.lru_cache(encoder.load_clip)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rooms, "frames", functools.lru_cache(rooms.frames))
         patch.setattr(encoder, "load_clip", lambda name, pretrained: copy.deepcopy(load(name, pretrained)))
+        patch.setattr(train, "visualize", lambda *args: None)
         yield

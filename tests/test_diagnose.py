@@ -372,18 +372,19 @@ def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, mon
     monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
 
     def breaks(position, *rest):
-        if position == 50:
+        if position == 10:
             models[0].fusion.proj_3d[0].weight.data[3, 4] = math.nan
         return factor(position, *rest)
 
     monkeypatch.setattr(train, "lr_factor", breaks)
     monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 3)
     with pytest.raises(FloatingPointError, match="3 steps in a row were not finite(.|\n)*fusion.proj_3d.0.weight"):
-        train.main(small(tmp_path, *RUN, "--epochs", "30", "--eval-every", "30", "--num-points", "200", "--no-clip", "--log-every", "100"))
+        train.main(small(tmp_path, *RUN, "--epochs", "10", "--eval-every", "10", "--num-points", "200", "--no-clip",
+                         "--log-every", "100"))
     steps = saved_steps(tmp_path)
-    assert sorted(steps) == [50, 51, 52]
+    assert sorted(steps) == [10, 11, 12]
     monkeypatch.undo()
-    printed, message = replayed(steps[50], capsys)
+    printed, message = replayed(steps[10], capsys)
     assert "weight: fusion.proj_3d.0.weight (256, 96) holds 1 values" in printed
     assert "module: fusion.proj_3d.0 (Linear) is the first" in printed and "its input is finite" in printed
 

@@ -27,6 +27,7 @@ from helpers import (POSE, SHARED_CACHE, Forked, checkpoint, in_two_processes, l
                      write_rooms_as_scannet, write_scan, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from model import run_command
+from predict import visualize
 
 ROOT = Path(train.__file__).parent
 
@@ -529,8 +530,9 @@ def test_a_second_start_on_unchanged_frames_reads_no_more_than_its_first_batch(t
         read.clear()
 
 
-def test_whole_scans_train_with_posed_views(tmp_path):
+def test_whole_scans_train_with_posed_views(tmp_path, monkeypatch):
     """Points from two scans of 40 segments in front of the cameras, images from exported frames without labels."""
+    monkeypatch.setattr(train, "visualize", visualize)
     frames, rng = write_scannet(tmp_path / "frames", scenes=2, frames=3, labels=False), np.random.default_rng(0)
     segments = np.arange(800) // 20
     for scene in range(2):
