@@ -248,6 +248,9 @@ class Enhanced2DEncoder(nn.Module):
         super().__init__()
         scaling = image_scaling(model_name, pretrained, mean_std)
         clip = load_clip(model_name, pretrained).float().eval().requires_grad_(False)
+        for name, value in clip.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"CLIP weights {pretrained}: field {name} {tuple(value.shape)} holds NaN or inf")
         self.__dict__["clip"] = clip  # not registered
         self.model_name = model_name
         visual = clip.visual

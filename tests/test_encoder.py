@@ -6,6 +6,7 @@ The towers are tiny open_clip models of the same classes as the real ones; `ViT-
 import copy
 import importlib.util
 import json
+import math
 import os
 import re
 import warnings
@@ -94,6 +95,16 @@ def test_pooled_equals_open_clips_encode_image(name):
         expected = encoder.clip.encode_image(normalized(images, cfg["mean"], cfg["std"]))
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)  # of a CoCa: both are normalized
     assert tokens.shape == (2, encoder.token_dim, *encoder.grid) and encoder.patch == (16, 16)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("field", ["visual.conv1.weight", "text_projection"])
+def test_weights_of_a_file_with_nan_or_inf_are_refused_by_name(checkpoint, tmp_path, field, bad):
+    weights = torch.load(checkpoint, weights_only=True)
+    weights[field].view(-1)[3] = bad
+    torch.save(weights, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=f"bad.pt: field {field} .* holds NaN or inf"):
+        Enhanced2DEncoder("tiny-vit", tmp_path / "bad.pt", mean_std=OPENAI)
 
 
 def test_weights_of_a_file_give_the_features_that_open_clip_gives_with_them(checkpoint):
