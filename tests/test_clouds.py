@@ -106,6 +106,32 @@ def test_a_ply_file_holds_positions_colours_and_every_field(tmp_path):
     np.testing.assert_allclose(vertices["scalar_red_sofa"], colors[:, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("package", ["plyfile", "trimesh", "open3d"])
+def test_a_ply_file_opens_in_other_programs_with_every_field(package, tmp_path):
+    """These packages are no requirement: pip install plyfile trimesh open3d."""
+    reader = pytest.importorskip(package)
+    torch.manual_seed(0)
+    points, colors = torch.rand(50, 3), torch.rand(50, 3)
+    fields = {name: torch.randint(0, 1000, (50,)) for name in ("label", "instance", "confidence", "gate", "red_sofa")}
+    path = tmp_path / "x.ply"
+    clouds.write_ply(path, points, colors, fields, ["class 1 a wall"])
+    if package == "plyfile":
+        vertices = reader.PlyData.read(path)["vertex"]
+        found = {name: vertices[f"scalar_{name}"] for name in fields}
+        found_points = np.stack([vertices[axis] for axis in "xyz"], 1)
+    elif package == "trimesh":
+        cloud = reader.load(path, process=False)
+        found_points = cloud.vertices
+        data = cloud.metadata["_ply_raw"]["vertex"]["data"]
+        found = {name: data[f"scalar_{name}"] for name in fields}
+    else:
+        cloud = reader.t.io.read_point_cloud(str(path))
+        found_points = cloud.point.positions.numpy()
+        found = {name: cloud.point[f"scalar_{name}"].numpy() for name in fields}
+    assert np.array_equal(np.asarray(found_points, np.float32), points.numpy())
+    assert all(np.array_equal(np.ravel(found[name]), fields[name].numpy()) for name in fields)
+
+
 def test_submission_files_read_back_score_as_what_was_written(tmp_path):
     """The reader follows the benchmark's rules: an id per line; mask file, id and confidence; 0 or 1 per line."""
     rng = np.random.default_rng(0)
