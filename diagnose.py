@@ -301,9 +301,9 @@ def replay(model, batch, losses, scale):
 
 def main(argv=None):
     """Replays one saved step. Raises FloatingPointError if it still is not finite; returns [] if it is."""
-    from checkpoint import STEP_FIELDS, read_checkpoint, restore
+    from checkpoint import STEP_FIELDS, read_checkpoint
     from distributed import setup
-    from model import build_encoder_2d, build_model, to_device
+    from model import restore_model, to_device
     from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, prepare_device, weigh
 
     parser = argparse.ArgumentParser("diagnose.py", description="Runs a saved step again, under anomaly detection.")
@@ -315,12 +315,7 @@ def main(argv=None):
     _, _, device = setup(command.device)
     prepare_device(device, args.deterministic)
 
-    encoder_2d = build_encoder_2d(vars(args))
-    instances = any(key.startswith("decoder.") for key in state["model"])
-    model = build_model(vars(args), len(state["class_names"]), instances, encoder_2d)
-    fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
-    restore(model, state, command.file, state["class_names"], fingerprint)
-    model.to(device).train()
+    model = restore_model(state, command.file).to(device).train()
     model.fusion.dense_target = args.clip_target == "point" and state["weights"]["clip"] > 0
     criteria = build_criteria(args)
 

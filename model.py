@@ -120,13 +120,20 @@ def load_model(path, device=None):
     config, class_names = state["config"], state["class_names"]
     for text in state["warnings"]:
         warnings.warn(f"{path}: {text}")
+    model = restore_model(state, path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), class_names, config
+
+
+def restore_model(state, path):
+    """The network of a checkpoint or a saved step, on the CPU. state: what `read_checkpoint` made of the file at path."""
+    config, class_names = state["config"], state["class_names"]
     encoder_2d = build_encoder_2d(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
     stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)
     model = build_model(config, len(class_names), instances, encoder_2d, stem.shape[1])
     restore(model, state, path, class_names, encoder_2d.fingerprint() if encoder_2d is not None else None)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), class_names, config
+    return model
 
 
 def to_device(value, device):

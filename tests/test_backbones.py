@@ -3,6 +3,7 @@
 import importlib
 import io
 import itertools
+import math
 import pickle
 import re
 import resource
@@ -24,6 +25,7 @@ from fusion import BiFusionEncoder
 from helpers import TOWER, checkpoint, small
 from rooms import RoomFrames
 from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C, load_backbone
+from test_diagnose import broken_batches, replayed, saved_steps
 from test_sparse_unet import TINY, error, figures, value  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,11 +274,14 @@ def test_features_of_another_size_or_with_nan_are_refused():
             PointDataset([{**frame, "features": features}], 100, (64, 96))[0]
 
 
-def test_a_network_with_features_of_any_width_is_trained_and_loaded(tmp_path, monkeypatch):
+def test_a_network_with_features_of_any_width_is_trained_replayed_and_loaded(tmp_path, monkeypatch, capsys):
     from model import load_model
     from predict import predict_frames
     monkeypatch.setattr(train, "RoomFrames", WithNormals)
+    broken_batches(monkeypatch, lambda batch: batch["features"][2].fill_(math.nan), when=(0,))
     train.main(small(tmp_path, "--no-instances", "--epochs", "1"))
+    printed, _ = replayed(saved_steps(tmp_path)[0], capsys)
+    assert "field 'features'" in printed and "holds 6 values" in printed
     model, _, config = load_model(next((tmp_path / "runs").glob("*/last.pt")), "cpu")
     assert model.fusion.encoder_3d.in_channels == 6
     result, = predict_frames(model, [WithNormals("val", 1, 1)[0]], config)
