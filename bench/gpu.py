@@ -50,7 +50,7 @@ def print_run(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder))
     events.Reload()
-    print("| tag | value |\n| --- | --- |")
+    print(f"| tag | value |\n| --- | --- |\n| steps | {events.Scalars(TAGS[0])[-1].step} |")
     for tag in TAGS:
         values = [event.value for event in events.Scalars(tag)]
         value = statistics.mean(values[1:] or values) if tag.startswith("speed/") else values[-1]
@@ -64,12 +64,13 @@ def run(args):
     print("| network | dtype | scenes | ms per step | scenes per second | peak GiB | waits | kernels |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for network in NETWORKS:
-        for scenes in args.batches:
-            with tempfile.TemporaryDirectory() as folder:
-                more = args.options.split()
-                options, tower, num_classes, cached, _ = setup(network, args.device, folder, scenes, more)
+        with tempfile.TemporaryDirectory() as folder:
+            options, tower, num_classes, make_batch = setup(network, args.device, folder, max(args.batches),
+                                                            args.options.split())
+            batches = [(scenes, make_batch(scenes)) for scenes in args.batches]
+        for scenes, batch in batches:
             for amp in ("off", "bf16"):
                 step = Step(argparse.Namespace(**{**vars(options), "amp": amp}), tower, num_classes)
-                spent, *counts = measure(step, cached, args.repeats, args.device)
+                spent, *counts = measure(step, batch, args.repeats, args.device)
                 row = [network, amp, scenes, f"{spent:.1f}", f"{scenes / spent * 1e3:.1f}", *counts]
                 print("|", " | ".join(map(str, row)), "|", flush=True)

@@ -8,8 +8,9 @@ cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 device=cuda
+patience=1
 tests=(tests/test_gpu.py tests/test_fusion.py tests/test_losses.py tests/test_instance_losses.py tests/test_decoder.py
-       tests/test_sparse_unet.py)
+       tests/test_sparse_unet.py -k "cuda or test_gpu")
 main=(--clip-warmup "10,20" --workers 8)
 long=(--epochs 94 --eval-every 94 --workers 8)  # 94 epochs of 32 steps
 step=(--device cuda --repeats 5)
@@ -18,6 +19,7 @@ scale=()
 encode=()
 if [[ ${1:-} == --smoke ]]; then
     device=cpu
+    patience=20
     tiny="--num-points 200 --image-size 32,48 --superpoints 8 --clip-model ViT-S-16-alt"
     tests=(tests/test_losses.py -k warm_up)
     read -ra words <<< "$tiny"
@@ -33,7 +35,7 @@ section() { printf '\n## %s\n\n' "$1"; }
 
 # limited SECONDS COMMAND...: the command, the end of its output, how long it took, and how it ended
 limited() {
-    local start=$SECONDS status=0 seconds=$1
+    local start=$SECONDS status=0 seconds=$(($1 * patience))
     shift
     printf '    %s\n\n~~~\n' "$*"
     timeout --kill-after 10 "$seconds" "$@" 2> "$folder/errors" | tail -n 60 || status=$?
@@ -41,34 +43,38 @@ limited() {
     printf '~~~\n\n%s s, status %s\n\n' "$((SECONDS - start))" "$status"
 }
 
+if [[ $device == cuda ]]; then
+    nvidia-smi --query-gpu=name,power.limit,driver_version --format=csv,noheader
+fi
+
 section "Tests of what a GPU computes"
-limited 80 python -m pytest -q "${tests[@]}"
+limited 60 python -m pytest -q "${tests[@]}"
 
 section "Training in bf16: its time and table"
-limited 70 python train.py --device "$device" --amp bf16 --runs "$folder/bf16" --cache "$folder/cache" "${main[@]}"
+limited 80 python train.py --device "$device" --amp bf16 --runs "$folder/bf16" --cache "$folder/cache" "${main[@]}"
 python -m bench gpu --of "$folder"/bf16/* || true
 
 section "3,000 steps in fp16: its bad steps"
-limited 90 python train.py --device "$device" --amp fp16 --runs "$folder/fp16" --cache "$folder/cache" "${long[@]}"
+limited 110 python train.py --device "$device" --amp fp16 --runs "$folder/fp16" --cache "$folder/cache" "${long[@]}"
 python -m bench gpu --of "$folder"/fp16/* || true
 
 section "The step by batch and dtype"
-timeout 60 python -m bench gpu "${step[@]}" "${batches[@]}" 2> "$folder/errors" | grep -v ^encoding \
+timeout $((60 * patience)) python -m bench gpu "${step[@]}" "${batches[@]}" 2> "$folder/errors" | grep -v ^encoding \
     || tail -n 20 "$folder/errors"
 
 if [[ $device == cuda ]]; then
     section "The step against the 3D baseline, eager and compiled"
     limited 30 python -m bench step "${step[@]}"
-    limited 60 python -m bench step "${step[@]}" --compile
+    limited 80 python -m bench step "${step[@]}" --compile
     section "Sparse convolution"
-    limited 20 python -m bench sparse --device cuda --repeats 8
+    limited 15 python -m bench sparse --device cuda --repeats 8
 fi
 
 section "Encoder: share of the peak of a matrix product"
-limited 30 python -m bench encode --device "$device" --repeats 3 "${encode[@]}"
+limited 25 python -m bench encode --device "$device" --repeats 3 "${encode[@]}"
 
 section "Sampling"
 limited 10 python -m bench sample --device "$device" --repeats 3
 
 section "Projection, sampling and gate by points"
-limited 30 python -m bench scale --device "$device" "${scale[@]}"
+limited 10 python -m bench scale --device "$device" "${scale[@]}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`python -m bench scale`: how time and memory of projection, sampling and gate grow with the number of points.
 
-Each size is measured in a fresh process, which should hold little else: imports fusion, bench.timing and torch.
+On a CPU each size is measured in a fresh process, which should hold little else. Imports fusion, bench.timing, torch.
 """
 import math
 
@@ -86,6 +86,8 @@ def plain_fusion(fusion, batch):
 def measure(plain, points, backward, device):
     """Seconds of one scene, the least of three, and on a GPU its peak in GiB, else None."""
     torch.manual_seed(0)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     fusion = given_fusion(points, VIEWS).to(device)
     batch = {name: value.to(device) for name, value in scene_of(points, VIEWS).items()}
     spent = []
@@ -105,16 +107,21 @@ def run(args):
     largest = math.log10(args.max_points)
     sizes = [round(10 ** (4 + (largest - 4) * i / 4)) for i in range(5)]  # from 10,000 on
     seconds_panel, memory_panel = {}, {}
-    print(f"one scene, {VIEWS} views, 256 channels, float32, {machine(args.device)}; each size in a fresh process")
+    print(f"one scene, {VIEWS} views, 256 channels, float32, {machine(args.device)}")
     for name, plain, backward in (("forward", False, False), ("forward and backward", False, True),
                                   ("view by view with grid_sample, forward", True, False)):
         times, peaks = [], []
         for size in sizes:
-            (seconds, gpu_peak), before, after = in_fresh_process(measure, plain, size, backward, args.device)
+            if args.device == "cuda":
+                seconds, peak = measure(plain, size, backward, args.device)
+                note = ""
+            else:
+                (seconds, _), before, after = in_fresh_process(measure, plain, size, backward, args.device)
+                peak = after - before
+                note = f" more than the {before:.2f} before it"
             times.append(seconds)
-            peaks.append(after - before if gpu_peak is None else gpu_peak)
-            note = f" more than the {before:.2f} before it" if gpu_peak is None else ""
-            print(f"  {name:38s} {size:8d} points {seconds:8.3f} s  {peaks[-1]:6.2f} GiB{note}")
+            peaks.append(peak)
+            print(f"  {name:38s} {size:8d} points {seconds:8.3f} s  {peak:6.2f} GiB{note}")
         print(f"  {name:38s} exponents: time {exponent(sizes, times):.3f}, memory {exponent(sizes, peaks):.3f}")
         seconds_panel[name] = (sizes, times)
         memory_panel[name] = (sizes, peaks)

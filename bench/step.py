@@ -100,7 +100,10 @@ def shares(step, batch, repeats=3):
 
 
 def setup(network, device, folder, scenes=None, options=()):
-    """Options of train.py, the tower, the number of classes, and one batch twice: with cached features, with images."""
+    """Options of train.py, the tower, the number of classes, and a function that makes batches of their first n scenes.
+
+    make_batch(n, cached=True): cached features, kept in `folder`, stand in for the images.
+    """
     args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none", "--frames-per-room", "1",
                              "--device", device, "--cache", folder, *options])
     if device == "cuda":
@@ -114,15 +117,14 @@ def setup(network, device, folder, scenes=None, options=()):
 
     model = build_model(vars(args), len(class_names), instances, None)
 
-    def whole_batch():  # as the loader makes it
-        samples = [dataset[i] for i in range(len(dataset))]
-        return to_device(train.collate_prepared(samples, model.cell, model.decoder.min_query_share), device)
+    cache = FeatureCache(folder, encoder_2d.fingerprint(), lambda images: encoder_2d.encode(images.to(device)))
+    cache.build(dataset.images_only)
 
-    with_images = whole_batch()
-    dataset.feature_cache = FeatureCache(folder, encoder_2d.fingerprint(),
-                                         lambda images: encoder_2d.encode(images.to(device)))
-    dataset.feature_cache.build(dataset.images_only)
-    return args, encoder_2d, len(class_names), whole_batch(), with_images
+    def make_batch(n, cached=True):  # as the loader makes it
+        dataset.feature_cache = cache if cached else None
+        samples = [dataset[i] for i in range(n)]
+        return to_device(train.collate_prepared(samples, model.cell, model.decoder.min_query_share), device)
+    return args, encoder_2d, len(class_names), make_batch
 
 
 def candidates(args, encoder_2d, num_classes, cached, with_images, compiled):
@@ -147,8 +149,8 @@ def run(command, options=()):
         train.keep_buffers()
     for network in NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
-            args, encoder_2d, num_classes, cached, with_images = setup(network, command.device, folder, command.scenes,
-                                                                       options)
+            args, encoder_2d, num_classes, make_batch = setup(network, command.device, folder, command.scenes, options)
+            cached, with_images = (make_batch(args.batch_size, cached) for cached in (True, False))
         steps = candidates(args, encoder_2d, num_classes, cached, with_images, command.compile)
         calls = {name: (lambda step=step, batch=batch: step(batch)) for name, (step, batch) in steps.items()}
         seconds = turns(calls, command.repeats, command.device)

@@ -101,12 +101,13 @@ def test_a_chart_holds_bars_and_lines(tmp_path):
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    """Options, tower, number of classes, batch with cached features, batch with images."""
+    """Options, tower, number of classes, and a function that makes batches."""
     return bench.step.setup("default network", "cpu", str(tmp_path_factory.mktemp("step")), 2, SMOKE)
 
 
 def test_a_step_from_the_cache_is_the_step_with_the_tower_to_half_precision(setup):
-    args, encoder_2d, num_classes, cached, with_images = setup
+    args, encoder_2d, num_classes, make_batch = setup
+    cached, with_images = make_batch(2), make_batch(2, cached=False)
     assert "images" in with_images and "clip_tokens" in cached
     step = bench.step.Step(args, encoder_2d, num_classes)
     step.model.eval()
@@ -128,7 +129,8 @@ def test_the_table_of_steps_has_a_row_per_network_batch_and_dtype(monkeypatch, c
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_moves_fusion_and_head_and_its_shares_sum_to_one(setup, fused):
-    args, encoder_2d, num_classes, cached, _ = setup
+    args, encoder_2d, num_classes, make_batch = setup
+    cached = make_batch(2)
     step = bench.step.Step(args, encoder_2d if fused else None, num_classes)
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     for _ in range(2):
@@ -146,11 +148,13 @@ def test_a_step_moves_fusion_and_head_and_its_shares_sum_to_one(setup, fused):
 
 
 def test_the_candidates_of_a_step_differ_in_what_they_are_named_after(setup):
-    steps = bench.step.candidates(*setup, compiled=False)
+    *parts, make_batch = setup
+    steps = bench.step.candidates(*parts, make_batch(2), make_batch(2, cached=False), compiled=False)
     assert steps["3D baseline"][0].model.fusion.encoder_2d is None
     assert steps["BiFusion"][0].weights["clip"] > 0 == steps["BiFusion, CLIP loss of weight 0"][0].weights["clip"]
     assert "images" in steps["BiFusion, --cache none"][1]
-    assert steps["BiFusion, --diagnose 1"][0](setup[3])[1]  # a finite step
+    step, batch = steps["BiFusion, --diagnose 1"]
+    assert step(batch).finite
 
 
 # ---------------------------------------------------------------------------------------------- the parts
