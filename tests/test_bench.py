@@ -248,6 +248,14 @@ def test_sparse_convolution_runs_in_small(capsys):
     assert "spconv" in capsys.readouterr().out and len(panels) == 1
 
 
+def test_speedrun_runs_in_small(capsys):
+    main(["speedrun", "--target", "0", "--options", "--rooms 2 --frames-per-room 1 --epochs 2 --eval-every 1 --workers 0 "
+          "--voxel-size 0.3 " + " ".join(SMOKE)])
+    printed = capsys.readouterr().out
+    first, second = map(float, re.findall(r"(\d+) s  mIoU", printed))
+    assert 0 <= first <= second and f"mIoU 0.0: {first:.0f} s" in printed
+
+
 def test_a_scene_of_scale_is_measured_in_both_passes():
     for plain in (False, True):
         seconds, gpu_peak = bench.scale.measure(plain, 50, True, "cpu")
