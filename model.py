@@ -128,6 +128,9 @@ def load_model(path, device=None):
 def restore_model(state, path):
     """The network of a checkpoint or a saved step, on the CPU. state: what `read_checkpoint` made of the file at path."""
     config, class_names = state["config"], state["class_names"]
+    for field, known in (("backbone", NETWORKS), ("colors", COLORS)):
+        if config.get(field) not in tuple(known):
+            raise ValueError(f"{path}: field config.{field} is {config.get(field)!r}, not one of {', '.join(known)}")
     encoder_2d = build_encoder_2d(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
     stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)

@@ -414,6 +414,8 @@ def norm_relu(norm, x):
 class BasicBlock(nn.Module):
     """Two 3x3x3 convolutions and a residual, as in ResNet-34."""
 
+    last_relu = True
+
     def __init__(self, in_channels, out_channels):
         super().__init__()
         self.conv1 = SparseConv(in_channels, out_channels, 3)
@@ -429,7 +431,8 @@ class BasicBlock(nn.Module):
         out = norm_relu(self.norm1, self.conv1(x, kernel_map))
         out = self.norm2(self.conv2(out, kernel_map))
         residual = x if self.downsample is None else self.downsample(x)
-        return F.relu(out + residual, inplace=True)
+        out = out + residual
+        return F.relu(out, inplace=True) if self.last_relu else out
 
 
 class Stage(nn.Sequential):
@@ -452,6 +455,9 @@ NETWORKS = {  # options of Res16UNet34C
     "small": dict(**SMALL, stem=5),  # the default of train.py
     "res16unet34c": dict(planes=PLANES, layers=LAYERS, stem=5),  # ESAM, oneformer3d, Mask3D, Pointcept's MinkUNet34C
     "res16unet34c-k3": dict(planes=PLANES, layers=LAYERS, stem=3),  # UnScene3D, LanguageGroundedSemseg
+    # LanguageGroundedSemseg where it learns from CLIP, whose features have both signs
+    "res16unet34c-k3-clip": dict(planes=PLANES, layers=LAYERS, stem=3, last_relu=False),
+    "res16unet34d-k3-clip": dict(planes=(*PLANES[:5], 256, 256, 512), layers=LAYERS, stem=3, last_relu=False),
     "minkunet18a": dict(planes=(32, 64, 128, 256, 128, 128, 96, 96), layers=(2,) * 8, stem=5)}  # OpenScene
 
 
@@ -459,18 +465,19 @@ class Res16UNet34C(nn.Module):
     """The U-Net of ESAM and Mask3D: five resolutions, 37.9 M parameters with the default planes.
 
     forward(coords (M, 4) int64 (batch, x, y, z), feats (M, in_channels)) -> (M, planes[-1]).
-    planes, layers: channels and number of BasicBlocks of block1 to block8; NETWORKS has its relatives. stem: kernel size
-    of the first convolution. final: None; or (channels, bias) of a last linear layer, whose output it then returns.
-    The keys of its state dict are MinkowskiEngine's.
+    planes, layers: channels and number of BasicBlocks of block1 to block8; NETWORKS has its relatives. stem: kernel
+    size of the first convolution. last_relu: whether block8 ends in a ReLU. final: None; or (channels, bias) of a last
+    linear layer, whose output it then returns. The keys of its state dict are MinkowskiEngine's.
     """
 
-    def __init__(self, in_channels=3, planes=PLANES, layers=LAYERS, stem=5, final=None):
+    def __init__(self, in_channels=3, planes=PLANES, layers=LAYERS, stem=5, last_relu=True, final=None):
         super().__init__()
         if len(planes) != 8 or len(layers) != 8:
             raise ValueError(f"planes and layers must have 8 entries, got {planes} and {layers}")
         p = planes
         self.out_channels = final[0] if final else p[7]
-        self.options = dict(in_channels=in_channels, planes=tuple(planes), layers=tuple(layers), stem=stem)
+        self.options = dict(in_channels=in_channels, planes=tuple(planes), layers=tuple(layers), stem=stem,
+                            last_relu=last_relu)
 
         self.conv0p1s1, self.bn0 = SparseConv(in_channels, p[0], stem), BatchNorm(p[0], 0.02)
         self.conv1p1s2, self.bn1 = SparseConv(p[0], p[0], 2), BatchNorm(p[0], 0.02)
@@ -490,6 +497,7 @@ class Res16UNet34C(nn.Module):
         self.block7 = Stage(p[6] + p[0], p[6], layers[6])
         self.convtr7p2s2, self.bntr7 = SparseConv(p[6], p[7], 2), BatchNorm(p[7], 0.02)
         self.block8 = Stage(p[7] + p[0], p[7], layers[7])
+        self.block8[-1].last_relu = last_relu
         self.final = SparseConv(p[7], final[0], 1, bias=final[1]) if final else nn.Identity()
 
     def forward(self, coords, feats):
@@ -525,11 +533,12 @@ COLORS = {"signed": (0.5, 0.5), "centred": (0.5, 1.0), "raw": (0.0, 1.0), "ones"
           "scannet": ((0.47793125906962, 0.4303257521323044, 0.3749598901421883),
                       (0.2834475483823543, 0.27566157565723015, 0.27018971370874995))}
 # project: prefix of its keys, kernel size of the stem, input channels, colours
-PROJECTS = {"ESAM": (r"backbone\.", 5, 3, "scannet"), "oneformer3d": (r"unet\.", 5, 3, "scannet"),
+PROJECTS = {"ESAM or oneformer3d": (r"(backbone|unet)\.", 5, 3, "scannet"),
             "Mask3D": (r"model\.backbone\.", 5, 3, "scannet"), "UnScene3D": (r"model\.backbone\.", 3, 3, "scannet"),
-            "LanguageGroundedSemseg": (r"(model\.)?", 3, 3, "centred"),
-            "OpenScene": (r"(module\.)?net3d\.", 5, 3, "ones"), "Pointcept": (r"(module\.)?backbone\.", 5, 9, "raw"),
-            "BiFusion": (r"fusion\.encoder_3d\.backbone\.", 5, 3, "signed")}
+            "LanguageGroundedSemseg": (r"model\.", 3, 3, "centred"),
+            "OpenScene": (r"(module\.)?net3d\.", 5, 3, "ones"),
+            "Pointcept": (r"(module\.)?backbone\.", 5, 9, None)}  # until its version 1.6 signed, since then raw
+OWN_PREFIX = "fusion.encoder_3d.backbone."  # in checkpoints of train.py
 DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
           "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32}
 
@@ -541,18 +550,24 @@ def load_backbone(path, final=False):
     Its size is read off the keys. The file's pickle executes nothing and needs no package: `TensorUnpickler`.
     final: keep the last layer; OpenScene's maps into CLIP's space.
 
-    Returns a Res16UNet34C in eval mode; the name of its colours, a key of COLORS, or None if the project cannot be told;
-    and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the path, if the file is damaged,
-    a tensor is missing, unknown or of another shape, or holds NaN or inf.
+    Returns a Res16UNet34C in eval mode; the name of its colours, a key of COLORS, or None if the file does not tell
+    them; and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the path, if the file is
+    damaged, a tensor is missing, unknown or of another shape, or holds NaN or inf.
     """
-    prefix, tensors, colors = read_backbone(path)
-    dropped = [key for key in tensors if key.startswith("final.") and not final]
-    tensors = {key: value for key, value in tensors.items() if key not in dropped}
+    prefix, tensors, config = read_backbone(path)
     for key, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {prefix}{key} {tuple(value.shape)} holds NaN or inf")
+    options = network_options(tensors, f"{path}: {prefix}")
+    project, colors, options["last_relu"] = recognize(prefix, options, config)
+    dropped = []
+    if not final:
+        options["final"] = None
+        dropped = [key for key in tensors if key.startswith("final.")]
+        tensors = {key: value for key, value in tensors.items() if key not in dropped}
+
     with torch.device("meta"):  # a hostile file must not decide how much memory is taken
-        network = Res16UNet34C(**network_options(tensors, f"{path}: {prefix}"))
+        network = Res16UNet34C(**options)
     own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in tensors.items()}
     problems = [f"{key} is {theirs.get(key, 'missing')}, expected {own.get(key, 'no such key')}"
@@ -560,14 +575,24 @@ def load_backbone(path, final=False):
     if problems:
         raise ValueError(f"{path} does not fit, {len(problems)} of {len(own)} tensors:\n  " + "\n  ".join(problems))
     network.load_state_dict(tensors, assign=True)
-
-    options = network.options
-    project = next((name for name, (pattern, stem, channels, _) in PROJECTS.items() if re.fullmatch(pattern, prefix)
-                    and (options["stem"], options["in_channels"]) == (stem, channels)), None)
-    if colors is None and project:
-        colors = PROJECTS[project][3]
     return network.eval(), colors, (f"{len(tensors)} tensors from {path}, prefix {prefix!r}, project "
                                     f"{project or 'unknown'}, dropped {dropped or 'nothing'}")
+
+
+def recognize(prefix, options, config):
+    """The project that has such keys and shapes or None; its colours or None; whether its network ends in a ReLU."""
+    if prefix == OWN_PREFIX:
+        network = NETWORKS.get(config.get("backbone"), {})
+        return "BiFusion", config.get("colors"), network.get("last_relu", True)
+    shape = options["stem"], options["in_channels"]
+    project = next((name for name, (pattern, *known, _) in PROJECTS.items()
+                    if re.fullmatch(pattern, prefix) and tuple(known) == shape), None)
+    colors = PROJECTS[project][3] if project else None
+    width = options["final"][0] if options["final"] else None
+    if project == "Mask3D" and width not in (20, 200):
+        colors = None  # trained on S3DIS or STPLS3D, whose colours have another mean and std than ScanNet's
+    learns_from_clip = project == "LanguageGroundedSemseg" and (width is None or options["planes"][7] == 512)
+    return project, colors, not learns_from_clip
 
 
 def network_options(tensors, where):
@@ -583,14 +608,14 @@ def network_options(tensors, where):
     if stem.ndim != 3 or len(stem) not in (27, 125):
         raise ValueError(f"{where}conv0p1s1.kernel has shape {tuple(stem.shape)}, expected (27 or 125, Cin, Cout)")
     final = None
-    if "final.kernel" in tensors:
+    if "final.kernel" in tensors and tensors["final.kernel"].ndim:
         final = tensors["final.kernel"].shape[-1], "final.bias" in tensors
     return dict(in_channels=stem.shape[1], planes=planes, layers=layers, stem=round(len(stem) ** (1 / 3)), final=final)
 
 
 def read_backbone(path):
-    """The prefix of a U-Net's keys in a checkpoint, its tensors (float32 or int64) by key without the prefix, and the
-    colours that its config names if train.py wrote it, else None.
+    """The prefix of a U-Net's keys in a checkpoint, its tensors (float32 or int64) by key without the prefix, and
+    train.py's config, empty in other files.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist")
@@ -608,13 +633,18 @@ def read_backbone(path):
                 raise ValueError(f"{len(prefixes)} keys end in {anchor}, expected one; its keys begin {keys[:4]}")
             folder = pickles[0][:-len("data.pkl")]
             parts = re.compile(re.escape(prefixes[0]) + r"(conv\d|convtr\d|bn\d|bntr\d|block\d|final\.)")
-            found = {key[len(prefixes[0]):]: nested[key].read(archive, folder) for key in keys if parts.match(key)}
-            config = state.get("config")
+            stored = {key[len(prefixes[0]):]: nested[key] for key in keys if parts.match(key)}
+            if 2 * sum(math.prod(map(abs, tensor.size)) for tensor in stored.values()) > os.path.getsize(path):
+                raise ValueError("its tensors claim more values than fit in it, at 2 bytes each")
+            found = {key: tensor.read(archive, folder) for key, tensor in stored.items()}
+            config = state["config"] if prefixes[0] == OWN_PREFIX else {}
+            for field, known in (("colors", COLORS), ("backbone", NETWORKS)):
+                if config.get(field) not in (None, *known):
+                    raise ValueError(f"its config has {field} {config[field]!r}")
     except Exception as error:  # pickle and zipfile raise many kinds
         raise ValueError(f"{path}: not a checkpoint in the zip format of torch.save, damaged, or without a U-Net "
                          f"({type(error).__name__}: {error})") from error
-    colors = config.get("colors") if isinstance(config, dict) else None
-    return prefixes[0], found, colors if colors in COLORS else None
+    return prefixes[0], found, config
 
 
 def read_entry(archive, name):

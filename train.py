@@ -350,17 +350,27 @@ def check_cameras(dataset, store, args):
 def open_backbone(args):
     """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were trained with."""
     network, colors, loaded = load_backbone(args.init_3d)
-    name = next((name for name, options in NETWORKS.items() if network.options == {"in_channels": 3, **options}), None)
+    name = next((name for name, options in NETWORKS.items()
+                 if network.options == {"in_channels": 3, "last_relu": True, **options}), None)
     if name is None or args.backbone not in (None, name):
         raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
                          f"{args.backbone or 'one of --backbone ' + ', '.join(NETWORKS)}")
     if colors is None and args.colors is None:
-        raise ValueError(f"--init-3d {args.init_3d}: no project is known by the names of these weights; say with --colors "
-                         f"{'|'.join(COLORS)} how they saw colours, see docs/backbones.md")
+        raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colours: give --colors "
+                         f"{'|'.join(COLORS)}, see docs/backbones.md; {loaded}")
     args.backbone, args.colors = name, args.colors or colors
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"--backbone {args.backbone}, --colors {args.colors}: {loaded}")
     return network.state_dict()
+
+
+def count_features(frames, args):
+    """Features per point. Raises ValueError if they are more than the colour, but the options know colours alone."""
+    number = getattr(frames, "num_features", 3)
+    if number != 3 and (args.init_3d or args.colors == "scannet"):
+        option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
+        raise ValueError(f"{option} is for points with 3 features, the colour; the data has num_features {number}")
+    return number
 
 
 def open_tower(args, config, log_warning):
@@ -668,7 +678,7 @@ def main(argv=None, clip_criterion=None, stop=None):
     read_every_frame(used_sets, args, rank, world_size)
 
     # model
-    model = build_model(config, len(class_names), instances, encoder_2d, getattr(train_set.frames, "num_features", 3))
+    model = build_model(config, len(class_names), instances, encoder_2d, count_features(train_set.frames, args))
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sparse_unet
@@ -69,22 +70,28 @@ def foreign():
     yield make
 
 
-# project: prefix of the keys, what is nested beside the weights, its other keys, the network's options, its colours
+# project: prefix of the keys, what is nested beside the weights, its other keys, the network's options, its colours.
+# The prefixes, last layers and colours are those of the projects' sources.
 LAYOUTS = {
     "ESAM": ("backbone.", ("message_hub", "mmengine.logging.message_hub", "MessageHub"), ["decoder.x.weight"],
              dict(NETWORKS["res16unet34c"]), "scannet"),
-    "oneformer3d": ("unet.", ("message_hub", "mmengine.logging.message_hub", "MessageHub"), ["decoder.query.weight"],
-                    dict(NETWORKS["res16unet34c"], final=(20, True)), "scannet"),
+    "oneformer3d": ("backbone.", ("message_hub", "mmengine.logging.message_hub", "MessageHub"), ["decoder.x.weight"],
+                    dict(NETWORKS["res16unet34c"], final=(96, True)), "scannet"),
     "Mask3D": ("model.backbone.", ("hyper_parameters", "omegaconf.dictconfig", "DictConfig"), ["model.query.weight"],
                dict(NETWORKS["res16unet34c"], final=(20, True)), "scannet"),
     "UnScene3D": ("model.backbone.", ("hyper_parameters", "omegaconf.dictconfig", "DictConfig"), ["criterion.weight"],
                   dict(NETWORKS["res16unet34c-k3"], final=(20, True)), "scannet"),
     "LanguageGroundedSemseg": ("model.", ("hyper_parameters", "pytorch_lightning.utilities", "AttributeDict"), [],
                                dict(NETWORKS["res16unet34c-k3"], final=(200, True)), "centred"),
+    "LanguageGroundedSemseg, 34C from CLIP": (
+        "model.", ("hyper_parameters", "pytorch_lightning.utilities", "AttributeDict"), [],
+        NETWORKS["res16unet34c-k3-clip"], "centred"),
+    "LanguageGroundedSemseg, 34D": ("model.", ("hyper_parameters", "pytorch_lightning.utilities", "AttributeDict"), [],
+                                    dict(NETWORKS["res16unet34d-k3-clip"], final=(200, True)), "centred"),
     "OpenScene": ("module.net3d.", ("best_iou", "numpy_of_old", "float64"), [],
                   dict(NETWORKS["minkunet18a"], final=(768, False)), "ones"),
     "Pointcept": ("module.backbone.", ("best_metric_value", "numpy_of_old", "float64"), ["module.criteria.weight"],
-                  dict(NETWORKS["res16unet34c"], in_channels=9, final=(20, True)), "raw")}
+                  dict(NETWORKS["res16unet34c"], in_channels=9, final=(20, True)), None)}
 
 
 def publish(path, layout, foreign, poison=None, **changes):
@@ -100,22 +107,77 @@ def publish(path, layout, foreign, poison=None, **changes):
     return weights
 
 
+def dense_network(weights, last_relu, coords, feats):
+    """What a network with these weights computes, by torch's dense convolutions of a cube of 16^3 voxels."""
+    weights = {key: tensor.double() for key, tensor in weights.items()}
+    occupied = torch.zeros(16, 16, 16).index_put(tuple(coords[:, 1:].T), torch.ones(()))
+    masks = {size: F.max_pool3d(occupied[None, None], 16 // size).double() for size in (16, 8, 4, 2, 1)}
+
+    def conv(x, key, stride=1, transposed=False):
+        kernel = weights[f"{key}.kernel"]
+        K = round(len(kernel) ** (1 / 3)) if kernel.ndim == 3 else 1
+        cube = kernel.view(K, K, K, *kernel.shape[-2:]).permute(4, 3, 2, 1, 0)  # (Cout, Cin, x, y, z)
+        if transposed:
+            out = F.conv_transpose3d(x, cube.transpose(0, 1), stride=2)
+        else:
+            out = F.conv3d(x, cube, stride=stride, padding=K // 2 * (K % 2))
+        return out * masks[out.shape[-1]]
+
+    def norm(x, key):
+        parts = (weights[f"{key}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts, eps=1e-5) * masks[x.shape[-1]]
+
+    def block(x, key):
+        out = norm(conv(x, f"{key}.conv1"), f"{key}.norm1").relu()
+        out = norm(conv(out, f"{key}.conv2"), f"{key}.norm2")
+        if f"{key}.downsample.0.kernel" in weights:
+            x = norm(conv(x, f"{key}.downsample.0"), f"{key}.downsample.1")
+        out = out + x
+        return out if key == last and not last_relu else out.relu()
+
+    def stage(x, i):
+        for j in itertools.takewhile(lambda j: f"block{i}.{j}.conv1.kernel" in weights, itertools.count()):
+            x = block(x, f"block{i}.{j}")
+        return x
+
+    last = max(key for key in weights if key.startswith("block8."))[:len("block8.0")]
+    x = torch.zeros(1, feats.shape[1], 16, 16, 16, dtype=torch.float64)
+    x[0, :, *coords[:, 1:].T] = feats.T
+    x = norm(conv(x, "conv0p1s1"), "bn0").relu()
+    skips = [x]
+    for i, key in enumerate(("conv1p1s2", "conv2p2s2", "conv3p4s2", "conv4p8s2"), 1):
+        x = stage(norm(conv(x, key, stride=2), f"bn{i}").relu(), i)
+        skips.append(x)
+    skips.pop()
+    for i, key in enumerate(("convtr4p16s2", "convtr5p8s2", "convtr6p4s2", "convtr7p2s2"), 4):
+        x = norm(conv(x, key, transposed=True), f"bntr{i}").relu()
+        x = stage(torch.cat([x, skips.pop()], 1), i + 1)
+    return x[0, :, *coords[:, 1:].T].T
+
+
 @pytest.mark.parametrize("project", LAYOUTS)
 def test_a_published_file_loads_without_its_packages_and_runs_nothing(project, tmp_path, foreign, figures):
     prefix, _, _, options, colors = layout = LAYOUTS[project]
     weights = publish(tmp_path / "file.pth", layout, foreign, Poison(tmp_path / "poisoned"))
     network, found, loaded = load_backbone(tmp_path / "file.pth")
     assert not (tmp_path / "poisoned").exists()
-    assert found == colors and f"project {project}," in loaded and ("final" in options) == ("'final.kernel'" in loaded)
-    assert network.options == {"in_channels": 3, **{key: options[key] for key in options if key != "final"}}
+    assert found == colors and project.split(",")[0] in re.search("project (.*), dropped", loaded)[1]
+    assert ("final" in options) == ("'final.kernel'" in loaded)
+    assert network.options == dict(in_channels=3, last_relu=True) | {k: v for k, v in options.items() if k != "final"}
     state = network.state_dict()
     assert state.keys() == {key for key in weights if not key.startswith("final.")} and not network.training
     assert all(torch.equal(tensor, weights[key]) for key, tensor in state.items())
     assert len(state) == (288 if project == "OpenScene" else 372)
-    if network.options == {"in_channels": 3, **NETWORKS["res16unet34c"]}:
-        with torch.no_grad():
-            out = network(figures["coords"], figures["feats3"])
-        assert error(out[::figures["step"]], figures["res16unet34c.out_eval"]) < 1e-5
+    if project.endswith("34D"):
+        return  # the same layers, but wider
+    coords = torch.cat([torch.zeros(400, 1).long(), torch.randint(16, (400, 3))], 1).unique(dim=0)
+    feats = torch.randn(len(coords), network.options["in_channels"], dtype=torch.float64)
+    with torch.no_grad():
+        expected = dense_network(weights, network.options["last_relu"], coords, feats)
+        assert error(network.double()(coords, feats), expected) < 1e-9
+        if project == "ESAM":  # oneformer3d's and Mask3D's network is the same
+            out = network.float()(figures["coords"], figures["feats3"])
+            assert error(out[::figures["step"]], figures["res16unet34c.out_eval"]) < 1e-5
 
 
 def test_the_poison_of_these_tests_works_on_pickle_itself(tmp_path):
@@ -181,7 +243,34 @@ def test_a_pickle_that_names_a_huge_index_takes_no_memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 17  # KiB
 
 
+def test_keys_that_share_one_storage_do_not_multiply_the_memory_of_a_file(tmp_path, foreign):
+    shared = torch.zeros(2 ** 16)
+    tiny(tmp_path / "file.pth", foreign, **{f"backbone.block1.{i}.x": shared for i in range(9)})
+    with pytest.raises(ValueError, match="file.pth.*claim more values than fit in it"):
+        load_backbone(tmp_path / "file.pth")
+
+
 # ---------------------------------------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize("prefix, stem, channels, width, wide, expected", [
+    ("backbone.", 5, 3, None, 96, ("ESAM or oneformer3d", "scannet", True)),
+    ("unet.", 5, 3, 96, 96, ("ESAM or oneformer3d", "scannet", True)),
+    ("model.backbone.", 5, 3, 20, 96, ("Mask3D", "scannet", True)),
+    ("model.backbone.", 5, 3, 200, 96, ("Mask3D", "scannet", True)),
+    ("model.backbone.", 5, 3, 13, 96, ("Mask3D", None, True)),  # S3DIS
+    ("model.backbone.", 3, 3, 20, 96, ("UnScene3D", "scannet", True)),
+    ("model.", 3, 3, 200, 96, ("LanguageGroundedSemseg", "centred", True)),
+    ("model.", 3, 3, None, 96, ("LanguageGroundedSemseg", "centred", False)),
+    ("model.", 3, 3, 200, 512, ("LanguageGroundedSemseg", "centred", False)),
+    ("net3d.", 5, 3, 768, 96, ("OpenScene", "ones", True)),
+    ("module.backbone.", 5, 9, 20, 96, ("Pointcept", None, True)),
+    ("", 5, 3, None, 96, (None, None, True)), ("", 3, 3, None, 96, (None, None, True)),
+    ("backbone.", 5, 6, None, 96, (None, None, True)), ("my_backbone.", 5, 3, None, 96, (None, None, True))])
+def test_colours_follow_from_what_only_one_project_publishes(prefix, stem, channels, width, wide, expected):
+    planes, final = (*sparse_unet.PLANES[:7], wide), width and (width, True)
+    options = dict(stem=stem, in_channels=channels, planes=planes, final=final)
+    assert sparse_unet.recognize(prefix, options, {}) == expected
 
 
 @pytest.mark.parametrize("colors", COLORS)
@@ -226,17 +315,29 @@ def test_a_run_that_starts_from_a_file_keeps_its_network_and_colours(tmp_path, f
     (tmp_path / "file.pth").unlink()
     train.main(["--resume", str(path), "--device", "cpu"])  # needs neither the file nor an option
 
-    prefix, tensors, colors = sparse_unet.read_backbone(path)
-    assert prefix == "fusion.encoder_3d.backbone." and colors == "ones" and torch.equal(tensors["conv0p1s1.kernel"], kernel)
+    network, colors, loaded = load_backbone(path)  # a run's own file
+    assert colors == "ones" and "project BiFusion," in loaded and torch.equal(network.conv0p1s1.kernel, kernel)
 
 
 @pytest.mark.parametrize("prefix, options, message", [
-    ("unheard_of.", [], "--colors signed"), ("backbone.", ["--backbone", "small"], "and not small")])
+    ("unheard_of.", [], "does not tell how these weights saw colours: give --colors signed"),
+    ("backbone.", ["--backbone", "small"], "and not small")])
 def test_weights_that_cannot_be_placed_are_refused(prefix, options, message, tmp_path, foreign, monkeypatch):
     monkeypatch.setitem(NETWORKS, "res16unet34c", dict(TINY, stem=5))
     tiny(tmp_path / "file.pth", foreign, prefix)
     with pytest.raises(ValueError, match=message):
         train.main(small(tmp_path, "--init-3d", str(tmp_path / "file.pth"), *options))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_and_scales_of_colours_alone_are_refused_for_points_with_more(tmp_path, foreign, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "res16unet34c", dict(TINY, stem=5))
+    monkeypatch.setattr(train, "RoomFrames", WithNormals)
+    tiny(tmp_path / "file.pth", foreign)
+    with pytest.raises(ValueError, match="--colors scannet is for points with 3 features"):
+        train.main(small(tmp_path, "--no-clip", "--colors", "scannet"))
+    with pytest.raises(ValueError, match="file.pth is for points with 3 features, .* num_features 6"):
+        train.main(small(tmp_path, "--no-clip", "--init-3d", str(tmp_path / "file.pth")))
     assert not (tmp_path / "runs").exists()
 
 

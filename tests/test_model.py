@@ -184,6 +184,16 @@ def test_a_random_tower_is_said_when_its_checkpoint_is_loaded(baseline, tmp_path
         load_model(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("field", ["backbone", "colors"])
+def test_a_config_without_a_known_network_or_colours_is_refused(baseline, tmp_path, field):
+    state = checkpoint(baseline)
+    for config in (state["config"] | {field: "x"}, state["config"] | {field: [1]},
+                   {key: value for key, value in state["config"].items() if key != field}):
+        write_atomically({**state, "config": config}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"x.pt: field config.{field} is"):
+            load_model(tmp_path / "x.pt")
+
+
 def test_another_tower_or_a_missing_file_is_refused(trained, tmp_path):
     state = checkpoint(trained[0])
     state["config"]["image_size"] = (64, 96)
