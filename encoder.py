@@ -20,15 +20,20 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import socket
 import warnings
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
+PROXIES = {"http", "https", "all"}
 ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
 
 
@@ -125,6 +130,27 @@ def last_block(block, x, grid, attention="naclip"):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
+@contextlib.contextmanager
+def offline_without_network(seconds=5):
+    """Lets the hub client read only its cache meanwhile if the hub cannot be reached; its retries take a minute.
+
+    Behind a proxy nothing is tried: there the client itself must find out.
+    """
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    if not before and PROXIES.isdisjoint(getproxies()):
+        hub = urlsplit(constants.ENDPOINT)
+        try:
+            port = hub.port or (80 if hub.scheme == "http" else 443)
+            socket.create_connection((hub.hostname, port), seconds).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def read_config(model_name):
     """open_clip's config of a model: a dict with "model_cfg" and, if it comes with weights, usually "preprocess_cfg".
 
@@ -135,7 +161,8 @@ def read_config(model_name):
         try:
             path = Path(place) / "open_clip_config.json"
             if kind == "hf-hub":
-                path = Path(open_clip.pretrained.download_pretrained_from_hf(place, filename=path.name))
+                with offline_without_network():
+                    path = Path(open_clip.pretrained.download_pretrained_from_hf(place, filename=path.name))
             config = json.loads(path.read_text())
             config["model_cfg"]["text_cfg"]  # a KeyError if it is missing
         except Exception as error:
@@ -206,7 +233,8 @@ def load_clip(model_name, pretrained):
             raise ValueError(f"CLIP model {model_name} brings its own weights: pretrained must be 'own', or None for "
                              f"random ones, got {pretrained!r}")
         try:
-            return open_clip.create_model(model_name, require_pretrained=True)
+            with offline_without_network():
+                return open_clip.create_model(model_name, require_pretrained=True)
         except Exception as error:
             raise FileNotFoundError(f"CLIP model {model_name}: its weights could not be loaded ({error})") from error
     if Path(pretrained).is_file():
@@ -221,7 +249,8 @@ def load_clip(model_name, pretrained):
     # Some weights were trained with QuickGELU; open_clip only warns if the model name asks for another activation.
     quick_gelu = bool(open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu"))
     try:
-        return open_clip.create_model(model_name, pretrained=pretrained, force_quick_gelu=quick_gelu)
+        with offline_without_network():
+            return open_clip.create_model(model_name, pretrained=pretrained, force_quick_gelu=quick_gelu)
     except Exception as error:
         file_model = f"{model_name}-quickgelu" if quick_gelu and "quickgelu" not in model_name else model_name
         raise FileNotFoundError(

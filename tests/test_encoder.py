@@ -9,8 +9,11 @@ import json
 import math
 import os
 import re
+import socket
+import time
 import warnings
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -20,8 +23,8 @@ from torch import nn
 
 import encoder as encoder_module
 from encoder import (
-    ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip, resize_position_embedding,
-    semi_orthogonal, set_tf32)
+    ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip, offline_without_network,
+    resize_position_embedding, semi_orthogonal, set_tf32)
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
@@ -499,6 +502,36 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch, pretraine
     monkeypatch.setattr(encoder_module.open_clip, "create_model", no_network)
     with pytest.raises(FileNotFoundError, match=f"ViT-B-32/{pretrained}.*connection refused.*{advice}"):
         Enhanced2DEncoder("ViT-B-32", pretrained)
+
+
+def no_route(*_, **__):
+    raise OSError("no route to host")
+
+
+def test_without_a_network_the_hub_client_does_not_retry(monkeypatch, tmp_path, caplog):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "create_connection", no_route)
+    monkeypatch.setattr(encoder_module, "getproxies", dict)
+    before = constants.HF_HUB_OFFLINE
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="ViT-B-32/laion2b_e16 could not be loaded"):
+        load_clip("ViT-B-32", "laion2b_e16")
+    assert time.monotonic() - start < 15 and "Retry" not in caplog.text
+    assert constants.HF_HUB_OFFLINE is before
+
+
+@pytest.mark.parametrize("connect, proxies, offline", [
+    (no_route, {}, True), (no_route, {"no": "localhost"}, True), (no_route, {"https": "http://proxy"}, False),
+    (lambda *_: socket.socket(), {}, False)])
+def test_the_hub_client_is_offline_only_if_nothing_else_could_lead_to_the_hub(monkeypatch, connect, proxies, offline):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(encoder_module, "getproxies", lambda: proxies)
+    with offline_without_network():
+        assert constants.HF_HUB_OFFLINE is offline
+    assert constants.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize("pretrained, quick_gelu", [("openai", True), ("laion2b_e16", False)])
