@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from checkpoint import read_checkpoint, restore
-from decoder import InstanceDecoder, draw_queries, pool, superpoint_index
+from decoder import InstanceDecoder, draw_queries, pool, superpoint_index, unpad_scenes
 from encoder import Enhanced2DEncoder, set_tf32
 from fusion import BiFusionEncoder
 from sparse_unet import COLORS, NETWORKS, PointEncoder
@@ -29,8 +29,9 @@ class Segmenter(nn.Module):
     """Semantic logits for every point, and instances as sets of superpoints.
 
     fusion: a BiFusionEncoder with outputs (N, embed_dim). decoder: an InstanceDecoder, or None for semantics alone.
-    With a decoder, the logits of a point are the sum of its own and its superpoint's: the superpoint sees more context,
-    the point sees sharper borders. If a batch has no superpoints, cubes of `cell` metres stand in for them.
+    With a decoder, the logits of a point are the sum of its own, its superpoint's, and those of the instances that hold
+    its superpoint: the point sees sharper borders, the superpoint more context, and an instance the whole object. If a
+    batch has no superpoints, cubes of `cell` metres stand in for them.
     """
 
     def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
@@ -64,10 +65,24 @@ class Segmenter(nn.Module):
         feats = pool(out["feat_fusion"], point_to_superpoint, S) + position
         decoded = self.decoder(feats, superpoint_batch, queries=batch["queries"])
         # in float32, also under autocast: the gradient of a superpoint is a sum over its points
-        wide = decoded["semantic_logits"].to(torch.promote_types(out["logits"].dtype, torch.float32))
+        logits = decoded["semantic_logits"] + asked_logits(decoded["padded"], batch["queries"]["sizes"])  # (S, K)
+        wide = logits.to(torch.promote_types(out["logits"].dtype, torch.float32))
         out["logits"] = out["logits"] + wide.index_select(0, point_to_superpoint)
         return {**out, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
                 "decoder": decoded}
+
+
+def asked_logits(predictions, sizes):
+    """What the instances say about the class of the superpoints: (S, K), the mean of the queries' class logits without
+    "no object", weighted by their masks. A superpoint that is in no mask gets 0.
+
+    predictions: "padded" of the decoder's output, of which the last layer is asked. sizes: S_b of each scene.
+    """
+    is_query = (predictions["query"] >= 0)[..., None]                        # (B, Q, 1)
+    held = predictions["mask_logits"][-1].sigmoid() * is_query               # (B, Q, S)
+    classes = predictions["class_logits"][-1][..., :-1]                      # (B, Q, K)
+    logits = held.transpose(1, 2) @ classes / (1 + held.sum(1))[..., None]   # the 1: a weak mask says little
+    return unpad_scenes(logits, sizes)
 
 
 def number_superpoints(batch, cell=0.2, min_query_share=1.0):

@@ -9,11 +9,11 @@ import torch
 import train
 from checkpoint import write_atomically
 from data import PointDataset, collate
-from decoder import InstanceDecoder, scene_instances
+from decoder import InstanceDecoder, draw_queries, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
 from helpers import Forked, checkpoint, last_checkpoint, small
-from model import Segmenter, load_model
+from model import Segmenter, asked_logits, load_model
 from rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder
 from superpoints import oversegment
@@ -202,3 +202,22 @@ def test_another_tower_or_a_missing_file_is_refused(trained, tmp_path):
         load_model(tmp_path / "x.pt")
     with pytest.raises(FileNotFoundError, match="y.pt does not exist"):
         load_model(tmp_path / "y.pt")
+
+
+def test_superpoints_ask_the_instances_that_hold_them():
+    """Against plain loops, for scenes with different numbers of queries and superpoints."""
+    torch.manual_seed(0)
+    sizes, query_sizes, K = [3, 5], [4, 2], 6
+    decoder = InstanceDecoder(8, K, embed_dim=16, num_heads=2, ffn=16).eval()
+    feats = torch.randn(8, 8)
+    scenes = torch.tensor([0] * 3 + [1] * 5)
+    queries = {**draw_queries(scenes), "rows": torch.tensor([0, 1, 2, 1, 3, 6]), "query_sizes": query_sizes,
+               "query": torch.tensor([[0, 1, 2, 1], [0, 3, -1, -1]])}
+    out = decoder(feats, scenes, queries=queries)
+    asked = asked_logits(out["padded"], sizes)
+    rows = []
+    for classes, masks in zip(out["layers"][-1]["class_logits"], out["layers"][-1]["mask_logits"]):
+        for s in range(masks.shape[1]):
+            held = masks[:, s].sigmoid()
+            rows.append(sum(held[q] * classes[q, :K] for q in range(len(held))) / (1 + held.sum()))
+    assert asked.shape == (8, K) and torch.allclose(asked, torch.stack(rows), atol=1e-6)
