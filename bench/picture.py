@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench picture`: truth beside prediction on held-back frames of the built-in rooms, as in the README.
+"""`python -m bench picture`: truth beside prediction on held-back frames of the built-in rooms, as in the README; with
+--cloud FILE.ply, a merged cloud of predict.py from above: colours, classes and instances.
 
-Imports model, predict, rooms and runlog.
+Imports model, predict, rooms, runlog and scannet.
 """
+import re
+from pathlib import Path
+
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from model import load_model
 from predict import predict_frames
 from rooms import RoomFrames
-from runlog import palette
+from runlog import label_colors, palette
+from scannet import read_ply_vertices
 
 LEGEND_ROW = 24  # pixels
 
@@ -33,8 +39,53 @@ def legend(class_names, colors, width, columns=8):
     return np.asarray(image)
 
 
+def from_above(points, colors, size=(400, 460)):
+    """points (N, 3) metres with z up, colors (N, 3) uint8 -> (H, W, 3) uint8, seen obliquely and without perspective."""
+    azimuth, tilt = np.radians(35), np.radians(35)
+    right = np.array([np.cos(azimuth), np.sin(azimuth), 0])
+    up = np.array([-np.sin(azimuth) * np.cos(tilt), np.cos(azimuth) * np.cos(tilt), np.sin(tilt)])
+    towards = np.cross(right, up)  # the eye
+    u, v = points @ right, -points @ up
+    height, width = size
+    scale = 0.96 * min(width / np.ptp(u), height / np.ptp(v))
+    u = ((u - (u.min() + u.max()) / 2) * scale + width / 2).astype(int)
+    v = ((v - (v.min() + v.max()) / 2) * scale + height / 2).astype(int)
+    image = np.full((height, width, 3), 255, np.uint8)
+    order = np.argsort(points @ towards)  # near points are painted last
+    for dy, dx in np.ndindex(2, 2):
+        image[np.clip(v[order] + dy, 0, height - 1), np.clip(u[order] + dx, 0, width - 1)] = colors[order]
+    return image
+
+
+def draw_cloud(path):
+    """Colours, classes and instances of a cloud of predict.py, without its ceiling, and a legend."""
+    fields = {name: ("f4",) for name in ("x", "y", "z", "scalar_label", "scalar_instance")}
+    cloud = read_ply_vertices(path, fields | {name: ("u1",) for name in ("red", "green", "blue")})
+    head = Path(path).read_bytes().partition(b"end_header")[0].decode()
+    classes = {int(number): name for number, name in re.findall(r"^comment class (\d+) (.*)$", head, re.M)}
+    names = [classes[number] for number in sorted(classes)]
+    index = {number: i for i, number in enumerate(sorted(classes))}
+    labels = np.array([index.get(int(number), -1) for number in cloud["scalar_label"]])
+    shown = labels != (names.index("ceiling") if "ceiling" in names else len(names))
+    cloud, labels = cloud[shown], labels[shown]
+    instances = cloud["scalar_instance"].astype(np.int64) - 1  # 0 is none
+
+    def paint_points(numbers):
+        return (label_colors(torch.from_numpy(numbers)) * 255).byte().numpy()
+
+    points = np.stack([cloud[axis] for axis in "xyz"], 1)
+    colors = np.stack([cloud[channel] for channel in ("red", "green", "blue")], 1)
+    panels = [from_above(points, c) for c in (colors, paint_points(labels), paint_points(instances))]
+    image = np.concatenate(panels, 1)
+    return np.concatenate([image, legend(names, (palette(len(names)) * 255).byte().numpy(), image.shape[1])])
+
+
 def run(args):
-    """Image, truth and prediction of two validation frames, one frame per row, and a legend."""
+    """Image, truth and prediction of two validation frames, one frame per row, and a legend; or a cloud."""
+    if args.cloud:
+        Image.fromarray(draw_cloud(args.cloud)).save(args.out, optimize=True)
+        print(f"{args.cloud}: {args.out}")
+        return
     model, class_names, config = load_model(args.checkpoint, args.device)
     colors = (palette(len(class_names)) * 255).byte().numpy()
     frames = RoomFrames("val", 12, 1)

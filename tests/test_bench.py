@@ -22,11 +22,13 @@ import bench.sample
 import bench.scale
 import bench.sparse
 import bench.step
+import clouds
 import train
 from bench import timing
 from bench.__main__ import COMMANDS, main, parse_args
 from data import PointDataset
 from rooms import RoomFrames
+from runlog import palette
 from scannet import ScanNetFrames
 from sparse_unet import VoxelGrid, sparse_conv
 
@@ -246,6 +248,19 @@ def test_encode_runs_in_small(capsys):
 def test_sparse_convolution_runs_in_small(capsys):
     panels = bench.sparse.bench_convolution(2, [("tiny", 300, 1.0)], channels=8)
     assert "spconv" in capsys.readouterr().out and len(panels) == 1
+
+
+def test_a_cloud_is_drawn_in_the_colours_of_its_classes_without_its_ceiling(tmp_path):
+    points = torch.rand(400, 3)
+    labels = torch.arange(400) % 3 + 1
+    clouds.write_ply(tmp_path / "x.ply", points, torch.full((400, 3), 0.5), {"label": labels, "instance": labels * 0},
+                     ["class 1 wall", "class 2 ceiling", "class 3 door"])
+    main(["picture", "--cloud", str(tmp_path / "x.ply"), "--out", str(tmp_path / "x.png")])
+    image = np.asarray(Image.open(tmp_path / "x.png"))[:400]
+    for panel, expected in zip(np.split(image, 3, 1), ({(128, 128, 128)}, {tuple(c) for c in (
+            palette(3)[[0, 2]] * 255).byte().tolist()}, {(102, 102, 102)})):
+        shown = {tuple(int(x) for x in color) for color in panel.reshape(-1, 3)} - {(255, 255, 255)}
+        assert shown == expected
 
 
 def test_speedrun_runs_in_small(capsys):
