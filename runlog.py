@@ -253,6 +253,13 @@ def label_colors(labels: Tensor) -> Tensor:
     return colors.where(labels[:, None] >= 0, NONE)
 
 
+def label_images(labels):
+    """labels (..., H, W) integers, NumPy or torch -> (..., H, W, 3) uint8 NumPy, in the colours of `label_colors`."""
+    labels = torch.as_tensor(labels)
+    colors = label_colors(labels.flatten().long()) * 255
+    return colors.round().byte().view(*labels.shape, 3).cpu().numpy()
+
+
 def heat_colors(values: Tensor) -> Tensor:
     """values (n,) -> (n, 3), from violet (0 and less) over green to yellow (1 and more); grey for NaN."""
     stops = values.new_tensor([[0.27, 0.00, 0.33], [0.23, 0.32, 0.55], [0.13, 0.57, 0.55], [0.37, 0.79, 0.38],

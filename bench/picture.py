@@ -8,21 +8,15 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from model import load_model
 from predict import predict_frames
 from rooms import RoomFrames
-from runlog import label_colors, palette
+from runlog import label_images
 from scannet import read_ply_vertices
 
 LEGEND_ROW = 24  # pixels
-
-
-def paint(labels, colors):
-    """labels (H, W), -1 = none -> (H, W, 3) uint8."""
-    return np.where((labels >= 0)[..., None], colors[labels], 40).astype(np.uint8)
 
 
 def legend(class_names, colors, width, columns=8):
@@ -70,14 +64,11 @@ def draw_cloud(path):
     cloud, labels = cloud[shown], labels[shown]
     instances = cloud["scalar_instance"].astype(np.int64) - 1  # 0 is none
 
-    def paint_points(numbers):
-        return (label_colors(torch.from_numpy(numbers)) * 255).byte().numpy()
-
     points = np.stack([cloud[axis] for axis in "xyz"], 1)
     colors = np.stack([cloud[channel] for channel in ("red", "green", "blue")], 1)
-    panels = [from_above(points, c) for c in (colors, paint_points(labels), paint_points(instances))]
+    panels = [from_above(points, c) for c in (colors, label_images(labels), label_images(instances))]
     image = np.concatenate(panels, 1)
-    return np.concatenate([image, legend(names, (palette(len(names)) * 255).byte().numpy(), image.shape[1])])
+    return np.concatenate([image, legend(names, label_images(np.arange(len(names))), image.shape[1])])
 
 
 def run(args):
@@ -87,10 +78,10 @@ def run(args):
         print(f"{args.cloud}: {args.out}")
         return
     model, class_names, config = load_model(args.checkpoint, args.device)
-    colors = (palette(len(class_names)) * 255).byte().numpy()
+    colors = label_images(np.arange(len(class_names)))
     frames = RoomFrames("val", 12, 1)
     frames = [frames[i] for i in args.frames]
-    rows = [np.concatenate([frame["color"], paint(frame["label"], colors), paint(result["labels"], colors)], 1)
+    rows = [np.concatenate([frame["color"], label_images(frame["label"]), label_images(result["labels"])], 1)
             for frame, result in zip(frames, predict_frames(model, frames, config))]
     picture = np.concatenate([*rows, legend(class_names, colors, rows[0].shape[1])])
     Image.fromarray(picture).save(args.out, optimize=True)

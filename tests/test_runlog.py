@@ -2,6 +2,7 @@
 """runlog.py: averages over a window, and visualizations that show what they were asked to show."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -234,6 +235,13 @@ def test_a_class_has_one_colour_everywhere_and_points_without_a_label_are_grey()
     for kind in ("truth", "prediction"):
         assert torch.allclose(shown(named[f"val_room0_0/{kind}"], uv, runlog.SHOWN_HEIGHT / 24), expected)
         assert torch.allclose(runlog.clouds([given])[kind][1], expected)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_label_images_have_the_colours_of_labels(make):
+    image = runlog.label_images(make([[0, 3], [-1, 4]]))
+    expected = torch.stack([*runlog.palette(4)[[0, 3]], torch.full((3,), runlog.NONE), runlog.palette(5)[4]])
+    assert image.dtype == np.uint8 and image.tolist() == (255 * expected).round().int().view(2, 2, 3).tolist()
 
 
 def test_a_legend_has_the_colour_of_every_row_and_says_how_many_are_missing():
