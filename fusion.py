@@ -446,10 +446,10 @@ class BiFusionEncoder(nn.Module):
 
         Fields: points, coords (N, 3), features (N, F), batch (N,), images (B, V, 3, H, W) or clip_tokens
         (B, V, D, Hf, Wf), clip_pooled (B, V, E) and, with dense_target, clip_dense_map (B, V, E, Hf, Wf), world2cam
-        (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth (B, V, Hd, Wd) and depth_intrinsics (B, V, 3, 3) of a pinhole depth camera with the same pose, view_valid (B, V)
-        bool, false for a view that is not there, whatever its fields hold, image_sizes (B, V, 2), the (H, W) that each
-        view's intrinsics refer to if it is not that of the images, and camera_model. Raises ValueError for others
-        (`check_batch`).
+        (B, V, 4, 4), intrinsics (B, V, 3, 3), optionally depth (B, V, Hd, Wd) and depth_intrinsics (B, V, 3, 3) of a
+        pinhole depth camera with the same pose, view_valid (B, V) bool, false for a view that is not there, whatever its
+        fields hold, image_sizes (B, V, 2), the (H, W) that each view's intrinsics refer to if it is not that of the
+        images, and camera_model. Raises ValueError for others (`check_batch`).
         """
         check_batch(batch, self.encoder_2d is not None, self.dense_target)
         feat_3d = self.proj_3d(self.encoder_3d(batch))  # (N, C)
