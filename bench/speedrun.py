@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from bench.timing import machine
 
-OPTIONS = "--clip-pretrained none --clip-warmup=-1 --clip-weights 0,0.01 --epochs 9 --eval-every 3"
+OPTIONS = "--clip-pretrained none --clip-warmup=-1 --clip-weights 0,0.01 --epochs 11 --eval-every 11"
 
 
 def run(args):
