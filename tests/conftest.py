@@ -12,8 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Tensors as small as these only wait for a thread pool, and for long where other work shares the cores.
+# Tensors as small as these only wait for a thread pool, for long where other work shares the cores, and for ever in a
+# fork of this process, which has no pool of its own. What tests call, as `bench` does, cannot start one either.
 torch.set_num_threads(1)
+torch.set_num_threads = lambda number: None
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
