@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from side_by_side import pytest_runtestloop  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Tensors as small as these only wait for a thread pool, for long where other work shares the cores, and for ever in a

@@ -5,14 +5,13 @@ pretence cannot be set up.
 """
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+from helpers import Forked
 
 NETWORKS = {"small": ["--batch-size", "4"], "res16unet34c": ["--batch-size", "8", "--backbone", "res16unet34c"]}
 MOST = {  # waits and kernels of a step
@@ -91,9 +90,8 @@ def spoil(logits, mistake):
 
 
 def compare(network):
-    """In the process of its own: what steps on both devices show, as a dict."""
+    """What steps on both devices show, as a dict."""
     from pretend_gpu import pretend_gpu
-    torch.set_num_threads(1)
     args, model, batch = prepare(network)
     on_cpu = {amp: step(args, model, batch, amp, "cpu") for amp in ("off", "bf16")}
     result = {}
@@ -118,19 +116,31 @@ def compare(network):
     return result
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def comparison(request):
-    """The name of a network and the result of `compare`."""
-    root = Path(__file__).resolve().parent.parent
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    done = subprocess.run([sys.executable, __file__, request.param], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
-    *_, last = done.stdout.splitlines() or [""]
+@pytest.fixture(scope="module")
+def comparisons():
+    """What `compare` gives for every network; a pretended GPU needs processes of its own."""
+    if torch.cuda.is_available():
+        return {network: compare(network) for network in NETWORKS}
+    forks = {network: Forked(lambda network=network: print(json.dumps(compare(network)))) for network in NETWORKS}
+    return {network: result_of(*fork.wait()) for network, fork in forks.items()}
+
+
+def result_of(status, printed, errors):
+    """The result of a process, or why no GPU can be pretended, as text."""
+    *_, last = printed.splitlines() or [""]
     if last == SETTING_UP:  # and then an exception, or the end of the process
-        *_, reason = done.stderr.splitlines() or [""]
-        pytest.skip(f"no GPU can be pretended here: status {done.returncode}, {reason}")
-    assert done.returncode == 0, done.stderr
-    return request.param, json.loads(last)
+        return f"status {status}, {(errors.splitlines() or [''])[-1]}"
+    assert status == 0, errors
+    return json.loads(last)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def comparison(request, comparisons):
+    """The name of a network and the result of `compare`."""
+    result = comparisons[request.param]
+    if isinstance(result, str):
+        pytest.skip(f"no GPU can be pretended here: {result}")
+    return request.param, result
 
 
 @pytest.mark.parametrize("amp, tolerance", [("off", 1e-4), ("bf16", 0.15)])
@@ -159,7 +169,3 @@ def test_mistakes_that_a_cpu_forgives_are_caught(comparison):
         pytest.skip("a real GPU catches them in other ways")
     for mistake, message in MISTAKES.items():
         assert message in comparison[1].get(mistake, "nothing"), mistake
-
-
-if __name__ == "__main__":
-    print(json.dumps(compare(sys.argv[1])))
