@@ -44,7 +44,7 @@ from distributed import gather_objects
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
 from model import gpu_settings, load_model, run_command, to_device
 from rooms import RoomFrames
-from runlog import clouds, visualizations
+from runlog import RunLog, clouds, label_colors, visualizations
 from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes
 from superpoints import oversegment
 
@@ -178,6 +178,11 @@ def fuse_in_draws(fusion, batch, draw_size, at_once=8):
     return out
 
 
+def camera_height(world2cam):
+    """Poses (..., 4, 4) of a world with z up -> heights (...) of the cameras, metres."""
+    return -(world2cam[..., :3, 2] * world2cam[..., :3, 3]).sum(-1)
+
+
 @torch.no_grad()
 def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_SCORE):
     """The network's answers for all points of one sample, a dict of tensors on the model's device.
@@ -186,11 +191,13 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
     truth_instances (N,), probabilities (N, K), labels (N,), gate (N,), and with queries cosines (N, T). If the model
     has a decoder, also "scene", all instances as decoder.instances_from_logits gives them, and of those that score
     above instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 = none.
+    camera_height is the mean height of its cameras, metres along the world's up axis.
     """
     batch = to_device(collate([sample]), model.head.weight.device)
     points = turn_up(sample["points"].numpy(), TURN_BACK[config.get("up", "z")])  # of the data's world
     result = {"points": torch.from_numpy(points).to(batch["points"].device), "colors": batch["features"][:, :3],
-              "truth": batch["labels"], "truth_instances": batch["instances"]}
+              "truth": batch["labels"], "truth_instances": batch["instances"],
+              "camera_height": camera_height(batch["world2cam"][0]).mean()}
     if config["no_color"]:
         batch["features"] = torch.cat([torch.ones_like(result["colors"]), batch["features"][:, 3:]], 1)
     dense = None
@@ -306,8 +313,8 @@ def first_view(model, dataset, index, min_instance_points):
     uv, visible, _ = model.fusion.project(batch, size)
     rotation, shift = batch["world2cam"][0, 0, :3, :3], batch["world2cam"][0, 0, :3, 3]
     view = {"uv": uv[:, 0], "seen": visible[:, 0], "depth": batch["points"] @ rotation[2] + shift[2],
-            "camera_height": -rotation[:, 2] @ shift, "points": batch["points"], "colors": batch["features"][:, :3],
-            "truth": batch["labels"], "prediction": out["logits"].argmax(1), "fused": out["feat_fusion"].float()}
+            "camera_height": camera_height(batch["world2cam"][0, 0]), "points": batch["points"],
+            "colors": batch["features"][:, :3], "truth": batch["labels"], "prediction": out["logits"].argmax(1), "fused": out["feat_fusion"].float()}
     if out["clip_global"] is not None:
         if "clip_tokens" in batch:
             tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
@@ -467,6 +474,8 @@ def parse_args(argv=None):
                         "names of one query")
     parser.add_argument("--text-from", choices=("clip", "fused"), default="clip", help="compare the text with CLIP's "
                         "dense features or with the network's own, if its consistency loss was on")
+    parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in TensorBoard's mesh "
+                        "view: tensorboard --logdir OUT")
     parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for this benchmark; "
                         "needs --scans")
     parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep nothing")
@@ -557,11 +566,14 @@ def write_classes(path, classes, class_names):
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
-    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files.
+    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files. log: a RunLog for
+    the clouds, or None. up: the axis of their world that points up.
     """
 
-    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments):
+    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log, up):
         self.folder = folder
+        self.log = log
+        self.up = up
         self.class_ids = class_ids
         self.class_names = class_names
         self.queries = queries
@@ -591,8 +603,8 @@ class Output:
                      "scores": torch.as_tensor(points["scores"])}
             scores.update_instances(scene, truth, torch.as_tensor(points["truth_instances"]))
 
-    def add_cloud(self, name, cloud):
-        """The PLY file of a scene; cloud: as `SceneMerger.cloud` gives it."""
+    def add_cloud(self, name, cloud, camera_height):
+        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: metres above z = 0."""
         scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"], "gate": cloud["gate"]}
         entry = {"points": len(cloud["labels"]), "instances": []}
         if "instances" in cloud:
@@ -605,7 +617,25 @@ class Output:
             for i, names in enumerate(self.queries.names):
                 scalars[field_name(names[0])] = cloud["queries"][:, i]
         write_ply(self.folder / f"{name}.ply", cloud["points"], cloud["colors"], scalars, self.comments)
+        painted = label_colors(torch.as_tensor(cloud["labels"])).numpy()
+        write_ply(self.folder / f"{name}_labels.ply", cloud["points"], painted, scalars, self.comments)
         self.scenes[name] = entry
+        if self.log is not None:
+            self.show_cloud(name, cloud, camera_height)
+
+    def show_cloud(self, name, cloud, camera_height):
+        """The same cloud in TensorBoard."""
+        view = {"points": turn_up(cloud["points"], self.up), "colors": cloud["colors"], "prediction": cloud["labels"],
+                "gate": cloud["gate"]}
+        if "instances" in cloud:
+            view["instances"] = cloud["instances"]
+        if (cloud["truth"] >= 0).any():
+            view |= {"truth": cloud["truth"], "instances_truth": cloud["truth_instances"]}
+        if self.queries is not None:
+            fields = [f"query_{field_name(names[0])}" for names in self.queries.names]
+            view |= dict(zip(fields, cloud["queries"].T))
+        view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height.cpu()}
+        self.log.add_clouds({f"{kind}/{name}": shown for kind, shown in clouds([view]).items()})
 
     def add_scan(self, name, points, ids):
         """The files of a scan, a result of `predict_sample`; ids: of a benchmark, or None."""
@@ -613,7 +643,7 @@ class Output:
         cloud["confidence"] = cloud["probabilities"].max(1)
         if self.queries is not None:
             cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
-        self.add_cloud(name, cloud)
+        self.add_cloud(name, cloud, points["camera_height"])
         self.score(self.points, points)
         if ids is not None:
             scene = {key: value.cpu().numpy() for key, value in points["scene"].items()} if "scene" in points else None
@@ -653,8 +683,9 @@ def main(argv=None):
     queries = open_queries(args, model, config)
     class_ids = write_classes(args.out / "classes.txt", classes, class_names)
     comments = [f"checkpoint {args.checkpoint}", *(f"class {key} {name}" for key, name in zip(class_ids, class_names))]
+    log = RunLog(args.out) if args.tensorboard else None
     output = Output(args.out, class_ids, class_names, queries, lambda: Scores(
-        len(class_names), model.decoder is not None, config["min_instance_points"]), comments)
+        len(class_names), model.decoder is not None, config["min_instance_points"]), comments, log, config["up"])
 
     # every point
     start = time.perf_counter()
@@ -668,14 +699,18 @@ def main(argv=None):
         bar = tqdm(total=len(frames), unit="frame")
         for scene, members in group_by_scene(frames.names).items():
             merger = SceneMerger(len(class_names), min(MERGE_VOXEL, config["voxel_size"]))
+            heights = []
             for result in predict_frames(model, Subset(frames, members), config, queries=queries):
                 output.add_frame(result)
                 merger.add(result["points"])
+                heights.append(result["points"]["camera_height"])
                 bar.update()
             cloud = merger.cloud(config["min_instance_points"], queries)
-            output.add_cloud(scene, cloud)
+            output.add_cloud(scene, cloud, torch.stack(heights).mean())
             output.score(output.merged, cloud)
         bar.close()
+    if log is not None:
+        log.close()
     seconds = time.perf_counter() - start
 
     # scores

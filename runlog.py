@@ -467,23 +467,25 @@ def sample_images(view, class_names, fused_colors, clip_colors):
 def clouds(views):
     """The points of several views of one scene -> {kind: (points (N, 3), colors (N, 3))}, z up, without the ceiling.
 
-    Of the fields of `visualizations`: points (N, 3), colors (N, 3), truth, prediction, instances_truth, instances,
-    gate, fused, clip (N, D), the CLIP feature at each point, 0 if no view sees it; and camera_height, metres. What
-    lies half a metre above the mean camera is left out, so that one can look in from above.
+    Of the fields of `visualizations`: points (N, 3), colors (N, 3) and camera_height, metres; optionally truth,
+    prediction, instances_truth, instances, gate, fused, clip (N, D), the CLIP feature at each point, 0 if no view sees
+    it, and query_<name> (N,), the probability of a query. What lies half a metre above the mean camera is left out, so that one can
+    look in from above.
     """
     fields = {kind: [view[kind] for view in views] for kind in views[0]
               if all(kind in view for view in views)}
     points = torch.cat(fields["points"])
     roof = sum(fields["camera_height"]) / len(views) + 0.5
     colors = {"colors": torch.cat(fields["colors"])}
-    if "instances" in fields:
+    if "instances" in fields and "instances_truth" in fields:
         fields["instances"] = [renumber(instances, match_instances(truth, instances))
                                for truth, instances in zip(fields["instances_truth"], fields["instances"])]
     for kind in ("truth", "prediction", "instances_truth", "instances"):
         if kind in fields:
             colors[kind] = label_colors(torch.cat(fields[kind]))
-    if "gate" in fields:
-        colors["gate"] = heat_colors(torch.cat(fields["gate"]))
+    for kind in fields:
+        if kind == "gate" or kind.startswith("query_"):
+            colors[kind] = heat_colors(torch.cat(fields[kind]))
     for kind in ("fused", "clip"):
         if kind in fields:
             colors[f"{kind}_pca"] = pca_colors(torch.cat(fields[kind]))

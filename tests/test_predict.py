@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 import predict
@@ -16,7 +17,8 @@ from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet
 from metrics import evaluate_semantics
 from model import load_model, run_command
 from rooms import RoomFrames
-from scannet import ScanNetFrames
+from runlog import label_images
+from scannet import ScanNetFrames, read_ply_vertices
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     out = tmp_path / "out"
     summary = predict.main([str(path), "--data", str(tmp_path / "data"), "--split", str(tmp_path / "data" / "val.txt"),
                             "--out", str(out), "--text", "red sofa | couch, chair", "--cache", SHARED_CACHE.name,
-                            "--device", "cpu"])
+                            "--device", "cpu", "--tensorboard"])
     captured = capsys.readouterr()
     assert table in captured.out and "RANDOMLY INITIALISED" in captured.err
     assert summary == json.loads((out / "summary.json").read_text())
@@ -149,6 +151,14 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     header = (out / f"{scene}.ply").read_bytes().split(b"end_header")[0].decode()
     for field in ("label", "instance", "confidence", "gate", "red_sofa", "chair"):
         assert f"property float scalar_{field}\n" in header
+    types = {"scalar_label": ("f4",), "red": ("u1",), "green": ("u1",), "blue": ("u1",)}
+    painted = read_ply_vertices(out / f"{scene}_labels.ply", types)
+    expected = label_images(painted["scalar_label"].astype(int)[None] - 1)[0]
+    assert (np.stack([painted[channel] for channel in ("red", "green", "blue")], 1) == expected).all()
+    events = EventAccumulator(str(out), size_guidance={"tensors": 0})
+    tags = events.Reload().Tags()["tensors"]
+    kinds = ("colors", "truth", "prediction", "instances_truth", "instances", "gate", "query_red_sofa", "query_chair")
+    assert {f"{kind}/{scene}_VERTEX" for kind in kinds} == {tag for tag in tags if tag.endswith("VERTEX")}
     assert (out / "classes.txt").read_text().splitlines()[:2] == ["0 unlabeled", "1 wall"]
 
 
