@@ -566,14 +566,13 @@ def write_classes(path, classes, class_names):
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
-    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files. log: a RunLog for
-    the clouds, or None. up: the axis of their world that points up.
+    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files. log_up: the axis of
+    the data's world that points up, if the clouds are to be shown in TensorBoard; or None.
     """
 
-    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log, up):
+    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log_up):
         self.folder = folder
-        self.log = log
-        self.up = up
+        self.log_up = log_up
         self.class_ids = class_ids
         self.class_names = class_names
         self.queries = queries
@@ -620,12 +619,12 @@ class Output:
         painted = label_colors(torch.as_tensor(cloud["labels"])).numpy()
         write_ply(self.folder / f"{name}_labels.ply", cloud["points"], painted, scalars, self.comments)
         self.scenes[name] = entry
-        if self.log is not None:
+        if self.log_up is not None:
             self.show_cloud(name, cloud, camera_height)
 
     def show_cloud(self, name, cloud, camera_height):
-        """The same cloud in TensorBoard."""
-        view = {"points": turn_up(cloud["points"], self.up), "colors": cloud["colors"], "prediction": cloud["labels"],
+        """The same cloud in TensorBoard; every scene is a run."""
+        view = {"points": turn_up(cloud["points"], self.log_up), "colors": cloud["colors"], "prediction": cloud["labels"],
                 "gate": cloud["gate"]}
         if "instances" in cloud:
             view["instances"] = cloud["instances"]
@@ -635,7 +634,9 @@ class Output:
             fields = [f"query_{field_name(names[0])}" for names in self.queries.names]
             view |= dict(zip(fields, cloud["queries"].T))
         view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height.cpu()}
-        self.log.add_clouds({f"{kind}/{name}": shown for kind, shown in clouds([view]).items()})
+        log = RunLog(self.folder / name)
+        log.add_clouds({f"{kind}/{name}": shown for kind, shown in clouds([view]).items()})
+        log.close()
 
     def add_scan(self, name, points, ids):
         """The files of a scan, a result of `predict_sample`; ids: of a benchmark, or None."""
@@ -683,9 +684,8 @@ def main(argv=None):
     queries = open_queries(args, model, config)
     class_ids = write_classes(args.out / "classes.txt", classes, class_names)
     comments = [f"checkpoint {args.checkpoint}", *(f"class {key} {name}" for key, name in zip(class_ids, class_names))]
-    log = RunLog(args.out) if args.tensorboard else None
     output = Output(args.out, class_ids, class_names, queries, lambda: Scores(
-        len(class_names), model.decoder is not None, config["min_instance_points"]), comments, log, config["up"])
+        len(class_names), model.decoder is not None, config["min_instance_points"]), comments, config["up"] if args.tensorboard else None)
 
     # every point
     start = time.perf_counter()
@@ -709,8 +709,6 @@ def main(argv=None):
             output.add_cloud(scene, cloud, torch.stack(heights).mean())
             output.score(output.merged, cloud)
         bar.close()
-    if log is not None:
-        log.close()
     seconds = time.perf_counter() - start
 
     # scores

@@ -155,7 +155,7 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     painted = read_ply_vertices(out / f"{scene}_labels.ply", types)
     expected = label_images(painted["scalar_label"].astype(int)[None] - 1)[0]
     assert (np.stack([painted[channel] for channel in ("red", "green", "blue")], 1) == expected).all()
-    events = EventAccumulator(str(out), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(out / scene), size_guidance={"tensors": 0})
     tags = events.Reload().Tags()["tensors"]
     kinds = ("colors", "truth", "prediction", "instances_truth", "instances", "gate", "query_red_sofa", "query_chair")
     assert {f"{kind}/{scene}_VERTEX" for kind in kinds} == {tag for tag in tags if tag.endswith("VERTEX")}
