@@ -303,8 +303,8 @@ def main(argv=None):
     """Replays one saved step. Raises FloatingPointError if it still is not finite; returns [] if it is."""
     from checkpoint import STEP_FIELDS, read_checkpoint
     from distributed import setup
-    from model import restore_model, to_device
-    from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, prepare_device, weigh
+    from model import prepare_device, restore_model, to_device
+    from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, weigh
 
     parser = argparse.ArgumentParser("diagnose.py", description="Runs a saved step again, under anomaly detection.")
     parser.add_argument("file", help="bad_step_N.pt of a run")

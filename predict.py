@@ -42,7 +42,7 @@ from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, col
 from decoder import scene_instances
 from distributed import gather_objects
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
-from model import gpu_settings, load_model, run_command, to_device
+from model import load_model, prepare_device, run_command, to_device
 from rooms import RoomFrames
 from runlog import RunLog, clouds, label_colors, visualizations
 from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes
@@ -675,8 +675,7 @@ def main(argv=None):
     """One run of the command; returns the content of summary.json."""
     args = parse_args(argv)
     model, class_names, config = load_model(args.checkpoint, args.device)
-    if model.head.weight.is_cuda:
-        gpu_settings()
+    prepare_device(model.head.weight.device)
     config["up"] = args.up or config.get("up", "z")
     ids = benchmark_ids(args.submission, class_names) if args.submission else None
     classes = find_classes(args, config, class_names)

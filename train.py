@@ -15,7 +15,6 @@ To change the network see model.py; a loss term is one entry of `loss_weights` a
 is one line of `build_datasets`; the schedule is `lr_factor`.
 """
 import argparse
-import ctypes
 import itertools
 import json
 import math
@@ -41,7 +40,8 @@ from distributed import (StopRequest, average_buffers, average_gradients, gather
                          survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight, instance_targets, pad_targets)
-from model import build_encoder_2d, build_model, compile_parts, gpu_settings, number_superpoints, run_command, to_device
+from model import (build_encoder_2d, build_model, compile_parts, number_superpoints, prepare_device, run_command,
+                   to_device)
 from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib
@@ -530,26 +530,6 @@ def lr_factor(step, total_steps, warmup):
     """
     decay = (1 - step / max(1, total_steps)) ** 0.9
     return min(1.0, (step + 1) / max(1, warmup)) * decay
-
-
-def keep_buffers():
-    """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
-
-    By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
-    sixth of a step on a CPU.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old versions refuse above 2^25
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-
-
-def prepare_device(device, deterministic):
-    """Settings of the process that suit its device."""
-    if device.type == "cuda":
-        gpu_settings(deterministic)
-    else:
-        keep_buffers()
 
 
 def run_folder(args, rank, world_size):

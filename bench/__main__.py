@@ -84,10 +84,9 @@ def main(argv=None):
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     import torch
     from bench.timing import chart
+    from model import prepare_device
     torch.set_num_threads(args.threads)
-    if args.device == "cuda":
-        from model import gpu_settings
-        gpu_settings()
+    prepare_device(torch.device(args.device))
     panels = importlib.import_module(f"bench.{args.command}").run(args)
     if args.plot and panels:  # stability draws its own
         chart(args.plot, panels)

@@ -145,8 +145,6 @@ def candidates(args, encoder_2d, num_classes, cached, with_images, compiled):
 
 def run(command, options=()):
     panels = {}
-    if command.device == "cpu":
-        train.keep_buffers()
     for network in NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
             args, encoder_2d, num_classes, make_batch = setup(network, command.device, folder, command.scenes, options)
