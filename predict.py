@@ -314,7 +314,8 @@ def first_view(model, dataset, index, min_instance_points):
     rotation, shift = batch["world2cam"][0, 0, :3, :3], batch["world2cam"][0, 0, :3, 3]
     view = {"uv": uv[:, 0], "seen": visible[:, 0], "depth": batch["points"] @ rotation[2] + shift[2],
             "camera_height": camera_height(batch["world2cam"][0, 0]), "points": batch["points"],
-            "colors": batch["features"][:, :3], "truth": batch["labels"], "prediction": out["logits"].argmax(1), "fused": out["feat_fusion"].float()}
+            "colors": batch["features"][:, :3], "truth": batch["labels"], "prediction": out["logits"].argmax(1),
+            "fused": out["feat_fusion"].float()}
     if out["clip_global"] is not None:
         if "clip_tokens" in batch:
             tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
@@ -683,8 +684,9 @@ def main(argv=None):
     queries = open_queries(args, model, config)
     class_ids = write_classes(args.out / "classes.txt", classes, class_names)
     comments = [f"checkpoint {args.checkpoint}", *(f"class {key} {name}" for key, name in zip(class_ids, class_names))]
-    output = Output(args.out, class_ids, class_names, queries, lambda: Scores(
-        len(class_names), model.decoder is not None, config["min_instance_points"]), comments, config["up"] if args.tensorboard else None)
+    new_scores = partial(Scores, len(class_names), model.decoder is not None, config["min_instance_points"])
+    output = Output(args.out, class_ids, class_names, queries, new_scores, comments,
+                    config["up"] if args.tensorboard else None)
 
     # every point
     start = time.perf_counter()

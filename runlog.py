@@ -469,8 +469,8 @@ def clouds(views):
 
     Of the fields of `visualizations`: points (N, 3), colors (N, 3) and camera_height, metres; optionally truth,
     prediction, instances_truth, instances, gate, fused, clip (N, D), the CLIP feature at each point, 0 if no view sees
-    it, and query_<name> (N,), the probability of a query. What lies half a metre above the mean camera is left out, so that one can
-    look in from above.
+    it, and query_<name> (N,), the probability of a query. What lies half a metre above the mean camera is left out, so
+    that one can look in from above.
     """
     fields = {kind: [view[kind] for view in views] for kind in views[0]
               if all(kind in view for view in views)}

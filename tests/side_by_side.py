@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A long selection of tests is run by two processes, module by module: by pytest's own, and by a fork that reports to it."""
+"""Two processes run a long selection of tests, module by module: pytest's own, and a fork that reports to it."""
 import itertools
 import multiprocessing
 import os

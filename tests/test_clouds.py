@@ -153,7 +153,7 @@ def test_submission_files_read_back_score_as_what_was_written(tmp_path):
         found["masks"].append([int(x) for x in (tmp_path / "instance" / path).read_text().split()])
         found["labels"].append(int(label))
         found["scores"].append(float(score))
-    found = {"masks": np.array(found["masks"], bool), "labels": np.array(found["labels"]), "scores": np.array(found["scores"])}
+    found = {key: np.array(values, bool if key == "masks" else None) for key, values in found.items()}
     truth_ids = ids[truth] * 1000 + np.arange(n) // 150
     memory = {"masks": masks, "labels": ids[scene["labels"]], "scores": scene["scores"].astype(float)}
     assert (evaluate_instances([found], [truth_ids], ids.tolist())["ap"]

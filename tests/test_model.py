@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,17 @@ from sparse_unet import SMALL, PointEncoder
 from superpoints import oversegment
 
 
+def only_scene(out):
+    """The instances of a network's output for one scene."""
+    points = out["point_to_superpoint"]
+    return scene_instances(out["decoder"], points, torch.zeros_like(points), min_points=1)[0]
+
+
 @pytest.fixture(scope="module")
 def samples():
-    frames = RoomFrames("train", 1, 4)
-    def superpoints(depth, colors, intrinsics):
-        return oversegment(depth, colors, intrinsics, 24)
-
+    dataset = PointDataset(RoomFrames("train", 1, 4), 1500, (96, 128), 2, superpoints=partial(oversegment, count=24))
     return [{key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-             for key, value in sample.items()} for sample in PointDataset(frames, 1500, (96, 128), 2, superpoints=superpoints)]
+             for key, value in sample.items()} for sample in dataset]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def test_a_batch_is_its_scenes_one_by_one(model, samples):
     batch = collate(samples)
     together = scene_instances(whole["decoder"], whole["point_to_superpoint"], batch["batch"], min_points=1)
     for scene, part in zip(together, parts):
-        alone, = scene_instances(part["decoder"], part["point_to_superpoint"], torch.zeros_like(part["point_to_superpoint"]), min_points=1)
+        alone = only_scene(part)
         assert torch.equal(scene["masks"], alone["masks"]) and torch.equal(scene["labels"], alone["labels"])
         torch.testing.assert_close(scene["scores"], alone["scores"])
 
@@ -66,8 +70,7 @@ def test_points_and_superpoint_numbers_may_come_in_any_order(model, samples):
     straight, mixed = model(collate([sample])), model(collate([shuffled]))
     for key in KEYS:
         torch.testing.assert_close(mixed[key], straight[key][order], rtol=1e-8, atol=1e-8)
-    first, second = (scene_instances(out["decoder"], out["point_to_superpoint"], torch.zeros_like(out["point_to_superpoint"]),
-                                     min_points=1)[0] for out in (straight, mixed))
+    first, second = only_scene(straight), only_scene(mixed)
     torch.testing.assert_close(second["scores"], first["scores"])
     assert torch.equal(second["masks"], first["masks"][:, order]) and torch.equal(second["labels"], first["labels"])
 

@@ -40,7 +40,8 @@ def test_a_run_writes_finite_scalars_images_and_checkpoints_and_every_tag_is_doc
     assert {"loss/total", "loss/semantic", "weighted/semantic", "loss/clip", "weighted/clip", "loss/instance_dice",
             "clip/weight", "clip/clamped_entries", "grad/total", "grad/encoder_3d", "grad/fusion", "fusion/gate_mean",
             "fusion/effective_rank", "speed/data_wait", "guard/bad_steps", "val/miou", "val/ap50"} <= set(tags["scalars"])
-    kinds = {"image", "input_points", "truth", "prediction", "instances", "instances_truth", "gate", "fused_pca", "clip_pca"}
+    kinds = {"image", "input_points", "truth", "prediction", "instances", "instances_truth", "gate", "fused_pca",
+             "clip_pca"}
     samples = {tag.split("/")[0] for tag in tags["images"]}
     assert set(tags["images"]) == {f"{sample}/{kind}" for sample in samples for kind in kinds} and len(samples) == 2
     assert {"truth/val0000_VERTEX", "gate/val0000_COLOR", "clip_pca/val0000_COLOR"} <= set(tags["tensors"])
@@ -196,8 +197,8 @@ def wait_for_file(pattern, folder, is_alive, seconds=120):
         time.sleep(0.05)
 
 
-TO_INTERRUPT = ["--epochs", "4", "--eval-every", "4", "--no-clip", "--no-instances", "--workers", "1", "--batch-size", "1",
-                "--rooms", "3", "--num-points", "100"]
+TO_INTERRUPT = ["--epochs", "4", "--eval-every", "4", "--no-clip", "--no-instances", "--workers", "1", "--batch-size",
+                "1", "--rooms", "3", "--num-points", "100"]
 
 
 def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path):
@@ -427,7 +428,8 @@ WRONG = [
     (["--init-3d", "x.pt", "--backbone", "res16unet34c", "--no-clip"], "x.pt"), (["--data", "folder"], "--train-split"),
     (["--data", "folder", "--train-split", "t", "--val-split", "v"], "folder/classes.txt does not exist"),
     (["--clip-model", "ViT-X"], "is unknown to open_clip"), (["--clip-pretrained", "moon"], "not a tag of"),
-    (["--clip-blocks", "99"], "has 12 blocks"), (["--clip-mean-std", "0.5,0.5"], "3 means"), (["--eval", "missing.pt"], "missing.pt does not exist"),
+    (["--clip-blocks", "99"], "has 12 blocks"), (["--clip-mean-std", "0.5,0.5"], "3 means"),
+    (["--eval", "missing.pt"], "missing.pt does not exist"),
     (["--resume", "missing.pt"], "missing.pt does not exist"), (["--resume", "text.pt"], "text.pt: not a checkpoint"),
     (["--runs", "text.pt"], "not a folder that can be written to"), (["--cache", "text.pt/a"], "not a folder"),
     (["--num-views", "9"], "fewer than num_views=9"), (["--device", "cuda:99"], "cuda"), (["--device", "moon"], "moon")]
@@ -589,7 +591,8 @@ def test_a_new_loss_term_logs_itself(tmp_path, monkeypatch):
     assert events.Scalars("diagnose/cosine_semantic_length")
 
 
-@pytest.mark.parametrize("name, message", [("length", "loss term 'length' needs a weight"), ("total", "other than total")])
+@pytest.mark.parametrize("name, message", [("length", "loss term 'length' needs a weight"),
+                                           ("total", "other than total")])
 def test_a_term_without_a_weight_or_with_a_reserved_name_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         train.weigh({name: torch.ones(())}, {"total": 1.0})
@@ -672,6 +675,7 @@ def test_a_process_that_raises_or_is_killed_ends_the_other_with_an_error(tmp_pat
         return factor(position, *rest)
 
     monkeypatch.setattr(train, "lr_factor", fail)
-    first, second = in_two_processes(lambda: train.main(small(tmp_path, "--epochs", "1000", "--no-clip", "--no-instances")))
+    options = small(tmp_path, "--epochs", "1000", "--no-clip", "--no-instances")
+    first, second = in_two_processes(lambda: train.main(options))
     assert second[0] == status and ("ZeroDivisionError" in second[2]) == (status == 1)
     assert first[0] == 1 and re.search("Connection (closed|reset) by peer", first[2]), first[2]
