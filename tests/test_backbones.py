@@ -144,7 +144,8 @@ def dense_network(weights, last_relu, coords, feats):
 
     last = max(key for key in weights if key.startswith("block8."))[:len("block8.0")]
     x = torch.zeros(1, feats.shape[1], 16, 16, 16, dtype=torch.float64)
-    x[0, :, *coords[:, 1:].T] = feats.T
+    rows = (0, slice(None), *coords[:, 1:].T)
+    x[rows] = feats.T
     x = norm(conv(x, "conv0p1s1"), "bn0").relu()
     skips = [x]
     for i, key in enumerate(("conv1p1s2", "conv2p2s2", "conv3p4s2", "conv4p8s2"), 1):
@@ -154,7 +155,7 @@ def dense_network(weights, last_relu, coords, feats):
     for i, key in enumerate(("convtr4p16s2", "convtr5p8s2", "convtr6p4s2", "convtr7p2s2"), 4):
         x = norm(conv(x, key, transposed=True), f"bntr{i}").relu()
         x = stage(torch.cat([x, skips.pop()], 1), i + 1)
-    return x[0, :, *coords[:, 1:].T].T
+    return x[rows].T
 
 
 @pytest.mark.parametrize("project", LAYOUTS)
