@@ -7,6 +7,7 @@ import pickle
 import tempfile
 
 import pytest
+import torch
 
 LONG = 500  # tests; fewer are left to pytest's own loop
 FORK = multiprocessing.get_context("fork")
@@ -15,7 +16,8 @@ FORK = multiprocessing.get_context("fork")
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     options = session.config.option
-    if len(session.items) < LONG or session.testsfailed or options.collectonly or options.usepdb or os.cpu_count() == 1:
+    alone = os.cpu_count() == 1 or torch.cuda.is_available()  # CUDA does not work in a fork
+    if alone or len(session.items) < LONG or session.testsfailed or options.collectonly or options.usepdb:
         return None
     modules = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.module)]
     modules.reverse()  # test_train, the longest, is not the last to begin
