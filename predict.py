@@ -634,7 +634,7 @@ class Output:
         if self.queries is not None:
             fields = [f"query_{field_name(names[0])}" for names in self.queries.names]
             view |= dict(zip(fields, cloud["queries"].T))
-        view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height.cpu()}
+        view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height}
         log = RunLog(self.folder / name)
         log.add_clouds({f"{kind}/{name}": shown for kind, shown in clouds([view]).items()})
         log.close()
@@ -645,7 +645,7 @@ class Output:
         cloud["confidence"] = cloud["probabilities"].max(1)
         if self.queries is not None:
             cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
-        self.add_cloud(name, cloud, points["camera_height"])
+        self.add_cloud(name, cloud, float(points["camera_height"]))
         self.score(self.points, points)
         if ids is not None:
             scene = {key: value.cpu().numpy() for key, value in points["scene"].items()} if "scene" in points else None
@@ -704,10 +704,10 @@ def main(argv=None):
             for result in predict_frames(model, Subset(frames, members), config, queries=queries):
                 output.add_frame(result)
                 merger.add(result["points"])
-                heights.append(result["points"]["camera_height"])
+                heights.append(float(result["points"]["camera_height"]))
                 bar.update()
             cloud = merger.cloud(config["min_instance_points"], queries)
-            output.add_cloud(scene, cloud, torch.stack(heights).mean())
+            output.add_cloud(scene, cloud, sum(heights) / len(heights))
             output.score(output.merged, cloud)
         bar.close()
     seconds = time.perf_counter() - start
