@@ -186,14 +186,13 @@ def gpu_settings(deterministic=False):
 
 
 def keep_buffers():
-    """Makes glibc keep the memory of large buffers for the next ones, if MALLOC_MMAP_THRESHOLD_ is not set; without
-    glibc it does nothing.
+    """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
 
     By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
     sixth of a training step or of a prediction on a CPU.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+    if hasattr(libc, "mallopt"):
         if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old versions refuse above 2^25
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
