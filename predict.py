@@ -604,7 +604,7 @@ class Output:
             scores.update_instances(scene, truth, torch.as_tensor(points["truth_instances"]))
 
     def add_cloud(self, name, cloud, camera_height):
-        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: metres above z = 0."""
+        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: mean, metres."""
         scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"], "gate": cloud["gate"]}
         entry = {"points": len(cloud["labels"]), "instances": []}
         if "instances" in cloud:

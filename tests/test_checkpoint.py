@@ -193,7 +193,9 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="cannot be locked.*No locks available"):
-        checkpoint.lock_folder(tmp_path).close()
+        lock = checkpoint.lock_folder(tmp_path)
+    assert not lock.closed  # the run goes on, and closes it at its end
+    lock.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ reading

@@ -170,10 +170,11 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
 
 
 def check_two_processes(module):
-    """The mean loss and gradient of two halves equal those of the undivided batch, for every variant."""
+    """Checks that the mean loss and gradient of two halves are those of the whole -> the number of variants checked."""
     generator = torch.Generator().manual_seed(0)
     feat, table = (torch.randn(n, C, generator=generator, requires_grad=True) for n in (30, 4))
     batch, valid = torch.arange(30) % 4, torch.arange(30) % 3 > 0
+    checked = 0
     for variant, per_point in itertools.product(CLIP_LOSSES, (False, True)):
         if per_point and variant == "infonce":
             continue  # negatives are those of the process
@@ -190,6 +191,8 @@ def check_two_processes(module):
             torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-8)
         one = two_processes(run, (torch.arange(1), torch.arange(1, 2)))  # none and one
         torch.testing.assert_close(one, run(torch.arange(1, 2), None), rtol=1e-5, atol=1e-8)
+        checked += 1
+    return checked
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,7 +202,7 @@ def test_loss_and_gradient_stay_within_their_bounds_on_hostile_rows(variant, dty
 
 
 def test_a_batch_may_be_split_over_processes():
-    check_two_processes(losses)
+    assert check_two_processes(losses) == 2 * len(CLIP_LOSSES) - 1  # targets of scenes and of points
 
 
 SAFEGUARDS = {

@@ -184,7 +184,8 @@ def test_a_random_tower_is_said_when_its_checkpoint_is_loaded(baseline, tmp_path
     state = checkpoint(baseline)
     write_atomically({**state, "warnings": ["CLIP IS RANDOMLY INITIALISED"]}, tmp_path / "x.pt")
     with pytest.warns(UserWarning, match="x.pt: CLIP IS RANDOMLY INITIALISED"):
-        load_model(tmp_path / "x.pt")
+        model, _, _ = load_model(tmp_path / "x.pt")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state["model"].items())
 
 
 @pytest.mark.parametrize("field", ["backbone", "colors"])
