@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def no_waiting_for_disks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """pytest's, which goes after a test that passed: all together would fill 6 GB."""
+    failed = request.session.testsfailed
+    yield tmp_path
+    if request.session.testsfailed == failed:
+        shutil.rmtree(tmp_path)
 
 
 @pytest.fixture
