@@ -81,27 +81,29 @@ def clip_loss_weight(epoch: int, boundaries=(10, 20), weights=(0.0, 0.001, 0.01)
     return float(weights[stage])
 
 
-def floored_normalize(x: Tensor, floor: float) -> Tensor:
-    """x / max(|x|, floor) over the last dimension; its Jacobian has norm at most 1 / floor for every finite x.
+def rows_and_norms(x: Tensor, usable: Tensor, clamp, norm_floor: float, dtype: torch.dtype):
+    """The usable rows of x (T, C) in dtype, their entries clamped to +-clamp, and max(|row|, norm_floor).
 
-    A row whose largest entry exceeds 1 is first divided by it, so that no square overflows.
-    """
-    scale = x.detach().abs().amax(-1, keepdim=True).clamp(min=1)
-    x = x / scale
-    return x / torch.maximum(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor / scale)
-
-
-def unit_rows(x: Tensor, usable: Tensor, clamp, norm_floor: float, dtype: torch.dtype):
-    """`floored_normalize` of the usable rows of x (T, C) in dtype, after their entries are clamped to +-clamp.
-
-    Rows that are not usable become 0, whatever they hold. Returns rows (T, C) and the number of entries clamped.
+    Rows that are not usable become 0, whatever they hold. Returns rows (T, C), norms (T,), and the number of entries
+    clamped. Entries too large to be squared are divided by the largest of their row, and so is the norm.
     """
     # Select, do not multiply: 0 * NaN is NaN, in the loss and in the gradient.
-    x = x.to(dtype).where(usable[:, None], 0)
-    if clamp is None:
-        return floored_normalize(x, norm_floor), usable.new_zeros((), dtype=torch.int64)
-    clamped = (x.detach().abs() > clamp).sum()
-    return floored_normalize(x.clamp(-clamp, clamp), norm_floor), clamped
+    rows = x.to(dtype).where(usable[:, None], 0)
+    count = usable.new_zeros((), dtype=torch.int64)
+    if clamp is not None:
+        whole = rows
+        rows = rows.clamp(-clamp, clamp)
+        count = torch.count_nonzero(rows != whole)
+    if clamp is None or clamp > 1e15:
+        scale = largest_entry(rows).clamp(min=1)
+        rows = rows / scale[:, None]
+        norm_floor = norm_floor / scale
+    return rows, torch.linalg.vector_norm(rows, dim=1).clamp(min=norm_floor), count
+
+
+def largest_entry(x: Tensor) -> Tensor:
+    """x (T, C) -> max |x| of every row (T,); NaN if the row holds one."""
+    return x.detach().abs().amax(1)
 
 
 def scale_gradient(x: Tensor, ratio: float) -> Tensor:
@@ -140,8 +142,8 @@ def usable_rows(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None):
     if batch is not None:
         check_ids("batch", batch, clip_feat.shape[0])
 
-    feat_finite = feat_fusion.isfinite().all(1)
-    clip_finite = clip_feat.isfinite().all(1)
+    feat_finite = largest_entry(feat_fusion).isfinite()
+    clip_finite = largest_entry(clip_feat).isfinite()
     wanted = torch.ones_like(feat_finite) if valid is None else valid
     used = wanted & feat_finite & (clip_finite if batch is None else clip_finite[batch])
     return used, wanted & ~used, used if batch is None else clip_finite
@@ -163,13 +165,14 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
     used, dropped, targets = usable_rows(feat_fusion, clip_feat, batch, valid)
     dtype = common_dtype(feat_fusion, clip_feat)
     with torch.autocast(feat_fusion.device.type, enabled=False):
-        feat, feat_clamped = unit_rows(feat_fusion, used, clamp, norm_floor, dtype)
-        clip, clip_clamped = unit_rows(clip_feat, targets, clamp, norm_floor, dtype)
-        clip = scale_gradient(clip, gradient_flow_ratio)
+        feat, feat_norm, feat_clamped = rows_and_norms(feat_fusion, used, clamp, norm_floor, dtype)
+        clip, clip_norm, clip_clamped = rows_and_norms(scale_gradient(clip_feat, gradient_flow_ratio), targets, clamp,
+                                                       norm_floor, dtype)
+        clip = clip / clip_norm[:, None]
         if batch is not None:
             clip = clip[batch]  # (N, C)
 
-        cosine = (feat * clip).sum(1).clamp(-1, 1)  # rounding alone takes it past 1
+        cosine = ((feat * clip).sum(1) / feat_norm).clamp(-1, 1)  # rounding alone takes it past 1
         if variant == "sigmoid":
             row_loss = F.softplus(-cosine / temperature)  # -log sigmoid(cosine / temperature)
         elif variant == "cosine":
@@ -215,12 +218,13 @@ def clip_infonce(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None,
         negatives = rows if rows.shape[0] <= MAX_NEGATIVES else draw_negatives(targets, MAX_NEGATIVES)
 
     with torch.autocast(feat_fusion.device.type, enabled=False):
-        feat, feat_clamped = unit_rows(feat_fusion, used, clamp, norm_floor, dtype)
-        clip, clip_clamped = unit_rows(clip_feat, targets, clamp, norm_floor, dtype)
-        clip = scale_gradient(clip, gradient_flow_ratio)
+        feat, feat_norm, feat_clamped = rows_and_norms(feat_fusion, used, clamp, norm_floor, dtype)
+        clip, clip_norm, clip_clamped = rows_and_norms(scale_gradient(clip_feat, gradient_flow_ratio), targets, clamp,
+                                                       norm_floor, dtype)
+        clip = clip / clip_norm[:, None]
 
-        positive = (feat * clip[own]).sum(1).clamp(-1, 1) / temperature  # (N,)
-        negative = (feat @ clip[negatives].T).clamp(-1, 1) / temperature  # (N, M)
+        positive = ((feat * clip[own]).sum(1) / feat_norm).clamp(-1, 1) / temperature  # (N,)
+        negative = (feat @ clip[negatives].T / feat_norm[:, None]).clamp(-1, 1) / temperature  # (N, M)
         is_negative = targets[negatives] & (negatives != own[:, None])
         logits = torch.cat([positive[:, None], negative.where(is_negative, -torch.inf)], 1)
         row_loss = -logits.log_softmax(1)[:, 0] / 2
