@@ -464,8 +464,9 @@ class BiFusionEncoder(nn.Module):
         maps = [spatial] if dense is None else [spatial, dense]
         valid, (feat_2d, *target) = self.sample(batch, image_size, maps)
         fused, alpha = self.gate(feat_3d, feat_2d, valid)
-        fused = fused.where(valid[:, None], feat_3d)  # whatever gate was handed in
-        alpha = alpha.where(valid[:, None], 0)
+        if type(self.gate) is not FusionGate:  # FusionGate leaves unseen points alone; here every gate does
+            fused = fused.where(valid[:, None], feat_3d)
+            alpha = alpha.where(valid[:, None], 0)
         clip_global = clip_global.unflatten(0, batch["world2cam"].shape[:2])  # (B, V, C)
         if "view_valid" in batch:
             there = batch["view_valid"][..., None]
