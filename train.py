@@ -731,7 +731,7 @@ def main(argv=None, clip_criterion=None, stop=None):
                 "class_names": class_names, "clip_fingerprint": fingerprint, "warnings": warnings}, folder / name)
 
     # training
-    metrics = {"miou": math.nan}
+    shown = {}  # beside the loss, once it is known
     bar = tqdm(total=args.epochs * len(train_set), initial=start_epoch * len(train_set) + first_step * global_batch,
                unit="sample", smoothing=0.05, disable=not main_process, dynamic_ncols=True)
     model.train()
@@ -781,7 +781,7 @@ def main(argv=None, clip_criterion=None, stop=None):
                     **latest, "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(), "epoch": epoch,
                     "amp/skipped_steps": skipped_steps, "guard/bad_steps": guard.bad_steps,
                     "memory/peak_gib": peak_memory_gib(device)})
-                bar.set_postfix(loss=f"{averages['loss/total']:.3f}", mIoU=f"{metrics['miou']:.3f}")
+                bar.set_postfix(loss=f"{averages['loss/total']:.3f}", **shown)
 
             # save, and leave if a signal asks for it
             if result.stop or args.save_every and step % args.save_every == 0:
@@ -799,6 +799,7 @@ def main(argv=None, clip_criterion=None, stop=None):
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             average_buffers(model, world_size)
             metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
+            shown["mIoU"] = f"{metrics['miou']:.3f}"
             print0(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
             if main_process:
                 visualize(log, model, val_set, class_names, args.min_instance_points)
