@@ -51,7 +51,7 @@ def check_values(fits: Tensor, message):
 def check_ids(name, ids: Tensor, size):
     """Raises ValueError if ids are not integers in [0, size)."""
     if ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int64, got {ids.dtype}")
+        raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
     check_values(((ids >= 0) & (ids < size)).all(), f"{name} {tuple(ids.shape)} must lie in [0, {size})")
 
 
@@ -177,10 +177,12 @@ def bilinear_corners(uv: Tensor, image_size, grid_size):
     check_shapes(uv=(uv, "... 2"))
     low, high, fraction = [], [], []
     for axis, size, cells in ((0, image_size[1], grid_size[1]), (1, image_size[0], grid_size[0])):
-        x = ((uv[..., axis] + 0.5) * (cells / size) - 0.5).clamp(0, cells - 1)
-        x0 = x.floor().clamp(max=max(cells - 2, 0))
+        x = (uv[..., axis] + 0.5) * (cells / size) - 0.5
+        inner = (x > 0) & (x < cells - 1)  # the others read the border cell alone, twice
+        x = x.clamp(0, cells - 1)
+        x0 = x.floor()
         low.append(x0.int())
-        high.append((x0.int() + 1).clamp(max=cells - 1))
+        high.append(x0.int() + inner.int())
         fraction.append(x - x0)
     (x0, y0), (x1, y1), (fx, fy) = low, high, fraction
     index = torch.stack([y0, y0, y1, y1], -1) * grid_size[1] + torch.stack([x0, x1, x0, x1], -1)
@@ -265,8 +267,8 @@ def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
     """Which cells of I feature maps a point reads, and with what weight: the mean over the views that see it.
 
     uv (N, V, 2) pixels of images of image_size (H, W), map_size (I, Hf, Wf), view (N, V) int64 in [0, I), visible
-    (N, V) bool -> index (N, 4 V) int32, weight (N, 4 V). Entries without weight have the index one past the last cell.
-    Raises ValueError for other shapes and for a mask that is not bool.
+    (N, V) bool -> index (N, 4 V) int32, weight (N, 4 V). A view that does not see the point gets the index one past
+    the last cell. Raises ValueError for other shapes and for a mask that is not bool.
     """
     check_shapes(uv=(uv, "N V 2"), view=(view, "N V"), visible=(visible, "N V"))
     check_mask("visible", visible)
@@ -274,7 +276,7 @@ def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
     index, weight = bilinear_corners(uv.where(visible[..., None], 0), image_size, (hf, wf))  # (N, V, 4)
     view_weight = visible / visible.sum(1, keepdim=True).clamp(min=1)  # (N, V)
     weight = weight * view_weight[..., None]
-    index = (index + view[..., None].int() * (hf * wf)).where(weight != 0, i * hf * wf)
+    index = (index + view[..., None].int() * (hf * wf)).where(visible[..., None], i * hf * wf)
     return index.flatten(1), weight.flatten(1)
 
 
@@ -329,8 +331,8 @@ class FusionGate(nn.Module):
     def forward(self, feat_3d: Tensor, feat_2d: Tensor, valid: Tensor):
         """feat_3d (N, C), feat_2d (N, C), valid (N,) bool -> fused (N, C), alpha (N, 1) in [0, 1].
 
-        If a point is not valid, fused is feat_3d bit-exact, alpha is 0, and feat_2d is not read and gets no gradient.
-        Raises ValueError for other shapes and for a mask that is not bool.
+        If a point is not valid, fused equals feat_3d (if that is finite), alpha is 0, and feat_2d is not read and gets
+        no gradient. Raises ValueError for other shapes and for a mask that is not bool.
         """
         check_shapes(feat_3d=(feat_3d, "N C"), feat_2d=(feat_2d, "N C"), valid=(valid, "N"))
         check_mask("valid", valid)

@@ -264,8 +264,17 @@ def test_sampling_equals_grid_sample_forward_and_backward(grid):
     torch.testing.assert_close(ours, theirs)
     upstream = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
     gradients = [torch.autograd.grad((x * upstream).sum(), (feature_map, uv)) for x in (ours, theirs)]
-    torch.testing.assert_close(gradients[0][0], gradients[1][0])
-    torch.testing.assert_close(gradients[0][1][4:], gradients[1][1][4:])  # on a border the slope is one-sided
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_gradients_of_positions_on_centres_and_borders_of_cells_are_those_of_grid_sample():
+    feature_map = torch.randn(1, 5, 4, 8, dtype=torch.float64)
+    v, u = torch.meshgrid(torch.arange(-0.5, 64, 4), torch.arange(-0.5, 128, 4), indexing="ij")  # cells of 16 pixels
+    uv = torch.stack([u, v], -1).flatten(0, 1).double().requires_grad_()
+    upstream, batch = torch.randn(len(uv), 5, dtype=torch.float64), torch.zeros(len(uv)).long()
+    ours, theirs = (torch.autograd.grad((sample(feature_map, uv, (64, 128), batch) * upstream).sum(), uv)
+                    for sample in (sample_features, grid_sample))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_sampling_gradcheck_in_double():
@@ -331,11 +340,12 @@ def test_weighted_rows_are_a_product_with_a_matrix_in_both_directions(function):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_what_has_no_weight_reads_no_cell_and_the_rest_its_share():
+def test_views_that_do_not_see_a_point_read_no_cell_and_the_rest_its_share():
     generator = torch.Generator().manual_seed(0)
     uv, visible = torch.rand(30, 3, 2, generator=generator) * 100, torch.rand(30, 3, generator=generator) < 0.5
     index, weight = view_cells(uv, (100, 100), (6, 4, 5), torch.arange(3).expand(30, 3), visible)
-    assert index.shape == weight.shape == (30, 12) and ((index == 6 * 4 * 5) == (weight == 0)).all()
+    assert index.shape == weight.shape == (30, 12) and not weight.view(30, 3, 4)[~visible].any()
+    assert ((index.view(30, 3, 4) == 6 * 4 * 5) == ~visible[..., None]).all()
     assert (index.view(30, 3, 4)[visible].amin(1) // 20 == torch.arange(3).expand(30, 3)[visible]).all()
     torch.testing.assert_close(weight.sum(1), visible.any(1).float())
 
@@ -1008,13 +1018,13 @@ BAD_VALUES = [  # call, what the message must hold
     (lambda: fold_projection(torch.eye(4)[:3], pose(1).T), r"world2cam \(4, 4\) must have the last row 0 0 0 1"),
     (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS), r"batch \(2,\) must lie in \[0, 2\)"),
     (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, -IDS), r"batch \(2,\) must lie in \[0, 2\)"),
-    (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS.float()), "batch must be int64, got torch.float32"),
+    (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS.float()), "batch must be int32 or int64, got torch.float32"),
     (lambda: sample_views(MAPS, torch.zeros(2, 1, 2), SIZE, IDS[:, None], IDS[:, None] > 0), r"view \(2, 1\) must lie"),
     (lambda: sample_views(MAPS, torch.zeros(2, 1, 2), SIZE, 0 * IDS[:, None], IDS[:, None]), "visible must be bool"),
     (lambda: FusionGate(3)(POINTS, POINTS, torch.ones(2)), "valid must be bool, got torch.float32"),
     *((lambda change=change: model()({**sample(5), **change}), message) for change, message in (
         ({"batch": torch.ones(5).long()}, r"field 'batch' \(5,\) must lie in \[0, 1\)"),
-        ({"batch": torch.zeros(5)}, "field 'batch' must be int64"),
+        ({"batch": torch.zeros(5)}, "field 'batch' must be int32 or int64"),
         ({"view_valid": torch.ones(1, 2)}, "field 'view_valid' must be bool"),
         ({"view_valid": torch.ones(2, 1) > 0}, r"'view_valid' must be \(1, 2\), got \(2, 1\)"),
         ({"image_sizes": torch.ones(1, 2)}, r"'image_sizes' must be \(1, 2, 2\), got \(1, 2\)"),
