@@ -62,7 +62,6 @@ class Store:
     """
 
     def __init__(self, folder, owner):
-        self.owner = owner
         self._temporary = tempfile.TemporaryDirectory(prefix="store-") if folder is None else None
         self._owner_hash = content_key(owner)
         self.folder = Path(folder or self._temporary.name) / self._owner_hash.hex()

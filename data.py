@@ -44,7 +44,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features as codecs
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -55,7 +55,7 @@ UP_AXES = {"z": ([0, 1, 2], [1, 1, 1]), "-z": ([0, 1, 2], [1, -1, -1]),
            "y": ([0, 2, 1], [1, -1, 1]), "-y": ([0, 2, 1], [1, 1, -1]),
            "x": ([2, 1, 0], [-1, 1, 1]), "-x": ([2, 1, 0], [1, 1, -1])}
 TURN_BACK = {"z": "z", "-z": "-z", "y": "-y", "-y": "y", "x": "-x", "-x": "x"}
-MAX_DISTANCE = 1e4  # metres of a camera from the origin; float32 resolves 1 mm there
+MAX_DISTANCE = 1e4  # metres of a camera from the origin, and of a point from it; float32 resolves 1 mm there
 
 
 def turn_up(vectors, up):
@@ -108,12 +108,14 @@ def elastic(coords, rng, granularity, magnitude):
     """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in between.
 
     coords: (n, 3) float32; granularity and magnitude in the same unit. As in SPFormer, Mask3D and ESAM. The noise is
-    clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a ninth of the magnitude).
+    clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a ninth of the magnitude). In a
+    cloud wider than 512 * granularity the grid is coarser: its memory is bounded.
     """
     if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or not np.isfinite(coords).all():
         raise ValueError(f"expected finite coords (n, 3) of at least one point, got shape {coords.shape}")
     cloud = torch.from_numpy(coords)
     low, high = torch.aminmax(cloud, dim=0)
+    granularity = max(granularity, (high - low).max().item() / 512)
     cells = ((high - low) / (2 * granularity)).long() + 3  # covers the cloud, plus one cell on both sides
     noise = rng.standard_normal((3, *cells.tolist()[::-1]), np.float32)
     noise = torch.from_numpy(noise).clamp(-3, 3)[None]  # (1, 3, z, y, x)
@@ -185,13 +187,20 @@ def check_frame(frame):
     if distance > MAX_DISTANCE:
         raise ValueError(f"frame {name}: world2cam (4, 4) has a translation of {distance:.0f} m, where float32 is too "
                          f"coarse: subtract an offset from the poses, or convert them to metres (docs/cameras.md)")
-    sizes = (frame["color"].shape[:2], frame["depth"].shape)
+    depth = frame["depth"]
+    if ((depth > MAX_DISTANCE) & (depth < np.inf)).any():
+        raise ValueError(f"frame {name}: depth {depth.shape} has values above {MAX_DISTANCE:.0f} m; it must be in metres, "
+                         "with 0 = unknown")
+    sizes = (frame["color"].shape[:2], depth.shape)
     for field in ("label", "instance"):
         value = frame.get(field)
-        if value is not None and (np.shape(value) not in sizes or value.dtype.kind not in "iu"):
-            raise ValueError(f"frame {name}: {field} has shape {np.shape(value)}, expected integers of the size of "
-                             f"color {sizes[0]} or depth {sizes[1]}")
+        fits = value is None or isinstance(value, np.ndarray) and value.shape in sizes and value.dtype.kind in "iu"
+        if not fits:
+            raise ValueError(f"frame {name}: {field} has shape {np.shape(value)}, expected an array of integers of the "
+                             f"size of color {sizes[0]} or depth {sizes[1]}")
     features = frame.get("features")
+    if features is not None and not isinstance(features, np.ndarray):
+        raise ValueError(f"frame {name}: features must be a numpy array, got {type(features).__name__}")
     if features is not None and (features.ndim != 3 or features.shape[:2] not in sizes or features.dtype.kind != "f"
                                  or not np.isfinite(features).all()):
         raise ValueError(f"frame {name}: features has shape {features.shape} of {features.dtype}, expected finite floats "
@@ -330,7 +339,8 @@ class ResizedImages(Dataset):
 
     def signature(self, indices):
         """16 bytes that change when one of these images may have changed; None if the source has no files."""
-        return files_digest([(self.frames, indices)], self.image_size)
+        decoders = Image.__version__, codecs.version("jpg"), codecs.version("zlib")  # their pixels may differ
+        return files_digest([(self.frames, indices)], self.image_size, *decoders)
 
 
 class PointDataset(Dataset):
@@ -467,7 +477,8 @@ class PointDataset(Dataset):
         cameras = {"world2cam": [frame["world2cam"] for frame in frames], "intrinsics": intrinsics,
                    "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
         sample |= {key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}
-        sample["depth"] = stack_depth([torch.from_numpy(frame["depth"].astype(np.float32)) for frame in frames])
+        depth = [frame["depth"].astype(np.float32) for frame in frames]
+        sample["depth"] = stack_depth([torch.from_numpy(np.where(np.isfinite(d), d, 0)) for d in depth])
         if not self.images:
             return sample
         images = [resize_image(frame["color"], self.image_size) for frame in frames]
@@ -508,9 +519,8 @@ class SceneDataset(PointDataset):
         drawn = self._draw(len(scene["points"]), rng)
         fields = {"points": scene["points"][drawn], "features": scene["colors"][drawn]}
         fields |= {key: scene[key][drawn] for key in ("labels", "instances", "superpoints") if key in scene}
-        if "labels" not in fields:
-            fields["labels"] = np.full(len(drawn), -1, np.int64)
-            fields["instances"] = np.full(len(drawn), -1, np.int64)
+        for key in ("labels", "instances"):
+            fields.setdefault(key, np.full(len(drawn), -1, np.int64))
         coords = turn_up(fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3], self.up)
         fields["points"] = turn_up(fields["points"], self.up)
         frames = [self._read(view) for view in views]
@@ -524,7 +534,19 @@ class SceneDataset(PointDataset):
         return [members[i] for i in chosen]
 
     def _sources(self, indices):
-        return [(self.scenes, indices), *super()._sources(indices)]
+        return [(self.scenes, indices), (self.frames, [view for index in indices for view in self._members[index]])]
+
+
+class EveryView(Dataset):
+    """The samples of a SceneDataset; all frames of a scan are read, also those that are not drawn in this epoch."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index):
+        for view in self.dataset._members[index]:
+            self.dataset._read(view)
+        return self.dataset[index]
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -558,7 +580,7 @@ def collate(samples):
 
 
 def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
-    """Reads every sample of this process's share once -> number of points with a label in it.
+    """Reads every sample of this process's share once, and of scans every frame -> number of points with a label.
 
     A broken file or a label without a class raises here, by name, and superpoints are computed. store: a cache.Store
     that remembers the result under a digest of the files (path, size, modification time) and of all settings, so that
@@ -569,13 +591,15 @@ def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
     known = None if key is None else store.get(key)
     if known is not None:
         return int.from_bytes(known, "little")
-    loader = DataLoader(Subset(dataset, share), batch_size=None, num_workers=workers, generator=torch.Generator())
+    samples = EveryView(dataset) if isinstance(dataset, SceneDataset) else dataset
+    loader = DataLoader(Subset(samples, share), batch_size=None, num_workers=workers, generator=torch.Generator())
     labelled = 0
     num_classes = len(getattr(dataset.frames, "class_names", None) or ())
     for sample in tqdm(loader, "reading frames", unit="sample", disable=rank > 0):
         labels = sample["labels"]
-        if num_classes and (labels >= num_classes).any():
-            raise ValueError(f"{sample['name']}: label {labels.max()} is outside -1..{num_classes - 1}, the class names")
+        if num_classes and ((labels < -1) | (labels >= num_classes)).any():
+            raise ValueError(f"{sample['name']}: labels from {labels.min()} to {labels.max()}, expected -1 or an index "
+                             f"into the {num_classes} class names")
         labelled += (labels >= 0).sum().item()
     if key is not None:
         store.put(key, labelled.to_bytes(8, "little"))

@@ -12,8 +12,9 @@ al., "Masked-attention Mask Transformer", CVPR 2022. On superpoints: Sun et al.,
 et al., "OneFormer3D", CVPR 2024; for single RGB-D frames: Xu et al., "ESAM", ICLR 2025. Inference ends with matrix NMS:
 Wang et al., "SOLOv2", NeurIPS 2020.
 
-Scenes are packed and ragged: linear layers run once over the rows of all scenes, without padding. Attention and masks
-pad the scenes to the largest, so that they need no loop over scenes. Imports torch only.
+Scenes are packed and ragged: the linear layers of the decoder's layers run once over the rows of all scenes, without
+padding. Masks and the heads pad the scenes to the largest; so does attention on a GPU, and on a CPU it goes scene by
+scene. Imports torch only.
 """
 import math
 

@@ -300,7 +300,10 @@ def replay(model, batch, losses, scale):
 
 
 def main(argv=None):
-    """Replays one saved step. Raises FloatingPointError if it still is not finite; returns [] if it is."""
+    """Replays one saved step; returns [] if it is finite.
+
+    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly detection.
+    """
     from checkpoint import STEP_FIELDS, read_checkpoint
     from distributed import setup
     from model import prepare_device, restore_model, to_device

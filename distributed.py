@@ -167,7 +167,7 @@ class StopRequest:
             raise SystemExit(128 + signum)
 
 
-WORKER_GRACE = 5  # seconds; also what leaving on an error may take
+WORKER_GRACE = 60  # seconds, more than torchrun or a scheduler waits before it kills
 
 
 def survive_first_signal(worker_id):

@@ -529,7 +529,7 @@ class InstanceCriterion(nn.Module):
         super().__init__()
         self.world_mean = world_mean
 
-    def forward(self, output: dict, targets: list) -> dict:
+    def forward(self, output: dict, targets) -> dict:
         """output {"layers", "query"} of the decoder, see `instance_loss`; if it has "padded", that is read instead of
         the layers. targets: from `instance_targets`, or made of those by `pad_targets`.
 

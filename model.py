@@ -11,7 +11,9 @@ of `build_model`.
 Imports torch, and its siblings checkpoint, decoder, encoder, fusion, sparse_unet.
 """
 import ctypes
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -212,8 +214,15 @@ def run_command(main):
     except (ValueError, OSError, FloatingPointError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        text = str(error)
+        if "Original Traceback" in text:  # of a worker; its last line is the message
+            text = text.strip().splitlines()[-1]
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader would raise for every worker that is killed
+        for worker in multiprocessing.active_children():  # they survive signals
+            worker.kill()
 
 
 def compile_parts(model):

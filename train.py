@@ -382,11 +382,17 @@ def open_tower(args, config, log_warning):
             raise
         log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
                     "colours and textures but no meaning: good for trying things out, not for results.")
-        config["clip_pretrained"] = "none"  # what the checkpoint will say
+        config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say
         encoder_2d = build_encoder_2d(config)
     if encoder_2d is not None and needs_dense(args):
         encoder_2d.encode_dense(torch.zeros(1, 3, *encoder_2d.image_size))  # fails now if the tower has no such target
     return encoder_2d
+
+
+def never_ties(args):
+    """Whether a CLIP loss was asked for that no epoch has."""
+    weights = [clip_loss_weight(epoch, args.clip_warmup, args.clip_weights) for epoch in range(args.epochs)]
+    return not args.no_clip and max(weights) == 0 < max(args.clip_weights)
 
 
 def needs_dense(args):
@@ -407,9 +413,11 @@ def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
     gather_objects(None, world_size)  # wait for the others
 
 
-def collate_prepared(samples, cell, min_query_share):
+def collate_prepared(samples, cell, min_query_share, with_targets=True):
     """Samples -> a batch with what the decoder and the instance loss need of it alone; see `number_superpoints`."""
     batch = number_superpoints(collate(samples), cell, min_query_share)
+    if not with_targets:
+        return batch
     targets = instance_targets(batch["labels"], batch["instances"], batch["point_to_superpoint"],
                                batch["superpoint_batch"])
     return {**batch, "targets": pad_targets(targets)}
@@ -419,8 +427,8 @@ def data_loader(dataset, sampler, args, device, model):
     """Batches of the samples that `sampler` names, for a Segmenter: in training mode if they are to train it."""
     collate_fn = collate
     if model.decoder is not None:
-        collate_fn = partial(collate_prepared, cell=model.cell,
-                             min_query_share=model.decoder.min_query_share if model.training else 1.0)
+        share = model.decoder.min_query_share if model.training else 1.0
+        collate_fn = partial(collate_prepared, cell=model.cell, min_query_share=share, with_targets=model.training)
     return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=args.workers,
                       persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
                       timeout=args.worker_timeout if args.workers else 0, worker_init_fn=survive_first_signal,
@@ -528,20 +536,21 @@ def lr_factor(step, total_steps, warmup):
 
     A warm-up that is longer than the run never reaches the peak.
     """
-    decay = (1 - step / max(1, total_steps)) ** 0.9
+    decay = max(0.0, 1 - step / max(1, total_steps)) ** 0.9
     return min(1.0, (step + 1) / max(1, warmup)) * decay
 
 
-def run_folder(args, rank, world_size):
-    """The folder of this run, a new one or that of the checkpoint to go on from, and the lock that the first process
-    holds on it.
+def run_folder(args, rank, world_size, lock):
+    """The folder of this run, a new one or that of the checkpoint to go on from, and the lock on it.
+
+    lock: that of a resumed run, held already. Only the first process has one.
     """
-    folder = lock = None
+    folder = None
     if rank == 0:
         name = args.name or ("baseline" if args.no_clip else "bifusion")
         new = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(args.resume).parent if args.resume else new_folder(new)
-        lock = lock_folder(folder)
+        lock = lock or lock_folder(folder)  # to lock it twice would end the lock
     return gather_objects(folder, world_size)[0], lock
 
 
@@ -627,7 +636,7 @@ def main(argv=None, clip_criterion=None, stop=None):
     rank, world_size, device = setup(args.device)
     main_process = rank == 0
     path = args.resume or args.eval
-    state = None
+    state = lock = None
     if path:
         state = read_checkpoint(path)
         lock = lock_folder(Path(path).parent) if args.resume and main_process else None
@@ -637,7 +646,7 @@ def main(argv=None, clip_criterion=None, stop=None):
     amp_dtype = AMP_DTYPES[args.amp]
     stop = stop or StopRequest()
     prepare_device(device, args.deterministic)
-    warnings = []
+    warnings = list(state["warnings"]) if state else []
 
     def print0(text):
         if main_process:
@@ -697,17 +706,17 @@ def main(argv=None, clip_criterion=None, stop=None):
         if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
             log_warning(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global "
                         "batch or the number of processes have changed")
-    elif clip_loss_weight(args.epochs - 1, args.clip_warmup, args.clip_weights) == 0 < max(args.clip_weights):
+    elif not args.eval and never_ties(args):
         log_warning(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
         metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
-        print0("\n".join([format_metrics(metrics, class_names), *(f"note: {text}" for text in state["warnings"])]))
+        print0("\n".join([format_metrics(metrics, class_names), *(f"note: {text}" for text in warnings)]))
         leave_processes()
         return metrics
 
     # log and guard
-    folder, lock = run_folder(args, rank, world_size)  # nobody else may write there while `lock` is open
+    folder, lock = run_folder(args, rank, world_size, lock)  # nobody else may write there while `lock` is open
     log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
                  logged_modules(model), world_mean, log_warning)
     log.step = step

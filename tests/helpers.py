@@ -14,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rooms
+from checkpoint import lock_folder
 
 CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
@@ -152,6 +153,20 @@ def scalars(folder):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     return events
+
+
+def in_process(function, *arguments):
+    """What a function returns in another process."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def try_lock(folder):
+    try:
+        lock_folder(folder)
+    except ValueError as error:
+        return str(error)
+    return "locked"
 
 
 class Forked:

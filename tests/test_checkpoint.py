@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import checkpoint
+from helpers import in_process, try_lock
 
 
 def state_of(model, /, **changes):
@@ -125,20 +126,6 @@ def test_other_faults_of_a_file_system_are_not_waited_for(tmp_path, model, monke
 # ------------------------------------------------------------------------------------------------------------ folders
 
 FORK = multiprocessing.get_context("fork")
-
-
-def in_process(function, *arguments):
-    """What a function returns in another process."""
-    with FORK.Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def try_lock(folder):
-    try:
-        checkpoint.lock_folder(folder)
-    except ValueError as error:
-        return str(error)
-    return "locked"
 
 
 def make_folders(path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """data.py: pixels and points line up, and samples depend on seed, epoch and index alone."""
 import os
+import types
 from functools import partial
 
 import numpy as np
@@ -55,6 +56,14 @@ def test_resized_image_and_resized_intrinsics_move_together(scale, new_size):
     assert abs((mass * column).sum() - uv[0, 0]) < 0.05 and abs((mass * row).sum() - uv[0, 1]) < 0.05
 
 
+def test_depth_that_is_not_finite_is_unknown_in_samples(root):
+    frames = [ScanNetFrames(root, CLASSES)[0]]
+    known = frames[0]["depth"].copy()
+    known[0, :2] = np.inf, np.nan
+    sample = data.PointDataset([{**frames[0], "depth": known}], 50, (24, 32))[0]
+    assert sample["depth"].isfinite().all() and not sample["depth"][0, 0, :2].any()
+
+
 def test_unknown_depth_gives_no_point():
     depth = np.array([[0, np.nan, np.inf], [-1, 2, 0]], np.float32)
     points = data.backproject(depth, intrinsics_of((2, 3)), np.eye(4))
@@ -98,6 +107,15 @@ def test_elastic_is_bounded_and_smooth():
         # neighbouring nodes of a blurred grid, 2 * granularity apart, differ by far less than the noise itself
         shift_near = data.elastic(near, np.random.default_rng(3), granularity, magnitude) - near
         assert np.abs(shift_near - shift).max() < 1e-3 * 3 * 3 * magnitude / (2 * granularity)
+
+
+def test_the_grid_of_elastic_noise_is_bounded():
+    wide = np.array([[0, 0, 0], [9e3, 9e3, 9e3]], np.float32)
+    peak = []
+    rng = np.random.default_rng(0)
+    draw = types.SimpleNamespace(standard_normal=lambda shape, dtype: peak.append(shape) or rng.standard_normal(shape, dtype))
+    assert np.abs(data.elastic(wide, draw, 0.12, 0.8) - wide).max() <= 2.4
+    assert max(peak[0]) <= 259
 
 
 def test_elastic_takes_one_point_and_refuses_none_and_nan():
@@ -466,6 +484,28 @@ def test_a_broken_file_ends_the_check_by_name_and_nothing_is_remembered(root, tm
             check(root, store)
 
 
+@pytest.mark.parametrize("label", [-100, 3])
+def test_a_label_that_is_no_class_is_named_by_the_check(root, label):
+    class Relabelled(Counting):
+        class_names = ["a", "b", "c"]
+
+        def __getitem__(self, index):
+            frame = super().__getitem__(index)
+            return {**frame, "label": np.full_like(frame["label"], label)}
+
+    dataset = data.PointDataset(Relabelled(ScanNetFrames(root, CLASSES)), 50, (24, 32))
+    with pytest.raises(ValueError, match=f"scene0000_00/0: labels from {label} to {label}, expected -1 or .* 3 class"):
+        data.check_frames(dataset)
+
+
+def test_images_are_compared_again_when_their_decoder_changes(root, monkeypatch):
+    images = data.PointDataset(ScanNetFrames(root, CLASSES), 50, (24, 32)).images_only
+    before = images.signature([0])
+    assert images.signature([0]) == before
+    monkeypatch.setattr(data.codecs, "version", lambda name: "another")
+    assert images.signature([0]) != before
+
+
 def test_superpoints_are_computed_by_the_check(root, tmp_path):
     made = []
 
@@ -527,7 +567,10 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(root, tm
     ({"intrinsics": [[1]]}, "scene/1: intrinsics must be a numpy array, got list"),
     ({"depth_intrinsics": np.eye(4)}, r"scene/1: depth_intrinsics has shape \(4, 4\)"),
     ({"label": np.zeros((5, 5), int)}, r"scene/1: label has shape \(5, 5\)"),
-    ({"instance": np.zeros((48, 64))}, "scene/1: instance .*expected integers")])
+    ({"instance": np.zeros((48, 64))}, "scene/1: instance .*expected an array of integers"),
+    ({"label": [[0] * 64] * 48}, "scene/1: label .*expected an array of integers"),
+    ({"features": [[[0.0]]]}, "scene/1: features must be a numpy array, got list"),
+    ({"depth": np.full((24, 32), 1e10)}, r"scene/1: depth \(24, 32\) has values above 10000 m")])
 def test_a_frame_that_breaks_the_protocol_is_named_with_field_and_shape(tmp_path, change, message):
     frame = {**ScanNetFrames(write_scannet(tmp_path, 1, 1), CLASSES)[0], "name": "scene/1", **change}
     with pytest.raises(ValueError, match=message):
@@ -672,6 +715,21 @@ def test_scans_and_frames_share_one_collate(scene_dataset):
     frame = data.PointDataset(scene_dataset().frames, 10, (24, 32), superpoints=oversegment)[0]
     assert {k: (v.dtype, v.dim()) for k, v in frame.items() if k not in ("name", "seed")} == {
         k: (v.dtype, v.dim()) for k, v in sample.items() if k not in ("name", "seed")}
+
+
+def test_a_scan_may_have_labels_without_instances(scene_dataset):
+    dataset = scene_dataset()
+    dataset.scenes = [{key: value for key, value in dataset.scenes[0].items() if key != "instances"}]
+    sample = dataset[0]
+    assert (sample["labels"] >= 0).any() and (sample["instances"] == -1).all()
+
+
+def test_the_check_of_scans_reads_every_frame(scene_dataset, monkeypatch):
+    dataset = scene_dataset(augment=True, num_views=1)
+    assert len(dataset.frames) > 1
+    read, reader = set(), data.PointDataset._read
+    monkeypatch.setattr(data.PointDataset, "_read", lambda self, view: read.add(view) or reader(self, view))
+    assert data.check_frames(dataset) > 0 and read == set(range(len(dataset.frames)))
 
 
 def test_a_scan_without_frames_is_named(scene_dataset, tmp_path):

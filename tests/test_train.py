@@ -23,8 +23,8 @@ from conftest import CLIP_ON
 from distributed import StopRequest
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
-from helpers import (POSE, SHARED_CACHE, Forked, checkpoint, in_two_processes, last_checkpoint, scalars, small,
-                     write_rooms_as_scannet, write_scan, write_scannet)
+from helpers import (POSE, SHARED_CACHE, Forked, checkpoint, in_process, in_two_processes, last_checkpoint, scalars,
+                     small, try_lock, write_rooms_as_scannet, write_scan, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from model import run_command
 from predict import visualize
@@ -259,20 +259,21 @@ def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(train.PointDataset, "__getitem__", hang)
-    monkeypatch.setattr(distributed, "WORKER_GRACE", 1)
     options = small(tmp_path, "--no-clip", "--no-instances", "--workers", "1", "--worker-timeout", "2")
-    status, _, errors = Forked(lambda: train.main(options)).wait()
+    status, _, errors = Forked(lambda: run_command(lambda: train.main(options))).wait(distributed.WORKER_GRACE)
     assert status == 1 and "timed out after 2 seconds" in errors
     assert checkpoint(tmp_path)["epoch"] == 1
 
 
 def test_a_finished_run_prints_its_table_when_it_is_resumed(trained, capsys):
     folder, metrics = trained
-    again = train.main(["--resume", str(last_checkpoint(folder)), "--device", "cpu", "--cache", SHARED_CACHE.name])
-    assert again["miou"] == metrics["miou"] and "AP50" in capsys.readouterr().out
+    for fewer in ([], ["--epochs", "1"]):
+        again = train.main(["--resume", str(last_checkpoint(folder)), "--device", "cpu", "--cache", SHARED_CACHE.name,
+                            *fewer])
+        assert again["miou"] == metrics["miou"] and "AP50" in capsys.readouterr().out
 
 
-def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
+def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path, monkeypatch):
     train.main(small(tmp_path, "--no-clip", "--no-instances", "--epochs", "1"))
     path = last_checkpoint(tmp_path)
 
@@ -288,8 +289,10 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path):
         train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
     (tmp_path / "enough").touch()
     assert other.wait() == (0, "", "")
+    step, seen = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *args: seen.append(in_process(try_lock, path.parent)) or step(*args))
     train.main(["--resume", str(path), "--epochs", "2", "--device", "cpu", "--cache", SHARED_CACHE.name])
-    assert checkpoint(tmp_path)["epoch"] == 2
+    assert checkpoint(tmp_path)["epoch"] == 2 and seen and all("in use by process" in answer for answer in seen)
 
 
 def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
@@ -350,10 +353,20 @@ def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path,
     state = checkpoint(tmp_path)
     assert "RANDOMLY INITIALISED" in state["warnings"][0] and state["config"]["clip_pretrained"] == "none"
     assert "warning/text_summary" in scalars(tmp_path).Tags()["tensors"]
+    train.main(["--resume", str(last_checkpoint(tmp_path)), "--epochs", "2", "--device", "cpu", "--cache",
+                SHARED_CACHE.name])
+    assert checkpoint(tmp_path)["warnings"][:2] == state["warnings"] and "note: CLIP IS RANDOMLY" in capsys.readouterr().out
     splits = ["--train-split", "t.txt", "--val-split", "v.txt"]
     args = train.parse_args(small(tmp_path, *own, "--data", str(tmp_path), *splits))
     with pytest.raises(FileNotFoundError, match=f"ViT-B-32/{tag} could not be loaded.*give its path"):
         train.open_tower(args, vars(args), print)
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("--epochs 11", True), ("--epochs 12", False), ("--epochs 11 --no-clip", False), ("--isolate-clip", False),
+    ("--epochs 24 --clip-warmup 2 --clip-weights 0.01,0", False), ("--epochs 3 --clip-warmup=-1 --clip-weights 0,1", False)])
+def test_a_clip_loss_that_no_epoch_has_is_noticed(options, expected):
+    assert train.never_ties(train.parse_args(options.split())) == expected
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -632,7 +645,7 @@ def test_another_backbone_and_another_data_set_train_as_a_user_would_put_them_in
     metrics = train.main(small(tmp_path, "--epochs", "1", "--diagnose", "1"))
     assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and "ap" not in metrics
     monkeypatch.setattr(MyFrames, "class_names", ["far"])
-    with pytest.raises(ValueError, match="room/0: label 1 is outside -1..0"):
+    with pytest.raises(ValueError, match="room/0: labels from 0 to 1, expected -1 or an index"):
         train.main(small(tmp_path / "outside", "--epochs", "1"))
 
 
