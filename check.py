@@ -3,6 +3,7 @@
 
     python check.py DATA                         a folder in ScanNet's exported 2D layout, or `rooms` (built in)
     python check.py DATA --train-split train.txt --val-split val.txt --up=-y --picture check.png
+    python check.py DATA --intrinsics 585,585,320,240            a folder of frame-* files
 
 Depth is reprojected into other frames of its scene, with the cameras as given and under alternatives: poses inverted,
 other axes, other units, the pose of the next frame, and so on. A fault is named if its alternative explains the data
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from data import depth_to_color, pixel_fields, resize_intrinsics, unproject
 from rooms import CLASSES, RoomFrames
-from scannet import ScanNetFrames, load_classes, natural_key
+from scannet import PosedFrames, ScanNetFrames, load_classes, natural_key
 
 AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
 MARGIN = 0.15  # log units by which an alternative must explain a pair better; on clean sets none gains 0.01
@@ -35,6 +36,7 @@ MENDS = {
     "mirrored poses": "Rotations need determinant 1: undo the mirror S, by pose S, S pose or S pose S.",
     "millimetres in poses": "Multiply the translations of the poses by this factor, so that they are metres.",
     "depth scale": "Store depth with 1000 units per metre.",
+    "frames without depth": "Take them out of the split, or out of the folder.",
     "8-bit depth": "Export depth as 16-bit PNG with 1000 units per metre; what 8 bits lost cannot be restored.",
     "colour intrinsics": "Rescale intrinsic_color.txt to the size of the colour images.",
     "depth intrinsics": "Rescale intrinsic_depth.txt to the size of the depth images.",
@@ -45,6 +47,7 @@ MENDS = {
     "up axis": "Pass the right axis as --up (a negative one as --up=-y).",
     "label ids": "Correct the class list, or renumber the label images.",
     "instance ids": "Write one id per object and 0 for none.",
+    "label folders": "Write DATA/classes.txt or pass --classes, and give every scene its label-filt.",
     "frames in both splits": "Remove them from one of the split files.",
 }
 
@@ -274,10 +277,12 @@ def pose_rows(runs, quick=False):
 
 def depth_rows(frames):
     """Rows about the values of depth images alone: their number and their median."""
+    empty = [frame["name"] for frame in frames if not (frame["depth"] > 0).any()]
+    if empty:
+        return [wrong("frames without depth", f"No pixel of {len(empty)} of {len(frames)} sampled frames has depth: "
+                      f"{', '.join(empty[:3])}.")]
     values = np.unique(np.concatenate([frame["depth"][::2, ::2].ravel() for frame in frames]))
     values = values[(values > 0) & np.isfinite(values)]
-    if len(values) == 0:
-        return [wrong("depth scale", "No pixel of the sampled frames has depth.")]
     median = np.median(np.concatenate([frame["depth"][::8, ::8][frame["depth"][::8, ::8] > 0] for frame in frames]))
     coarse = np.diff(values).min(initial=values[-1]) > values[-1] / 260  # at most 256 levels
     if coarse and (len(values) >= 20 or values[-1] < 0.256):
@@ -401,6 +406,21 @@ def instance_rows(fields, names):
     return [Row("instance ids", "ok", words)]
 
 
+def folder_rows(sources):
+    """Scenes whose labels training would miss: without label-filt beside others that have it, or without class list."""
+    has = {}  # scene folder: label-filt is there
+    for source in sources:
+        has |= {folder: (folder / "label-filt").is_dir() for folder in getattr(source, "folders", ())}
+    lacking = [str(folder) for folder, labelled in has.items() if not labelled]
+    if not any(has.values()):
+        return []
+    if not any(getattr(source, "class_names", ()) for source in sources):
+        return [wrong("label folders", "There are label-filt folders, but no class list.")]
+    if lacking:
+        return [wrong("label folders", f"{len(lacking)} of {len(has)} scenes have no label-filt: {', '.join(lacking[:3])}.")]
+    return []
+
+
 def split_rows(names, occurring):
     """Frames that two splits share, and classes that one lacks. names, occurring: {title: frames or class names}."""
     rows = []
@@ -492,6 +512,8 @@ def geometry_rows(runs, up="z", quick=False):
         untested = ["up axis"] if len(rows) > 1 else ["poses and intrinsics", "up axis"]
         return rows + [Row(test, "not tested", f"first mend: {fault}") for test in untested], None
     found, mean = up_rows(runs, up)
+    if quick and found[0].verdict == "WRONG":  # wrong poses look like another up axis if the camera hardly moves
+        return geometry_rows(runs, up)
     return rows + found, mean
 
 
@@ -509,7 +531,7 @@ def inspect(sources, num_classes=1000, up="z", num_frames=48, picture=None):
     """All tests on {title: source of frames}, a source per split -> rows. num_classes: see `label_rows`."""
     names = getattr(next(iter(sources.values())), "class_names", [f"class {i}" for i in range(1000)])
     try:
-        runs = read_runs(sources.values(), num_frames, 8)
+        runs = read_runs(sources.values(), num_frames, min(8, num_frames))
         labels = {title: read_labels(source, len(names), num_frames) for title, source in sources.items()}
     except (FileNotFoundError, ValueError) as error:  # what a reader refuses is a finding, too
         return unreadable(error)
@@ -519,6 +541,7 @@ def inspect(sources, num_classes=1000, up="z", num_frames=48, picture=None):
     counts = sum(counts for counts, _ in labels.values())
     fields = list(itertools.chain(*(fields for _, fields in labels.values())))
     rows += label_rows(counts, fields, names, num_classes, world) + instance_rows(fields, names)
+    rows += folder_rows(sources.values())
     occurring = {title: {names[i] for i in np.flatnonzero(counts[1:])} for title, (counts, _) in labels.items()}
     return rows + split_rows({title: names_of(source) for title, source in sources.items()}, occurring)
 
@@ -527,13 +550,24 @@ def open_sources(args):
     """The splits that are named, or else all frames -> ({title: source}, number of listed classes)."""
     if args.data == "rooms":
         return {"train": RoomFrames("train", 8, 4), "val": RoomFrames("val", 3, 4)}, len(CLASSES)
+    splits = [path for path in (*args.split, args.train_split, args.val_split) if path] or [None]
+    if args.intrinsics is not None:
+        return {str(split or args.data): PosedFrames(args.data, args.intrinsics, split) for split in splits}, 0
     path = Path(args.classes or Path(args.data) / "classes.txt")
     classes = load_classes(path) if args.classes or path.is_file() else None
     listed = len(set((classes or {}).values()) - {None})
     if classes and "*" not in classes:  # ids that are not listed become classes of their own, and are counted
         classes |= {key: f"id {key}" for key in range(2000) if key not in classes}
-    splits = [path for path in (*args.split, args.train_split, args.val_split) if path] or [None]
     return {str(split or args.data): ScanNetFrames(args.data, classes, split) for split in splits}, listed
+
+
+def pinhole(text):
+    """An argparse type: "fx,fy,cx,cy" -> intrinsics (3, 3)."""
+    try:
+        fx, fy, cx, cy = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}") from None
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
 def main(argv=None):
@@ -546,12 +580,19 @@ def main(argv=None):
     parser.add_argument("--val-split", help="likewise")
     parser.add_argument("--classes", help="class list, one 'id name' pair per line; not given: DATA/classes.txt")
     parser.add_argument("--up", choices=AXES, default="z", help="the world's up axis; negative ones as --up=-y")
-    parser.add_argument("--picture", metavar="FILE.png", help="write a contact sheet of reprojected points")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="DATA is a folder of frame-*.color.*, "
+                        ".depth.png and .pose.txt, whose images have these, in pixels")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of reprojected points")
     parser.add_argument("--frames", type=int, default=48, help="frames that are read for the poses, and as many per "
                         "split for the labels")
     args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error(f"--frames must be at least 1, got {args.frames}")
+    if args.picture and (args.picture.suffix != ".png" or not args.picture.absolute().parent.is_dir()):
+        parser.error(f"--picture {args.picture}: expected the name of a .png file in a folder that exists")
+    if args.data == "rooms" and (args.split or args.train_split or args.val_split or args.classes
+                                 or args.intrinsics is not None):
+        parser.error("the built-in rooms take no splits, --classes or --intrinsics")
     try:
         sources, num_classes = open_sources(args)
     except (FileNotFoundError, ValueError) as error:

@@ -112,7 +112,7 @@ def read_checkpoint(path, fields=FIELDS):
     or inf, which only a saved step may do.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise FileNotFoundError(f"checkpoint {path} {'is not a file' if Path(path).exists() else 'does not exist'}")
     try:
         with zipfile.ZipFile(path) as archive:
             # torch takes an entry that is marked as a folder for empty, and hands out whatever its memory holds

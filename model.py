@@ -127,15 +127,16 @@ def build_model(config, num_classes, instances, encoder_2d, in_channels=3):
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
-def load_model(path, device=None):
+def load_model(path, device=None, clip_pretrained=None):
     """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a dict).
 
     device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint: they are loaded
-    as in training. Raises FileNotFoundError or ValueError, with the path, if a file is missing, damaged, or belongs to
+    as in training, or from clip_pretrained, if their file lies elsewhere now. Raises FileNotFoundError or ValueError, with the path, if a file is missing, damaged, or belongs to
     another tower.
     """
     state = read_checkpoint(path)
     config, class_names = state["config"], state["class_names"]
+    config["clip_pretrained"] = clip_pretrained or config["clip_pretrained"]
     for text in state["warnings"]:
         warnings.warn(f"{path}: {text}")
     model = restore_model(state, path)

@@ -3,7 +3,7 @@
 
     python predict.py runs/NAME/best.pt --data DIR --out OUT
     python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
-    python predict.py runs/NAME/best.pt --data 7SCENES --out OUT --intrinsics 585,585,320,240
+    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
     python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
 docs/predict.md describes what it writes. In a notebook:
@@ -16,7 +16,7 @@ docs/predict.md describes what it writes. In a notebook:
         print(result["name"], result["labels"].shape)
 
 The file reads from top to bottom: scores, prediction of one sample, TensorBoard, text queries, files, and `main`.
-Imports cache, clouds, data, decoder, distributed, metrics, model, rooms, runlog, scannet and superpoints.
+Imports cache, check, clouds, data, decoder, distributed, metrics, model, rooms, runlog, scannet and superpoints.
 """
 import argparse
 import json
@@ -36,16 +36,17 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cache import FeatureCache
+from check import pinhole, quick_check
 from clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
 from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, frame_names,
                   group_by_scene, turn_up, unproject)
 from decoder import scene_instances
-from distributed import gather_objects
+from distributed import gather_objects, setup
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
 from model import load_model, prepare_device, run_command, to_device
 from rooms import RoomFrames
 from runlog import RunLog, clouds, label_colors, visualizations
-from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes
+from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes, read_label_map, remap_classes
 from superpoints import oversegment
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -389,6 +390,8 @@ class TextQueries:
     """
 
     def __init__(self, encoder_2d, text, source="clip"):
+        if encoder_2d is None:
+            raise ValueError("text queries need a network with a CLIP tower, and this one was trained with --no-clip")
         self.names = parse_queries(text)
         self.source = source
         names = [*sum(self.names, []), *NEUTRAL]  # T
@@ -447,15 +450,6 @@ def benchmark_ids(benchmark, class_names):
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def pinhole(text):
-    """An argparse type: "fx,fy,cx,cy" -> intrinsics (3, 3)."""
-    try:
-        fx, fy, cx, cy = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}") from None
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-
-
 def parse_args(argv=None):
     """The options of the command."""
     parser = argparse.ArgumentParser("predict.py", description="Labels every pixel of known depth and merges the frames "
@@ -479,6 +473,7 @@ def parse_args(argv=None):
                         "view: tensorboard --logdir OUT")
     parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for this benchmark; "
                         "needs --scans")
+    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they lie elsewhere than in training")
     parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep nothing")
     parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -487,40 +482,53 @@ def parse_args(argv=None):
         parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")
     if args.intrinsics is not None and args.scans:
         parser.error("--intrinsics and --scans exclude each other")
+    if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
+        parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
+    if args.text is None and args.text_from != "clip":
+        parser.error("--text-from needs --text")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is not a folder")
     return args
 
 
 def find_classes(args, config, class_names):
-    """The class list {id: name} of the data, or None if there is none with the network's classes in their order."""
+    """The class list {id: name} of the data in the network's order, or None if there is none of the same classes."""
     paths = [args.classes] if args.classes else [f"{args.data}/classes.txt", config["classes"],
                                                  f"{config['data']}/classes.txt"]
     for path in paths:
         if not args.classes and (path is None or not Path(path).is_file()):
             continue
         classes = load_classes(path)
-        names = list(dict.fromkeys(name for name in classes.values() if name is not None))
-        if names == class_names:
-            return classes
+        names = {name for name in classes.values() if name is not None}
+        if names == set(class_names):
+            place = {name: i for i, name in enumerate(class_names)}
+            return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
         if args.classes:
-            raise ValueError(f"{path}: its classes {names} are not the network's, {class_names}")
+            raise ValueError(f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}")
         print(f"{path}: its classes are not the network's, so labels of the data are not read")
         return None
     return None
 
 
-def open_source(args, config, classes):
+def open_source(args, config, classes, class_names):
     """What --data and --scans name -> frames, scans or None."""
     if args.intrinsics is not None:
         return PosedFrames(args.data, args.intrinsics, args.split), None
     if args.data == "rooms":  # the validation rooms of a training with these options
-        return RoomFrames("val", -(-config["rooms"] * 3 // 8), config["frames_per_room"]), None
+        frames = RoomFrames("val", -(-config["rooms"] * 3 // 8), config["frames_per_room"])
+        if frames.class_names != class_names:
+            raise ValueError(f"--data rooms: {args.checkpoint} was trained on other classes than those of the rooms")
+        return frames, None
     if args.scans is None:
+        if classes is not None and config["label_map"] and not config["scans"]:
+            classes = remap_classes(classes, read_label_map(config["label_map"], "id", "nyu40id"))
         return ScanNetFrames(args.data, classes, args.split), None
     scan = next((path.parent for path in Path(args.scans).glob("*/*_vh_clean_2.ply")), Path(args.scans))
     description = scan / f"{scan.name}.txt"  # scans of the test split have neither annotation nor alignment
     align = description.is_file() and "axisAlignment" in description.read_text()
     labelled = classes is not None and (scan / f"{scan.name}.aggregation.json").is_file()
-    labels = (classes, args.split, config["label_map"]) if labelled else (None, args.split, None)
+    label_map = config["label_map"] if config["scans"] else None
+    labels = (classes, args.split, label_map) if labelled else (None, args.split, None)
     return ScanNetFrames(args.data, None, args.split), ScanNetScenes(args.scans, *labels, align)
 
 
@@ -533,8 +541,6 @@ def open_queries(args, model, config):
     """The TextQueries of --text, or None."""
     if args.text is None:
         return None
-    if config["no_clip"]:
-        raise ValueError(f"--text: {args.checkpoint} was trained with --no-clip, so it has no tower to compare with")
     if config["clip_pretrained"] == "none":
         warn("CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing")
     elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
@@ -635,6 +641,8 @@ class Output:
             fields = [f"query_{field_name(names[0])}" for names in self.queries.names]
             view |= dict(zip(fields, cloud["queries"].T))
         view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height}
+        for old in (self.folder / name).glob("events.out.tfevents*"):
+            old.unlink()
         log = RunLog(self.folder / name)
         log.add_clouds({f"{kind}/{name}": shown for kind, shown in clouds([view]).items()})
         log.close()
@@ -675,12 +683,15 @@ def same_points(model, config, frames, scans, cache):
 def main(argv=None):
     """One run of the command; returns the content of summary.json."""
     args = parse_args(argv)
-    model, class_names, config = load_model(args.checkpoint, args.device)
-    prepare_device(model.head.weight.device)
+    _, _, device = setup(args.device)
+    prepare_device(device)
+    model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained)
     config["up"] = args.up or config.get("up", "z")
     ids = benchmark_ids(args.submission, class_names) if args.submission else None
     classes = find_classes(args, config, class_names)
-    frames, scans = open_source(args, config, classes)
+    frames, scans = open_source(args, config, classes, class_names)
+    for fault, words in quick_check(frames, config["up"]) if args.data != "rooms" else ():
+        warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
     queries = open_queries(args, model, config)
     class_ids = write_classes(args.out / "classes.txt", classes, class_names)
     comments = [f"checkpoint {args.checkpoint}", *(f"class {key} {name}" for key, name in zip(class_ids, class_names))]

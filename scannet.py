@@ -232,7 +232,8 @@ def read_split(path):
 
     Both are names inside the data folder, never paths out of it.
     """
-    entries = read_text(path, "split file", MAX_SPLIT).split()
+    lines = read_text(path, "split file", MAX_SPLIT).splitlines()
+    entries = [line.strip() for line in lines if line.strip()]
     if not entries:
         raise ValueError(f"split file {path} is empty")
     pairs = []
@@ -373,7 +374,8 @@ class ScanNetFrames(FrameFolders):
     def _all_scenes(self):
         scenes = sorted((path.parent.name for path in self.root.glob("*/color")), key=natural_key)
         if not scenes:
-            raise ValueError(f"{self.root}: no <scene>/color folder in it")
+            hint = "; for its frame-* files give --intrinsics" if any(self.root.glob("**/frame-*.pose.txt")) else ""
+            raise ValueError(f"{self.root}: no <scene>/color folder in it{hint}")
         return scenes
 
     def _has_scene(self, scene):
@@ -658,12 +660,22 @@ def read_label_map(path, source, target):
 
 
 def remap_classes(classes, label_map):
-    """Class list {id: name} and label map {other id: id} -> class list {other id: name}; unlisted ids are ignored.
+    """Class list {id: name} and label map {other id: id} -> class list {other id: name}; unlisted ids are ignored."""
+    order = list(classes)  # of the names, also in the result
+    known = sorted((order.index(value), key) for key, value in label_map.items() if value in classes)
+    return {**{key: classes[order[place]] for place, key in known}, "*": None}
 
-    For ScanNet20 on label images: remap_classes(load_classes("labels/scannet20.txt"),
-    read_label_map("scannetv2-labels.combined.tsv", "id", "nyu40id")). ScanNet200 uses the ids of the images.
+
+def frame_classes(path, label_map=None):
+    """Class list {id: name} for label images of ScanNet's exporter, whose ids are those of its label table.
+
+    path: a file for `load_classes`. label_map: path of scannetv2-labels.combined.tsv, if that file holds the ids of
+    NYU40 (ScanNet20); ScanNet200's are the table's.
     """
-    return {**{key: classes[value] for key, value in label_map.items() if value in classes}, "*": None}
+    classes = load_classes(path)
+    if label_map is None:
+        return classes
+    return remap_classes(classes, read_label_map(label_map, "id", "nyu40id"))
 
 
 class ScanNetScenes:

@@ -45,7 +45,7 @@ from model import (build_encoder_2d, build_model, compile_parts, number_superpoi
 from predict import evaluate, format_metrics, visualize
 from rooms import RoomFrames
 from runlog import RunLog, peak_memory_gib
-from scannet import ScanNetFrames, ScanNetScenes, check_splits, load_classes
+from scannet import ScanNetFrames, ScanNetScenes, check_splits, frame_classes, load_classes
 from sparse_unet import COLORS, NETWORKS, load_backbone
 from superpoints import VERSION, oversegment
 
@@ -120,8 +120,8 @@ def build_parser():
     g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
     g.add_argument("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the folder")
     g.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv, if the class list holds that table's ids "
-                   "(ScanNet200); only with --scans")
+    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that table's "
+                   "ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     g.add_argument("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     g.add_argument("--val-split", help="the same for validation")
     g.add_argument("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every "
@@ -242,8 +242,8 @@ def parse_args(argv=None, defaults=None):
         parser.error("--resume and --eval exclude each other")
     if args.data == "rooms" and args.scans:
         parser.error("--scans holds only points: give --data, the folder of their frames, too")
-    if args.label_map and not args.scans:
-        parser.error("--label-map belongs to --scans: label images already hold that table's ids")
+    if args.data == "rooms" and args.label_map:
+        parser.error("--label-map belongs to scans and exported frames, and --data is rooms")
     if args.init_3d and (args.resume or args.eval):
         parser.error("--init-3d begins a run; the weights of a checkpoint are in it")
     if args.init_3d and not Path(args.init_3d).is_file():
@@ -293,7 +293,7 @@ def build_datasets(args):
         check_splits(scans, ())
         check_splits(frames, ())
     else:
-        classes = load_classes(args.classes or Path(args.data) / "classes.txt")
+        classes = frame_classes(args.classes or Path(args.data) / "classes.txt", args.label_map)
         frames = [ScanNetFrames(args.data, classes, split) for split in splits]
         for scene in sorted({name.split("/")[0] for part in frames for name in part.names}):
             if not (Path(args.data) / scene / "label-filt").is_dir():
@@ -379,7 +379,7 @@ def open_tower(args, config, log_warning):
         encoder_2d = build_encoder_2d(config)
     except FileNotFoundError as error:
         if args.data != "rooms":
-            raise
+            raise FileNotFoundError(f"--clip-pretrained {args.clip_pretrained}, --clip-model: {error}") from None
         log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
                     "colours and textures but no meaning: good for trying things out, not for results.")
         config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say

@@ -69,7 +69,8 @@ def parse_args(argv=None):
     options["picture"].add_argument("--frames", type=int, nargs="+", default=[0, 5], help="which of 12 validation frames "
                                     "(default: 0 5)")
     options["picture"].add_argument("--cloud", metavar="FILE.ply", help="a cloud of predict.py instead")
-    options["picture"].add_argument("--out", default="docs/prediction.png", help="PNG file (default: %(default)s)")
+    options["picture"].add_argument("--out", help="PNG file (default: docs/prediction.png, "
+                                    "with --cloud docs/cloud.png)")
 
     args = parser.parse_args(argv)
     if getattr(args, "repeats", 2) < 2:

@@ -74,9 +74,11 @@ def draw_cloud(path):
 def run(args):
     """Image, truth and prediction of two validation frames, one frame per row, and a legend; or a cloud."""
     if args.cloud:
-        Image.fromarray(draw_cloud(args.cloud)).save(args.out, optimize=True)
-        print(f"{args.cloud}: {args.out}")
+        out = args.out or "docs/cloud.png"
+        Image.fromarray(draw_cloud(args.cloud)).save(out, optimize=True)
+        print(f"{args.cloud}: {out}")
         return
+    out = args.out or "docs/prediction.png"
     model, class_names, config = load_model(args.checkpoint, args.device)
     colors = label_images(np.arange(len(class_names)))
     frames = RoomFrames("val", 12, 1)
@@ -84,5 +86,5 @@ def run(args):
     rows = [np.concatenate([frame["color"], label_images(frame["label"]), label_images(result["labels"])], 1)
             for frame, result in zip(frames, predict_frames(model, frames, config))]
     picture = np.concatenate([*rows, legend(class_names, colors, rows[0].shape[1])])
-    Image.fromarray(picture).save(args.out, optimize=True)
-    print(f"image, truth and prediction of {', '.join(frame['name'] for frame in frames)}: {args.out}")
+    Image.fromarray(picture).save(out, optimize=True)
+    print(f"image, truth and prediction of {', '.join(frame['name'] for frame in frames)}: {out}")

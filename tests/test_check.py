@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Planted faults are named, each alone, in rendered and in real frames; clean and noisy data raise no finding."""
+import shutil
 import time
 
 import numpy as np
@@ -127,8 +128,8 @@ def test_a_world_with_y_up_is_fine_if_up_says_so(frames):
 @pytest.mark.parametrize("planted", ["pose inverted", "OpenGL axes", "mirrored poses", "mirrored poses, of the world",
                                      "millimetres in poses", "8-bit depth", "colour intrinsics", "depth intrinsics",
                                      "intrinsics of both", "up axis"])
-def test_the_quick_check_names_what_cannot_be_right(rooms, planted):
-    assert [fault for fault, _ in check.quick_check(FAULTS[planted](rooms))] == [planted.split(",")[0]]
+def test_the_quick_check_names_what_cannot_be_right(frames, planted):
+    assert [fault for fault, _ in check.quick_check(FAULTS[planted](frames))] == [planted.split(",")[0]]
 
 
 def test_the_quick_check_is_quick(frames):
@@ -199,12 +200,28 @@ def write_unlisted_id(folder):
     Image.fromarray(np.full_like(np.asarray(Image.open(path)), 77)).save(path)
 
 
+def write_no_depth(folder):
+    path = next(folder.glob("*/depth/*.png"))
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+
+
+def remove_class_list(folder):
+    (folder / "classes.txt").unlink()
+
+
+def remove_labels_of_a_scene(folder):
+    shutil.rmtree(next(folder.glob("*/label-filt")))
+
+
 def write_matrix_that_is_no_pose(folder):
     np.savetxt(next(folder.glob("*/pose/*.txt")), np.diag([2.0, 1, 1, 1]))
 
 
 @pytest.mark.parametrize("plant, words", [(write_8_bit, "8-bit depth"), (write_unlisted_id, "id 77"),
-                                          (write_matrix_that_is_no_pose, "pose is not a rotation")])
+                                          (write_matrix_that_is_no_pose, "pose is not a rotation"),
+                                          (write_no_depth, "No pixel of 1 of 8 sampled frames has depth"),
+                                          (remove_class_list, "but no class list"),
+                                          (remove_labels_of_a_scene, "1 of 2 scenes have no label-filt")])
 def test_the_command_names_faults_of_files_and_returns_1(folder, capsys, plant, words):
     plant(folder)
     assert check.main([str(folder)]) == 1
@@ -222,8 +239,34 @@ def test_the_command_names_frames_in_both_splits_and_classes_that_one_lacks(fold
     assert "frames in both splits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, words", [(["--up", "w"], "invalid choice"), (["--frames", "0"], "at least 1")])
+def test_the_command_reads_folders_such_as_those_of_7_scenes(folder, tmp_path, capsys):
+    source = ScanNetFrames(folder, None)
+    size, intrinsics = source[0]["depth"].shape, source[0]["intrinsics"]
+    for scene in {name.split("/")[0] for name in source.names}:
+        (tmp_path / "seven" / scene).mkdir(parents=True)
+    for index, name in enumerate(source.names):
+        scene, stem = name.split("/")
+        target = tmp_path / "seven" / scene / f"frame-{int(stem):06d}"
+        shutil.copy(folder / scene / "depth" / f"{stem}.png", f"{target}.depth.png")
+        Image.fromarray(source.color(index)).resize(size[::-1]).save(f"{target}.color.png")
+        np.savetxt(f"{target}.pose.txt", np.linalg.inv(source[index]["world2cam"]))
+    camera = ",".join(str(intrinsics[row, column]) for row, column in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    assert check.main([str(tmp_path / "seven"), "--intrinsics", camera]) == 0
+    assert check.main([str(tmp_path / "seven")]) == 1
+    assert "give --intrinsics" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arguments, words", [(["--up", "w"], "invalid choice"), (["--frames", "0"], "at least 1"),
+                                              (["--picture", "no/x.png"], "a folder that exists"),
+                                              (["--picture", "x"], "name of a .png file"),
+                                              (["--intrinsics", "1,2"], "fx,fy,cx,cy")])
 def test_bad_options_are_refused(folder, capsys, arguments, words):
     with pytest.raises(SystemExit):
         check.main([str(folder), *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_the_rooms_take_no_options_of_folders(capsys):
+    with pytest.raises(SystemExit):
+        check.main(["rooms", "--train-split", "x.txt"])
+    assert "the built-in rooms take no splits" in capsys.readouterr().err

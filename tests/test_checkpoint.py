@@ -189,8 +189,8 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for name in ("none.pt", "."):
-        with pytest.raises(FileNotFoundError, match=f"checkpoint {tmp_path / name} does not exist"):
+    for name, reason in (("none.pt", "does not exist"), (".", "is not a file")):
+        with pytest.raises(FileNotFoundError, match=f"checkpoint {tmp_path / name} {reason}"):
             checkpoint.read_checkpoint(tmp_path / name)
 
 

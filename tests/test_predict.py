@@ -161,11 +161,53 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     assert {f"{kind}/{scene}_VERTEX" for kind in kinds} == {tag for tag in tags if tag.endswith("VERTEX")}
     assert (out / "classes.txt").read_text().splitlines()[:2] == ["0 unlabeled", "1 wall"]
 
+    # again, without queries: no cloud of the first run is left; and with the class list in another order: same scores
+    lines = (tmp_path / "data" / "classes.txt").read_text().splitlines()
+    (tmp_path / "reversed.txt").write_text("\n".join(lines[::-1]))
+    again = predict.main([str(path), "--data", str(tmp_path / "data"), "--split", str(tmp_path / "data" / "val.txt"),
+                          "--out", str(out), "--cache", SHARED_CACHE.name, "--device", "cpu", "--tensorboard",
+                          "--classes", str(tmp_path / "reversed.txt")])
+    assert again["scores"] == summary["scores"]
+    tags = EventAccumulator(str(out / scene), size_guidance={"tensors": 0}).Reload().Tags()["tensors"]
+    assert tags and not any("query" in tag for tag in tags)
+
+
+def test_wrong_cameras_are_warned_of(trained, tmp_path, capsys):
+    write_rooms_as_scannet(tmp_path / "data", 2, 4, (60, 80))
+    for path in (tmp_path / "data").glob("*/pose/*.txt"):
+        np.savetxt(path, np.linalg.inv(np.loadtxt(path)))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "open_queries", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        predict.main([str(trained), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert "looks wrong: pose inverted" in capsys.readouterr().err
+
+
+def test_a_network_of_other_classes_is_not_scored_on_the_rooms(trained, loaded):
+    args = predict.parse_args([str(trained), "--data", "rooms", "--out", "out"])
+    with pytest.raises(ValueError, match="trained on other classes"):
+        predict.open_source(args, loaded[2], None, ["can", "box"])
+
+
+def test_queries_need_a_tower():
+    with pytest.raises(ValueError, match="trained with --no-clip"):
+        predict.TextQueries(None, "chair")
+
+
+def test_weights_of_clip_may_lie_elsewhere_than_in_training(trained, tmp_path):
+    state = torch.load(trained, weights_only=True)
+    state["config"]["clip_pretrained"] = "/nowhere/clip.bin"
+    torch.save(state, tmp_path / "moved.pt")
+    with pytest.raises((ValueError, FileNotFoundError), match="/nowhere/clip.bin"):
+        load_model(tmp_path / "moved.pt", "cpu")
+    assert load_model(tmp_path / "moved.pt", "cpu", "none")[2]["clip_pretrained"] == "none"
+
 
 @pytest.mark.parametrize("options, message", [
     (["--submission", "scannet20"], "needs --scans"), (["--intrinsics", "1,2"], "expected fx,fy,cx,cy"),
     (["--text", "chair,,sofa"], "an empty name"), (["--text", "chair, chair"], "would be written twice"),
-    (["--data", "nowhere"], "nowhere does not exist")])
+    (["--data", "nowhere"], "nowhere does not exist"), (["--split", "x.txt"], "built-in rooms take no --split"),
+    (["--text-from", "fused"], "needs --text"), (["--device", "foo"], "must be cpu, cuda or cuda:N"),
+    (["--out", __file__], "is not a folder")])
 def test_a_wrong_command_is_one_line_and_status_2(trained, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as left:
         run_command(lambda: predict.main([str(trained), "--data", "rooms", "--out", str(tmp_path / "out"), *options]))

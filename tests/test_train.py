@@ -436,7 +436,7 @@ WRONG = [
     (["--voxel-size", "0"], "at least 0.005"), (["--voxel-size", "0.0001"], "at least 0.005"),
     (["--lr", "inf"], "above 0"), (["--epochs", "two"], "expected a number"), (["--epochs", "1.5"], "expected a number"),
     (["--resume", "a.pt", "--eval", "b.pt"], "exclude each other"), (["--semantic-weight", "0"], "above 0"),
-    (["--scans", "scans"], "holds only points"), (["--label-map", "x.tsv"], "belongs to --scans"),
+    (["--scans", "scans"], "holds only points"), (["--label-map", "x.tsv"], "belongs to scans"),
     (["--init-3d", "x.pt"], "x.pt: no such file"), (["--no-such-option"], "unrecognized arguments"),
     (["--init-3d", "x.pt", "--backbone", "res16unet34c", "--no-clip"], "x.pt"), (["--data", "folder"], "--train-split"),
     (["--data", "folder", "--train-split", "t", "--val-split", "v"], "folder/classes.txt does not exist"),
