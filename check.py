@@ -417,7 +417,8 @@ def folder_rows(sources):
     if not any(getattr(source, "class_names", ()) for source in sources):
         return [wrong("label folders", "There are label-filt folders, but no class list.")]
     if lacking:
-        return [wrong("label folders", f"{len(lacking)} of {len(has)} scenes have no label-filt: {', '.join(lacking[:3])}.")]
+        return [wrong("label folders", f"{len(lacking)} of {len(has)} scenes have no label-filt: "
+                      f"{', '.join(lacking[:3])}.")]
     return []
 
 
@@ -580,8 +581,8 @@ def main(argv=None):
     parser.add_argument("--val-split", help="likewise")
     parser.add_argument("--classes", help="class list, one 'id name' pair per line; not given: DATA/classes.txt")
     parser.add_argument("--up", choices=AXES, default="z", help="the world's up axis; negative ones as --up=-y")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="DATA is a folder of frame-*.color.*, "
-                        ".depth.png and .pose.txt, whose images have these, in pixels")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="DATA is a folder of frame-*.color.*,"
+                        " .depth.png and .pose.txt, whose images have these, in pixels")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of reprojected points")
     parser.add_argument("--frames", type=int, default=48, help="frames that are read for the poses, and as many per "
                         "split for the labels")

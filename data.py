@@ -189,8 +189,8 @@ def check_frame(frame):
                          f"coarse: subtract an offset from the poses, or convert them to metres (docs/cameras.md)")
     depth = frame["depth"]
     if ((depth > MAX_DISTANCE) & (depth < np.inf)).any():
-        raise ValueError(f"frame {name}: depth {depth.shape} has values above {MAX_DISTANCE:.0f} m; it must be in metres, "
-                         "with 0 = unknown")
+        raise ValueError(f"frame {name}: depth {depth.shape} has values above {MAX_DISTANCE:.0f} m; it must be in "
+                         "metres, with 0 = unknown")
     sizes = (frame["color"].shape[:2], depth.shape)
     for field in ("label", "instance"):
         value = frame.get(field)

@@ -131,8 +131,8 @@ def load_model(path, device=None, clip_pretrained=None):
     """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a dict).
 
     device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint: they are loaded
-    as in training, or from clip_pretrained, if their file lies elsewhere now. Raises FileNotFoundError or ValueError, with the path, if a file is missing, damaged, or belongs to
-    another tower.
+    as in training, or from clip_pretrained, if their file lies elsewhere now. Raises FileNotFoundError or ValueError,
+    with the path, if a file is missing, damaged, or belongs to another tower.
     """
     state = read_checkpoint(path)
     config, class_names = state["config"], state["class_names"]

@@ -473,7 +473,8 @@ def parse_args(argv=None):
                         "view: tensorboard --logdir OUT")
     parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for this benchmark; "
                         "needs --scans")
-    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they lie elsewhere than in training")
+    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where "
+                        "they lay in training")
     parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep nothing")
     parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -113,7 +113,8 @@ def test_the_grid_of_elastic_noise_is_bounded():
     wide = np.array([[0, 0, 0], [9e3, 9e3, 9e3]], np.float32)
     peak = []
     rng = np.random.default_rng(0)
-    draw = types.SimpleNamespace(standard_normal=lambda shape, dtype: peak.append(shape) or rng.standard_normal(shape, dtype))
+    draw = types.SimpleNamespace(
+        standard_normal=lambda shape, dtype: peak.append(shape) or rng.standard_normal(shape, dtype))
     assert np.abs(data.elastic(wide, draw, 0.12, 0.8) - wide).max() <= 2.4
     assert max(peak[0]) <= 259
 
