@@ -444,10 +444,11 @@ class Enhanced2DEncoder(nn.Module):
         return F.conv2d(dense.to(self.global_proj.dtype), self.global_proj[:, :, None, None])
 
     def project_dense(self, tokens):
-        """Raw tokens (B, D, Hf, Wf) -> (B, 256, Hf, Wf), in the space of the global feature: a per-point loss target.
+        """Raw tokens (B, D, Hf, Wf) -> (B, 256, Hf, Wf), in the space of the global feature.
 
-        Applies CLIP's own output projection to every token, then the fixed matrix, so this target cannot collapse
-        either. Raises ValueError, with the reason, if CLIP's output projection is not linear.
+        Applies CLIP's own output projection to every token, then the fixed matrix. What answers to text, and what the
+        loss takes as its target, are the features of `encode_dense` instead. Raises ValueError, with the reason, if
+        CLIP's output projection is not linear.
         """
         norm, weight, bias = self._linear_head()
         matrix = self.global_proj if weight is None else self.global_proj @ weight  # (256, D)

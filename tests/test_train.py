@@ -119,7 +119,7 @@ def test_an_isolated_clip_loss_trains_bit_exactly_as_none_and_costs_nothing(tmp_
         raise AssertionError("called")
 
     monkeypatch.setattr(ClipConsCriterion, "forward", never)
-    monkeypatch.setattr(Enhanced2DEncoder, "project_dense", never)
+    monkeypatch.setattr(Enhanced2DEncoder, "project_dense_target", never)
     train.main(small(tmp_path / "isolated", "--isolate-clip", "--clip-weights", "1,1,1", "--gradient-flow-ratio", "1",
                      "--clip-target", "point"))
     none, isolated = (checkpoint(tmp_path / name)["model"] for name in ("none", "isolated"))
