@@ -102,9 +102,7 @@ class Store:
         """Writes an entry, replacing an older one."""
         header = HEADER.pack(MAGIC, self._owner_hash, key)
         checksum = zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
-        path = self.path(key)
-        path.parent.mkdir(exist_ok=True)
-        self._write(path, header + checksum + content)
+        self._write(self.path(key), header + checksum + content)
 
     def size(self, key):
         """Bytes of an entry's content, or None if there is no entry; the content is not checked."""
@@ -123,6 +121,7 @@ class Store:
         for pause in (*PAUSES, None):
             try:
                 temporary.write_bytes(content)
+                path.parent.mkdir(exist_ok=True)
                 os.replace(temporary, path)
                 return
             except BaseException as error:

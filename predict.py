@@ -124,10 +124,15 @@ def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, wo
 def ground_truth_ids(labels, instances):
     """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 + instance, 0 = none.
 
-    The instances are numbered anew, because the data's own numbers may exceed 999.
+    The instances are numbered anew within each class, because the data's own numbers may exceed 999. ValueError if a
+    class has more than 999 in this sample.
     """
-    number = torch.unique(instances, return_inverse=True)[1]
-    return torch.where((labels >= 0) & (instances >= 0), (labels + 1) * LABEL_DIVISOR + number, 0)
+    pairs, index = torch.unique(torch.stack([labels, instances], 1), dim=0, return_inverse=True)
+    kinds = pairs[:, 0]  # sorted
+    number = torch.arange(len(kinds), device=kinds.device) - torch.searchsorted(kinds, kinds)
+    if len(number) and number.max() >= LABEL_DIVISOR:
+        raise ValueError(f"a class has {number.max() + 1} instances in one sample; ScanNet's ids allow 999")
+    return torch.where((labels >= 0) & (instances >= 0), (labels + 1) * LABEL_DIVISOR + number[index], 0)
 
 
 def format_metrics(metrics, class_names):
@@ -368,16 +373,17 @@ def parse_queries(text):
     for names in queries:
         if "" in names:
             raise ValueError(f"--text {text!r}: an empty name; write queries as \"chair, red sofa | couch\"")
-    fields = [field_name(names[0]) for names in queries]
+    fields = field_names(queries)
     for field in fields:
         if fields.count(field) > 1 or field in ("label", "instance", "confidence", "gate"):
             raise ValueError(f"--text {text!r}: the field scalar_{field} of a PLY file would be written twice")
     return queries
 
 
-def field_name(query):
-    """A query as part of the name of a PLY field."""
-    return re.sub(r"\W+", "_", query).strip("_")
+def field_names(queries):
+    """Names of the PLY fields of queries: their first names, or query_1 and so on for other scripts than ASCII."""
+    names = [re.sub(r"\W+", "_", names[0]).strip("_") for names in queries]
+    return [name if name.isascii() and name else f"query_{number}" for number, name in enumerate(names, 1)]
 
 
 class TextQueries:
@@ -402,7 +408,7 @@ class TextQueries:
             self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
 
     def cosines(self, fusion, batch, feat_fusion, dense=None):
-        """Cosines (N, T) of the points of one sample with all names; 0 if no view sees a point.
+        """Cosines (N, T) of the points of one sample with all names; with "clip" they are 0 if no view sees a point.
 
         feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's views. A point
         takes the interpolated cosines of the cells around it: that needs T channels per point instead of E.
@@ -413,7 +419,7 @@ class TextQueries:
         return fusion.sample(batch, fusion.encoder_2d.image_size, [maps])[1][0]
 
     def probabilities(self, cosines):
-        """Cosines (N, T) -> the probability of each query (N, Q); 0 if no view saw the point."""
+        """Cosines (N, T) -> the probability of each query (N, Q); 0 for cosines of 0."""
         likely = (TEXT_SCALE * cosines).softmax(1) * cosines.any(1, keepdim=True)
         columns = likely.split([*map(len, self.names), len(NEUTRAL)], 1)[:-1]
         return torch.stack([column.amax(1) for column in columns], 1)
@@ -461,6 +467,8 @@ def parse_args(argv=None):
     parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: everything")
     parser.add_argument("--classes", help="class list of the data, one 'id name' pair per line; not given: classes.txt "
                         "in the folder, else the list that the network was trained with")
+    parser.add_argument("--label-map", help="scannetv2-labels.combined.tsv, as in train.py; not given: that of training, "
+                        "if its class list is used")
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
     parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* images, pixels")
     parser.add_argument("--up", choices=tuple(UP_AXES), help="axis of the data's world that points up; not given: as in "
@@ -493,15 +501,25 @@ def parse_args(argv=None):
 
 
 def find_classes(args, config, class_names):
-    """The class list {id: name} of the data in the network's order, or None if there is none of the same classes."""
-    paths = [args.classes] if args.classes else [f"{args.data}/classes.txt", config["classes"],
-                                                 f"{config['data']}/classes.txt"]
+    """The class list {id: name} of the data in the network's order, or None if there is none of the same classes.
+
+    Sets args.label_map to the training's if its class list is used.
+    """
+    own, trained_with = f"{args.data}/classes.txt", config["classes"] or f"{config['data']}/classes.txt"
+    paths = [args.classes] if args.classes else [own, trained_with]
     for path in paths:
         if not args.classes and (path is None or not Path(path).is_file()):
             continue
         classes = load_classes(path)
         names = {name for name in classes.values() if name is not None}
         if names == set(class_names):
+            if path == trained_with and not args.label_map:
+                if bool(args.scans) == bool(config["scans"]):
+                    args.label_map = config["label_map"]
+                elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
+                    print(f"{path}: its ids may be others here than in training, so labels of the data are not read; "
+                          "give --classes, and --label-map if they need it")
+                    return None
             place = {name: i for i, name in enumerate(class_names)}
             return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
         if args.classes:
@@ -521,16 +539,18 @@ def open_source(args, config, classes, class_names):
             raise ValueError(f"--data rooms: {args.checkpoint} was trained on other classes than those of the rooms")
         return frames, None
     if args.scans is None:
-        if classes is not None and config["label_map"] and not config["scans"]:
-            classes = remap_classes(classes, read_label_map(config["label_map"], "id", "nyu40id"))
+        if classes is not None and args.label_map:
+            classes = remap_classes(classes, read_label_map(args.label_map, "id", "nyu40id"))
         return ScanNetFrames(args.data, classes, args.split), None
-    scan = next((path.parent for path in Path(args.scans).glob("*/*_vh_clean_2.ply")), Path(args.scans))
-    description = scan / f"{scan.name}.txt"  # scans of the test split have neither annotation nor alignment
-    align = description.is_file() and "axisAlignment" in description.read_text()
-    labelled = classes is not None and (scan / f"{scan.name}.aggregation.json").is_file()
-    label_map = config["label_map"] if config["scans"] else None
-    labels = (classes, args.split, label_map) if labelled else (None, args.split, None)
-    return ScanNetFrames(args.data, None, args.split), ScanNetScenes(args.scans, *labels, align)
+    scans = [Path(args.scans) / name for name in ScanNetScenes(args.scans, None, args.split, align=False).names]
+    texts = [scan / f"{scan.name}.txt" for scan in scans]  # scans of the test split have no alignment, nor annotations
+    aligned = [text.is_file() and "axisAlignment" in text.read_text() for text in texts]
+    if any(aligned) and not all(aligned):
+        raise ValueError(f"{texts[aligned.index(False)]} has no axisAlignment, but those of other scans have: predict "
+                         "them apart, with --split")
+    labelled = classes is not None and all((scan / f"{scan.name}.aggregation.json").is_file() for scan in scans)
+    labels = (classes, args.split, args.label_map) if labelled else (None, args.split, None)
+    return ScanNetFrames(args.data, None, args.split), ScanNetScenes(args.scans, *labels, all(aligned))
 
 
 def warn(text):
@@ -547,8 +567,8 @@ def open_queries(args, model, config):
     elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
         warn("--text-from fused: the consistency loss had no weight in training, so the answers mean nothing")
     queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from)
-    for names in queries.names:
-        print(f"query {field_name(names[0])}: {', '.join(names)}")
+    for field, names in zip(field_names(queries.names), queries.names):
+        print(f"query {field}: {', '.join(names)}")
     print(f"beside them: {', '.join(NEUTRAL)}; templates: {', '.join(TEMPLATES)}")
     return queries
 
@@ -621,8 +641,7 @@ class Output:
                 entry["instances"].append({"id": i + 1, "class": self.class_names[label], "points": int(sizes[i]),
                                            "confidence": float(cloud["scores"][i])})
         if self.queries is not None:
-            for i, names in enumerate(self.queries.names):
-                scalars[field_name(names[0])] = cloud["queries"][:, i]
+            scalars |= dict(zip(field_names(self.queries.names), cloud["queries"].T))
         write_ply(self.folder / f"{name}.ply", cloud["points"], cloud["colors"], scalars, self.comments)
         painted = label_colors(torch.as_tensor(cloud["labels"])).numpy()
         write_ply(self.folder / f"{name}_labels.ply", cloud["points"], painted, scalars, self.comments)
@@ -639,7 +658,7 @@ class Output:
         if (cloud["truth"] >= 0).any():
             view |= {"truth": cloud["truth"], "instances_truth": cloud["truth_instances"]}
         if self.queries is not None:
-            fields = [f"query_{field_name(names[0])}" for names in self.queries.names]
+            fields = [f"query_{field}" for field in field_names(self.queries.names)]
             view |= dict(zip(fields, cloud["queries"].T))
         view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height}
         for old in (self.folder / name).glob("events.out.tfevents*"):
@@ -730,10 +749,15 @@ def main(argv=None):
     skipped = getattr(frames, "num_skipped", 0)
     scores = {}
     if output.points.semantics.confusion.any():
-        loader = same_points(model, config, frames, scans, args.cache)
-        scores["the points that train.py --eval draws"] = evaluate(model, loader, config["min_instance_points"],
-                                                                   AMP_DTYPES[config["amp"]])
-        print(format_metrics(*scores.values(), class_names))
+        smallest = min(map(len, group_by_scene(frames.names).values()))
+        if smallest >= config["num_views"]:
+            loader = same_points(model, config, frames, scans, args.cache)
+            scores["the points that train.py --eval draws"] = evaluate(model, loader, config["min_instance_points"],
+                                                                       AMP_DTYPES[config["amp"]])
+            print(format_metrics(*scores.values(), class_names))
+        else:
+            print(f"a scene has {smallest} frames, fewer than the {config['num_views']} views of a sample in training: no "
+                  "scores of the points that train.py --eval draws")
         scores["every pixel" if scans is None else "every vertex"] = output.points.compute()
         if scans is None:
             scores["merged scenes"] = output.merged.compute()

@@ -66,13 +66,13 @@ class RunLog:
                 file.write(bytes(2 ** 16))
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
+            self.written.clear()
             self.purge_step = None
         except OSError as error:
             self.give_up(error)
 
     def give_up(self, error):
         self.writer = None
-        self.written.clear()
         self.retry_at = time.monotonic() + RETRY_SECONDS
         if not self.failed:
             self.report(f"TensorBoard cannot write to {self.folder}: {error}. The training goes on without.")

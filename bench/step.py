@@ -160,8 +160,9 @@ def run(command, options=()):
             print(f"  {name:32s} {spent * 1e3:7.0f} ms  {ratio(seconds, name, '3D baseline')} of the 3D baseline")
             if command.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()  # weights and optimizers of all candidates
                 calls[name]()
-                print(f"  {'':32s} {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most, "
+                print(f"  {'':32s} {(torch.cuda.max_memory_allocated() - held) / 2 ** 30:.2f} GiB beside the weights, "
                       f"{args.batch_size / spent:.0f} scenes per second")
         parts = shares(*steps["BiFusion"], max(3, command.repeats // 3))
         print("  shares of BiFusion:", ", ".join(f"{name} {share:.1%}" for name, share in parts.items()))

@@ -4,6 +4,7 @@
 Imports torch, and matplotlib if a chart is asked for.
 """
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def machine(device):
 
 
 def resident_peak():
-    """GiB that this process has held at most; unlike ru_maxrss it does not count the process that started it."""
+    """GiB that this process has held at most; on Linux ru_maxrss would count the process that started it, too."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2 ** 20
 

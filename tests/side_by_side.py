@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Two processes run a long selection of tests, module by module: pytest's own, and a fork that reports to it."""
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -36,6 +37,8 @@ def pytest_runtestloop(session):
         for data in pickle.load(reports):
             report = session.config.hook.pytest_report_from_serializable(config=session.config, data=data)
             session.config.hook.pytest_runtest_logreport(report=report)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
     return True
 
 
@@ -52,6 +55,7 @@ def run_modules(session, modules, taken):
         for item, following in zip(items, [*items[1:], later]):
             session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if session.shouldfail or session.shouldstop:
+                taken.value = len(modules)  # the other process begins none either
                 raise session.Failed(session.shouldfail or session.shouldstop)
 
 
@@ -70,6 +74,7 @@ def run_beside(session, modules, taken, file):
             reports.append(hook.pytest_report_to_serializable(config=session.config, report=report))
 
     plugins.register(Collector)
-    run_modules(session, modules, taken)
+    with contextlib.suppress(session.Failed):  # what failed is among the reports
+        run_modules(session, modules, taken)
     pickle.dump(reports, file)
     file.flush()

@@ -132,6 +132,13 @@ def test_the_quick_check_names_what_cannot_be_right(frames, planted):
     assert [fault for fault, _ in check.quick_check(FAULTS[planted](frames))] == [planted.split(",")[0]]
 
 
+@pytest.mark.parametrize("change", [
+    lambda frame: np.where(np.arange(frame["depth"].size).reshape(frame["depth"].shape) % 5 > 1, np.inf, frame["depth"]),
+    lambda frame: frame["depth"] * (np.indices(frame["depth"].shape) % 2).prod(0)], ids=["inf", "odd rows and columns"])
+def test_depth_that_is_unknown_in_many_pixels_is_no_fault(rooms, change):
+    assert check.quick_check(rooms.edited(depth=lambda frame: change(frame).astype(np.float32))) == []
+
+
 def test_the_quick_check_is_quick(frames):
     start = time.perf_counter()
     check.quick_check(frames)

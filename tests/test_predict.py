@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import predict
 import train
 from data import collate
-from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet
+from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet, write_scan, write_scannet
 from metrics import evaluate_semantics
 from model import load_model, run_command
 from rooms import RoomFrames
@@ -108,6 +108,64 @@ def test_truth_ids_are_those_of_the_evaluator():
     assert ids[0] != ids[1] and (ids[[3, 4]] == 0).all()
 
 
+def test_truth_ids_hold_999_instances_of_each_class():
+    labels, instances = torch.arange(1998) // 999, torch.arange(1998) + 5000
+    ids = predict.ground_truth_ids(labels, instances)
+    assert torch.equal(ids // 1000, labels + 1) and len(ids.unique()) == 1998
+    with pytest.raises(ValueError, match="a class has 1001 instances in one sample"):
+        predict.ground_truth_ids(torch.zeros(1001).long(), torch.arange(1001))
+    assert predict.ground_truth_ids(labels[:0], instances[:0]).shape == (0,)
+
+
+def test_fields_of_queries_have_names_of_their_own_in_any_script():
+    assert predict.field_names(predict.parse_queries("red sofa | couch, стул, стол, chair")) == [
+        "red_sofa", "query_2", "query_3", "chair"]
+
+
+def label_options(tmp_path, options, config):
+    """The class list and label map that the command finds, for a data folder and options of the training."""
+    args = predict.parse_args(["x.pt", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *options])
+    config = {"classes": None, "data": "nowhere", "label_map": None, "scans": None, **config}
+    classes = predict.find_classes(args, config, ["wall", "chair"])
+    return classes, args.label_map
+
+
+def test_label_ids_are_translated_as_in_training_or_not_read(tmp_path, capsys):
+    trained_with, own = tmp_path / "nyu40.txt", tmp_path / "data" / "classes.txt"
+    own.parent.mkdir()
+    trained_with.write_text("1 wall\n5 chair\n* unlabeled\n")
+    listed = {"*": None, 1: "wall", 5: "chair"}
+    config = {"classes": str(trained_with), "label_map": "table.tsv"}
+    assert label_options(tmp_path, [], config) == (listed, "table.tsv")
+    assert label_options(tmp_path, [], {**config, "scans": "scans"}) == (listed, None)  # the table's ids, as the images
+    assert label_options(tmp_path, ["--scans", "scans"], config) == (listed, None)  # those of NYU40, as labels.ply
+    assert label_options(tmp_path, ["--scans", "scans"], {**config, "label_map": None}) == (None, None)
+    assert "labels of the data are not read" in capsys.readouterr().out
+    own.write_text("1 wall\n2 chair\n")  # ids of these images
+    assert label_options(tmp_path, [], config) == ({1: "wall", 2: "chair"}, None)
+    assert label_options(tmp_path, ["--classes", str(trained_with), "--label-map", "x.tsv"], {}) == (listed, "x.tsv")
+
+
+def test_scans_are_opened_alike_whichever_is_first(tmp_path):
+    write_scannet(tmp_path / "frames", scenes=2)
+    points, colors = np.random.default_rng(0).random((40, 3), np.float32), np.zeros((40, 3))
+    for scene in ("scene0000_00", "scene0001_00"):
+        write_scan(tmp_path / "scans", scene, points, colors, np.ones(40), [0] * 40, [(0, "wall", [0])])
+    other = tmp_path / "scans" / "scene0000_00"
+    (other / "scene0000_00.aggregation.json").unlink()
+    options = ["x.pt", "--data", str(tmp_path / "frames"), "--scans", str(tmp_path / "scans"), "--out", "out"]
+    (tmp_path / "split.txt").write_text("scene0001_00\n")
+
+    def scans(*more):
+        return predict.open_source(predict.parse_args([*options, *more]), {}, {1: "wall"}, ["wall"])[1]
+
+    assert "labels" not in scans()[1] and "labels" in scans("--split", str(tmp_path / "split.txt"))[0]
+    (other / "scene0000_00.txt").write_text("colorHeight = 968\n")
+    with pytest.raises(ValueError, match="scene0000_00.txt has no axisAlignment, but those of other scans have"):
+        scans()
+    assert not np.array_equal(scans("--split", str(tmp_path / "split.txt"))[0]["alignment"], np.eye(4))
+
+
 def test_the_best_instance_of_a_point_is_painted():
     masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
     assert predict.paint_instances(masks).tolist() == [0, 0, 1, -1]
@@ -170,6 +228,12 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     assert again["scores"] == summary["scores"]
     tags = EventAccumulator(str(out / scene), size_guidance={"tensors": 0}).Reload().Tags()["tensors"]
     assert tags and not any("query" in tag for tag in tags)
+    state = torch.load(path, weights_only=True)
+    state["config"]["num_views"] = 2  # more than the scene of the split has frames
+    torch.save(state, tmp_path / "two_views.pt")
+    fewer = predict.main([str(tmp_path / "two_views.pt"), "--data", str(tmp_path / "data"), "--split",
+                          str(tmp_path / "data" / "val.txt"), "--out", str(out), "--device", "cpu"])
+    assert fewer["scores"].keys() == {"every pixel", "merged scenes"}
 
 
 def test_wrong_cameras_are_warned_of(trained, tmp_path, capsys):

@@ -103,7 +103,9 @@ def test_a_writer_that_fails_is_reported_once_and_opened_again(tmp_path, monkeyp
     log.begin_step(4)
     log.add("a", torch.tensor(5.0))
     assert log.write({}) == {"a": 5}
+    log.add_images({"i": torch.zeros(3, 2, 2)})  # was lost
     log.close()
+    assert read(tmp_path).Tags()["images"] == ["i"]
     assert len(reports) == 1 and "No space left on device" in reports[0] and str(tmp_path) in reports[0]
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("a")] == [(4, 5.0)]
 
