@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from bench.timing import machine
 
-OPTIONS = "--clip-pretrained none --clip-warmup=-1 --clip-weights 0,0.01 --epochs 11 --eval-every 11"
+OPTIONS = ("--clip-pretrained none --clip-warmup=-1 --clip-weights 0,0.01 --num-points 1024 --epochs 15 "
+           "--eval-every 15")
 
 
 def run(args):
