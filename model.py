@@ -221,9 +221,19 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader would raise for every worker that is killed
-        for worker in multiprocessing.active_children():  # they survive signals
-            worker.kill()
+        kill_workers()
+
+
+def kill_workers():
+    """Ends workers of loaders that an error has left behind: they outlive the signal that would end them."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if not workers:
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader raises for every worker that is killed
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def compile_parts(model):

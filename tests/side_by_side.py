@@ -32,7 +32,8 @@ def pytest_runtestloop(session):
         finally:
             other.kill()
         if other.exitcode != 0:
-            raise session.Failed(f"the second process of the tests ended with status {other.exitcode}")
+            session.shouldfail = f"the second process of the tests ended with status {other.exitcode}"  # is printed
+            raise session.Failed(session.shouldfail)
         reports.seek(0)
         for data in pickle.load(reports):
             report = session.config.hook.pytest_report_from_serializable(config=session.config, data=data)
