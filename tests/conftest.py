@@ -36,7 +36,7 @@ def tmp_path(tmp_path, request):
     failed = request.session.testsfailed
     yield tmp_path
     if request.session.testsfailed == failed:
-        shutil.rmtree(tmp_path)
+        shutil.rmtree(tmp_path, ignore_errors=True)  # a thread of TensorBoard may still write there
 
 
 @pytest.fixture
