@@ -275,14 +275,26 @@ def pose_rows(runs, quick=False):
 # -------------------------------------------------------------------------------------------------- depth and up axis
 
 
+def known_depth(frame):
+    """Metres (n,) of the pixels whose depth is known."""
+    return frame["depth"][(frame["depth"] > 0) & np.isfinite(frame["depth"])]
+
+
+def empty_rows(frames):
+    """Frames of which no pixel has depth: a training that takes its points from them would refuse them."""
+    empty = [frame["name"] for frame in frames if len(known_depth(frame)) == 0]
+    if not empty:
+        return []
+    return [wrong("frames without depth", f"No pixel of {len(empty)} of {len(frames)} sampled frames has depth: "
+                  f"{', '.join(empty[:3])}.")]
+
+
 def depth_rows(frames):
     """Rows about the values of depth images alone: their number and their median."""
-    known = [frame["depth"][(frame["depth"] > 0) & np.isfinite(frame["depth"])] for frame in frames]
-    empty = [frame["name"] for frame, depth in zip(frames, known) if len(depth) == 0]
-    if empty:
-        return [wrong("frames without depth", f"No pixel of {len(empty)} of {len(frames)} sampled frames has depth: "
-                      f"{', '.join(empty[:3])}.")]
+    known = [known_depth(frame) for frame in frames]
     values = np.unique(np.concatenate([depth[::4] for depth in known]))
+    if len(values) == 0:
+        return [wrong("depth scale", "No pixel of the sampled frames has depth.")]
     median = np.median(np.concatenate([depth[::64] for depth in known]))
     coarse = np.diff(values).min(initial=values[-1]) > values[-1] / 260  # at most 256 levels
     if coarse and (len(values) >= 20 or values[-1] < 0.256):
@@ -542,7 +554,7 @@ def inspect(sources, num_classes=1000, up="z", num_frames=48, picture=None):
     counts = sum(counts for counts, _ in labels.values())
     fields = list(itertools.chain(*(fields for _, fields in labels.values())))
     rows += label_rows(counts, fields, names, num_classes, world) + instance_rows(fields, names)
-    rows += folder_rows(sources.values())
+    rows += empty_rows(list(itertools.chain(*runs))) + folder_rows(sources.values())
     occurring = {title: {names[i] for i in np.flatnonzero(counts[1:])} for title, (counts, _) in labels.items()}
     return rows + split_rows({title: names_of(source) for title, source in sources.items()}, occurring)
 

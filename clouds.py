@@ -19,11 +19,11 @@ MERGE_VOXEL = 0.02  # metres
 class SceneMerger:
     """The frames of a scene, merged on a voxel grid: memory grows with the scene's surface, not with its frames.
 
-    A frame gives one vote to each voxel that it sees, the mean of its points there; its instance and true label are
-    those of the first of them. Votes are added in fixed point, so the sums, and with them the labels, do not depend on
-    the order of the frames. The instance of a voxel, and its true label, are majority votes (Boyer and Moore 1981). An instance of a frame joins the instance of the scene with the
-    same class that it overlaps most, if they share more than `overlap` of the smaller one's voxels that the frame sees;
-    others that it overlaps as much join, too.
+    A frame gives one vote to each voxel that it sees: the mean of its points there, and the instance and true label of
+    the first of them. Votes are added in fixed point, so the sums, and with them the labels, do not depend on the order
+    of the frames. The instance of a voxel, and its true label, are majority votes (Boyer and Moore 1981). An instance of
+    a frame joins the instance of the scene with the same class that it overlaps most, if they share more than `overlap`
+    of the smaller one's voxels that the frame sees; others that it overlaps as much join, too.
     """
 
     ONE = 2 ** 14  # fixed-point 1: int32 holds 131,071 votes

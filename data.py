@@ -55,7 +55,7 @@ UP_AXES = {"z": ([0, 1, 2], [1, 1, 1]), "-z": ([0, 1, 2], [1, -1, -1]),
            "y": ([0, 2, 1], [1, -1, 1]), "-y": ([0, 2, 1], [1, 1, -1]),
            "x": ([2, 1, 0], [-1, 1, 1]), "-x": ([2, 1, 0], [1, 1, -1])}
 TURN_BACK = {"z": "z", "-z": "-z", "y": "-y", "-y": "y", "x": "-x", "-x": "x"}
-MAX_DISTANCE = 1e4  # metres of a camera from the origin, and of a point from it; float32 resolves 1 mm there
+MAX_DISTANCE = 1e4  # metres from the origin to a camera, and from it to a point; float32 resolves 1 mm there
 
 
 def turn_up(vectors, up):
@@ -339,7 +339,7 @@ class ResizedImages(Dataset):
 
     def signature(self, indices):
         """16 bytes that change when one of these images may have changed; None if the source has no files."""
-        decoders = Image.__version__, codecs.version("jpg"), codecs.version("zlib")  # their pixels may differ
+        decoders = Image.__version__, codecs.version("jpg"), codecs.version("zlib")  # others may give other pixels
         return files_digest([(self.frames, indices)], self.image_size, *decoders)
 
 

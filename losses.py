@@ -85,7 +85,8 @@ def rows_and_norms(x: Tensor, usable: Tensor, clamp, norm_floor: float, dtype: t
     """The usable rows of x (T, C) in dtype, their entries clamped to +-clamp, and max(|row|, norm_floor).
 
     Rows that are not usable become 0, whatever they hold. Returns rows (T, C), norms (T,), and the number of entries
-    clamped. Entries too large to be squared are divided by the largest of their row, and so is the norm.
+    clamped. If squares of entries may overflow, a row with entries above 1 and its norm are both divided by the largest
+    of them: their quotient stays as it is.
     """
     # Select, do not multiply: 0 * NaN is NaN, in the loss and in the gradient.
     rows = x.to(dtype).where(usable[:, None], 0)
@@ -94,7 +95,7 @@ def rows_and_norms(x: Tensor, usable: Tensor, clamp, norm_floor: float, dtype: t
         whole = rows
         rows = rows.clamp(-clamp, clamp)
         count = torch.count_nonzero(rows != whole)
-    if clamp is None or clamp > 1e15:
+    if clamp is None or clamp > 1e15:  # squares may overflow float32
         scale = largest_entry(rows).clamp(min=1)
         rows = rows / scale[:, None]
         norm_floor = norm_floor / scale

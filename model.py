@@ -216,8 +216,8 @@ def run_command(main):
         if "--debug" in sys.argv:
             raise
         text = str(error)
-        if "Original Traceback" in text:  # of a worker; its last line is the message
-            text = text.strip().splitlines()[-1]
+        if "Original Traceback" in text:  # of a worker; it ends with "type: message"
+            text = text.strip().splitlines()[-1].partition(": ")[2]
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     finally:

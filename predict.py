@@ -24,6 +24,7 @@ import re
 import sys
 import time
 from functools import partial
+from os.path import samefile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
 from model import load_model, prepare_device, run_command, to_device
 from rooms import RoomFrames
 from runlog import RunLog, clouds, label_colors, visualizations
-from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, load_classes, read_label_map, remap_classes
+from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
 from superpoints import oversegment
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,14 +126,18 @@ def ground_truth_ids(labels, instances):
     """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 + instance, 0 = none.
 
     The instances are numbered anew within each class, because the data's own numbers may exceed 999. ValueError if a
-    class has more than 999 in this sample.
+    class has more than 1,000 in this sample.
     """
-    pairs, index = torch.unique(torch.stack([labels, instances], 1), dim=0, return_inverse=True)
-    kinds = pairs[:, 0]  # sorted
-    number = torch.arange(len(kinds), device=kinds.device) - torch.searchsorted(kinds, kinds)
-    if len(number) and number.max() >= LABEL_DIVISOR:
-        raise ValueError(f"a class has {number.max() + 1} instances in one sample; ScanNet's ids allow 999")
-    return torch.where((labels >= 0) & (instances >= 0), (labels + 1) * LABEL_DIVISOR + number[index], 0)
+    counted = (labels >= 0) & (instances >= 0)
+    values, place = torch.unique(instances[counted], return_inverse=True)
+    keys, index = torch.unique(labels[counted] * len(values) + place, return_inverse=True)  # by class, then instance
+    kinds = keys // max(len(values), 1)
+    number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(kinds, kinds)
+    if (number >= LABEL_DIVISOR).any():
+        raise ValueError(f"a class has {number.max() + 1} instances in one sample, ScanNet's ids allow {LABEL_DIVISOR}")
+    ids = torch.zeros_like(labels)
+    ids[counted] = (kinds[index] + 1) * LABEL_DIVISOR + number[index]
+    return ids
 
 
 def format_metrics(metrics, class_names):
@@ -508,24 +513,24 @@ def find_classes(args, config, class_names):
     own, trained_with = f"{args.data}/classes.txt", config["classes"] or f"{config['data']}/classes.txt"
     paths = [args.classes] if args.classes else [own, trained_with]
     for path in paths:
-        if not args.classes and (path is None or not Path(path).is_file()):
+        if not args.classes and not Path(path).is_file():
             continue
         classes = load_classes(path)
         names = {name for name in classes.values() if name is not None}
-        if names == set(class_names):
-            if path == trained_with and not args.label_map:
-                if bool(args.scans) == bool(config["scans"]):
-                    args.label_map = config["label_map"]
-                elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
-                    print(f"{path}: its ids may be others here than in training, so labels of the data are not read; "
-                          "give --classes, and --label-map if they need it")
-                    return None
-            place = {name: i for i, name in enumerate(class_names)}
-            return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
-        if args.classes:
-            raise ValueError(f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}")
-        print(f"{path}: its classes are not the network's, so labels of the data are not read")
-        return None
+        if names != set(class_names):
+            if args.classes:
+                raise ValueError(f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}")
+            print(f"{path}: its classes are not the network's, so labels of the data are not read")
+            return None
+        if not args.classes and not args.label_map and Path(trained_with).is_file() and samefile(path, trained_with):
+            if bool(args.scans) == bool(config["scans"]):
+                args.label_map = config["label_map"]
+            elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
+                print(f"{path}: its ids may be others here than in training, so labels of the data are not read; give "
+                      "--classes, and --label-map if they need it")
+                return None
+        place = {name: i for i, name in enumerate(class_names)}
+        return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
     return None
 
 
@@ -539,8 +544,7 @@ def open_source(args, config, classes, class_names):
             raise ValueError(f"--data rooms: {args.checkpoint} was trained on other classes than those of the rooms")
         return frames, None
     if args.scans is None:
-        if classes is not None and args.label_map:
-            classes = remap_classes(classes, read_label_map(args.label_map, "id", "nyu40id"))
+        classes = None if classes is None else frame_classes(classes, args.label_map)
         return ScanNetFrames(args.data, classes, args.split), None
     scans = [Path(args.scans) / name for name in ScanNetScenes(args.scans, None, args.split, align=False).names]
     texts = [scan / f"{scan.name}.txt" for scan in scans]  # scans of the test split have no alignment, nor annotations

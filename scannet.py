@@ -666,13 +666,12 @@ def remap_classes(classes, label_map):
     return {**{key: classes[order[place]] for place, key in known}, "*": None}
 
 
-def frame_classes(path, label_map=None):
+def frame_classes(classes, label_map=None):
     """Class list {id: name} for label images of ScanNet's exporter, whose ids are those of its label table.
 
-    path: a file for `load_classes`. label_map: path of scannetv2-labels.combined.tsv, if that file holds the ids of
-    NYU40 (ScanNet20); ScanNet200's are the table's.
+    classes: a class list {id: name}. label_map: path of scannetv2-labels.combined.tsv, if the ids of that list are
+    NYU40's (ScanNet20); ScanNet200's are the table's.
     """
-    classes = load_classes(path)
     if label_map is None:
         return classes
     return remap_classes(classes, read_label_map(label_map, "id", "nyu40id"))

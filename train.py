@@ -280,12 +280,12 @@ def parse_args(argv=None, defaults=None):
 def build_datasets(args):
     """Training and validation set, class names, and whether instances are trained. A data set is one branch here."""
     splits = (args.train_split, args.val_split)
-    if args.data != "rooms" and None in splits:
-        raise ValueError(f"--data {args.data} needs --train-split FILE and --val-split FILE")
     scans = None
     if args.data == "rooms":
         frames = [RoomFrames("train", args.rooms, args.frames_per_room),
                   RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room)]
+    elif None in splits:
+        raise ValueError(f"--data {args.data} needs --train-split FILE and --val-split FILE")
     elif args.scans:
         classes = load_classes(args.classes or Path(args.data) / "classes.txt")
         scans = [ScanNetScenes(args.scans, classes, split, args.label_map) for split in splits]
@@ -293,7 +293,7 @@ def build_datasets(args):
         check_splits(scans, ())
         check_splits(frames, ())
     else:
-        classes = frame_classes(args.classes or Path(args.data) / "classes.txt", args.label_map)
+        classes = frame_classes(load_classes(args.classes or Path(args.data) / "classes.txt"), args.label_map)
         frames = [ScanNetFrames(args.data, classes, split) for split in splits]
         for scene in sorted({name.split("/")[0] for part in frames for name in part.names}):
             if not (Path(args.data) / scene / "label-filt").is_dir():
@@ -379,7 +379,7 @@ def open_tower(args, config, log_warning):
         encoder_2d = build_encoder_2d(config)
     except FileNotFoundError as error:
         if args.data != "rooms":
-            raise FileNotFoundError(f"--clip-pretrained {args.clip_pretrained}, --clip-model: {error}") from None
+            raise FileNotFoundError(f"{error} (--clip-pretrained, --clip-model)") from None
         log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
                     "colours and textures but no meaning: good for trying things out, not for results.")
         config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say
@@ -389,8 +389,8 @@ def open_tower(args, config, log_warning):
     return encoder_2d
 
 
-def never_ties(args):
-    """Whether a CLIP loss was asked for that no epoch has."""
+def clip_loss_is_never_on(args):
+    """Whether the CLIP loss has a weight, but in no epoch of this run."""
     weights = [clip_loss_weight(epoch, args.clip_warmup, args.clip_weights) for epoch in range(args.epochs)]
     return not args.no_clip and max(weights) == 0 < max(args.clip_weights)
 
@@ -550,7 +550,7 @@ def run_folder(args, rank, world_size, lock):
         name = args.name or ("baseline" if args.no_clip else "bifusion")
         new = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(args.resume).parent if args.resume else new_folder(new)
-        lock = lock or lock_folder(folder)  # to lock it twice would end the lock
+        lock = lock or lock_folder(folder)  # a second lock would close the first file, which ends both
     return gather_objects(folder, world_size)[0], lock
 
 
@@ -706,7 +706,7 @@ def main(argv=None, clip_criterion=None, stop=None):
         if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
             log_warning(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global "
                         "batch or the number of processes have changed")
-    elif not args.eval and never_ties(args):
+    elif not args.eval and clip_loss_is_never_on(args):
         log_warning(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
@@ -740,7 +740,7 @@ def main(argv=None, clip_criterion=None, stop=None):
                 "class_names": class_names, "clip_fingerprint": fingerprint, "warnings": warnings}, folder / name)
 
     # training
-    shown = {}  # beside the loss, once it is known
+    shown = {}  # in the progress bar: mIoU of the last evaluation
     bar = tqdm(total=args.epochs * len(train_set), initial=start_epoch * len(train_set) + first_step * global_batch,
                unit="sample", smoothing=0.05, disable=not main_process, dynamic_ncols=True)
     model.train()

@@ -38,9 +38,9 @@ def parse_args(argv=None):
     for name, summary in COMMANDS.items():
         options[name] = command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(device="cpu", plot=None)
-        if name not in ("ap", "loader"):
-            command.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu")
-        if name not in ("gpu", "speedrun", "picture"):
+        if name not in ("ap", "loader"):  # which run on the CPU alone
+            command.add_argument("--device", choices=("cpu", "cuda"), help="default: %(default)s")
+        if name not in ("gpu", "speedrun", "picture"):  # which have no figures to draw
             command.add_argument("--plot", metavar="PATH", help="also draw the figures, into this PNG file (stability: "
                                  "two files in this folder); needs matplotlib")
         command.add_argument("--threads", type=int, default=1 if name == "stability" else os.cpu_count(),

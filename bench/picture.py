@@ -73,12 +73,11 @@ def draw_cloud(path):
 
 def run(args):
     """Image, truth and prediction of two validation frames, one frame per row, and a legend; or a cloud."""
+    out = args.out or f"docs/{'cloud' if args.cloud else 'prediction'}.png"
     if args.cloud:
-        out = args.out or "docs/cloud.png"
         Image.fromarray(draw_cloud(args.cloud)).save(out, optimize=True)
         print(f"{args.cloud}: {out}")
         return
-    out = args.out or "docs/prediction.png"
     model, class_names, config = load_model(args.checkpoint, args.device)
     colors = label_images(np.arange(len(class_names)))
     frames = RoomFrames("val", 12, 1)

@@ -9,12 +9,12 @@ import torch
 
 import train
 from checkpoint import write_atomically
-from data import PointDataset, collate
+from data import PointDataset, check_frames, collate
 from decoder import InstanceDecoder, draw_queries, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
 from helpers import Forked, checkpoint, last_checkpoint, small
-from model import Segmenter, asked_logits, load_model
+from model import Segmenter, asked_logits, load_model, run_command
 from rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder
 from superpoints import oversegment
@@ -225,3 +225,12 @@ def test_superpoints_ask_the_instances_that_hold_them():
             held = masks[:, s].sigmoid()
             rows.append(sum(held[q] * classes[q, :K] for q in range(len(held))) / (1 + held.sum()))
     assert asked.shape == (8, K) and torch.allclose(asked, torch.stack(rows), atol=1e-6)
+
+
+def test_an_error_in_a_worker_is_one_line(capsys):
+    frame = RoomFrames("train", 1, 1, size=(24, 32))[0]
+    broken = PointDataset([{**frame, "depth": frame["depth"] * 0}], 10, (24, 32))
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: check_frames(broken, workers=1))
+    assert left.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f": error: no pixel with known depth in {frame['name']}")

@@ -464,8 +464,7 @@ def test_label_images_can_be_read_as_nyu40(root, tmp_path):
     assert label_map == {1: 1, 2: 5, 88: 5}
     frames = scannet.ScanNetFrames(root, scannet.remap_classes({1: "wall", 5: "chair"}, label_map))
     assert frames.class_names == ["wall", "chair"] and np.unique(frames[0]["label"]).tolist() == [-1, 0, 1]
-    (tmp_path / "classes.txt").write_text("5 chair\n1 wall\n")
-    classes = scannet.frame_classes(tmp_path / "classes.txt", tmp_path / "labels.tsv")
+    classes = scannet.frame_classes({5: "chair", 1: "wall"}, tmp_path / "labels.tsv")
     assert classes == {2: "chair", 88: "chair", 1: "wall", "*": None}
     assert scannet.ScanNetFrames(root, classes).class_names == ["chair", "wall"]  # the order of the list
 
