@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import depth_to_color, pixel_fields, resize_intrinsics, unproject
-from rooms import CLASSES, RoomFrames
-from scannet import PosedFrames, ScanNetFrames, load_classes, natural_key
+from sources.rooms import CLASSES, RoomFrames
+from sources.scannet import PosedFrames, ScanNetFrames, load_classes, natural_key
 
 AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
 MARGIN = 0.15  # log units by which an alternative must explain a pair better; on clean sets none gains 0.01

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import read_checkpoint, restore
+from support.checkpoint import read_checkpoint, restore
 from decoder import InstanceDecoder, draw_queries, pool, superpoint_index, unpad_scenes
 from encoder import Enhanced2DEncoder, set_tf32
 from fusion import BiFusionEncoder

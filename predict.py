@@ -10,7 +10,7 @@ docs/predict.md describes what it writes. In a notebook:
 
     from model import load_model
     from predict import predict_frames
-    from scannet import ScanNetFrames
+    from sources.scannet import ScanNetFrames
     model, class_names, config = load_model("runs/NAME/best.pt")
     for result in predict_frames(model, ScanNetFrames("DATA", classes=None), config):
         print(result["name"], result["labels"].shape)
@@ -36,18 +36,19 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from cache import FeatureCache
+from support.cache import FeatureCache
 from check import pinhole, quick_check
-from clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
+from support.clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
 from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, frame_names,
                   group_by_scene, turn_up, unproject)
 from decoder import scene_instances
-from distributed import gather_objects, setup
+from support.distributed import gather_objects, setup
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
 from model import load_model, prepare_device, run_command, to_device
-from rooms import RoomFrames
-from runlog import RunLog, clouds, label_colors, visualizations
-from scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from sources.rooms import RoomFrames
+from support.runlog import RunLog
+from support.visualize import clouds, label_colors, visualizations
+from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
 from superpoints import oversegment
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -31,21 +31,21 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from cache import FeatureCache, Store, SuperpointCache, content_key
+from support.cache import FeatureCache, Store, SuperpointCache, content_key
 from check import quick_check
-from checkpoint import lock_folder, new_folder, read_checkpoint, restore, write_atomically
+from support.checkpoint import lock_folder, new_folder, read_checkpoint, restore, write_atomically
 from data import UP_AXES, PointDataset, SceneDataset, check_frames, collate
-from diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
-from distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
+from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
+from support.distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
                          survive_first_signal, synchronize_batch_norm, world_mean)
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight, instance_targets, pad_targets)
 from model import (build_encoder_2d, build_model, compile_parts, number_superpoints, prepare_device, run_command,
                    to_device)
 from predict import evaluate, format_metrics, visualize
-from rooms import RoomFrames
-from runlog import RunLog, peak_memory_gib
-from scannet import ScanNetFrames, ScanNetScenes, check_splits, frame_classes, load_classes
+from sources.rooms import RoomFrames
+from support.runlog import RunLog, peak_memory_gib
+from sources.scannet import ScanNetFrames, ScanNetScenes, check_splits, frame_classes, load_classes
 from sparse_unet import COLORS, NETWORKS, load_backbone
 from superpoints import VERSION, oversegment
 

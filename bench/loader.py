@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from bench.timing import machine, median, ratio, turns
-from cache import FeatureCache
+from support.cache import FeatureCache
 from data import PointDataset, resize_intrinsics
-from rooms import RoomFrames
-from scannet import ScanNetFrames
+from sources.rooms import RoomFrames
+from sources.scannet import ScanNetFrames
 
 IMAGE_SIZE = (240, 320)
 

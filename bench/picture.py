@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model import load_model
 from predict import predict_frames
-from rooms import RoomFrames
-from runlog import label_images
-from scannet import read_ply_vertices
+from sources.rooms import RoomFrames
+from support.visualize import label_images
+from sources.scannet import read_ply_vertices
 
 LEGEND_ROW = 24  # pixels
 

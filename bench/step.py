@@ -12,9 +12,9 @@ import torch
 
 import train
 from bench.timing import machine, median, now, ratio, turns
-from cache import FeatureCache
+from support.cache import FeatureCache
 from model import build_encoder_2d, build_model, compile_parts, to_device
-from runlog import RunLog
+from support.runlog import RunLog
 
 NETWORKS = {"default network": "", "Res16UNet34C": "--backbone res16unet34c --voxel-size 0.02 --num-points 20000"}
 CLIP_WEIGHT = 0.01

@@ -141,7 +141,7 @@ def made_once(request):
         yield
         return
     import encoder
-    import rooms
+    from sources import rooms
     import train
     load = functools.lru_cache(encoder.load_clip)
     with pytest.MonkeyPatch.context() as patch:

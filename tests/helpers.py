@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import rooms
-from checkpoint import lock_folder
+from sources import rooms
+from support.checkpoint import lock_folder
 
 CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])

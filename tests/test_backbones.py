@@ -25,7 +25,7 @@ from data import PointDataset, collate
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from helpers import TOWER, checkpoint, small
-from rooms import RoomFrames
+from sources.rooms import RoomFrames
 from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C, load_backbone
 from test_diagnose import broken_batches, replayed, saved_steps
 from test_sparse_unet import TINY, error, figures, value  # noqa: F401

@@ -22,14 +22,14 @@ import bench.sample
 import bench.scale
 import bench.sparse
 import bench.step
-import clouds
+from support import clouds
 import train
 from bench import timing
 from bench.__main__ import COMMANDS, main, parse_args
 from data import PointDataset
-from rooms import RoomFrames
-from runlog import palette
-from scannet import ScanNetFrames
+from sources.rooms import RoomFrames
+from support.visualize import palette
+from sources.scannet import ScanNetFrames
 from sparse_unet import VoxelGrid, sparse_conv
 
 ROOT = Path(__file__).resolve().parent.parent

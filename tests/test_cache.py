@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cache import FeatureCache, Store, SuperpointCache, image_key, to_tensor
+from support.cache import FeatureCache, Store, SuperpointCache, image_key, to_tensor
 
 FORK = multiprocessing.get_context("fork")
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (10, 8, 12, 3), np.uint8))

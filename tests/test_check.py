@@ -10,8 +10,8 @@ from PIL import Image
 
 import check
 from data import crop_intrinsics, resize_intrinsics
-from rooms import RoomFrames
-from scannet import ScanNetFrames
+from sources.rooms import RoomFrames
+from sources.scannet import ScanNetFrames
 
 QUARTER_TURN = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])  # z-up world -> y-up world
 

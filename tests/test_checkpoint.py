@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
+from support import checkpoint
 from helpers import in_process, try_lock
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import clouds
+from support import clouds
 from metrics import evaluate_instances, evaluate_semantics
 
 K = 4

@@ -11,12 +11,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from cache import FeatureCache, Store, SuperpointCache
+from support.cache import FeatureCache, Store, SuperpointCache
 from fusion import apply_transform, occluded_mask, project_to_image
 from superpoints import oversegment
 from helpers import ALIGNMENT, CLASSES, POSE, intrinsics_of, project, write_scan, write_scannet
-from rooms import RoomFrames
-from scannet import ScanNetFrames, ScanNetScenes
+from sources.rooms import RoomFrames
+from sources.scannet import ScanNetFrames, ScanNetScenes
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import diagnose
+from support import diagnose
 import train
 from helpers import checkpoint, in_two_processes, scalars, small
 

@@ -14,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distributed import (SyncedBatchNorm, average_buffers, average_gradients, gather_objects, setup,
+from support.distributed import (SyncedBatchNorm, average_buffers, average_gradients, gather_objects, setup,
                          synchronize_batch_norm, world_mean)
 from sparse_unet import BatchNorm, PointEncoder
 

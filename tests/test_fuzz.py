@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import checkpoint
-import scannet
+from support import checkpoint
+from sources import scannet
 import sparse_unet
-from cache import FeatureCache, SuperpointCache
+from support.cache import FeatureCache, SuperpointCache
 from helpers import CLASSES, TABLE, write_scan, write_scannet
 
 TRIALS = int(os.environ.get("BIFUSION_FUZZ", 10))

@@ -25,7 +25,7 @@ MISTAKES = {  # in what the error says
 def prepare(network):
     """The options of a small run, its network, and a batch as the loader makes it."""
     import train
-    from cache import FeatureCache
+    from support.cache import FeatureCache
     from helpers import small
     from model import build_encoder_2d, build_model
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def step(args, model, batch, amp, device, mistake=None):
     import train
     from model import to_device
     from pretend_gpu import LOG
-    from runlog import RunLog
+    from support.runlog import RunLog
     marks, losses, gradient = [], {}, {}
 
     class Spy(RunLog):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import train
-from checkpoint import write_atomically
+from support.checkpoint import write_atomically
 from data import PointDataset, check_frames, collate
 from decoder import InstanceDecoder, draw_queries, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
 from helpers import Forked, checkpoint, last_checkpoint, small
 from model import Segmenter, asked_logits, load_model, run_command
-from rooms import RoomFrames
+from sources.rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder
 from superpoints import oversegment
 

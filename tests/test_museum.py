@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from decoder import InstanceDecoder
-from diagnose import NonFiniteGuard, locate_nonfinite
+from support.diagnose import NonFiniteGuard, locate_nonfinite
 from losses import InstanceCriterion, SemanticCriterion, clip_infonce
 from sparse_unet import SMALL, PointEncoder
 from train import train_step

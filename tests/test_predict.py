@@ -16,9 +16,9 @@ from data import collate
 from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet, write_scan, write_scannet
 from metrics import evaluate_semantics
 from model import load_model, run_command
-from rooms import RoomFrames
-from runlog import label_images
-from scannet import ScanNetFrames, read_ply_vertices
+from sources.rooms import RoomFrames
+from support.visualize import label_images
+from sources.scannet import ScanNetFrames, read_ply_vertices
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from helpers import Forked, last_checkpoint, small, write_rooms_as_scannet
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SNIPPETS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
-ALONE = [code for _, code in SNIPPETS if len(re.findall(r"^from (?!torch)(\w+)", code, re.M)) == 1]
+ALONE = [code for _, code in SNIPPETS if len(re.findall(r"^from (?!torch)([\w.]+)", code, re.M)) == 1]
 
 
 def test_the_readme_can_be_finished():
@@ -25,8 +25,10 @@ def test_the_readme_can_be_finished():
 def run_snippet(snippet, folder):
     """Runs lines of Python as in a new interpreter in a folder -> exit status, stdout, stderr."""
     def run():
-        for name in {path.stem for path in ROOT.glob("*.py")} & sys.modules.keys():
-            del sys.modules[name]
+        own = {ROOT, ROOT / "sources", ROOT / "support"}
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent in own:
+                del sys.modules[name]
         os.chdir(folder)
         sys.path[:] = ["", *(path for path in sys.path if path and not path.startswith(str(ROOT)))]
         exec(snippet, {})
@@ -34,9 +36,9 @@ def run_snippet(snippet, folder):
     return Forked(run).wait()
 
 
-@pytest.mark.parametrize("snippet", ALONE, ids=lambda text: re.findall(r"^from (\w+)", text, re.M)[0])
+@pytest.mark.parametrize("snippet", ALONE, ids=lambda text: re.findall(r"^from ([\w.]+)", text, re.M)[0])
 def test_a_snippet_runs_beside_the_one_file_that_it_imports(snippet, tmp_path):
-    module, = re.findall(r"^from (\w+)", snippet, re.M)
+    module, = re.findall(r"^from ([\w.]+)", snippet, re.M)
     shutil.copy(ROOT / f"{module}.py", tmp_path)
     status, _, errors = run_snippet(snippet, tmp_path)
     assert status == 0, errors
@@ -70,7 +72,7 @@ def test_every_command_line_parses(command):
 @pytest.mark.parametrize("name", PAGES)
 def test_every_file_and_link_that_a_page_names_exists(name):
     text = PAGES[name]
-    for path in set(re.findall(r"`((?:labels|tests|docs|bench)/[\w./-]+|\w+\.py)`", text)):
+    for path in set(re.findall(r"`((?:labels|tests|docs|bench|sources|support)/[\w./-]+|\w+\.py)`", text)):
         assert (ROOT / path).exists(), path
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
     folder = ROOT if name == "README.md" else ROOT / "docs"

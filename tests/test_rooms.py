@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import rooms
-from rooms import CLASSES, frames, look_at, make_room, render
+from sources import rooms
+from sources.rooms import CLASSES, frames, look_at, make_room, render
 
 INTRINSICS = np.array([[150.0, 0, 79.3], [0, 140.0, 61.1], [0, 0, 1]])
 SIZE = (120, 160)

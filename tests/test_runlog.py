@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""runlog.py: averages over a window, and visualizations that show what they were asked to show."""
+"""visualize.py: averages over a window, and visualizations that show what they were asked to show."""
 import math
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-import runlog
+from support import runlog, visualize
 
 
 def read(folder):
@@ -129,14 +129,14 @@ def test_a_folder_that_is_gone_does_not_stop_a_log(tmp_path):
 def test_colors_of_features_that_are_not_finite_are_black(bad):
     feats = torch.randn(9, 4)
     feats[3, 1] = bad
-    assert (runlog.pca_colors(feats) == 0).all()
+    assert (visualize.pca_colors(feats) == 0).all()
 
 
 def test_palette_colors_are_distinct_and_in_range():
-    colors = runlog.palette(40)
+    colors = visualize.palette(40)
     assert colors.shape == (40, 3) and colors.min() >= 0 and colors.max() <= 1
-    assert torch.pdist(colors).min() > 0.03 and runlog.palette(0).shape == (0, 3)
-    assert torch.equal(runlog.palette(40)[:7], runlog.palette(7))
+    assert torch.pdist(colors).min() > 0.03 and visualize.palette(0).shape == (0, 3)
+    assert torch.equal(visualize.palette(40)[:7], visualize.palette(7))
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2])
@@ -147,17 +147,17 @@ def test_splat_paints_squares_and_darkens_the_rest(radius):
     expected = image * 0.4
     for (x, y), color in zip(((10, 6), (22, 14)), colors):
         expected[:, y - radius:y + radius + 1, x - radius:x + radius + 1] = color[:, None, None]
-    assert torch.equal(runlog.splat(image, uv, colors, radius), expected)
+    assert torch.equal(visualize.splat(image, uv, colors, radius), expected)
     assert all(torch.equal(a, b) for a, b in zip(before, (image, uv, colors)))
 
 
 def test_splat_cuts_squares_at_the_border_and_leaves_out_what_is_outside():
     image = torch.ones(3, 8, 10)
-    inside = runlog.splat(image, torch.tensor([[0.0, 0.0], [9.4, 7.4]]), torch.zeros(2, 3), 1)
+    inside = visualize.splat(image, torch.tensor([[0.0, 0.0], [9.4, 7.4]]), torch.zeros(2, 3), 1)
     assert (inside == 0).sum() == 3 * 2 * 4  # two corners of 2 x 2 pixels
     outside = torch.tensor([[-5.0, 3], [4, 100], [1e9, -1e9], [-2, -2], [math.nan, 2]])
-    assert torch.equal(runlog.splat(image, outside, torch.zeros(5, 3), 1), image * 0.4)
-    assert torch.equal(runlog.splat(image, torch.zeros(0, 2), torch.zeros(0, 3)), image * 0.4)
+    assert torch.equal(visualize.splat(image, outside, torch.zeros(5, 3), 1), image * 0.4)
+    assert torch.equal(visualize.splat(image, torch.zeros(0, 2), torch.zeros(0, 3)), image * 0.4)
 
 
 def test_pca_colors_follow_the_largest_directions():
@@ -166,17 +166,17 @@ def test_pca_colors_follow_the_largest_directions():
     basis = torch.linalg.qr(torch.randn(12, 3))[0].T
     feats = scores @ basis + torch.randn(12)
     before = feats.clone()
-    colors = runlog.pca_colors(feats)
+    colors = visualize.pca_colors(feats)
     assert torch.equal(feats, before) and colors.shape == (400, 3) and colors.min() == 0 and colors.max() == 1
     correlation = torch.corrcoef(torch.cat([colors, scores], 1).T)[:3, 3:].abs()
     assert (correlation.diagonal() > 0.95).all()
-    assert torch.equal(runlog.pca_colors(feats), colors)  # draws nothing
+    assert torch.equal(visualize.pca_colors(feats), colors)  # draws nothing
 
 
 def test_pca_colors_of_few_or_equal_rows_are_in_range():
     for feats in (torch.randn(1, 8), torch.randn(2, 8), torch.full((5, 8), 2.0), torch.zeros(0, 8),
                   torch.randn(6, 8).half() * 100):
-        colors = runlog.pca_colors(feats)
+        colors = visualize.pca_colors(feats)
         assert colors.shape == (len(feats), 3) and colors.dtype == torch.float32
         assert ((colors >= 0) & (colors <= 1)).all()
 
@@ -210,12 +210,12 @@ SOMETIMES = {"gate", "clip_pca", "instances", "instances_truth", "other_view"}
 @pytest.mark.parametrize("make, kinds", [(view, ALWAYS), (with_everything, ALWAYS | SOMETIMES)])
 def test_visualizations_and_clouds_are_in_range_for_any_number_of_points(n, make, kinds):
     given, before = make(n), make(n)
-    named = runlog.visualizations([given], NAMES)
+    named = visualize.visualizations([given], NAMES)
     assert named.keys() == {f"val_room0_0/{kind}" for kind in kinds}
-    shape = (3, runlog.SHOWN_HEIGHT, runlog.SHOWN_HEIGHT * 4 // 3 + runlog.LEGEND_WIDTH)
+    shape = (3, visualize.SHOWN_HEIGHT, visualize.SHOWN_HEIGHT * 4 // 3 + visualize.LEGEND_WIDTH)
     for name, image in named.items():
         assert image.shape == shape and image.isfinite().all() and image.min() >= 0 and image.max() <= 1, name
-    for name, (points, colors) in runlog.clouds([given, given]).items():
+    for name, (points, colors) in visualize.clouds([given, given]).items():
         assert points.shape == colors.shape == (2 * n, 3) and ((colors >= 0) & (colors <= 1)).all(), name
     for key, value in before.items():
         if isinstance(value, torch.Tensor):
@@ -231,66 +231,66 @@ def shown(image, uv, scale):
 def test_a_class_has_one_colour_everywhere_and_points_without_a_label_are_grey():
     uv = torch.tensor([[2.0, 4], [10, 4], [18, 4], [26, 4]])
     labels = torch.tensor([-1, 0, 3, 4])
-    expected = torch.cat([torch.full((1, 3), runlog.NONE), runlog.palette(5)[[0, 3, 4]]])
+    expected = torch.cat([torch.full((1, 3), visualize.NONE), visualize.palette(5)[[0, 3, 4]]])
     given = view(4, uv=uv, truth=labels, prediction=labels)
-    named = runlog.visualizations([given], NAMES)
+    named = visualize.visualizations([given], NAMES)
     for kind in ("truth", "prediction"):
-        assert torch.allclose(shown(named[f"val_room0_0/{kind}"], uv, runlog.SHOWN_HEIGHT / 24), expected)
-        assert torch.allclose(runlog.clouds([given])[kind][1], expected)
+        assert torch.allclose(shown(named[f"val_room0_0/{kind}"], uv, visualize.SHOWN_HEIGHT / 24), expected)
+        assert torch.allclose(visualize.clouds([given])[kind][1], expected)
 
 
 @pytest.mark.parametrize("make", [torch.tensor, np.array])
 def test_label_images_have_the_colours_of_labels(make):
-    image = runlog.label_images(make([[0, 3], [-1, 4]]))
-    expected = torch.stack([*runlog.palette(4)[[0, 3]], torch.full((3,), runlog.NONE), runlog.palette(5)[4]])
+    image = visualize.label_images(make([[0, 3], [-1, 4]]))
+    expected = torch.stack([*visualize.palette(4)[[0, 3]], torch.full((3,), visualize.NONE), visualize.palette(5)[4]])
     assert image.dtype == np.uint8 and image.tolist() == (255 * expected).round().int().view(2, 2, 3).tolist()
 
 
 def test_a_legend_has_the_colour_of_every_row_and_says_how_many_are_missing():
-    colors = runlog.palette(5)
-    image = runlog.legend([(color, "x") for color in colors], (100, 60))
+    colors = visualize.palette(5)
+    image = visualize.legend([(color, "x") for color in colors], (100, 60))
     present = {tuple((c * 255).round().int().tolist()) for c in image.flatten(1).T}
     assert {tuple((c * 255).round().int().tolist()) for c in colors} <= present
-    cut = runlog.legend([(color, "x") for color in colors], (45, 60))
-    assert not torch.equal(cut, runlog.legend([(color, "x") for color in colors[:2]], (45, 60)))
+    cut = visualize.legend([(color, "x") for color in colors], (45, 60))
+    assert not torch.equal(cut, visualize.legend([(color, "x") for color in colors[:2]], (45, 60)))
     assert cut.shape == (3, 45, 60)
 
 
 def test_classes_are_listed_by_frequency_and_only_if_they_occur():
-    rows = runlog.class_rows(torch.tensor([2, 2, 2, 0, -1, -1]), NAMES)
+    rows = visualize.class_rows(torch.tensor([2, 2, 2, 0, -1, -1]), NAMES)
     assert [text for _, text in rows] == ["class 2", "class 0", "no label"]
-    assert torch.equal(rows[0][0], runlog.palette(3)[2])
+    assert torch.equal(rows[0][0], visualize.palette(3)[2])
 
 
 def test_near_points_are_red_and_far_ones_blue_whatever_the_farthest():
-    near, middle, far = runlog.near_far_colors(torch.tensor([1.0, 2.0, 1e6]))
+    near, middle, far = visualize.near_far_colors(torch.tensor([1.0, 2.0, 1e6]))
     assert near.tolist() == [1, 0, 0] and far[2] == 1 and far[0] == 0 and middle[0] == 0.5 == middle[2]
 
 
 def test_clip_cells_lie_where_their_patch_lies():
     given = with_everything(5)
-    image = runlog.visualizations([given], NAMES)["val_room0_0/clip_pca"][:, :, :runlog.SHOWN_HEIGHT * 4 // 3]
-    cell = runlog.SHOWN_HEIGHT // 3
+    image = visualize.visualizations([given], NAMES)["val_room0_0/clip_pca"][:, :, :visualize.SHOWN_HEIGHT * 4 // 3]
+    cell = visualize.SHOWN_HEIGHT // 3
     cells = image[:, cell // 2::cell, cell // 2::cell]
     assert torch.allclose(cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2), image, atol=1e-6)
-    expected = runlog.pca_colors(given["clip_map"].flatten(1).T).T.view(3, 3, 4)
+    expected = visualize.pca_colors(given["clip_map"].flatten(1).T).T.view(3, 3, 4)
     assert torch.allclose(cells, expected, atol=1e-6)
 
 
 def test_a_predicted_instance_has_the_colour_of_the_true_one_that_it_finds():
     truth = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3, -1, -1])
     predicted = torch.tensor([1, 1, 1, -1, 0, 0, 0, 2, 3, 3])
-    numbers = runlog.match_instances(truth, predicted)
+    numbers = visualize.match_instances(truth, predicted)
     assert numbers[:2].tolist() == [3, 7]
     assert len(set(numbers.tolist())) == 4 and not {3, 7} & set(numbers[2:].tolist())
-    assert runlog.renumber(predicted, numbers)[3] == -1
+    assert visualize.renumber(predicted, numbers)[3] == -1
 
 
 def test_what_lies_above_the_cameras_is_left_out_of_a_cloud_and_a_cloud_has_a_largest_size(monkeypatch):
     monkeypatch.setattr(runlog, "MAX_CLOUD", 50)
     given = view(300)
     given["points"][:100, 2] = 2.6  # the camera is at 2 m
-    points, _ = runlog.clouds([given])["truth"]
+    points, _ = visualize.clouds([given])["truth"]
     assert len(points) == 50 and points[:, 2].max() < 2.5
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import data
-import scannet
+from sources import scannet
 from helpers import ALIGNMENT, CLASSES, POSE, TABLE, write_ply, write_scan, write_scannet
 
 

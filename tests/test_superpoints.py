@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scannet import ScanNetFrames
+from sources.scannet import ScanNetFrames
 from superpoints import box_mean, oversegment, srgb_to_lab, ward
 
 INTRINSICS = np.array([[60, 0, 31.5], [0, 60, 23.5], [0, 0, 1.0]])

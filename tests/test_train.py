@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import distributed
+from support import distributed
 import model as model_file
 import train
-from checkpoint import lock_folder
+from support.checkpoint import lock_folder
 from conftest import CLIP_ON
-from distributed import StopRequest
+from support.distributed import StopRequest
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
 from helpers import (POSE, SHARED_CACHE, Forked, checkpoint, in_process, in_two_processes, last_checkpoint, scalars,

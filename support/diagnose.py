@@ -304,8 +304,8 @@ def main(argv=None):
 
     If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly detection.
     """
-    from checkpoint import STEP_FIELDS, read_checkpoint
-    from distributed import setup
+    from support.checkpoint import STEP_FIELDS, read_checkpoint
+    from support.distributed import setup
     from model import prepare_device, restore_model, to_device
     from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, weigh
 
