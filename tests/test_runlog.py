@@ -287,7 +287,7 @@ def test_a_predicted_instance_has_the_colour_of_the_true_one_that_it_finds():
 
 
 def test_what_lies_above_the_cameras_is_left_out_of_a_cloud_and_a_cloud_has_a_largest_size(monkeypatch):
-    monkeypatch.setattr(runlog, "MAX_CLOUD", 50)
+    monkeypatch.setattr(visualize, "MAX_CLOUD", 50)
     given = view(300)
     given["points"][:100, 2] = 2.6  # the camera is at 2 m
     points, _ = visualize.clouds([given])["truth"]
