@@ -15,7 +15,7 @@ A *frame* is a dict:
                       say; absent: none
 
 Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates. The world's z axis
-points up, because augmentation turns about it; `up` names another.
+points up, because augmentation turns about it; `upright` turns a source whose world has another up.
 
 A *source* is any sequence of frames: a list of dicts made in a notebook, or a class that reads files when it is
 indexed. A source may also offer
@@ -32,8 +32,7 @@ With `files`, a second start on unchanged files reads no frame (see `check_frame
 
 `PointDataset` makes samples out of a source, `SceneDataset` out of whole scans, and `collate` makes a ragged batch out
 of samples. Augmentation changes `coords` and `features`. `points` stay where the camera saw them, so projection is
-exact whatever the augmentation does. `up` names the axis of the data's world that points up; samples have z up, their
-points and cameras too, and `turn_up(points, TURN_BACK[up])` gives positions of the data's world.
+exact whatever the augmentation does.
 
 Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
@@ -50,23 +49,69 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- geometry
 
-# The world's up axis -> axes and signs of the quarter or half turn that makes it z; exact, because nothing is added
-UP_AXES = {"z": ([0, 1, 2], [1, 1, 1]), "-z": ([0, 1, 2], [1, -1, -1]),
-           "y": ([0, 2, 1], [1, -1, 1]), "-y": ([0, 2, 1], [1, 1, -1]),
-           "x": ([2, 1, 0], [-1, 1, 1]), "-x": ([2, 1, 0], [1, 1, -1])}
-TURN_BACK = {"z": "z", "-z": "-z", "y": "-y", "-y": "y", "x": "-x", "-x": "x"}
+AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
 MAX_DISTANCE = 1e4  # metres from the origin to a camera, and from it to a point; float32 resolves 1 mm there
 
 
-def turn_up(vectors, up):
-    """Vectors (..., 3) of a world whose axis `up` (a key of UP_AXES) points up -> the same in a world with z up.
+def up_rotation(up):
+    """The rotation (3, 3) that makes `up` the z axis: a key of AXES, or a vector as text, "0,-0.9,0.1".
 
-    Exact. `turn_up(turned, TURN_BACK[up])` undoes it.
+    For an axis it is a quarter or half turn, exact; for a vector the smallest rotation. Raises ValueError for others.
     """
-    if up == "z":
-        return vectors
-    axes, signs = UP_AXES[up]
-    return np.ascontiguousarray(vectors[..., axes] * np.array(signs, vectors.dtype))
+    turns = {"z": ([0, 1, 2], [1, 1, 1]), "-z": ([0, 1, 2], [1, -1, -1]),
+             "y": ([0, 2, 1], [1, -1, 1]), "-y": ([0, 2, 1], [1, 1, -1]),
+             "x": ([2, 1, 0], [-1, 1, 1]), "-x": ([2, 1, 0], [1, 1, -1])}
+    if up in turns:
+        axes, signs = turns[up]
+        return np.eye(3)[axes] * np.array(signs)[:, None]
+    try:
+        vector = np.array(up.split(","), np.float64)
+    except ValueError:
+        vector = np.zeros(0)
+    length = np.linalg.norm(vector)
+    if vector.shape != (3,) or not 1e-6 < length < np.inf:
+        raise ValueError(f"up must be one of {', '.join(turns)}, or a vector x,y,z, got {up!r}")
+    x, y, z = vector / length
+    if z < -0.999999:
+        return up_rotation("-z")
+    return np.eye(3) - np.array([[x * x, x * y, 0], [x * y, y * y, 0], [0, 0, 0]]) / (1 + z) \
+        + np.array([[0, 0, -x], [0, 0, -y], [x, y, z - 1]])
+
+
+class Upright:
+    """A source of frames, or scans, in a world that is turned so that its up becomes z; see `upright`."""
+
+    def __init__(self, source, up):
+        self.source = source
+        self.rotation = up_rotation(up)
+        self.settings = f"{getattr(source, 'settings', '')}, up {up}"
+
+    def __getattr__(self, name):
+        if name == "source":  # not there yet while a copy is unpickled
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        turn = np.eye(4)
+        turn[:3, :3] = self.rotation
+        item = dict(self.source[index])
+        if "world2cam" in item:
+            item["world2cam"] = item["world2cam"] @ turn.T
+        else:
+            item["points"] = item["points"] @ self.rotation.T.astype(item["points"].dtype)
+            item["alignment"] = turn @ item["alignment"] @ turn.T
+        return item
+
+
+def upright(source, up):
+    """A source whose world has the axis or vector `up` pointing up (see `up_rotation`) -> the same with z up.
+
+    Points p' of the result are rotation @ p; `p' @ rotation` undoes it.
+    """
+    return source if up == "z" else Upright(source, up)
 
 
 def unproject(uv, depth, intrinsics, world2cam):
@@ -76,16 +121,9 @@ def unproject(uv, depth, intrinsics, world2cam):
     return (rays * np.asarray(depth, np.float64)[:, None]) @ cam2world[:3, :3].T + cam2world[:3, 3]
 
 
-def backproject(depth, intrinsics, world2cam):
-    """Depth image (H, W) in metres -> points (n, 3) float32 of its known pixels, row by row.
-
-    A pixel is known if its depth is finite and above 0.
-    """
-    if np.ndim(depth) != 2 or np.shape(intrinsics) != (3, 3) or np.shape(world2cam) != (4, 4):
-        raise ValueError(f"expected depth (H, W), intrinsics (3, 3), world2cam (4, 4), got {np.shape(depth)}, "
-                         f"{np.shape(intrinsics)}, {np.shape(world2cam)}")
-    v, u = np.nonzero((depth > 0) & np.isfinite(depth))
-    return unproject(np.stack([u, v], 1), depth[v, u], intrinsics, world2cam).astype(np.float32)
+def camera_height(world2cam):
+    """Poses (..., 4, 4) of a world with z up -> heights (...) of the cameras, metres; NumPy or torch."""
+    return -(world2cam[..., :3, 2] * world2cam[..., :3, 3]).sum(-1)
 
 
 def resize_intrinsics(intrinsics, old_size, new_size):
@@ -355,9 +393,8 @@ class PointDataset(Dataset):
     voxel_size: metres; elastic augmentation is measured in voxels, see `augment_points`.
     feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) -> tokens, pooled.
     Samples then hold clip_tokens, clip_pooled and, if the cache has dense features, clip_dense_map instead of images.
-    superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), numbered
-    0..S-1, each within one view.
-    up: the axis of the data's world that points up, a key of UP_AXES. Samples are of the world turned to z up.
+    superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), any
+    integers, each within one view; `collate` numbers them.
 
     A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3 + F), the colours
     in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1],
@@ -366,9 +403,7 @@ class PointDataset(Dataset):
     """
 
     def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True, seed=0,
-                 voxel_size=0.02, feature_cache=None, superpoints=None, up="z"):
-        if up not in UP_AXES:
-            raise ValueError(f"up must be one of {', '.join(UP_AXES)}, got {up!r}")
+                 voxel_size=0.02, feature_cache=None, superpoints=None):
         if len(image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in image_size):
             raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
         if num_points < 1 or num_views < 1:
@@ -384,7 +419,6 @@ class PointDataset(Dataset):
         self.voxel_size = voxel_size
         self.feature_cache = feature_cache
         self.superpoints = superpoints
-        self.up = up
         self.images_only = ResizedImages(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
         self._members = []  # frame indices of each sample
@@ -412,7 +446,7 @@ class PointDataset(Dataset):
         if self.superpoints is not None and owner is None:
             return None
         settings = (type(self).__name__, self.num_points, self.image_size, self.num_views, self.augment, self.color,
-                    self.images, self.seed, int(self._epoch), self.voxel_size, owner, self.up)
+                    self.images, self.seed, int(self._epoch), self.voxel_size, owner)
         return files_digest(self._sources(indices), *settings)
 
     def __getitem__(self, index):
@@ -450,9 +484,7 @@ class PointDataset(Dataset):
     def _read(self, view):
         frame = self.frames[view]
         check_frame(frame)
-        world2cam = frame["world2cam"].copy()
-        world2cam[:3, :3] = turn_up(world2cam[:3, :3], self.up)
-        return {**frame, "world2cam": world2cam}
+        return frame
 
     def _draw(self, total, rng):
         if total <= self.num_points:
@@ -468,8 +500,6 @@ class PointDataset(Dataset):
         elif self.augment:
             colors = jitter_colors(colors, rng)
         fields["features"] = np.concatenate([colors, fields["features"][:, 3:]], 1)
-        if "superpoints" in fields:  # renumbered without gaps: the draw may have missed some
-            fields["superpoints"] = np.unique(fields["superpoints"], return_inverse=True)[1]
         sample = {"name": name, "seed": int(rng.integers(2 ** 62))}
         sample |= {key: torch.from_numpy(value) for key, value in fields.items()}
         intrinsics = [resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size)
@@ -498,13 +528,13 @@ class SceneDataset(PointDataset):
     name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32 in [0, 1], alignment (4, 4) to
     the axes of the 3D encoder, and optionally labels, instances and superpoints (P,) int64.
     frames: a source of frames of the same scenes, whose labels are not needed. All else is as in `PointDataset`;
-    `coords` are aligned, turned to z up and augmented, and superpoints are those of the scan.
+    `coords` are aligned and augmented, and superpoints are those of the scan.
     """
 
     def __init__(self, scenes, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True,
-                 seed=0, voxel_size=0.02, feature_cache=None, up="z"):
+                 seed=0, voxel_size=0.02, feature_cache=None):
         super().__init__(frames, num_points, image_size, num_views, augment, color, images, seed, voxel_size,
-                         feature_cache, up=up)
+                         feature_cache)
         self.scenes = scenes
         members = group_by_scene(frame_names(frames))
         for name in scenes.names:
@@ -521,8 +551,7 @@ class SceneDataset(PointDataset):
         fields |= {key: scene[key][drawn] for key in ("labels", "instances", "superpoints") if key in scene}
         for key in ("labels", "instances"):
             fields.setdefault(key, np.full(len(drawn), -1, np.int64))
-        coords = turn_up(fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3], self.up)
-        fields["points"] = turn_up(fields["points"], self.up)
+        coords = fields["points"] @ scene["alignment"][:3, :3].T + scene["alignment"][:3, 3]
         frames = [self._read(view) for view in views]
         return self._sample(scene["name"], frames, fields, coords.astype(np.float32), rng)
 
@@ -552,12 +581,33 @@ class EveryView(Dataset):
 # ----------------------------------------------------------------------------------------------------------- batches
 
 
-def collate(samples):
+def superpoint_index(segments, batch_idx):
+    """Numbers the superpoints of a batch consecutively, scene after scene.
+
+    segments: (N,) int64 ids, unique within a scene; or (N, 3) int64 voxel coordinates, which replace superpoints that a
+        scene does not have (use coarse voxels: the masks take Q x S memory, and Q is up to S).
+    batch_idx: (N,) int64, the scene of each point.
+    Returns point_to_superpoint (N,) in [0, S), and superpoint_batch (S,), the scene of each superpoint, sorted.
+    """
+    if segments.ndim not in (1, 2) or len(segments) != len(batch_idx) or segments.is_floating_point():
+        raise ValueError(f"segments must be (N,) or (N, 3) integers for batch_idx {tuple(batch_idx.shape)}, "
+                         f"got {segments.dtype} {tuple(segments.shape)}")
+    point_to_superpoint = batch_idx
+    for column in segments.unbind(1) if segments.ndim == 2 else [segments]:  # faster than rows at once, the same order
+        values, rank = column.unique(return_inverse=True)
+        keys, point_to_superpoint = (point_to_superpoint * len(values) + rank).unique(return_inverse=True)
+    superpoint_batch = batch_idx.new_empty(len(keys)).index_copy_(0, point_to_superpoint, batch_idx)
+    return point_to_superpoint, superpoint_batch
+
+
+def collate(samples, cell=None):
     """Ragged batch: per-point fields are concatenated to (N, ...), all others stacked to (B, V, ...).
 
     Adds batch (N,) int64, the index of each point's sample; `name` and `seed` become lists. Depth images of different
-    sizes are padded with 0 = unknown at bottom and right. Superpoints and instances keep their numbers within the
-    sample. Raises ValueError if another field differs in shape.
+    sizes are padded with 0 = unknown at bottom and right. Instances keep their numbers within the sample.
+    cell: also number the superpoints of the whole batch, as `superpoint_index` does: point_to_superpoint (N,) and
+    superpoint_batch (S,). Cubes of `cell` metres stand in for superpoints that the samples do not have.
+    Raises ValueError if another field differs in shape.
     """
     batch = {key: [sample[key] for sample in samples] for key in ("name", "seed")}
     for key in samples[0]:
@@ -576,7 +626,22 @@ def collate(samples):
         batch[key] = torch.stack(values)
     sizes = torch.tensor([len(sample["points"]) for sample in samples])
     batch["batch"] = torch.repeat_interleave(torch.arange(len(samples)), sizes)
+    segments = batch.pop("superpoints", None)
+    if cell is not None:
+        segments = (batch["points"] / cell).floor().long() if segments is None else segments
+        batch["point_to_superpoint"], batch["superpoint_batch"] = superpoint_index(segments, batch["batch"])
     return batch
+
+
+def to_device(value, device):
+    """A batch, or whatever is in it, with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(part, device) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(part, device) for part in value)
+    return value
 
 
 def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):

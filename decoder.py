@@ -13,8 +13,12 @@ et al., "OneFormer3D", CVPR 2024; for single RGB-D frames: Xu et al., "ESAM", IC
 Wang et al., "SOLOv2", NeurIPS 2020.
 
 Scenes are packed and ragged: the linear layers of the decoder's layers run once over the rows of all scenes, without
-padding. Masks and the heads pad the scenes to the largest; so does attention on a GPU, and on a CPU it goes scene by
-scene. Imports torch only.
+padding. Masks and heads, and what the decoder returns, are padded to the largest scene; so is attention on a GPU, and
+on a CPU it goes scene by scene.
+
+B scenes, S superpoints of the whole batch, S_b of a scene, Q_b queries of a scene, L predictions, K classes.
+
+Imports torch.
 """
 import math
 
@@ -23,25 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PADDED = -1e4  # mask logit of a superpoint that is not there: its probability and its part of a loss are exactly 0
-
-
-def superpoint_index(segments, batch_idx):
-    """Numbers the superpoints of a batch consecutively, scene after scene.
-
-    segments: (N,) int64 ids, unique within a scene; or (N, 3) int64 voxel coordinates, which replace superpoints that a
-        scene does not have (use coarse voxels: the masks take Q x S memory, and Q is up to S).
-    batch_idx: (N,) int64, the scene of each point.
-    Returns point_to_superpoint (N,) in [0, S), and superpoint_batch (S,), the scene of each superpoint, sorted.
-    """
-    if segments.ndim not in (1, 2) or len(segments) != len(batch_idx) or segments.is_floating_point():
-        raise ValueError(f"segments must be (N,) or (N, 3) integers for batch_idx {tuple(batch_idx.shape)}, "
-                         f"got {segments.dtype} {tuple(segments.shape)}")
-    point_to_superpoint = batch_idx
-    for column in segments.unbind(1) if segments.ndim == 2 else [segments]:  # faster than rows at once, the same order
-        values, rank = column.unique(return_inverse=True)
-        keys, point_to_superpoint = (point_to_superpoint * len(values) + rank).unique(return_inverse=True)
-    superpoint_batch = batch_idx.new_empty(len(keys)).index_copy_(0, point_to_superpoint, batch_idx)
-    return point_to_superpoint, superpoint_batch
 
 
 def pool(feats, index, count):
@@ -61,8 +46,9 @@ def pool(feats, index, count):
 def draw_queries(superpoint_batch, seeds=None, min_share=1.0):
     """The superpoints of every scene that become queries: a random share between min_share and all of them.
 
-    superpoint_batch: (S,) int64, sorted. seeds: B integers, or None, see `InstanceDecoder.forward`. In evaluation
-    min_share is 1, and the queries are all superpoints in their order.
+    superpoint_batch: (S,) int64, sorted. seeds: B integers, one per scene, so that the draw depends neither on the other
+    scenes nor on the process; None: torch's global generator draws. In evaluation min_share is 1, and the queries are
+    all superpoints in their order. Made in advance, so that the decoder never waits for a GPU.
     Returns a dict, its tensors on the CPU: "rows" (Q,) int64, the superpoint of each query, scene after scene; "query"
     (B, Q_max) int64, the same numbered within the scene, and -1 beyond its queries; "sizes" and "query_sizes", lists of
     B integers, the superpoints S_b and the queries Q_b of each scene; "padding" (B, S_max) bool, True beyond S_b.
@@ -108,7 +94,8 @@ def attend_by_scene(q, k, v, x_sizes, source_sizes, allowed=None):
     queries = q.transpose(0, 1).split(x_sizes, 1)  # B tensors (nh, Q_b, C)
     keys, values = (rows.transpose(0, 1).split(source_sizes, 1) for rows in (k, v))
     scenes = []
-    for q, k, v, mask in zip(queries, keys, values, allowed or [None] * len(x_sizes)):
+    for b, (q, k, v) in enumerate(zip(queries, keys, values)):
+        mask = None if allowed is None else allowed[b, :x_sizes[b], :source_sizes[b]]
         y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask)  # (1, nh, Q_b, C)
         scenes.append(y[0].transpose(0, 1))
     return torch.cat(scenes)
@@ -117,11 +104,8 @@ def attend_by_scene(q, k, v, x_sizes, source_sizes, allowed=None):
 def attend_padded(q, k, v, x_sizes, source_sizes, allowed=None):
     """The same in one call."""
     q, k, v = pad_scenes(q, x_sizes), pad_scenes(k, source_sizes), pad_scenes(v, source_sizes)  # (B, longest, nh, C)
-    mask = None
-    if allowed is not None:
-        height, width = q.shape[1], k.shape[1]
-        mask = torch.stack([F.pad(m, (0, width - m.shape[1], 0, height - m.shape[0])) for m in allowed])
-    elif min(source_sizes) < max(source_sizes):
+    mask = allowed
+    if mask is None and min(source_sizes) < max(source_sizes):
         mask = pad_scenes(k.new_ones(sum(source_sizes), dtype=torch.bool), source_sizes)[:, None]  # (B, 1, S_max)
     if mask is not None:  # open the rows that see nothing, those of padding among them: their softmax would be NaN
         mask = (mask | ~mask.any(2, keepdim=True))[:, None]
@@ -148,7 +132,8 @@ class Attention(nn.Module):
         """x (Q, D) attends to source (S, D) -> (Q, D).
 
         x_sizes, source_sizes: lists of B integers, the rows of each scene.
-        allowed: B bool masks (Q_b, S_b), True where a row of x may attend to a source row, or None for everywhere.
+        allowed: (B, largest of x_sizes, largest of source_sizes) bool, True where a row of x may attend to a source row,
+            False in padding; None: everywhere.
         """
         attend = attend_by_scene if x.device.type == "cpu" else attend_padded  # a CPU pays for padding, a GPU for calls
         q, k, v = (rows.unflatten(1, (self.num_heads, -1))  # (rows, nh, D / nh)
@@ -201,31 +186,23 @@ class InstanceDecoder(nn.Module):
         self.quality_head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.semantic_head = nn.Linear(C, K)
 
-    def forward(self, feats, superpoint_batch, seeds=None, queries=None):
+    def forward(self, feats, queries):
         """Predictions for a packed batch of superpoints.
 
-        feats: (S, C) superpoint features. superpoint_batch: (S,) int64, sorted, the scene of each superpoint.
-        seeds: B integers that draw the training queries of each scene, so that the draw depends neither on the other
-            scenes nor on the process; None: torch's global generator draws them.
-        queries: what `draw_queries` gave for these superpoints, with its tensors on the device of feats, so that
-            nothing here waits for a GPU; None: drawn here.
-        Returns a dict:
-            "layers": num_layers + 1 predictions, the last is the final one; each is a dict of tuples over B scenes,
-                "class_logits" (Q_b, K + 1), the last column is "no object"; "mask_logits" (Q_b, S_b);
-                "quality" (Q_b,) in (0, 1)
-            "query": tuple over B scenes, (Q_b,) int64, the superpoint of the scene that each query was made from
-            "semantic_logits": (S, K)
-            "padded": the layers once more, as losses take them: "class_logits" (L, B, Q_max, K + 1), "mask_logits"
-                (L, B, Q_max, S_max), PADDED beyond S_b, "quality" (L, B, Q_max), and "query" (B, Q_max), -1 beyond Q_b
+        feats: (S, C) superpoint features, scene after scene. queries: the result of `draw_queries` for them.
+        Returns a dict of num_layers + 1 = L predictions, the last of which is the final one:
+            "class_logits" (L, B, Q_max, K + 1), the last column is "no object"
+            "mask_logits" (L, B, Q_max, S_max), PADDED beyond the S_b superpoints of a scene
+            "quality" (L, B, Q_max) in (0, 1)
+            "query" (B, Q_max), the superpoint of the scene that each query was made from, -1 beyond its Q_b queries
+            "semantic_logits" (S, K)
+            "sizes", "query_sizes": lists of B integers, S_b and Q_b
         """
-        if feats.ndim != 2 or feats.shape[1] != self.in_channels or superpoint_batch.shape != feats.shape[:1]:
-            raise ValueError(f"feats must be (S, {self.in_channels}) and superpoint_batch (S,), "
-                             f"got {tuple(feats.shape)} and {tuple(superpoint_batch.shape)}")
+        sizes, query_sizes = queries["sizes"], queries["query_sizes"]
+        if feats.shape != (sum(sizes), self.in_channels):
+            raise ValueError(f"feats must be ({sum(sizes)}, {self.in_channels}), got {tuple(feats.shape)}")
         if len(feats) == 0:
             raise ValueError("no superpoint in the whole batch")
-        if queries is None:
-            queries = draw_queries(superpoint_batch, seeds, self.min_query_share if self.training else 1.0)
-        sizes, query_sizes = queries["sizes"], queries["query_sizes"]
         rows, query_index, padding = (queries[key].to(feats.device) for key in ("rows", "query", "padding"))
 
         source = self.source_proj(feats)                       # (S, D)
@@ -234,21 +211,22 @@ class InstanceDecoder(nn.Module):
 
         states = [self._predict_masks(query, query_sizes, mask_feats, padding)]
         for layer in self.layers:
-            allowed = scenes_of(attention_mask(states[-1][1]), query_sizes, sizes)
+            allowed = attention_mask(states[-1][1], padding)
             query = layer(query, source, query_sizes, sizes, allowed)
             states.append(self._predict_masks(query, query_sizes, mask_feats, padding))
 
         normed, masks = zip(*states)
-        masks = torch.stack(masks)                             # (L, B, Q_max, S_max)
+        masks = torch.stack(masks)  # (L, B, Q_max, S_max)
         shape = masks.shape[:3]
         # no view of (L, B, Q_max, D), of which a compiled head would tell one scene from several
         rows = torch.cat([layer.flatten(0, 1) for layer in normed])
-        padded = {"class_logits": self.class_head(rows).unflatten(0, shape), "mask_logits": masks,
-                  "quality": self.quality_head(rows).view(shape).sigmoid()}
-        layers = [{"class_logits": scenes_of(classes, query_sizes), "mask_logits": scenes_of(mask, query_sizes, sizes),
-                   "quality": scenes_of(quality, query_sizes)} for classes, mask, quality in zip(*padded.values())]
-        return {"layers": layers, "query": scenes_of(query_index, query_sizes),
-                "semantic_logits": self.semantic_head(feats), "padded": {**padded, "query": query_index}}
+        return {"class_logits": self.class_head(rows).unflatten(0, shape),
+                "mask_logits": masks,
+                "quality": self.quality_head(rows).view(shape).sigmoid(),
+                "query": query_index,
+                "semantic_logits": self.semantic_head(feats),
+                "sizes": sizes,
+                "query_sizes": query_sizes}
 
     def _predict_masks(self, query, query_sizes, mask_feats, padding):
         """query (Q, D) -> normalized and padded (B, Q_max, D), and mask logits (B, Q_max, S_max)."""
@@ -257,17 +235,13 @@ class InstanceDecoder(nn.Module):
         return normed, logits.masked_fill(padding[:, None], PADDED)
 
 
-def scenes_of(padded, heights, widths=None):
-    """padded (B, R_max, ...) -> B views, of heights[b] rows and, with widths, of widths[b] columns."""
-    scenes = [scene[:height] for scene, height in zip(padded.unbind(), heights)]
-    return tuple(scenes if widths is None else (scene[:, :width] for scene, width in zip(scenes, widths)))
-
-
 @torch.no_grad()
-def attention_mask(mask_logits):
-    """(..., Q, S) mask logits -> bool: where sigmoid >= 0.5, or everywhere in a row that has no such entry."""
+def attention_mask(mask_logits, padding):
+    """(B, Q, S) mask logits, padding (B, S) -> bool: sigmoid >= 0.5; a row without any such entry sees its whole scene.
+    """
     allowed = mask_logits >= 0
-    return allowed | ~allowed.any(dim=-1, keepdim=True)
+    is_empty = ~allowed.any(dim=-1, keepdim=True)
+    return allowed | (is_empty & ~padding[:, None])
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -336,15 +310,22 @@ def instances_from_logits(class_logits, mask_logits, quality, point_to_superpoin
 def scene_instances(output, point_to_superpoint, batch_idx, **thresholds):
     """Instances of every scene of a batch: a list of B results of `instances_from_logits`.
 
-    output: of `InstanceDecoder`. point_to_superpoint: (N,), of `superpoint_index`. batch_idx: (N,), the scene of each
-    point. thresholds: keyword arguments of `instances_from_logits`.
+    output: of `InstanceDecoder`. point_to_superpoint (N,), batch_idx (N,): the superpoint and the scene of each point.
+    thresholds: keyword arguments of `instances_from_logits`.
     """
-    final = output["layers"][-1]
+    class_logits, mask_logits, quality = (output[key][-1] for key in ("class_logits", "mask_logits", "quality"))
     scenes = []
     first = 0  # superpoints of the scenes before this one
-    for b, (class_logits, mask_logits, quality) in enumerate(
-            zip(final["class_logits"], final["mask_logits"], final["quality"])):
+    for b, (S, Q) in enumerate(zip(output["sizes"], output["query_sizes"])):
         local_index = point_to_superpoint[batch_idx == b] - first
-        scenes.append(instances_from_logits(class_logits, mask_logits, quality, local_index, **thresholds))
-        first += mask_logits.shape[1]
+        scenes.append(instances_from_logits(class_logits[b, :Q], mask_logits[b, :Q, :S], quality[b, :Q], local_index,
+                                            **thresholds))
+        first += S
     return scenes
+
+
+def paint_instances(masks):
+    """masks (R, P) bool, best first -> (P,) int64: the best instance of every point, -1 = none."""
+    if len(masks) == 0:
+        return torch.full(masks.shape[1:], -1, device=masks.device)
+    return torch.where(masks.any(0), masks.int().argmax(0), -1)  # argmax gives the first of equals

@@ -362,7 +362,7 @@ class BiFusionEncoder(nn.Module):
     """
 
     def __init__(self, encoder_2d, encoder_3d, gate=None, dim_3d=96, embed_dim=256, depth_tolerance=0.05,
-                 dense_target=False, camera_model=None):
+                 camera_model=None):
         super().__init__()
         self.encoder_2d = encoder_2d
         self.encoder_3d = encoder_3d
@@ -371,10 +371,9 @@ class BiFusionEncoder(nn.Module):
             self.norm_2d = nn.LayerNorm(embed_dim)
             self.gate = FusionGate(embed_dim) if gate is None else gate
         self.depth_tolerance = depth_tolerance
-        self.dense_target = dense_target
         self.camera_model = camera_model
 
-    def encode_images(self, batch):
+    def encode_images(self, batch, with_dense=False):
         """Feature maps of the batch's B * V images, or of the raw features cached for them.
 
         Returns spatial (B * V, C, Hf, Wf), global (B * V, C), dense (B * V, C, Hf, Wf) or None, image_size (H, W).
@@ -384,15 +383,15 @@ class BiFusionEncoder(nn.Module):
         if "images" in batch:
             images = present_views(batch, "images")  # (B * V, 3, H, W)
             image_size = images.shape[-2:]
-            if not self.dense_target:
+            if not with_dense:
                 return *encoder(images), None, image_size
             tokens, pooled, dense = encoder.encode_with_dense(images)
         else:
             image_size = encoder.image_size
             tokens = present_views(batch, "clip_tokens")
             pooled = present_views(batch, "clip_pooled")
-            dense = present_views(batch, "clip_dense_map") if self.dense_target else None
-        if self.dense_target:
+            dense = present_views(batch, "clip_dense_map") if with_dense else None
+        if with_dense:
             dense = encoder.project_dense_target(dense)
         return *encoder.project(tokens, pooled), dense, image_size
 
@@ -435,7 +434,7 @@ class BiFusionEncoder(nn.Module):
             index[part], weight[part] = view_cells(uv, image_size, map_size, view, visible)
         return valid, [sample_cells(feature_map, index, weight) for feature_map in maps]
 
-    def forward(self, batch):
+    def forward(self, batch, with_dense=False):
         """A batch as `collate` makes it -> dict of
 
             feat_fusion (N, C), feat_3d (N, C)   with and without the images
@@ -453,7 +452,7 @@ class BiFusionEncoder(nn.Module):
         fields hold, image_sizes (B, V, 2), the (H, W) that each view's intrinsics refer to if it is not that of the
         images, and camera_model. Raises ValueError for others (`check_batch`).
         """
-        check_batch(batch, self.encoder_2d is not None, self.dense_target)
+        check_batch(batch, self.encoder_2d is not None, with_dense)
         feat_3d = self.proj_3d(self.encoder_3d(batch))  # (N, C)
         if self.encoder_2d is None:
             n = len(feat_3d)
@@ -461,7 +460,7 @@ class BiFusionEncoder(nn.Module):
                     "clip_dense": None, "valid": torch.zeros(n, dtype=torch.bool, device=feat_3d.device),
                     "alpha": feat_3d.new_zeros(n, 1)}
 
-        spatial, clip_global, dense, image_size = self.encode_images(batch)
+        spatial, clip_global, dense, image_size = self.encode_images(batch, with_dense)
         spatial = self.norm_2d(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # LayerNorm per cell, before sampling
         maps = [spatial] if dense is None else [spatial, dense]
         valid, (feat_2d, *target) = self.sample(batch, image_size, maps)

@@ -185,27 +185,25 @@ def clip_consistency(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=N
     return loss, torch.stack([used.sum(), dropped.sum(), feat_clamped + clip_clamped])
 
 
-def draw_negatives(candidates: Tensor, count: int) -> Tensor:
+def draw_negatives(candidates: Tensor, count: int, generator=None) -> Tensor:
     """Draws rows of candidates (T,) bool, T >= count, without repetition -> (count,) int64.
 
-    A row that is no candidate is drawn only after all candidates. Sorts random numbers of the global generator: listing
-    the candidates would wait for the device.
+    A row that is no candidate is drawn only after all candidates. Sorts random numbers: listing the candidates would
+    wait for the device.
     """
-    return torch.rand(candidates.shape, device=candidates.device).where(candidates, -1).topk(count).indices
+    order = torch.rand(candidates.shape, device=candidates.device, generator=generator)
+    return order.where(candidates, -1).topk(count).indices
 
 
 def clip_infonce(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None, temperature=TEMPERATURE_FLOOR,
-                 gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1, negatives=None, world_mean=None):
+                 gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1, negatives=None, generator=None, world_mean=None):
     """Mean over the usable rows of half the cross-entropy of a row's own target among itself and the negatives.
 
     van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018. Arguments and results as in
     `clip_consistency`, and negatives (M,) int64, rows of clip_feat. None: all rows; if there are more than
-    MAX_NEGATIVES, that many usable ones, drawn anew in each call. A negative is skipped for the rows whose own target
-    it is, and for all rows if it is not usable. Without any negative the loss is 0.
-    Takes memory for a few times N x M numbers.
-
-    The draw uses torch's global generator. The training loop seeds it from the samples of the batch before each
-    forward pass, so a resumed run draws the same negatives without any saved generator state.
+    MAX_NEGATIVES, that many usable ones, drawn anew in each call by `generator`, a torch.Generator of the device; None:
+    the global one. A negative is skipped for the rows whose own target it is, and for all rows if it is not usable.
+    Without any negative the loss is 0. Takes memory for a few times N x M numbers.
     """
     if negatives is not None and negatives.dim() != 1:
         raise ValueError(f"negatives {tuple(negatives.shape)} must be (M,), rows of clip_feat")
@@ -216,7 +214,7 @@ def clip_infonce(feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None,
     rows = torch.arange(clip_feat.shape[0], device=clip_feat.device)
     own = rows if batch is None else batch  # (N,)
     if negatives is None:
-        negatives = rows if rows.shape[0] <= MAX_NEGATIVES else draw_negatives(targets, MAX_NEGATIVES)
+        negatives = rows if rows.shape[0] <= MAX_NEGATIVES else draw_negatives(targets, MAX_NEGATIVES, generator)
 
     with torch.autocast(feat_fusion.device.type, enabled=False):
         feat, feat_norm, feat_clamped = rows_and_norms(feat_fusion, used, clamp, norm_floor, dtype)
@@ -270,8 +268,6 @@ class ClipConsCriterion(nn.Module):
     variant: one of CLIP_LOSSES.
     world_mean: see the top of the file; `rows` is then the mean number of rows per process, and the interval is that
         of the mean loss over the processes. infonce takes the negatives of its own process only.
-    counts (3,): rows used, non-finite rows left out, entries clamped, of the last call, in this process. None under
-        torch.func transforms, torch.compile and torch.export, where they could not be kept.
     """
 
     def __init__(self, loss_weight=0.05, temperature=0.07, gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1,
@@ -291,18 +287,20 @@ class ClipConsCriterion(nn.Module):
         self.norm_floor = norm_floor
         self.variant = variant
         self.world_mean = world_mean
-        self.counts = None
 
-    def forward(self, feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None) -> Tensor:
-        """feat_fusion (N, C), clip_feat (N, C), or (B, C) with batch (N,), valid (N,) bool -> scalar, weighted."""
+    def forward(self, feat_fusion: Tensor, clip_feat: Tensor, batch=None, valid=None, generator=None):
+        """feat_fusion (N, C), clip_feat (N, C), or (B, C) with batch (N,), valid (N,) bool -> loss, counts.
+
+        The loss is a weighted scalar. counts (3,) int64 of this process: rows used, non-finite rows left out, entries
+        clamped. generator: draws the negatives of infonce; None: the global one.
+        """
         settings = dict(temperature=self.temperature, gradient_flow_ratio=self.gradient_flow_ratio, clamp=self.clamp,
                         norm_floor=self.norm_floor, world_mean=self.world_mean)
         if self.variant == "infonce":
-            loss, counts = clip_infonce(feat_fusion, clip_feat, batch, valid, **settings)
+            loss, counts = clip_infonce(feat_fusion, clip_feat, batch, valid, generator=generator, **settings)
         else:
             loss, counts = clip_consistency(feat_fusion, clip_feat, batch, valid, variant=self.variant, **settings)
-        self.counts = None if transformed() else counts
-        return self.loss_weight * loss
+        return self.loss_weight * loss, counts
 
     def extra_repr(self):
         return (f"loss_weight={self.loss_weight}, temperature={self.temperature}, clamp={self.clamp}, "
@@ -347,7 +345,7 @@ class SemanticCriterion(nn.Module):
 
 
 def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoint_batch: Tensor):
-    """The instances of every scene as masks over its superpoints.
+    """The instances of every scene as masks over its superpoints, G_b of scene b.
 
     labels (N,) and instances (N,) int64, negative = none; index (N,), the superpoint of each point, numbered through
     scene after scene; superpoint_batch (S,), the scene of each superpoint, sorted.
@@ -355,8 +353,9 @@ def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoin
     A superpoint belongs to the instance that holds more than half of its points, so to at most one. The class of an
     instance is the most frequent label of its points. Points without a label or an instance count as outside.
 
-    Returns B dicts {"masks": (G, S_b) bool, "labels": (G,) int64}, instances by ascending id. A mask is empty if its
-    instance owns no superpoint. Raises ValueError for other shapes.
+    Returns a dict, instances by ascending id: "masks" (B, G_max, S_max) bool, False beyond a scene's; "labels"
+    (B, G_max) int64, -1 beyond them; "sizes" (B,), S_b. A mask is empty if its instance owns no superpoint. Raises
+    ValueError for other shapes.
     """
     if not labels.shape == instances.shape == index.shape or labels.dim() != 1 or superpoint_batch.dim() != 1:
         raise ValueError(f"labels {tuple(labels.shape)}, instances {tuple(instances.shape)} and index "
@@ -381,44 +380,23 @@ def instance_targets(labels: Tensor, instances: Tensor, index: Tensor, superpoin
     K = int(label.max()) + 1 if G else 1
     group_label = torch.bincount(group * K + label, minlength=G * K).view(G, K).argmax(1)
 
-    # By scene
+    # By scene, padded
     counts = torch.bincount(keys // max(len(ids), 1), minlength=len(sizes)).tolist()
-    rows = torch.arange(G, device=index.device).split(counts)
-    owners = owner.split(sizes.tolist())
-    return [{"masks": own == row[:, None], "labels": group_label[row]} for own, row in zip(owners, rows)]
+    instance = pad_rows(torch.arange(G, device=index.device).split(counts), -2)  # (B, G_max)
+    owner = pad_rows(owner.split(sizes.tolist()), -1)                           # (B, S_max)
+    return {"masks": owner[:, None] == instance[..., None], "labels": pad_rows(group_label.split(counts), -1),
+            "sizes": sizes}
+
+
+def pad_rows(rows, value):
+    """B tensors (R_b,) -> (B, R_max), filled up with value; R_max is 1 at least."""
+    longest = max(1, *map(len, rows))
+    return torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])
 
 
 def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
     """1 - (2 <p, t> + 1) / (sum p + sum t + 1) over the last dimension (Milletari et al., V-Net, 2016, smoothed)."""
     return 1 - (2 * (probability * target).sum(-1) + 1) / (probability.sum(-1) + target.sum(-1) + 1)
-
-
-def pad_together(tensors, value=0) -> Tensor:
-    """B tensors of one rank -> (B, ...): each filled up with value to the largest sizes of all, and to 1 at least."""
-    largest = [max(1, *lengths) for lengths in zip(*(x.shape for x in tensors))]
-
-    def missing(x):
-        return [n for have, want in zip(x.shape[::-1], largest[::-1]) for n in (0, want - have)]  # last dimension first
-    return torch.stack([F.pad(x, missing(x), value=value) for x in tensors])
-
-
-def pad_targets(targets: list) -> dict:
-    """The result of `instance_targets` in three tensors, for `InstanceCriterion`; made in advance, it saves time there.
-
-    "masks" (B, G_max, S_max), False beyond a scene's; "labels" (B, G_max), -1 beyond them; "sizes" (B,), S_b.
-    """
-    masks = [target["masks"] for target in targets]
-    sizes = torch.tensor([mask.shape[1] for mask in masks])
-    return {"masks": pad_together(masks), "labels": pad_together([target["labels"] for target in targets], -1),
-            "sizes": sizes.to(masks[0].device, non_blocking=True)}
-
-
-def pad_predictions(layers: list, query) -> dict:
-    """Layers of tuples over scenes, see `instance_loss` -> what the decoder gives as "padded"."""
-    padded = {"query": pad_together(query, -1)}
-    for name, value in (("class_logits", 0), ("mask_logits", PADDED), ("quality", 0)):
-        padded[name] = torch.stack([pad_together(layer[name], value) for layer in layers])
-    return padded
 
 
 @torch.no_grad()
@@ -451,7 +429,7 @@ def match_instances(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, m
 
 
 def scene_terms(class_logits: Tensor, mask_logits: Tensor, quality: Tensor, query: Tensor, targets: dict):
-    """The terms of `instance_loss` scene by scene: padded predictions of L layers and B scenes, and `pad_targets` ->
+    """The terms of `instance_losses` scene by scene: predictions of L layers and B scenes, and their targets ->
     terms (L, B, 4), counted (L, B, 4) bool: whether the scene has the term.
     """
     L, B, Q = quality.shape
@@ -486,26 +464,12 @@ def scene_terms(class_logits: Tensor, mask_logits: Tensor, quality: Tensor, quer
     return torch.cat([class_term[..., None], means], 2), torch.cat([has_queries, chosen.any(3)], 2)
 
 
-def instance_losses(output: dict, targets, world_mean=None) -> Tensor:
-    """`instance_loss` of L layers at once -> (L, 4); output and targets as in `InstanceCriterion`."""
-    with torch.autocast(output["query"][0].device.type, enabled=False):
-        if not isinstance(targets, dict):
-            targets = pad_targets(targets)
-        predictions = output.get("padded") or pad_predictions(output["layers"], output["query"])
-        inputs = [predictions[name] for name in ("class_logits", "mask_logits", "quality")]
-        terms, counted = scene_terms(*(x.to(common_dtype(x)) for x in inputs), predictions["query"], targets)
-        total = terms.where(counted, 0).sum(1)  # (L, 4)
-        scenes = counted.sum(1).to(total.dtype)
-        if world_mean is not None:
-            scenes = torch.stack([world_mean(layer) for layer in scenes])
-        return mean_over(total, scenes)
+def instance_losses(output: dict, targets: dict, world_mean=None) -> Tensor:
+    """The four raw terms of L predictions -> (L, 4), in fp32 (float64 stays float64), in the order of INSTANCE_WEIGHTS.
 
-
-def instance_loss(layer: dict, targets: list, query, world_mean=None) -> dict:
-    """The four raw terms of one prediction layer, in fp32 (float64 stays float64).
-
-    layer: tuples over the B scenes, "class_logits" (Q, K + 1), "mask_logits" (Q, S), "quality" (Q,). targets: from
-    `instance_targets`. query: tuple over scenes, (Q,) the superpoint of each query.
+    output: of the decoder, padded to the largest of B scenes: "class_logits" (L, B, Q, K + 1), "mask_logits"
+    (L, B, Q, S), PADDED in padding, "quality" (L, B, Q), "query" (B, Q), the superpoint of each query, -1 in padding.
+    targets: from `instance_targets`. Each prediction is matched anew.
 
         class    cross-entropy of all queries; a query without instance has class K and weight NO_OBJECT_WEIGHT
         bce      binary cross-entropy of the masks of the matched queries
@@ -514,29 +478,27 @@ def instance_loss(layer: dict, targets: list, query, world_mean=None) -> dict:
 
     Each term is averaged within a scene, then over the scenes that have a match (class: over all), so that the scenes
     of a batch weigh the same. Without any match a term is a zero with a graph. world_mean: see the top of the file; it
-    is called once, on the number of scenes of each term (4,).
+    is called once per prediction, on the number of scenes of each term (4,).
     """
-    terms, = instance_losses({"layers": [layer], "query": query}, targets, world_mean)
-    return dict(zip(INSTANCE_WEIGHTS, terms))
+    if len(output["query"]) != len(targets["labels"]):
+        raise ValueError(f"output of {len(output['query'])} scenes, but targets of {len(targets['labels'])}")
+    with torch.autocast(output["query"].device.type, enabled=False):
+        inputs = [output[name] for name in ("class_logits", "mask_logits", "quality")]
+        terms, counted = scene_terms(*(x.to(common_dtype(x)) for x in inputs), output["query"], targets)
+        total = terms.where(counted, 0).sum(1)  # (L, 4)
+        scenes = counted.sum(1).to(total.dtype)
+        if world_mean is not None:
+            scenes = torch.stack([world_mean(layer) for layer in scenes])
+        return mean_over(total, scenes)
 
 
 class InstanceCriterion(nn.Module):
-    """`instance_loss` of every layer, matched anew in each, summed over layers: raw terms, one per INSTANCE_WEIGHTS.
-
-    world_mean: see the top of the file; called once per layer.
-    """
+    """`instance_losses` summed over all predictions. world_mean: see the top of the file."""
 
     def __init__(self, world_mean=None):
         super().__init__()
         self.world_mean = world_mean
 
-    def forward(self, output: dict, targets) -> dict:
-        """output {"layers", "query"} of the decoder, see `instance_loss`; if it has "padded", that is read instead of
-        the layers. targets: from `instance_targets`, or made of those by `pad_targets`.
-
-        Returns {"class", "bce", "dice", "quality"}, scalars. Raises ValueError if the numbers of scenes differ.
-        """
-        num_scenes = len(targets["labels"]) if isinstance(targets, dict) else len(targets)
-        if len(output["query"]) != num_scenes:
-            raise ValueError(f"output of {len(output['query'])} scenes, but targets of {num_scenes}")
+    def forward(self, output: dict, targets: dict) -> dict:
+        """output, targets: see `instance_losses` -> {"class", "bce", "dice", "quality"}, raw scalars."""
         return dict(zip(INSTANCE_WEIGHTS, instance_losses(output, targets, self.world_mean).sum(0)))

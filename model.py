@@ -8,24 +8,21 @@
 makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another backbone or gate is one line
 of `build_model`.
 
-Imports torch, and its siblings checkpoint, decoder, encoder, fusion, sparse_unet.
+Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet and support/checkpoint.
 """
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
 import warnings
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 
-from support.checkpoint import read_checkpoint, restore
-from decoder import InstanceDecoder, draw_queries, pool, superpoint_index, unpad_scenes
-from encoder import Enhanced2DEncoder, set_tf32
+from data import collate
+from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
+from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
+from losses import instance_targets
 from sparse_unet import COLORS, NETWORKS, PointEncoder
+from support.checkpoint import read_checkpoint, restore
 
 
 class Segmenter(nn.Module):
@@ -33,8 +30,8 @@ class Segmenter(nn.Module):
 
     fusion: a BiFusionEncoder with outputs (N, embed_dim). decoder: an InstanceDecoder, or None for semantics alone.
     With a decoder, the logits of a point are the sum of its own, its superpoint's, and those of the instances that hold
-    its superpoint: the point sees sharper borders, the superpoint more context, and an instance the whole object. If a
-    batch has no superpoints, cubes of `cell` metres stand in for them.
+    its superpoint: the point sees sharper borders, the superpoint more context, and an instance the whole object.
+    cell: metres; cubes of this size stand in for superpoints that samples do not have.
     """
 
     def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
@@ -46,61 +43,79 @@ class Segmenter(nn.Module):
         if decoder is not None:  # the position separates instances that look alike
             self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
 
-    def forward(self, batch):
-        """batch of `data.collate` -> the output of `fusion` and "logits" (N, K).
+    def forward(self, batch, with_dense=False):
+        """batch of `make_batch` -> the output of `fusion` and of `decode`. with_dense: see `BiFusionEncoder.forward`."""
+        fused = self.fusion(batch, with_dense)
+        return {**fused, **self.decode(fused["feat_fusion"], batch)}
 
-        With a decoder also "point_to_superpoint" (N,) in [0, S), "superpoint_batch" (S,) and "decoder", its output.
-        """
-        out = self.fusion(batch)
-        out["logits"] = self.head(out["feat_fusion"])  # (N, K)
+    def decode(self, feat_fusion, batch):
+        """Fused features (N, C) of a batch -> a dict of "logits" (N, K) and, with a decoder, "decoder", its output."""
+        logits = self.head(feat_fusion)  # (N, K)
         if self.decoder is None:
-            return out
-        if "queries" not in batch:
-            batch = number_superpoints(batch, self.cell, self.decoder.min_query_share if self.decoder.training else 1.0)
+            return {"logits": logits}
         point_to_superpoint, superpoint_batch = batch["point_to_superpoint"], batch["superpoint_batch"]
         S = len(superpoint_batch)
 
         # position of a superpoint within its scene
-        centre = pool(batch["coords"], point_to_superpoint, S)  # (S, 3)
-        scene_centre = pool(centre, superpoint_batch, len(batch["name"]))  # (B, 3)
-        position = self.position(centre - scene_centre[superpoint_batch])  # (S, C)
+        center = pool(batch["coords"], point_to_superpoint, S)  # (S, 3)
+        scene_center = pool(center, superpoint_batch, len(batch["name"]))  # (B, 3)
+        position = self.position(center - scene_center[superpoint_batch])  # (S, C)
 
-        feats = pool(out["feat_fusion"], point_to_superpoint, S) + position
-        decoded = self.decoder(feats, superpoint_batch, queries=batch["queries"])
+        feats = pool(feat_fusion, point_to_superpoint, S) + position
+        decoded = self.decoder(feats, batch["queries"])
         # in float32, also under autocast: the gradient of a superpoint is a sum over its points
-        logits = decoded["semantic_logits"] + asked_logits(decoded["padded"], batch["queries"]["sizes"])  # (S, K)
-        wide = logits.to(torch.promote_types(out["logits"].dtype, torch.float32))
-        out["logits"] = out["logits"] + wide.index_select(0, point_to_superpoint)
-        return {**out, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
-                "decoder": decoded}
+        superpoint_logits = decoded["semantic_logits"] + instance_logits(decoded)  # (S, K)
+        wide = superpoint_logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return {"logits": logits + wide.index_select(0, point_to_superpoint), "decoder": decoded}
+
+    def batch_options(self, training):
+        """Keyword arguments of `make_batch` for this network: for a training step, or else for evaluation."""
+        if self.decoder is None:
+            return {}
+        query_share = self.decoder.min_query_share if training else 1.0
+        return dict(cell=self.cell, min_query_share=query_share, with_targets=training)
 
 
-def asked_logits(predictions, sizes):
-    """What the instances say about the class of the superpoints: (S, K), the mean of the queries' class logits without
+def instance_logits(decoded):
+    """What the instances say about the class of their superpoints: (S, K), the mean of the queries' class logits without
     "no object", weighted by their masks. A superpoint that is in no mask gets 0.
 
-    predictions: "padded" of the decoder's output, of which the last layer is asked. sizes: S_b of each scene.
+    decoded: the decoder's output, of which the last prediction is read.
     """
-    is_query = (predictions["query"] >= 0)[..., None]                        # (B, Q, 1)
-    held = predictions["mask_logits"][-1].sigmoid() * is_query               # (B, Q, S)
-    classes = predictions["class_logits"][-1][..., :-1]                      # (B, Q, K)
-    logits = held.transpose(1, 2) @ classes / (1 + held.sum(1))[..., None]   # the 1: a weak mask says little
-    return unpad_scenes(logits, sizes)
+    is_query = (decoded["query"] >= 0)[..., None]                    # (B, Q, 1)
+    held = decoded["mask_logits"][-1].sigmoid() * is_query           # (B, Q, S)
+    classes = decoded["class_logits"][-1][..., :-1]                  # (B, Q, K)
+    total = held.transpose(1, 2) @ classes                           # (B, S, K)
+    logits = total / (1 + held.sum(1))[..., None]                    # the 1: a weak mask says little
+    return unpad_scenes(logits, decoded["sizes"])
 
 
-def number_superpoints(batch, cell=0.2, min_query_share=1.0):
-    """A batch with what the decoder needs of it and the network does not change, so that nothing waits for a GPU later.
+def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
+    """Samples -> a batch with all that a step needs of it alone, so that nothing waits for a GPU later.
 
-    Adds point_to_superpoint (N,), superpoint_batch (S,) and queries, the result of `decoder.draw_queries`. A batch
-    without superpoints gets cubes of `cell` metres.
+    cell: None for a network without decoder. Otherwise the superpoints are numbered (see `data.collate`), and the batch
+    holds "queries", the result of `decoder.draw_queries`, and with_targets also "targets", of `losses.instance_targets`.
+    `Segmenter.batch_options` has the right values.
     """
-    segments = batch["superpoints"] if "superpoints" in batch else (batch["points"] / cell).floor().long()
-    point_to_superpoint, superpoint_batch = superpoint_index(segments, batch["batch"])
-    return {**batch, "point_to_superpoint": point_to_superpoint, "superpoint_batch": superpoint_batch,
-            "queries": draw_queries(superpoint_batch, batch.get("seed"), min_query_share)}
+    batch = collate(samples, cell)
+    if cell is None:
+        return batch
+    batch["queries"] = draw_queries(batch["superpoint_batch"], batch["seed"], min_query_share)
+    if with_targets:
+        batch["targets"] = instance_targets(batch["labels"], batch["instances"], batch["point_to_superpoint"],
+                                            batch["superpoint_batch"])
+    return batch
 
 
-def build_encoder_2d(config):
+def batches_for(model, training):
+    """The collate_fn of a DataLoader for a Segmenter: batches for training steps, or else for evaluation."""
+    return partial(make_batch, **model.batch_options(training))
+
+
+# ---------------------------------------------------------------------------------------------- building and loading
+
+
+def build_tower(config):
     """The CLIP tower that the options of a run name, or None for the 3D baseline."""
     if config["no_clip"]:
         return None
@@ -109,131 +124,59 @@ def build_encoder_2d(config):
                              trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
 
 
-def build_model(config, num_classes, instances, encoder_2d, in_channels=3):
+def build_model(config, num_classes, instances, tower, in_channels=3):
     """A Segmenter with fresh weights.
 
-    config: the options of train.py as a dict. instances: whether it has an instance decoder. encoder_2d: see
-    `build_encoder_2d`. in_channels: width of the points' features.
+    config: the options of train.py as a dict. instances: whether it has an instance decoder. tower: the image encoder,
+    see `build_tower`, or None. in_channels: width of the points' features.
     """
-    is_small = config["backbone"] == "small"
     color_mean, color_std = COLORS[config["colors"]] or (None, None)
     encoder_3d = PointEncoder(config["voxel_size"], in_channels, color_mean=color_mean, color_std=color_std,
                               **NETWORKS[config["backbone"]])
     # another gate: pass gate=MyGate(256); another backbone: pass it as encoder_3d, with dim_3d= if it is not 96 wide
-    fusion = BiFusionEncoder(encoder_2d, encoder_3d, depth_tolerance=config["depth_tolerance"])
+    fusion = BiFusionEncoder(tower, encoder_3d, depth_tolerance=config["depth_tolerance"])
     decoder = None
     if instances:
-        decoder = InstanceDecoder(256, num_classes, **(dict(embed_dim=128, ffn=512) if is_small else {}))
+        size = dict(embed_dim=128, ffn=512) if config["backbone"] == "small" else {}
+        decoder = InstanceDecoder(256, num_classes, **size)
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
-def load_model(path, device=None, clip_pretrained=None):
+def load_model(path, device=None, clip_pretrained=None, tower=None):
     """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a dict).
 
     device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint: they are loaded
-    as in training, or from clip_pretrained, if their file lies elsewhere now. Raises FileNotFoundError or ValueError,
-    with the path, if a file is missing, damaged, or belongs to another tower.
+    as in training, or from clip_pretrained, if their file lies elsewhere now. tower: an image encoder of your own that
+    it was trained with. Raises FileNotFoundError or ValueError, with the path, if a file is missing, damaged, or belongs
+    to another tower.
     """
     state = read_checkpoint(path)
-    config, class_names = state["config"], state["class_names"]
+    config = state["config"]
     config["clip_pretrained"] = clip_pretrained or config["clip_pretrained"]
     for text in state["warnings"]:
         warnings.warn(f"{path}: {text}")
-    model = restore_model(state, path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), class_names, config
+    model = restore_model(state, path, tower).to(device).eval()
+    return model, state["class_names"], config
 
 
-def restore_model(state, path):
+def restore_model(state, path, tower=None):
     """The network of a checkpoint or a saved step, on the CPU. state: what `read_checkpoint` made of the file at path."""
     config, class_names = state["config"], state["class_names"]
     for field, known in (("backbone", NETWORKS), ("colors", COLORS)):
         if config.get(field) not in tuple(known):
             raise ValueError(f"{path}: field config.{field} is {config.get(field)!r}, not one of {', '.join(known)}")
-    encoder_2d = build_encoder_2d(config)
+    tower = tower or build_tower(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
     stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)
-    model = build_model(config, len(class_names), instances, encoder_2d, stem.shape[1])
-    restore(model, state, path, class_names, encoder_2d.fingerprint() if encoder_2d is not None else None)
+    model = build_model(config, len(class_names), instances, tower, stem.shape[1])
+    restore(model, state, path, class_names, fingerprint_of(tower))
     return model
 
 
-def to_device(value, device):
-    """A batch, or whatever is in it, with its tensors on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(part, device) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_device(part, device) for part in value)
-    return value
-
-
-def gpu_settings(deterministic=False):
-    """How a GPU computes; call it before the first tensor is made there. A CPU is not concerned.
-
-    deterministic: a run gives the same numbers every time, as on a CPU, where torch has such kernels for it; it warns
-    where it has none. Sums then take sorted instead of atomic additions, which is slower.
-    """
-    # Products of float32 round their factors to TF32. `Enhanced2DEncoder.encode` turns that off, because a cache stores
-    # its features.
-    set_tf32(products=True, convolutions=True)
-    # Sums of half-precision products stay in float32, also between the parts into which a long product is split.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in each step.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without a fixed workspace, cuBLAS varies
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def keep_buffers():
-    """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
-
-    By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
-    sixth of a training step or of a prediction on a CPU.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old versions refuse above 2^25
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-
-
-def prepare_device(device, deterministic=False):
-    """Settings of the process that suit its device."""
-    if device.type == "cuda":
-        gpu_settings(deterministic)
-    else:
-        keep_buffers()
-
-
-def run_command(main):
-    """Runs a script's `main`: what a user can mend is one line on stderr and exit status 2; --debug shows a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "--debug" in sys.argv:
-            raise
-        text = str(error)
-        if "Original Traceback" in text:  # of a worker; it ends with "type: message"
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
-    finally:
-        kill_workers()
-
-
-def kill_workers():
-    """Ends workers of loaders that an error has left behind: they outlive the signal that would end them."""
-    workers = [process for process in multiprocessing.active_children() if process.daemon]
-    if not workers:
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader raises for every worker that is killed
-    for worker in workers:
-        worker.kill()
-        worker.join()
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+def fingerprint_of(tower):
+    """What a checkpoint remembers of the image tower that it was trained with; None without one."""
+    return None if tower is None else tower.fingerprint()
 
 
 def compile_parts(model):
@@ -245,8 +188,8 @@ def compile_parts(model):
     fusion, decoder = model.fusion, model.decoder
     static, dynamic = [], [fusion.proj_3d]
     if fusion.encoder_2d is not None:
-        static = fusion.encoder_2d.blocks
-        dynamic = [*dynamic, fusion.gate]
+        static = getattr(fusion.encoder_2d, "blocks", [])
+        dynamic.append(fusion.gate)
     if decoder is not None:
         dynamic += [decoder.class_head, decoder.quality_head]
     for module in static:

@@ -16,10 +16,7 @@ Every process must send the same messages in the same order, or the others wait 
 when a process has no rows. The caller's part: the output of every norm must reach the loss, with a zero gradient if a
 process has nothing to learn from, so that the backward pass of every norm runs on every process.
 """
-import ctypes
 import os
-import signal
-import sys
 from datetime import timedelta
 
 import torch
@@ -133,60 +130,6 @@ def gather_objects(value, world_size):
     values = [None] * world_size
     dist.all_gather_object(values, value)
     return values
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Signals
-
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-
-
-class StopRequest:
-    """A request to stop, made by a signal.
-
-    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary files. Afterwards
-    the first one is only remembered in `signum`, for the training loop to save and leave, and the second one ends the
-    process at once. The exit status is 128 + the number of the signal.
-    """
-
-    def __init__(self):
-        self.signum = 0
-        self.armed = False
-
-    def install(self):
-        """Begins to listen; only a main thread may. Returns itself."""
-        for name in STOP_SIGNALS:
-            signal.signal(getattr(signal, name), self.receive)
-        return self
-
-    def receive(self, signum, frame):
-        if self.signum:
-            os._exit(128 + signum)
-        self.signum = signum
-        if not self.armed:
-            raise SystemExit(128 + signum)
-
-
-WORKER_GRACE = 60  # seconds, more than torchrun or a scheduler waits before it kills
-
-
-def survive_first_signal(worker_id):
-    """worker_init_fn of a DataLoader: workers outlive a signal that asks the run to stop by WORKER_GRACE seconds.
-
-    Schedulers and terminals signal every process of a job. If the workers ended at once, the training process could not
-    finish its step. On Linux they end with the training process, however that ends: a worker whose pipe is full would
-    otherwise wait forever for somebody to read it.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    def receive(signum, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(WORKER_GRACE)
-
-    signal.signal(signal.SIGTERM, receive)
-    for name in STOP_SIGNALS[1:]:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------------

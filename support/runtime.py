@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""What a command needs of its process: signals, loader workers, device settings, and errors of one line.
+
+    if __name__ == "__main__":
+        run_command(main)
+
+Imports torch.
+"""
+import argparse
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
+class StopRequest:
+    """A request to stop, made by a signal.
+
+    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary files. Afterwards
+    the first one is only remembered in `signum`, for the training loop to save and leave, and the second one ends the
+    process at once. The exit status is 128 + the number of the signal.
+    """
+
+    def __init__(self):
+        self.signum = 0
+        self.armed = False
+
+    def install(self):
+        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so. Returns itself."""
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.receive)
+        return self
+
+    def receive(self, signum, frame):
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+        if not self.armed:
+            raise SystemExit(128 + signum)
+
+
+def init_worker(worker_id):
+    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the run to stop.
+
+    Schedulers and terminals signal every process of a job. If the workers ended at once, the training process could not
+    finish its step. On Linux a worker is killed when its process ends, however that ends: with a full pipe it would
+    otherwise wait forever for somebody to read it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def kill_workers():
+    """Ends workers of loaders that an error has left behind."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if not workers:
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader raises for every worker that is killed
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------- device
+
+
+def configure_device(device, deterministic=False):
+    """Settings of this process that suit a torch.device; call it before the first tensor is made there.
+
+    deterministic: a run on a GPU gives the same numbers every time, as on a CPU, if torch has such kernels; it warns if
+    not. Sums then take sorted instead of atomic additions, which is slower.
+    """
+    if device.type != "cuda":
+        keep_buffers()
+        return
+    # Products of float32 round their factors to TF32. The image tower turns that off, because a cache stores its
+    # features.
+    torch.set_float32_matmul_precision("high")
+    # Sums of half-precision products stay in float32, also between the parts into which a long product is split.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in each step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without a fixed workspace, cuBLAS varies
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def keep_buffers():
+    """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
+
+    By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
+    sixth of a training step or of a prediction on a CPU.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        if libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25):  # M_MMAP_THRESHOLD; old versions refuse above 2^25
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help shows defaults."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_command(main):
+    """Runs the `main` of a script and exits with the status that it returns, if that is an integer.
+
+    What a user can fix is one line on stderr and exit status 2, a training that diverges status 1; --debug shows the
+    traceback.
+    """
+    try:
+        status = main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "--debug" in sys.argv:
+            raise
+        text = str(error)
+        if "Original Traceback" in text:  # of a worker; it ends with "type: message"
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
+    finally:
+        kill_workers()
+    if isinstance(status, int):
+        raise SystemExit(status)
