@@ -9,7 +9,7 @@ Depth is reprojected into other frames of its scene, with the cameras as given a
 other axes, other units, the pose of the next frame, and so on. A fault is named if its alternative explains the data
 clearly better. What the sampled frames cannot decide is "not tested". The exit code is 1 if something is wrong.
 
-Imports numpy, PIL, and of this repository data, rooms and scannet.
+Imports numpy, PIL, and of this repository data and sources.
 """
 import argparse
 import itertools
@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import depth_to_color, pixel_fields, resize_intrinsics, unproject
-from sources.rooms import CLASSES, RoomFrames
-from sources.scannet import PosedFrames, ScanNetFrames, load_classes, natural_key
+from sources.open import open_frames
+from sources.scannet import natural_key
 
 AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
 MARGIN = 0.15  # log units by which an alternative must explain a pair better; on clean sets none gains 0.01
@@ -560,18 +560,13 @@ def inspect(sources, num_classes=1000, up="z", num_frames=48, picture=None):
 
 
 def open_sources(args):
-    """The splits that are named, or else all frames -> ({title: source}, number of listed classes)."""
-    if args.data == "rooms":
-        return {"train": RoomFrames("train", 8, 4), "val": RoomFrames("val", 3, 4)}, len(CLASSES)
+    """The splits that are named, or else all frames -> {title: source}."""
     splits = [path for path in (*args.split, args.train_split, args.val_split) if path] or [None]
-    if args.intrinsics is not None:
-        return {str(split or args.data): PosedFrames(args.data, args.intrinsics, split) for split in splits}, 0
-    path = Path(args.classes or Path(args.data) / "classes.txt")
-    classes = load_classes(path) if args.classes or path.is_file() else None
-    listed = len(set((classes or {}).values()) - {None})
-    if classes and "*" not in classes:  # ids that are not listed become classes of their own, and are counted
-        classes |= {key: f"id {key}" for key in range(2000) if key not in classes}
-    return {str(split or args.data): ScanNetFrames(args.data, classes, split) for split in splits}, listed
+    if args.data == "rooms":
+        splits = ["train", "val"]
+    options = {"classes": args.classes, "intrinsics": args.intrinsics, "labels": None, "unlisted": True,
+               "rooms": (8, 4)}
+    return {str(split or args.data): open_frames(args.data, split, **options) for split in splits}
 
 
 def pinhole(text):
@@ -607,11 +602,11 @@ def main(argv=None):
                                  or args.intrinsics is not None):
         parser.error("the built-in rooms take no splits, --classes or --intrinsics")
     try:
-        sources, num_classes = open_sources(args)
+        sources = open_sources(args)
     except (FileNotFoundError, ValueError) as error:
         rows = unreadable(error)
     else:
-        rows = inspect(sources, num_classes, args.up, args.frames, args.picture)
+        rows = inspect(sources, getattr(next(iter(sources.values())), "num_listed", 1000), args.up, args.frames, args.picture)
     for row in sorted(rows, key=lambda row: row.verdict == "WRONG"):
         print(textwrap.fill(f"{row.verdict:<11} {row.test:<33} {row.words}", 120, subsequent_indent=46 * " ",
                             break_long_words=False, break_on_hyphens=False))

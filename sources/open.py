@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""From a path to a source of frames (see data.py): what train, predict and check read.
+
+A new data set is a class that gives frame dicts, and one line in `open_frames`.
+
+Imports sources.rooms and sources.scannet.
+"""
+from pathlib import Path
+
+from sources.rooms import RoomFrames
+from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+
+
+def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None, labels=True,
+                unlisted=False, rooms=(32, 4)):
+    """The frames that `data` names -> a source, whose class_names are empty if labels are not read.
+
+    data: a folder in ScanNet's exported 2D layout, or "rooms" (built in). Your own data set gets a line.
+    split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms "train",
+    "val" or "test".
+    classes: a class list, as a file or {id: name}; None: data/classes.txt.
+    label_map: path of scannetv2-labels.combined.tsv, if the class list holds NYU40's ids (ScanNet20).
+    intrinsics: (3, 3) in pixels; `data` is then a folder of frame-* files, which have no labels.
+    labels: True: needed; None: read if there is a class list; False: not read.
+    unlisted: ids that the class list lacks become classes "id N", after the first `num_listed` classes.
+    rooms: numbers of rooms and of frames per room.
+
+    Raises FileNotFoundError or ValueError with the name of what is missing or wrong.
+    """
+    if data == "rooms":
+        return RoomFrames(split or "train", *rooms)
+    if intrinsics is not None:
+        if labels:
+            raise ValueError(f"{data}: folders of frame-* files (--intrinsics) have no labels")
+        return PosedFrames(data, intrinsics, split)
+    if not has_classes(data, classes, labels):
+        return ScanNetFrames(data, None, split)
+
+    listed = frame_classes(read_classes(data, classes), label_map)
+    table = listed
+    if unlisted and "*" not in listed:
+        others = {key: f"id {key}" for key in range(2 ** 16) if key not in listed}
+        table = {**listed, **others}
+    frames = ScanNetFrames(data, table, split)
+    frames.num_listed = len(set(listed.values()) - {None})
+    for folder, kinds in frames.folders.items():
+        if labels and "label-filt" not in kinds:
+            raise FileNotFoundError(f"{folder}: the folder of labels, label-filt, does not exist")
+    return frames
+
+
+def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True):
+    """Whole scans of ScanNet in a folder, and their views, the frames in `data` -> (scans, frames).
+
+    split, classes: as in `open_frames`. The class list holds NYU40's ids, or those of the label map
+    (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list and
+    every scan is annotated; False: not read. If they are not needed, either all scans or none have an axis
+    alignment (the test split has none).
+    """
+    frames = ScanNetFrames(data, None, split)
+    if labels:
+        return ScanNetScenes(scans, read_classes(data, classes), split, label_map), frames
+
+    names = ScanNetScenes(scans, None, split, align=False).names
+    texts = [Path(scans) / name / f"{name}.txt" for name in names]
+    aligned = [text.is_file() and "axisAlignment" in text.read_text() for text in texts]
+    if any(aligned) and not all(aligned):
+        raise ValueError(f"{texts[aligned.index(False)]} has no axisAlignment, but those of other scans "
+                         "have: open them apart, with splits of their own")
+    annotated = all(text.with_suffix(".aggregation.json").is_file() for text in texts)
+    if annotated and has_classes(data, classes, labels):
+        known = read_classes(data, classes)
+        return ScanNetScenes(scans, known, split, label_map, align=all(aligned)), frames
+    return ScanNetScenes(scans, None, split, align=all(aligned)), frames
+
+
+def has_classes(data, classes, labels):
+    """Whether labels are to be read, see `open_frames`."""
+    if labels is None:
+        return classes is not None or (Path(data) / "classes.txt").is_file()
+    return labels
+
+
+def read_classes(data, classes):
+    """A class list {id: name or None}, from a file, a dict, or data/classes.txt."""
+    if isinstance(classes, dict):
+        return classes
+    return load_classes(classes or Path(data) / "classes.txt")
