@@ -359,6 +359,8 @@ def pixel_fields(frame, known, seen):
 # ----------------------------------------------------------------------------------------------------------- samples
 
 PER_POINT = ("points", "coords", "features", "labels", "instances", "superpoints")
+PER_VIEW = ("images", "clip_tokens", "clip_pooled", "clip_dense_map", "world2cam", "intrinsics", "depth",
+            "depth_intrinsics")
 
 
 class ResizedImages(Dataset):

@@ -134,7 +134,7 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     encoder_3d = PointEncoder(config["voxel_size"], in_channels, color_mean=color_mean, color_std=color_std,
                               **NETWORKS[config["backbone"]])
     # another gate: pass gate=MyGate(256); another backbone: pass it as encoder_3d, with dim_3d= if it is not 96 wide
-    fusion = BiFusionEncoder(tower, encoder_3d, depth_tolerance=config["depth_tolerance"])
+    fusion = BiFusionEncoder(tower, encoder_3d)
     decoder = None
     if instances:
         size = dict(embed_dim=128, ffn=512) if config["backbone"] == "small" else {}
@@ -170,8 +170,21 @@ def restore_model(state, path, tower=None):
     instances = any(key.startswith("decoder.") for key in state["model"])
     stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)
     model = build_model(config, len(class_names), instances, tower, stem.shape[1])
-    restore(model, state, path, class_names, fingerprint_of(tower))
+    load_weights(model, state, path, class_names)
     return model
+
+
+def load_weights(model, state, path, class_names):
+    """Loads the weights of a checkpoint after checking that it belongs to this network, gate, tower and class list."""
+    gate = gate_name(model)
+    if state["config"].get("gate") != gate:
+        raise ValueError(f"{path}: it was trained with the gate {state['config'].get('gate')}, and this network has {gate}")
+    restore(model, state, path, class_names, fingerprint_of(model.fusion.encoder_2d))
+
+
+def gate_name(model):
+    """The class of a network's gate, which a checkpoint remembers; None without images."""
+    return None if model.fusion.encoder_2d is None else type(model.fusion.gate).__name__
 
 
 def fingerprint_of(tower):

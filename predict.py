@@ -10,15 +10,15 @@ docs/predict.md describes what it writes. In a notebook:
 
     from model import load_model
     from predict import predict_frames
-    from sources.scannet import ScanNetFrames
+    from sources.open import open_frames
     model, class_names, config = load_model("runs/NAME/best.pt")
-    for result in predict_frames(model, ScanNetFrames("DATA", classes=None), config):
+    for result in predict_frames(model, open_frames("DATA", labels=False), config):
         print(result["name"], result["labels"].shape)
 
-The file reads from top to bottom: scores, prediction of one sample, TensorBoard, text queries, files, and `main`.
-Imports cache, check, clouds, data, decoder, distributed, metrics, model, rooms, runlog, scannet and superpoints.
+The file reads from top to bottom: prediction of one sample, text queries, files, and `main`.
+
+Imports siblings: check, data, decoder, evaluate, model, superpoints, sources/ and support/.
 """
-import argparse
 import json
 import re
 import sys
@@ -26,192 +26,81 @@ import time
 from functools import partial
 from os.path import samefile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from support.cache import FeatureCache
 from check import pinhole, quick_check
-from support.clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
-from data import (PER_POINT, TURN_BACK, UP_AXES, PointDataset, SceneDataset, collate, depth_to_color, frame_names,
-                  group_by_scene, turn_up, unproject)
-from decoder import scene_instances
-from support.distributed import gather_objects, setup
-from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
-from model import load_model, prepare_device, run_command, to_device
-from sources.rooms import RoomFrames
-from support.runlog import RunLog
-from support.visualize import clouds, label_colors, visualizations
-from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, depth_to_color, group_by_scene,
+                  to_device, up_rotation, upright)
+from decoder import paint_instances, scene_instances
+from evaluate import Scores, evaluate, format_metrics
+from model import batches_for, load_model
+from sources.open import open_frames, open_scans
+from sources.scannet import load_classes
 from superpoints import oversegment
+from support.cache import FeatureCache
+from support.clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
+from support.distributed import setup
+from support.runlog import RunLog
+from support.runtime import Parser, checked_by, configure_device, run_command
+from support.visualize import clouds, label_colors
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
-
-# ---------------------------------------------------------------------------------------------- scores
-
-
-class Scores:
-    """Semantic IoU and instance AP over any number of samples.
-
-    Mean IoU is the mean over the classes that the truth holds; a class without truth is NaN.
-    """
-
-    def __init__(self, num_classes, with_instances, min_instance_points=100, device="cpu"):
-        self.with_instances = with_instances
-        self.semantics = SemanticMeter(range(num_classes), device)
-        self.instances = InstanceMeter(range(1, num_classes + 1), min_instance_points)
-
-    def update(self, labels, truth):
-        """labels, truth: (P,) integers, -1 = none."""
-        self.semantics.update(labels, truth)
-
-    def update_instances(self, scene, truth, truth_instances):
-        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances: (P,) int64."""
-        self.instances.update({**scene, "labels": scene["labels"] + 1}, ground_truth_ids(truth, truth_instances))
-
-    def synchronize(self, world_size):
-        """Sums over all processes."""
-        if world_size > 1:
-            dist.all_reduce(self.semantics.confusion)
-            self.instances.scenes = sum(gather_objects(self.instances.scenes, world_size), [])
-
-    def compute(self):
-        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of (AP, AP50, AP25)}.
-        """
-        per_class = self.semantics.compute()["per_class"]
-        has_truth = self.semantics.confusion.sum(1).cpu() > 0  # (K,)
-        iou = torch.tensor(list(per_class.values()), dtype=torch.float64).where(has_truth, torch.nan)  # (K,)
-        metrics = {"miou": iou.nanmean().item(), "iou": iou.tolist()}
-        if self.with_instances:
-            result = self.instances.compute()
-            metrics |= {name: result[name] for name in ("ap", "ap50", "ap25")}
-            metrics["aps"] = list(result["per_class"].values())
-        return metrics
-
-
-@torch.no_grad()
-def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, world_size=1):
-    """Scores of a Segmenter over a loader of labelled batches and all processes; see `Scores.compute`.
-
-    The model's mode is left as it was found.
-    """
-    was_training = model.training
-    model.eval()
-    device = model.head.weight.device
-    scores = Scores(model.head.out_features, model.decoder is not None, min_instance_points, device)
-    for batch in loader:
-        batch = to_device(batch, device)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            out = model(batch)
-        scores.update(out["logits"].argmax(1), batch["labels"])
-        if model.decoder is None:
-            continue
-        scenes = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
-                                 min_points=min_instance_points)
-        for b, scene in enumerate(scenes):
-            points = batch["batch"] == b
-            scores.update_instances(scene, batch["labels"][points], batch["instances"][points])
-    model.train(was_training)
-    scores.synchronize(world_size)
-    return scores.compute()
-
-
-def ground_truth_ids(labels, instances):
-    """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 + instance, 0 = none.
-
-    The instances are numbered anew within each class, because the data's own numbers may exceed 999. ValueError if a
-    class has more than 1,000 in this sample.
-    """
-    counted = (labels >= 0) & (instances >= 0)
-    values, place = torch.unique(instances[counted], return_inverse=True)
-    keys, index = torch.unique(labels[counted] * len(values) + place, return_inverse=True)  # by class, then instance
-    kinds = keys // max(len(values), 1)
-    number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(kinds, kinds)
-    if (number >= LABEL_DIVISOR).any():
-        raise ValueError(f"a class has {number.max() + 1} instances in one sample, ScanNet's ids allow {LABEL_DIVISOR}")
-    ids = torch.zeros_like(labels)
-    ids[counted] = (kinds[index] + 1) * LABEL_DIVISOR + number[index]
-    return ids
-
-
-def format_metrics(metrics, class_names):
-    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes without truth.
-    """
-    columns = ["AP", "AP50", "AP25"] if "ap" in metrics else []
-    lines = [f"{'class':<24}" + "".join(f"{name:>8}" for name in ["IoU", *columns])]
-    for i, name in enumerate(class_names):
-        values = [metrics["iou"][i], *(metrics["aps"][i] if columns else ())]
-        lines.append(f"{name:<24}" + "".join(f"{value:>8.3f}" for value in values))
-    absent = [name for name, value in zip(class_names, metrics["iou"]) if value != value]
-    means = [metrics["miou"], *(metrics[name.lower()] for name in columns)]
-    title = f"mean, {len(class_names) - len(absent)} classes"
-    lines.append(f"{title:<24}" + "".join(f"{value:>8.3f}" for value in means))
-    if absent:
-        lines.append(f"without truth, left out: {', '.join(absent)}")
-    return "\n".join(lines)
-
 
 # ---------------------------------------------------------------------------------------------- one sample
 
 
 def fuse_in_draws(fusion, batch, draw_size, at_once=8):
-    """The output of a BiFusionEncoder for all points of one sample, as if they were drawn in training.
+    """Fused features of all points of one sample, as if they were drawn in training: (N, C), and the gate (N,).
 
     Every point is in exactly one of several random draws of at most draw_size points, which are independent samples for
     the network, `at_once` of them per forward pass. Images are encoded once. The draws depend on the number of points
-    alone. Returns {"feat_fusion" (N, C), "alpha" (N,)}, alpha averaged over channels.
+    alone. The gate is averaged over channels.
     """
     n = len(batch["points"])
-    shared = [key for key, value in batch.items()
-              if isinstance(value, torch.Tensor) and key not in PER_POINT and key != "batch"]  # (1, V, ...)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(batch["points"].device)
     draws = order.tensor_split(-(-n // draw_size))
-    out = {}
+    feat_fusion = gate = None
     for start in range(0, len(draws), at_once):
         some = draws[start:start + at_once]
         rows = torch.cat(some)
         sizes = torch.tensor([len(draw) for draw in some], device=rows.device)
         part = {key: batch[key][rows] for key in PER_POINT if key in batch}
         part["batch"] = torch.repeat_interleave(torch.arange(len(some), device=rows.device), sizes)
-        part |= {key: batch[key].expand(len(some), *batch[key].shape[1:]) for key in shared}
+        part |= {key: batch[key].expand(len(some), *batch[key].shape[1:]) for key in PER_VIEW if key in batch}
         fused = fusion(part)
-        values = {"feat_fusion": fused["feat_fusion"], "alpha": fused["alpha"].float().mean(1)}
-        for key, value in values.items():
-            if key not in out:
-                out[key] = value.new_empty(n, *value.shape[1:])
-            out[key][rows] = value
-    return out
-
-
-def camera_height(world2cam):
-    """Poses (..., 4, 4) of a world with z up -> heights (...) of the cameras, metres."""
-    return -(world2cam[..., :3, 2] * world2cam[..., :3, 3]).sum(-1)
+        if feat_fusion is None:
+            feat_fusion = fused["feat_fusion"].new_empty(n, fused["feat_fusion"].shape[1])
+            gate = fused["alpha"].new_empty(n, dtype=torch.float32)
+        feat_fusion[rows] = fused["feat_fusion"]
+        gate[rows] = fused["alpha"].float().mean(1)
+    return feat_fusion, gate
 
 
 @torch.no_grad()
 def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_SCORE):
     """The network's answers for all points of one sample, a dict of tensors on the model's device.
 
-    sample: of a data set that draws every point. queries: a TextQueries. Holds points, colors (N, 3), truth and
-    truth_instances (N,), probabilities (N, K), labels (N,), gate (N,), and with queries cosines (N, T). If the model
-    has a decoder, also "scene", all instances as decoder.instances_from_logits gives them, and of those that score
-    above instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 = none.
-    camera_height is the mean height of its cameras, metres along the world's up axis.
+    sample: of a data set that draws every point, with z up. queries: a TextQueries. Holds points (N, 3), of the data's
+    own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K), labels (N,), gate (N,), and with
+    queries cosines (N, T). If the model has a decoder, also "scene", all instances as decoder.instances_from_logits gives
+    them, and of those that score above instance_score instance_labels and scores (R,), and instances (N,), the best one
+    at each point, -1 = none. camera_height is the mean height of its cameras, meters along the world's up axis.
     """
-    batch = to_device(collate([sample]), model.head.weight.device)
-    points = turn_up(sample["points"].numpy(), TURN_BACK[config.get("up", "z")])  # of the data's world
-    result = {"points": torch.from_numpy(points).to(batch["points"].device), "colors": batch["features"][:, :3],
-              "truth": batch["labels"], "truth_instances": batch["instances"],
-              "camera_height": camera_height(batch["world2cam"][0]).mean()}
+    device = model.head.weight.device
+    batch = to_device(batches_for(model, training=False)([sample]), device)
+    points = sample["points"].numpy()
+    if config["up"] != "z":
+        points = (points @ up_rotation(config["up"])).astype(np.float32)
+    colors = batch["features"][:, :3]
     if config["no_color"]:
-        batch["features"] = torch.cat([torch.ones_like(result["colors"]), batch["features"][:, 3:]], 1)
+        batch["features"] = torch.cat([torch.ones_like(colors), batch["features"][:, 3:]], 1)
     dense = None
     if model.fusion.encoder_2d is not None:  # each image is encoded once
         encode = model.fusion.encoder_2d.encode
@@ -220,17 +109,19 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
         tokens, pooled, *dense = encode(batch.pop("images")[0])
         batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
     num_views = batch["world2cam"].shape[1]
-    fused = fuse_in_draws(model.fusion, batch, max(1, config["num_points"] * num_views // config["num_views"]))
-    if queries is not None:
-        result["cosines"] = queries.cosines(model.fusion, batch, fused["feat_fusion"], *dense)
+    draw_size = max(1, config["num_points"] * num_views // config["num_views"])
+    feat_fusion, gate = fuse_in_draws(model.fusion, batch, draw_size)
+
     # the rest of the network sees all points at once, so a superpoint is the mean of all of its points
-    parts = SimpleNamespace(fusion=lambda batch: fused, head=model.head, decoder=model.decoder, cell=model.cell,
-                            position=getattr(model, "position", None))
-    out = type(model).forward(parts, batch)
+    out = model.decode(feat_fusion, batch)
     probabilities = out["logits"].float().softmax(1)
-    result |= {"gate": fused["alpha"], "probabilities": probabilities, "labels": probabilities.argmax(1)}
+    result = {"points": torch.from_numpy(points).to(device), "colors": colors, "truth": batch["labels"],
+              "truth_instances": batch["instances"], "camera_height": camera_height(batch["world2cam"][0]).mean(),
+              "gate": gate, "probabilities": probabilities, "labels": probabilities.argmax(1)}
+    if queries is not None:
+        result["cosines"] = queries.cosines(model.fusion, batch, feat_fusion, *dense)
     if model.decoder is not None:
-        scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
+        scene, = scene_instances(out["decoder"], batch["point_to_superpoint"], batch["batch"],
                                  min_points=config["min_instance_points"])
         good = scene["scores"] > instance_score
         result |= {"scene": scene, "instances": paint_instances(scene["masks"][good]),
@@ -239,9 +130,8 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
 
 
 def sample_options(model, config):
-    """Keyword arguments of data.PointDataset that draw every point of a frame, with its colour."""
-    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"],
-                   up=config.get("up", "z"))
+    """Keyword arguments of data.PointDataset that draw every point of a frame, with its color."""
+    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"])
     if model.decoder is not None and config["superpoints"]:
         options["superpoints"] = partial(oversegment, count=config["superpoints"])
     return options
@@ -260,6 +150,7 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
     per instance. "points" is the result of `predict_sample`, with one row per point.
     """
     options = sample_options(model, config)
+    frames = upright(frames, config["up"])
     for index in range(len(frames)):
         frame = frames[index]
         points = predict_sample(model, PointDataset([frame], **options)[0], config, queries, instance_score)
@@ -282,87 +173,6 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
             result["scores"] = points["scores"].tolist()
             result["instance_labels"] = points["instance_labels"].tolist()
         yield result
-
-
-def paint_instances(masks):
-    """masks (R, P) bool, best first -> (P,) int64: the best instance of every point, -1 = none."""
-    if len(masks) == 0:
-        return torch.full(masks.shape[1:], -1, device=masks.device)
-    return torch.where(masks.any(0), masks.int().argmax(0), -1)  # argmax gives the first of equals
-
-
-# ---------------------------------------------------------------------------------------------- TensorBoard
-
-
-def visualize(log, model, dataset, class_names, min_instance_points):
-    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first scene."""
-    names = frame_names(dataset.frames)
-    members = group_by_scene([names[dataset.frame_indices(index)[0]] for index in range(len(dataset))])
-    scene = next(iter(members))
-    shown = spread(range(len(dataset)), 4)
-    in_cloud = spread(members[scene], 8)
-    model.eval()
-    views = {index: first_view(model, dataset, index, min_instance_points) for index in {*shown, *in_cloud}}
-    model.train()
-    log.add_images(visualizations([views[index] for index in shown], class_names))
-    merged = clouds([views[index] for index in in_cloud])
-    log.add_clouds({f"{kind}/{scene}": cloud for kind, cloud in merged.items()})  # the view shows what is before the "/"
-
-
-def spread(items, count):
-    """At most `count` items, evenly spread."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
-
-
-@torch.no_grad()
-def first_view(model, dataset, index, min_instance_points):
-    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds` take it."""
-    batch = to_device(collate([dataset[index]]), model.head.weight.device)
-    out = model(batch)
-    images = [torch.from_numpy(np.array(dataset.images_only[i])).permute(2, 0, 1) / 255
-              for i in dataset.frame_indices(index)]  # V of (3, H, W)
-    size = images[0].shape[1:]
-    uv, visible, _ = model.fusion.project(batch, size)
-    rotation, shift = batch["world2cam"][0, 0, :3, :3], batch["world2cam"][0, 0, :3, 3]
-    view = {"uv": uv[:, 0], "seen": visible[:, 0], "depth": batch["points"] @ rotation[2] + shift[2],
-            "camera_height": camera_height(batch["world2cam"][0, 0]), "points": batch["points"],
-            "colors": batch["features"][:, :3], "truth": batch["labels"], "prediction": out["logits"].argmax(1),
-            "fused": out["feat_fusion"].float()}
-    if out["clip_global"] is not None:
-        if "clip_tokens" in batch:
-            tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
-        else:
-            tokens = model.fusion.encoder_2d.encode(batch["images"][0])[0].float()
-        view |= {"gate": out["alpha"].float().mean(1), "clip_map": tokens[0],
-                 "clip": model.fusion.sample(batch, size, [tokens])[1][0]}
-    view = {key: value.cpu() for key, value in view.items()} | {"name": batch["name"][0], "image": images[0]}
-    if model.decoder is not None:
-        scene, = scene_instances(out["decoder"], out["point_to_superpoint"], batch["batch"],
-                                 min_points=min_instance_points, score_threshold=0.3)
-        view |= {"instances": paint_instances(scene["masks"]).cpu(), "instance_labels": scene["labels"].cpu(),
-                 "instance_scores": scene["scores"].cpu(), "instances_truth": batch["instances"].cpu()}
-    if len(images) > 1:
-        view["other_view"] = second_on_first_view(model, batch, images)
-    return view
-
-
-def second_on_first_view(model, batch, images, count=4000):
-    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors (n, 3) there.
-
-    They do not fit that image if a pose is wrong.
-    """
-    depth = batch["depth"][0, 1].cpu()
-    pixels = depth.nonzero()  # (n, 2), v and u
-    pixels = pixels[::max(1, len(pixels) // count)]
-    points = unproject(pixels.flip(1).numpy(), depth[tuple(pixels.T)].numpy(),
-                       batch["depth_intrinsics"][0, 1].cpu().double().numpy(),
-                       batch["world2cam"][0, 1].cpu().double().numpy())
-    cameras = {key: batch[key][:, :2].cpu() for key in ("world2cam", "intrinsics")}
-    uv, visible, _ = model.fusion.project({"points": torch.from_numpy(points).float(), **cameras,
-                                           "batch": torch.zeros(len(points), dtype=torch.int64)}, images[0].shape[1:])
-    uv = uv[visible.all(1)]  # (n, 2, 2)
-    u, v = uv[:, 1].round().long().unbind(1)
-    return uv[:, 0], images[1][:, v, u].T
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -464,8 +274,7 @@ def benchmark_ids(benchmark, class_names):
 
 def parse_args(argv=None):
     """The options of the command."""
-    parser = argparse.ArgumentParser("predict.py", description="Labels every pixel of known depth and merges the frames "
-                                     "of a scene.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("predict.py", "Labels every pixel of known depth and merges the frames of a scene.")
     parser.add_argument("checkpoint", help="a best.pt or last.pt of train.py")
     parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, labelled or not; with "
                         "--intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or 'rooms' (built in)")
@@ -477,7 +286,7 @@ def parse_args(argv=None):
                         "if its class list is used")
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
     parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* images, pixels")
-    parser.add_argument("--up", choices=tuple(UP_AXES), help="axis of the data's world that points up; not given: as in "
+    parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that points up; not given: as in "
                         "training")
     parser.add_argument("--text", help='queries, such as "chair, red sofa | couch, something to sit on"; | separates '
                         "names of one query")
@@ -536,26 +345,19 @@ def find_classes(args, config, class_names):
 
 
 def open_source(args, config, classes, class_names):
-    """What --data and --scans name -> frames, scans or None."""
-    if args.intrinsics is not None:
-        return PosedFrames(args.data, args.intrinsics, args.split), None
-    if args.data == "rooms":  # the validation rooms of a training with these options
-        frames = RoomFrames("val", -(-config["rooms"] * 3 // 8), config["frames_per_room"])
-        if frames.class_names != class_names:
-            raise ValueError(f"--data rooms: {args.checkpoint} was trained on other classes than those of the rooms")
-        return frames, None
-    if args.scans is None:
-        classes = None if classes is None else frame_classes(classes, args.label_map)
-        return ScanNetFrames(args.data, classes, args.split), None
-    scans = [Path(args.scans) / name for name in ScanNetScenes(args.scans, None, args.split, align=False).names]
-    texts = [scan / f"{scan.name}.txt" for scan in scans]  # scans of the test split have no alignment, nor annotations
-    aligned = [text.is_file() and "axisAlignment" in text.read_text() for text in texts]
-    if any(aligned) and not all(aligned):
-        raise ValueError(f"{texts[aligned.index(False)]} has no axisAlignment, but those of other scans have: predict "
-                         "them apart, with --split")
-    labelled = classes is not None and all((scan / f"{scan.name}.aggregation.json").is_file() for scan in scans)
-    labels = (classes, args.split, args.label_map) if labelled else (None, args.split, None)
-    return ScanNetFrames(args.data, None, args.split), ScanNetScenes(args.scans, *labels, all(aligned))
+    """What --data and --scans name -> frames, scans or None. Labels are read if there is a class list."""
+    labels = None if classes is not None else False
+    scans = None
+    if args.scans:
+        scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels)
+    else:  # of the built-in rooms those that validate a training with these options
+        rooms = -(-config["rooms"] * 3 // 8), config["frames_per_room"]
+        split = "val" if args.data == "rooms" else args.split
+        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms)
+    names = (scans or frames).class_names
+    if names and list(names) != class_names:
+        raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")
+    return frames, scans
 
 
 def warn(text):
@@ -656,7 +458,7 @@ class Output:
 
     def show_cloud(self, name, cloud, camera_height):
         """The same cloud in TensorBoard; every scene is a run."""
-        view = {"points": turn_up(cloud["points"], self.log_up), "colors": cloud["colors"], "prediction": cloud["labels"],
+        view = {"points": cloud["points"] @ up_rotation(self.log_up).T, "colors": cloud["colors"], "prediction": cloud["labels"],
                 "gate": cloud["gate"]}
         if "instances" in cloud:
             view["instances"] = cloud["instances"]
@@ -686,7 +488,7 @@ class Output:
 
 
 def same_points(model, config, frames, scans, cache):
-    """A loader of the points that `train.py --eval` draws from these frames."""
+    """A loader of the points that `train.py --eval` draws from these frames, which have z up."""
     options = sample_options(model, config)
     options |= {"num_points": config["num_points"], "num_views": config["num_views"], "seed": config["seed"],
                 "color": not config["no_color"]}
@@ -702,16 +504,16 @@ def same_points(model, config, frames, scans, cache):
         features = FeatureCache(cache, owner, lambda images: encoder.encode(images.to(device)))
         features.build(dataset.images_only)
         dataset.feature_cache = features
-    return DataLoader(dataset, config["batch_size"], collate_fn=collate)
+    return DataLoader(dataset, config["batch_size"], collate_fn=batches_for(model, training=False))
 
 
 def main(argv=None):
     """One run of the command; returns the content of summary.json."""
     args = parse_args(argv)
     _, _, device = setup(args.device)
-    prepare_device(device)
+    configure_device(device)
     model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained)
-    config["up"] = args.up or config.get("up", "z")
+    config["up"] = args.up or config["up"]
     ids = benchmark_ids(args.submission, class_names) if args.submission else None
     classes = find_classes(args, config, class_names)
     frames, scans = open_source(args, config, classes, class_names)
@@ -729,7 +531,8 @@ def main(argv=None):
     options = sample_options(model, config)
     if scans is not None:
         options.pop("superpoints", None)
-        dataset = SceneDataset(scans, frames, num_views=config["num_views"], **options)
+        dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
+                               num_views=config["num_views"], **options)
         for index in tqdm(range(len(dataset)), unit="scan"):
             output.add_scan(dataset.scenes.names[index], predict_sample(model, dataset[index], config, queries), ids)
     else:
@@ -756,7 +559,8 @@ def main(argv=None):
     if output.points.semantics.confusion.any():
         smallest = min(map(len, group_by_scene(frames.names).values()))
         if smallest >= config["num_views"]:
-            loader = same_points(model, config, frames, scans, args.cache)
+            turned = [None if source is None else upright(source, config["up"]) for source in (frames, scans)]
+            loader = same_points(model, config, *turned, args.cache)
             scores["the points that train.py --eval draws"] = evaluate(model, loader, config["min_instance_points"],
                                                                        AMP_DTYPES[config["amp"]])
             print(format_metrics(*scores.values(), class_names))

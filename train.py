@@ -6,13 +6,14 @@
     python train.py --no-clip                                          the 3D baseline
     python train.py --resume runs/NAME/last.pt                         go on
     python train.py --eval runs/NAME/best.pt                           score only
+    python train.py --replay runs/NAME/bad_step_N.pt                   run a non-finite step again
     torchrun --nproc-per-node 4 train.py --amp bf16                    one node with 4 GPUs
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --amp bf16
     tensorboard --logdir runs
 
 The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup and loop.
 To change the network see model.py; a loss term is one entry of `loss_weights` and one of `compute_losses`; a data set
-is one line of `build_datasets`; the schedule is `lr_factor`.
+is one line of `open_frames` in sources/open.py; the schedule is `lr_factor`.
 """
 import argparse
 import itertools
@@ -20,7 +21,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,64 +31,35 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from support.cache import FeatureCache, Store, SuperpointCache, content_key
 from check import quick_check
-from support.checkpoint import lock_folder, new_folder, read_checkpoint, restore, write_atomically
-from data import UP_AXES, PointDataset, SceneDataset, check_frames, collate
-from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, term_statistics
-from support.distributed import (StopRequest, average_buffers, average_gradients, gather_objects, leave_processes, setup,
-                         survive_first_signal, synchronize_batch_norm, world_mean)
+from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
+from evaluate import evaluate, format_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
-                    clip_loss_weight, instance_targets, pad_targets)
-from model import (build_encoder_2d, build_model, compile_parts, number_superpoints, prepare_device, run_command,
-                   to_device)
-from predict import evaluate, format_metrics, visualize
-from sources.rooms import RoomFrames
-from support.runlog import RunLog, peak_memory_gib
-from sources.scannet import ScanNetFrames, ScanNetScenes, check_splits, frame_classes, load_classes
+                    clip_loss_weight)
+from model import (batches_for, build_model, build_tower, compile_parts, fingerprint_of, gate_name,
+                   load_weights, restore_model)
+from sources.open import open_frames, open_scans
+from sources.scannet import check_splits
 from sparse_unet import COLORS, NETWORKS, load_backbone
 from superpoints import VERSION, oversegment
+from support.cache import FeatureCache, Store, SuperpointCache, content_key
+from support.checkpoint import STEP_FIELDS, lock_folder, new_folder, read_checkpoint, write_atomically
+from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_step, term_statistics
+from support.distributed import (average_buffers, average_gradients, gather_objects, leave_processes, setup,
+                                 synchronize_batch_norm, world_mean)
+from support.runlog import RunLog, peak_memory_gib
+from support.runtime import (Parser, StopRequest, checked_by, configure_device, init_worker, list_of, nonnegative_float,
+                             nonnegative_int, number_in, positive_float, positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
+WORKER_TIMEOUT = 600  # seconds without a batch after which the run ends
 
 # ---------------------------------------------------------------------------------------------- options
 
 
-def number_in(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a finite number of a kind in [low, high], or in (low, high]."""
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-        inside = low < value <= high if open_low else low <= value <= high
-        if not inside or not math.isfinite(value):
-            limit = f"above {low}" if open_low else f"at least {low}"
-            limit += "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be finite and {limit}, got {text}")
-        return value
-    return convert
-
-
-positive_int = number_in(int, 1)
-nonnegative_int = number_in(int, 0)
-positive_float = number_in(float, 0.0, open_low=True)
-nonnegative_float = number_in(float, 0.0)
-fraction = number_in(float, 0.0, 1.0)
-
-
-def list_of(convert):
-    """An argparse type: comma-separated values -> tuple."""
-    def convert_list(text):
-        try:
-            return tuple(convert(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
-    return convert_list
-
-
 def mean_std(text):
-    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag's name stays as it is."""
+    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as it is."""
     if "," not in text:
         return text
     numbers = list_of(float)(text)
@@ -98,130 +69,105 @@ def mean_std(text):
 
 
 def image_size(text):
-    """"240,320" -> (240, 320)."""
-    size = list_of(number_in(int, 1, 2048))(text)  # the memory of attention grows with the fourth power of a side
+    """An argparse type: "240,320" -> (240, 320)."""
+    size = list_of(number_in(int, 1, 2048))(text)  # attention's memory grows with the fourth power of a side
     if len(size) != 2:
         raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
     return size
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def build_parser():
     """The one source of every default."""
-    parser = Parser("train.py", description="Trains 3D scene segmentation with frozen CLIP features "
-                                     "fused in.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
-    g.add_argument("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the folder")
-    g.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    g.add_argument("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that table's "
-                   "ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
-    g.add_argument("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
-    g.add_argument("--val-split", help="the same for validation")
-    g.add_argument("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every "
-                   "8 of them")
-    g.add_argument("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
-    g.add_argument("--num-points", type=positive_int, default=4096, help="points drawn per sample")
-    g.add_argument("--num-views", type=positive_int, default=1, help="frames per sample")
-    g.add_argument("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples "
-                   "of its patch size")
-    g.add_argument("--up", choices=tuple(UP_AXES), default="z", help="axis of the data's world that points up; negative "
-                   "ones as --up=-y")
-    g.add_argument("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
-                   "docs/check.md")
-    g.add_argument("--no-color", action="store_true", help="hide the points' colours from the 3D encoder")
-    g.add_argument("--no-augment", action="store_true", help="the same points, coordinates and colours in every "
-                   "epoch")
-    g.add_argument("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for instances; 0: "
-                   "cubes of 4 voxels stand in for them")
-    g.add_argument("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute them "
-                   "every time")
-    g.add_argument("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the loop")
-    g.add_argument("--worker-timeout", type=nonnegative_int, default=600, help="seconds without a batch after which the "
-                   "run ends; 0: wait for ever")
+    parser = Parser("train.py", "Trains 3D scene segmentation with frozen CLIP features fused in.")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
+    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the folder")
+    add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
+    add("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that table's ids "
+        "(ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
+    add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
+    add("--val-split", help="the same for validation")
+    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every 8 of them")
+    add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
+    add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
+    add("--num-views", type=positive_int, default=1, help="frames per sample")
+    add("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples of its "
+        "patch size")
+    add("--up", type=checked_by(up_rotation), default="z", help="axis of the data's world that points up, z, -y, ... or a vector "
+        "x,y,z; negative ones as --up=-y")
+    add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see docs/check.md")
+    add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
+    add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for instances; 0: cubes of "
+        "4 voxels stand in for them")
+    add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute them every time")
+    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the loop")
 
-    g = parser.add_argument_group("model")
-    g.add_argument("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network of "
-                   "--init-3d")
-    g.add_argument("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colours, see "
-                   "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
-    g.add_argument("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="metres")
-    g.add_argument("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, oneformer3d, "
-                   "Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
-    g.add_argument("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
-    g.add_argument("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
-    g.add_argument("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither "
-                   "predicted nor scored")
-    g.add_argument("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
-    g.add_argument("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
-    g.add_argument("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP weights "
-                   "from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag that has it; "
-                   "needed if the tags of the model disagree")
-    g.add_argument("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to train; 0: "
-                   "frozen")
-    g.add_argument("--depth-tolerance", type=nonnegative_float, default=0.05, help="metres by which a point may lie "
-                   "behind the depth image and still be seen")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network of --init-3d")
+    add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
+        "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
+    add("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="meters")
+    add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, oneformer3d, Mask3D, "
+        "UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+    add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
+    add("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
+    add("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither predicted nor "
+        "scored")
+    add("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
+    add("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
+    add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP weights from a "
+        "file were trained with: 3 means and 3 standard deviations, or an open_clip tag that has it; needed if the "
+        "tags of the model disagree")
+    add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to train; 0: frozen")
 
-    g = parser.add_argument_group("loss")
-    g.add_argument("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, and 0.5 "
-                   "with --no-clip")
-    g.add_argument("--instance-weight", type=positive_float, default=1.0, help="weight of the instance loss")
-    g.add_argument("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
-                   "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
-    g.add_argument("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="the weights: "
-                   "0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
-    g.add_argument("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see "
-                   "docs/losses.md")
-    g.add_argument("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP "
-                   "feature of its scene, or to the one that it projects to")
-    g.add_argument("--temperature", type=nonnegative_float, default=0.07, help="of the CLIP loss; floored at 0.1")
-    g.add_argument("--gradient-flow-ratio", type=fraction, default=0.0, help="share of the CLIP loss's gradient that "
-                   "reaches its target; no effect on a frozen one")
-    g.add_argument("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as without "
-                   "the CLIP loss")
+    add = parser.add_argument_group("loss").add_argument
+    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, and 0.5 with "
+        "--no-clip")
+    add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight of the CLIP "
+        "loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
+    add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="the weights: 0 for "
+        "epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
+    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see docs/losses.md")
+    add("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP feature of its "
+        "scene, or to the one that it projects to")
+    add("--temperature", type=nonnegative_float, default=0.07, help="of the CLIP loss; floored at 0.1")
+    add("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as without the CLIP loss")
 
-    g = parser.add_argument_group("optimization")
-    g.add_argument("--epochs", type=positive_int, default=24, help="passes over the training samples")
-    g.add_argument("--batch-size", type=positive_int, default=4, help="samples per process and micro-batch")
-    g.add_argument("--grad-accum", type=positive_int, default=1, help="micro-batches per optimizer step")
-    g.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW")
-    g.add_argument("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
-    g.add_argument("--lr-clip", type=nonnegative_float, default=0.01, help="multiplier for trained CLIP blocks")
-    g.add_argument("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
-    g.add_argument("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: none")
-    g.add_argument("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down to it")
-    g.add_argument("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended on "
-                   "a GPU")
-    g.add_argument("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
-    g.add_argument("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
-    g.add_argument("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as always on a "
-                   "CPU; slower, see docs/gpus.md")
-    g.add_argument("--device", help="not given: cuda if there is one, else cpu")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=positive_int, default=24, help="passes over the training samples")
+    add("--batch-size", type=positive_int, default=4, help="samples per process and micro-batch")
+    add("--grad-accum", type=positive_int, default=1, help="micro-batches per optimizer step")
+    add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW")
+    add("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
+    add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
+    add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: none")
+    add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down to it")
+    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended on a GPU")
+    add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
+    add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
+    add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as always on a CPU; "
+        "slower, see docs/gpus.md")
+    add("--device", help="not given: cuda if there is one, else cpu")
 
-    g = parser.add_argument_group("run")
-    g.add_argument("--runs", default="runs", help="folder that TensorBoard watches")
-    g.add_argument("--name", help="name of the run; not given: bifusion or baseline")
-    g.add_argument("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
-    g.add_argument("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is written at "
-                   "the best of them")
-    g.add_argument("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between writings "
-                   "of last.pt; 0: once per epoch")
-    g.add_argument("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between entries "
-                   "under diagnose/, see docs/diagnostics.md; 0: none")
-    g.add_argument("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are given")
-    g.add_argument("--eval", metavar="CHECKPOINT", help="score only")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("run").add_argument
+    add("--runs", default="runs", help="folder that TensorBoard watches")
+    add("--name", help="name of the run; not given: bifusion or baseline")
+    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
+    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is written at the "
+        "best of them")
+    add("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between writings of "
+        "last.pt; 0: once per epoch")
+    add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between entries under "
+        "diagnose/, see docs/diagnostics.md; 0: none")
+    add("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are given")
+    add("--eval", metavar="CHECKPOINT", help="score only")
+    add("--replay", metavar="FILE", help="run the non-finite step of a bad_step_N.pt again, see docs/diagnostics.md")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 # what a checkpoint does not carry over: where things are written, and what was asked of this one start
-NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "device", "debug")
+NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "replay", "device", "debug")
 
 
 def parse_args(argv=None, defaults=None):
@@ -237,85 +183,89 @@ def parse_args(argv=None, defaults=None):
             value = re.sub(r"[][() ]|,\)", "", str(value))
         parser.set_defaults(**{action.dest: value})
     args = parser.parse_args(argv)
-
-    if args.resume and args.eval:
-        parser.error("--resume and --eval exclude each other")
-    if args.data == "rooms" and args.scans:
-        parser.error("--scans holds only points: give --data, the folder of their frames, too")
-    if args.data == "rooms" and args.label_map:
-        parser.error("--label-map belongs to scans and exported frames, and --data is rooms")
-    if args.init_3d and (args.resume or args.eval):
-        parser.error("--init-3d begins a run; the weights of a checkpoint are in it")
-    if args.init_3d and not Path(args.init_3d).is_file():
-        parser.error(f"--init-3d {args.init_3d}: no such file")
-    if args.compile and args.diagnose:
-        parser.error("--diagnose runs two backward passes through one graph, which --compile does not allow")
-    try:
-        clip_loss_weight(0, args.clip_warmup, args.clip_weights)
-    except ValueError as error:
-        parser.error(f"--clip-warmup, --clip-weights: {error}")
-
-    for option, folder in (("--runs", args.runs), ("--cache", args.cache)):
-        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            parser.error(f"{option} {folder}: {existing} is not a folder that can be written to")
+    check_options(args, parser.error)
 
     if args.isolate_clip:
         args.clip_weights = (0.0,) * len(args.clip_weights)
-        args.gradient_flow_ratio = 0.0
-    clip_is_on = max(args.clip_weights) > 0 and not args.no_clip
-    if args.clip_loss == "infonce" and args.batch_size == 1 and args.clip_target == "global" and clip_is_on:
-        parser.error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or "
-                     "more, or --clip-target point")
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if not args.init_3d:
-        args.backbone, args.colors = args.backbone or "small", args.colors or "signed"
+        args.backbone = args.backbone or "small"
+        args.colors = args.colors or "signed"
     return args
+
+
+def check_options(args, error):
+    """Calls error(text) if options exclude each other or name what cannot be used."""
+    if sum(map(bool, (args.resume, args.eval, args.replay))) > 1:
+        error("--resume, --eval and --replay exclude each other")
+    if args.data == "rooms" and args.scans:
+        error("--scans holds only points: give --data, the folder of their frames, too")
+    if args.data == "rooms" and args.label_map:
+        error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.init_3d and (args.resume or args.eval):
+        error("--init-3d begins a run; the weights of a checkpoint are in it")
+    if args.init_3d and not Path(args.init_3d).is_file():
+        error(f"--init-3d {args.init_3d}: no such file")
+    if args.compile and args.diagnose:
+        error("--diagnose runs two backward passes through one graph, which --compile does not allow")
+    try:
+        clip_loss_weight(0, args.clip_warmup, args.clip_weights)
+    except ValueError as problem:
+        error(f"--clip-warmup, --clip-weights: {problem}")
+    clip_is_on = max(args.clip_weights) > 0 and not args.no_clip and not args.isolate_clip
+    if args.clip_loss == "infonce" and args.batch_size == 1 and args.clip_target == "global" and clip_is_on:
+        error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or more, "
+              "or --clip-target point")
+    for option, folder in (("--runs", args.runs), ("--cache", args.cache)):
+        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            error(f"{option} {folder}: {existing} is not a folder that can be written to")
 
 
 # ---------------------------------------------------------------------------------------------- parts of a run
 
 
 def build_datasets(args):
-    """Training and validation set, class names, and whether instances are trained. A data set is one branch here."""
+    """Training and validation set, class names, and whether instances are trained."""
     splits = (args.train_split, args.val_split)
-    scans = None
+    counts = [(args.rooms, args.frames_per_room), (-(-args.rooms * 3 // 8), args.frames_per_room)]
     if args.data == "rooms":
-        frames = [RoomFrames("train", args.rooms, args.frames_per_room),
-                  RoomFrames("val", -(-args.rooms * 3 // 8), args.frames_per_room)]
+        splits = ("train", "val")
     elif None in splits:
         raise ValueError(f"--data {args.data} needs --train-split FILE and --val-split FILE")
-    elif args.scans:
-        classes = load_classes(args.classes or Path(args.data) / "classes.txt")
-        scans = [ScanNetScenes(args.scans, classes, split, args.label_map) for split in splits]
-        frames = [ScanNetFrames(args.data, None, split) for split in splits]
+    labels = args.classes, args.label_map
+    scans = None
+    if args.scans:
+        scans, frames = zip(*(open_scans(args.scans, args.data, split, *labels) for split in splits))
         check_splits(scans, ())
         check_splits(frames, ())
+        scans = [upright(part, args.up) for part in scans]
     else:
-        classes = frame_classes(load_classes(args.classes or Path(args.data) / "classes.txt"), args.label_map)
-        frames = [ScanNetFrames(args.data, classes, split) for split in splits]
-        for scene in sorted({name.split("/")[0] for part in frames for name in part.names}):
-            if not (Path(args.data) / scene / "label-filt").is_dir():
-                raise FileNotFoundError(f"{Path(args.data) / scene}: the folder of labels, label-filt, does not exist")
+        frames = [open_frames(args.data, split, *labels, rooms=rooms) for split, rooms in zip(splits, counts)]
         check_splits(frames, () if args.no_instances else ("instance-filt",))
+    frames = [upright(part, args.up) for part in frames]
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed, up=args.up,
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
                    voxel_size=min(args.voxel_size, 0.02))  # unit of elastic augmentation: coarse voxels do not stretch it
-    augment = (not args.no_augment, False)
     if scans:
-        sets = [SceneDataset(*source, augment=a, **options) for *source, a in zip(scans, frames, augment)]
+        sets = [SceneDataset(*sources, augment=augment, **options)
+                for *sources, augment in zip(scans, frames, (True, False))]
         return *sets, scans[0].class_names, not args.no_instances
-    sets = [PointDataset(part, augment=a, **options) for part, a in zip(frames, augment)]
+    sets = [PointDataset(part, augment=augment, **options) for part, augment in zip(frames, (True, False))]
     instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
     if instances and args.superpoints:
-        folder = None if args.cache == "none" else args.cache
-        cache = SuperpointCache(folder, partial(oversegment, count=args.superpoints),
+        cache = SuperpointCache(cache_folder(args), partial(oversegment, count=args.superpoints),
                                 f"superpoints {VERSION} {args.superpoints}")
         for dataset in sets:
             dataset.superpoints = cache
     return *sets, frames[0].class_names, instances
+
+
+def cache_folder(args):
+    """The folder of --cache, or None."""
+    return None if args.cache == "none" else args.cache
 
 
 def read_every_frame(datasets, args, rank, world_size):
@@ -323,7 +273,7 @@ def read_every_frame(datasets, args, rank, world_size):
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
-    store = Store(args.cache, "frames") if args.cache != "none" else None
+    store = Store(args.cache, "frames") if cache_folder(args) else None
     for dataset in datasets:
         labelled = check_frames(dataset, store, rank, world_size, args.workers)
         if sum(gather_objects(labelled, world_size)) == 0:
@@ -339,7 +289,8 @@ def check_cameras(dataset, store, args):
     key = content_key("cameras", signature) if store is not None and signature is not None else None
     if key is not None and store.get(key) is not None:
         return
-    faults = [f"{fault}: {words}" for fault, words in quick_check(dataset.frames, args.up)]
+    frames = getattr(dataset.frames, "source", dataset.frames)  # as the files have them, not turned upright
+    faults = [f"{fault}: {words}" for fault, words in quick_check(frames, args.up)]
     if faults:
         raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` tells more; "
                          "--no-check insists")
@@ -350,13 +301,13 @@ def check_cameras(dataset, store, args):
 def open_backbone(args):
     """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were trained with."""
     network, colors, loaded = load_backbone(args.init_3d)
-    name = next((name for name, options in NETWORKS.items()
-                 if network.options == {"in_channels": 3, "last_relu": True, **options}), None)
+    options = {name: {"in_channels": 3, "last_relu": True, **known} for name, known in NETWORKS.items()}
+    name = next((name for name, known in options.items() if network.options == known), None)
     if name is None or args.backbone not in (None, name):
         raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
                          f"{args.backbone or 'one of --backbone ' + ', '.join(NETWORKS)}")
     if colors is None and args.colors is None:
-        raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colours: give --colors "
+        raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colors: give --colors "
                          f"{'|'.join(COLORS)}, see docs/backbones.md; {loaded}")
     args.backbone, args.colors = name, args.colors or colors
     if int(os.environ.get("RANK", 0)) == 0:
@@ -365,28 +316,25 @@ def open_backbone(args):
 
 
 def count_features(frames, args):
-    """Features per point. Raises ValueError if they are more than the colour, but the options know colours alone."""
+    """Features per point. Raises ValueError if they are more than the color, but the options know colors alone."""
     number = getattr(frames, "num_features", 3)
     if number != 3 and (args.init_3d or args.colors == "scannet"):
         option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
-        raise ValueError(f"{option} is for points with 3 features, the colour; the data has num_features {number}")
+        raise ValueError(f"{option} is for points with 3 features, the color; the data has num_features {number}")
     return number
 
 
 def open_tower(args, config, log_warning):
     """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot be had."""
     try:
-        encoder_2d = build_encoder_2d(config)
+        return build_tower(config)
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise FileNotFoundError(f"{error} (--clip-pretrained, --clip-model)") from None
         log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
-                    "colours and textures but no meaning: good for trying things out, not for results.")
+                    "colors and textures but no meaning: good for trying things out, not for results.")
         config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say
-        encoder_2d = build_encoder_2d(config)
-    if encoder_2d is not None and needs_dense(args):
-        encoder_2d.encode_dense(torch.zeros(1, 3, *encoder_2d.image_size))  # fails now if the tower has no such target
-    return encoder_2d
+        return build_tower(config)
 
 
 def clip_loss_is_never_on(args):
@@ -397,15 +345,14 @@ def clip_loss_is_never_on(args):
 
 def needs_dense(args):
     """Whether the CLIP loss ties points to dense features."""
-    return args.clip_target == "point" and max(args.clip_weights) > 0
+    return args.clip_target == "point" and max(args.clip_weights) > 0 and not args.no_clip
 
 
-def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
+def cache_features(tower, datasets, args, device, rank, world_size):
     """A frozen tower encodes every image once; from then on the samples of the data sets hold its features."""
-    device = encoder_2d.global_proj.device
-    encode = encoder_2d.encode
+    owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
-        encode, owner = encoder_2d.encode_with_dense, f"{owner} with dense features"
+        owner, encode = f"{owner} with dense features", tower.encode_with_dense
     cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
@@ -413,68 +360,53 @@ def cache_features(encoder_2d, owner, datasets, args, rank, world_size):
     gather_objects(None, world_size)  # wait for the others
 
 
-def collate_prepared(samples, cell, min_query_share, with_targets=True):
-    """Samples -> a batch with what the decoder and the instance loss need of it alone; see `number_superpoints`."""
-    batch = number_superpoints(collate(samples), cell, min_query_share)
-    if not with_targets:
-        return batch
-    targets = instance_targets(batch["labels"], batch["instances"], batch["point_to_superpoint"],
-                               batch["superpoint_batch"])
-    return {**batch, "targets": pad_targets(targets)}
-
-
-def data_loader(dataset, sampler, args, device, model):
-    """Batches of the samples that `sampler` names, for a Segmenter: in training mode if they are to train it."""
-    collate_fn = collate
-    if model.decoder is not None:
-        share = model.decoder.min_query_share if model.training else 1.0
-        collate_fn = partial(collate_prepared, cell=model.cell, min_query_share=share, with_targets=model.training)
+def data_loader(dataset, sampler, args, device, collate_fn):
+    """Batches of the samples that `sampler` names; collate_fn: of `model.batches_for`."""
     return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=args.workers,
                       persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
-                      timeout=args.worker_timeout if args.workers else 0, worker_init_fn=survive_first_signal,
+                      timeout=WORKER_TIMEOUT if args.workers else 0, worker_init_fn=init_worker,
                       generator=torch.Generator())  # a separate one leaves the global one untouched
 
 
 def build_criteria(args, clip_criterion=None):
     """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of ClipConsCriterion."""
-    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, args.gradient_flow_ratio,
-                                               variant=args.clip_loss, world_mean=world_mean)
-    return {"semantic": SemanticCriterion(world_mean=world_mean), "instance": InstanceCriterion(world_mean=world_mean),
+    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss, world_mean=world_mean)
+    return {"semantic": SemanticCriterion(world_mean=world_mean),
+            "instance": InstanceCriterion(world_mean=world_mean),
             "clip": clip}
 
 
 def loss_weights(args, epoch):
     """The weight of every loss term in an epoch."""
     return {"semantic": args.semantic_weight,
-            **{f"instance_{name}": args.instance_weight * weight for name, weight in INSTANCE_WEIGHTS.items()},
+            **{f"instance_{name}": weight for name, weight in INSTANCE_WEIGHTS.items()},
             "clip": clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)}
 
 
-def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32):
-    """One forward pass -> the model's output and {name: raw loss}; a CLIP term of weight 0 is not computed.
+def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, dense_target=False):
+    """One forward pass -> the model's output, {name: raw loss}, and the counts of the CLIP loss, or None.
 
+    A CLIP term of weight 0 is not computed. dense_target: it ties points to dense features, not to their scene's.
     Every process must return the same terms, whatever its batch: multiply by 0 instead of leaving one out.
     """
-    torch.manual_seed(batch["seed"][0])  # random draws of a step depend on its samples alone, so that they can repeat
     device = batch["points"].device
+    clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-        out = model(batch)
+        out = model(batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
     if model.decoder is not None:
-        targets = batch["targets"] if "targets" in batch else instance_targets(
-            batch["labels"], batch["instances"], out["point_to_superpoint"], out["superpoint_batch"])
-        for name, term in criteria["instance"](out["decoder"], targets).items():
+        for name, term in criteria["instance"](out["decoder"], batch["targets"]).items():
             terms[f"instance_{name}"] = term
-    if out["clip_global"] is not None and weights["clip"] > 0:
-        if out["clip_dense"] is None:
-            target, batch_idx = out["clip_global"], batch["batch"]
-        else:
-            target, batch_idx = out["clip_dense"], None
-        terms["clip"] = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"])
-    return out, terms
+    counts = None
+    if clip_is_on:
+        target, batch_idx = (out["clip_dense"], None) if dense_target else (out["clip_global"], batch["batch"])
+        # random draws of a step depend on its samples alone, so that they can repeat
+        generator = torch.Generator(device).manual_seed(batch["seed"][0])
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], generator)
+    return out, terms, counts
 
 
-def weigh(terms, weights):
+def weight_terms(terms, weights):
     """{name: what the term adds to the total loss}."""
     for name in terms:
         if name not in weights or name == "total":
@@ -484,16 +416,16 @@ def weigh(terms, weights):
 
 def parameter_groups(model, args):
     """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d tensors)."""
-    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d), "fusion.encoder_2d.trainable.": ("clip", args.lr_clip),
+    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d), "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
              "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
-        weight_decay = args.weight_decay if parameter.dim() > 1 else 0.0
-        group = groups.setdefault((part, parameter.dim() > 1), {
-            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
+        is_matrix = parameter.dim() > 1
+        group = groups.setdefault((part, is_matrix), {
+            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": args.weight_decay if is_matrix else 0.0})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -585,7 +517,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, max_grad_norm=10.0,
-               amp_dtype=torch.float32, world_size=1, diagnose=False, stop=None):
+               amp_dtype=torch.float32, dense_target=False, world_size=1, diagnose=False, stop=None):
     """One optimizer step over micro-batches, for every dtype and number of processes -> StepResult.
 
     A step with a loss or gradient that is not finite changes no weight. stop: a StopRequest, or None.
@@ -593,8 +525,8 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step_loss = torch.zeros((), device=parameters[0].device)
     for i, batch in enumerate(micro_batches):
-        out, terms = compute_losses(model, batch, criteria, weights, amp_dtype)
-        weighted = weigh(terms, weights)
+        out, terms, counts = compute_losses(model, batch, criteria, weights, amp_dtype, dense_target)
+        weighted = weight_terms(terms, weights)
         loss = sum(weighted.values()) / len(micro_batches)
         if diagnose and i == len(micro_batches) - 1:
             for name, value in term_statistics(grouped(weighted), out, scaler.get_scale()).items():
@@ -603,9 +535,9 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
         scaler.scale(loss).backward()
         step_loss += loss.detach()
         log.add_losses(terms, weighted)
-        if "clip" in terms:
-            log.add("clip/nonfinite_rows", criteria["clip"].counts[1])
-            log.add("clip/clamped_entries", criteria["clip"].counts[2])
+        if counts is not None:
+            log.add("clip/nonfinite_rows", counts[1])
+            log.add("clip/clamped_entries", counts[2])
 
     # before unscaling, so that every process sees the same inf; what all must agree on travels along
     signum = step_loss.new_full((), stop.signum if stop is not None else 0)
@@ -623,16 +555,44 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
     return StepResult(out, finite, loss_finite, stop)
 
 
+def replay(args, argv, clip_criterion=None, tower=None):
+    """Runs the step of a bad_step_N.pt again; returns [] if it is finite here.
+
+    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly detection.
+    """
+    state = read_checkpoint(args.replay, STEP_FIELDS)
+    args = parse_args(argv, defaults=state["config"])
+    _, _, device = setup(args.device)
+    configure_device(device, args.deterministic)
+    model = restore_model(state, args.replay, tower).to(device).train()
+    criteria = build_criteria(args, clip_criterion)
+
+    def losses(batch):
+        _, terms, _ = compute_losses(model, batch, criteria, state["weights"], AMP_DTYPES[args.amp],
+                                     args.clip_target == "point")
+        return weight_terms(terms, state["weights"])
+
+    batch = to_device(state["batch"], device)
+    print(f"epoch {state['epoch']}, step {state['step']}: {', '.join(batch['name'])}")
+    findings = replay_step(model, batch, losses, state["scale"])
+    if findings:
+        raise FloatingPointError(f"{args.replay}: {findings[0]}")
+    return findings
+
+
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def main(argv=None, clip_criterion=None, stop=None):
+def main(argv=None, clip_criterion=None, tower=None, stop=None):
     """One run, from options to the final table; returns the final validation metrics.
 
-    clip_criterion: a module in the place of ClipConsCriterion. stop: a StopRequest that listens to signals.
+    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of the one that the
+    options name, see fusion.py. stop: a StopRequest that listens to signals.
     """
     # options; processes, one or as many as torchrun started; the checkpoint to go on from or to score
     args = parse_args(argv)
+    if args.replay:
+        return replay(args, argv, clip_criterion, tower)
     rank, world_size, device = setup(args.device)
     main_process = rank == 0
     path = args.resume or args.eval
@@ -644,8 +604,9 @@ def main(argv=None, clip_criterion=None, stop=None):
     init_3d = open_backbone(args) if args.init_3d else None
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     amp_dtype = AMP_DTYPES[args.amp]
+    dense_target = args.clip_target == "point"
     stop = stop or StopRequest()
-    prepare_device(device, args.deterministic)
+    configure_device(device, args.deterministic)
     warnings = list(state["warnings"]) if state else []
 
     def print0(text):
@@ -658,33 +619,36 @@ def main(argv=None, clip_criterion=None, stop=None):
 
     # the tower and the data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
-    encoder_2d = open_tower(args, config, log_warning)
+    tower = tower or open_tower(args, config, log_warning)
+    if needs_dense(args):
+        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))  # fails now if the tower has no such features
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [val_set, train_set]
+    skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
     print0(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
-           f"{getattr(train_set.frames, 'num_skipped', 0)} and {getattr(val_set.frames, 'num_skipped', 0)} frames skipped "
-           "for a lost pose")
+           f"{skipped[0]} and {skipped[1]} frames skipped for a lost pose")
     read_every_frame(used_sets, args, rank, world_size)
 
     # model
-    model = build_model(config, len(class_names), instances, encoder_2d, count_features(train_set.frames, args))
+    model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
+    config["gate"] = gate_name(model)
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
     synchronize_batch_norm(model)
-    fingerprint = encoder_2d.fingerprint() if encoder_2d is not None else None
     if state is not None:
-        restore(model, state, path, class_names, fingerprint)
+        load_weights(model, state, path, class_names)
     if args.compile:
         compile_parts(model)
     criteria = build_criteria(args, clip_criterion)
 
     # loaders
-    if encoder_2d is not None and args.clip_blocks == 0 and args.cache != "none":
-        cache_features(encoder_2d, f"clip {fingerprint}", used_sets, args, rank, world_size)
+    if tower is not None and args.clip_blocks == 0 and cache_folder(args):
+        cache_features(tower, used_sets, args, device, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    train_loader = data_loader(train_set, sampler, args, device, model)
-    val_loader = data_loader(val_set, range(rank, len(val_set), world_size), args, device, model.eval())
+    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True))
+    val_share = range(rank, len(val_set), world_size)
+    val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
 
     # optimizer and schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
@@ -723,10 +687,10 @@ def main(argv=None, clip_criterion=None, stop=None):
     log.add_table("config", vars(args))
     for text in warnings:
         log.add_text("warning", text)
-
     guard = NonFiniteGuard(model, folder, lambda text: (print0(text), log.add_text("guard", text)), write_atomically,
                            lambda value: gather_objects(value, world_size), rank if world_size > 1 else None)
     guard.bad_steps = state["bad_steps"] if args.resume else 0
+    identity = {"config": config, "class_names": class_names, "clip_fingerprint": fingerprint_of(tower)}
 
     def save(name, epoch, next_step):
         """Writes a checkpoint that goes on at a step of an epoch."""
@@ -736,8 +700,8 @@ def main(argv=None, clip_criterion=None, stop=None):
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
                 "next_lr": args.lr * lr_factor(position, total_steps, args.lr_warmup), "best": best,
-                "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps, "config": config,
-                "class_names": class_names, "clip_fingerprint": fingerprint, "warnings": warnings}, folder / name)
+                "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps, "warnings": warnings, **identity},
+                folder / name)
 
     # training
     shown = {}  # in the progress bar: mIoU of the last evaluation
@@ -750,7 +714,6 @@ def main(argv=None, clip_criterion=None, stop=None):
         sampler.skip = first_step * args.grad_accum * args.batch_size
         train_set.set_epoch(epoch)
         weights = loss_weights(args, epoch)
-        model.fusion.dense_target = args.clip_target == "point" and weights["clip"] > 0  # costs nothing otherwise
         batches = iter(train_loader)
         for i in range(first_step, steps_per_epoch):
             start = time.perf_counter()
@@ -763,17 +726,16 @@ def main(argv=None, clip_criterion=None, stop=None):
             scale = scaler.get_scale()
             diagnose = args.diagnose > 0 and (step + 1) % args.diagnose == 0 and main_process
             result = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, args.max_grad_norm,
-                                amp_dtype, world_size, diagnose, stop)
+                                amp_dtype, dense_target, world_size, diagnose, stop)
             if result.finite:
                 guard.good_step()
             elif result.loss_finite and scaler.get_scale() < scale >= 1:  # fp16 looks for its scale by overflowing
                 guard.skip_step()
                 skipped_steps += 1
             else:
-                facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights,
-                         "config": config, "class_names": class_names, "clip_fingerprint": fingerprint}
-                guard.bad_step(micro_batches, lambda batch: weigh(compute_losses(
-                    model, batch, criteria, weights, amp_dtype)[1], weights), facts)
+                facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights, **identity}
+                guard.bad_step(micro_batches, lambda batch: weight_terms(compute_losses(
+                    model, batch, criteria, weights, amp_dtype, dense_target)[1], weights), facts)
             step += 1
 
             # log

@@ -88,9 +88,9 @@ def main(argv=None):
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     import torch
     from bench.timing import chart
-    from model import prepare_device
+    from support.runtime import configure_device
     torch.set_num_threads(args.threads)
-    prepare_device(torch.device(args.device))
+    configure_device(torch.device(args.device))
     panels = importlib.import_module(f"bench.{args.command}").run(args)
     if args.plot and panels:  # stability draws its own
         chart(args.plot, panels)

@@ -13,7 +13,8 @@ import torch
 import train
 from bench.timing import machine, median, now, ratio, turns
 from support.cache import FeatureCache
-from model import build_encoder_2d, build_model, compile_parts, to_device
+from data import to_device
+from model import batches_for, build_model, build_tower, compile_parts
 from support.runlog import RunLog
 
 NETWORKS = {"default network": "", "Res16UNet34C": "--backbone res16unet34c --voxel-size 0.02 --num-points 20000"}
@@ -113,7 +114,7 @@ def setup(network, device, folder, scenes=None, options=()):
     args.batch_size = args.rooms = scenes or args.batch_size
     dataset, _, class_names, instances = train.build_datasets(args)
     assert instances
-    encoder_2d = build_encoder_2d(vars(args)).to(device)
+    encoder_2d = build_tower(vars(args)).to(device)
 
     model = build_model(vars(args), len(class_names), instances, None)
 
@@ -123,7 +124,7 @@ def setup(network, device, folder, scenes=None, options=()):
     def make_batch(n, cached=True):  # as the loader makes it
         dataset.feature_cache = cache if cached else None
         samples = [dataset[i] for i in range(n)]
-        return to_device(train.collate_prepared(samples, model.cell, model.decoder.min_query_share), device)
+        return to_device(batches_for(model, training=True)(samples), device)
     return args, encoder_2d, len(class_names), make_batch
 
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Why a training goes wrong: a guard against steps that are not finite, their replay, and who pulls at the features.
+"""Why a training goes wrong: a guard against non-finite steps, their replay, and statistics of conflicting loss terms.
 
-    python diagnose.py runs/NAME/bad_step_N.pt          runs a step that was not finite again, under anomaly detection
+`NonFiniteGuard` skips such a step, names its cause and saves it; `replay_step` runs it again, under anomaly detection.
+`term_statistics` tells how the loss terms pull at the fused features, `fusion_statistics` what fusion does to them.
+docs/diagnostics.md explains how to read all of it.
 
-`NonFiniteGuard` skips such a step, names its cause and saves it. `term_statistics` tells how the loss terms pull at the
-fused features, `fusion_statistics` what fusion does to them. docs/diagnostics.md explains how to read all of it.
-
-Imports torch; the command also imports checkpoint, distributed, model and train.
+Imports torch.
 """
-import argparse
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def effective_rank(feats: Tensor) -> Tensor:
     return torch.exp(-torch.xlogy(share, share).sum()).float()
 
 
-def thinned(feats, max_rows=2048):
+def every_kth_row(feats, max_rows=2048):
     """Every k-th row, at most max_rows of them: enough for a spectrum."""
     return feats[::max(1, -(-len(feats) // max_rows))]
 
@@ -47,7 +46,7 @@ def fusion_statistics(out, batch_idx):
     """
     feats = out["feat_fusion"].float()
     valid = out["valid"]
-    stats = {"effective_rank": effective_rank(thinned(feats))}
+    stats = {"effective_rank": effective_rank(every_kth_row(feats))}
     if out["clip_global"] is None:
         return stats
     seen = valid.sum().clamp(min=1)
@@ -102,15 +101,27 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
     stats |= {f"share_{name}": grad @ total / (total @ total).clamp(min=tiny) for name, grad in grads.items()}
     stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny) for a, b in combinations(grads, 2)}
     with torch.no_grad():
-        feats = thinned(fused)
-        baseline = thinned(out["feat_3d"]).float()
-        valid = thinned(out["valid"])
+        feats = every_kth_row(fused)
+        baseline = every_kth_row(out["feat_3d"]).float()
+        valid = every_kth_row(out["valid"])
         drift = (feats.float() - baseline).norm(dim=1) / baseline.norm(dim=1).clamp(min=1e-6)
         return {**stats, "pairwise_cosine": pairwise_cosine(feats), "effective_rank": effective_rank(feats),
                 "drift": drift.where(valid, 0).sum() / valid.sum().clamp(min=1)}
 
 
 # ---------------------------------------------------------------------------------------------- where a step broke
+
+KINDS = ("input", "weight", "module", "loss", "gradient")  # of findings, the likeliest cause first
+
+
+class Finding(NamedTuple):
+    """Something in a step that is not finite: one of KINDS, and a text about it."""
+
+    kind: str
+    text: str
+
+    def __str__(self):
+        return f"{self.kind}: {self.text}"
 
 
 def float_tensors(value):
@@ -140,19 +151,20 @@ def nonfinite_inputs(batch):
         first = bad.nonzero()[0].tolist()
         per_point = len(value) == len(batch["batch"])
         sample = int(batch["batch"][first[0]]) if per_point else first[0]
-        findings.append(f"input: field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
-                        f"that are not finite, the first at {first} of {tuple(value.shape)}")
+        findings.append(Finding("input", f"field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
+                                         f"that are not finite, the first at {first} of {tuple(value.shape)}"))
     return findings
 
 
 def nonfinite_weights(model):
     """A finding for every parameter and buffer of a model that holds NaN or inf."""
-    return [f"weight: {name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not finite"
+    return [Finding("weight", f"{name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not "
+                              "finite")
             for name, value in (*model.named_parameters(), *model.named_buffers()) if not is_finite(value)]
 
 
 def locate_nonfinite(model, batch, losses, scale=1.0):
-    """Where a step first stops being finite: a list of findings, the likeliest cause first; empty if it is finite.
+    """Where a step first stops being finite: a list of Finding, the likeliest cause first; empty if it is finite.
 
     losses: `batch -> {name: scalar}`, runs the model. scale: of the loss in the backward pass. It makes one forward
     pass, and one backward pass per term, with hooks on every module. Gradients are left as they are; buffers of the
@@ -178,8 +190,8 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
         handle.remove()
     if outputs:
         name, kind, input_finite = outputs[0]
-        findings.append(f"module: {name} ({kind}) is the first with an output that is not finite; its input is "
-                        f"{'finite' if input_finite else 'not either'}")
+        findings.append(Finding("module", f"{name} ({kind}) is the first with an output that is not finite; its input is "
+                                          f"{'finite' if input_finite else 'not either'}"))
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for term, value in terms.items():
@@ -188,17 +200,16 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
             grads = torch.autograd.grad(value * scale, list(parameters.values()), retain_graph=True, allow_unused=True)
         bad = [name for name, grad in zip(parameters, grads) if not is_finite(grad)]
         if not value.isfinite():
-            findings.append(f"loss: {term} is {value.item()}")
+            findings.append(Finding("loss", f"{term} is {value.item()}"))
         elif bad:  # the gradient of a loss that is not finite tells nothing more
             place = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
-            findings.append(f"gradient: of {term}, first not finite {place} and so at {len(bad)} of {len(grads)} "
-                            f"weights, with a loss scale of {scale:g}")
+            findings.append(Finding("gradient", f"of {term}, first not finite {place} and so at {len(bad)} of "
+                                                f"{len(grads)} weights, with a loss scale of {scale:g}"))
     return findings
 
 
 # ---------------------------------------------------------------------------------------------- the guard
 
-KINDS = ("input", "weight", "module", "loss", "gradient")  # of findings, the likeliest cause first
 MAX_BAD_STEPS = 10
 
 
@@ -261,7 +272,7 @@ class NonFiniteGuard:
         found = []
         for i, batch in enumerate(micro_batches):
             findings = locate_nonfinite(self.model, batch, losses, facts["scale"])
-            depth = KINDS.index(findings[0].split(":")[0]) if findings else len(KINDS)
+            depth = KINDS.index(findings[0].kind) if findings else len(KINDS)
             found.append((depth, i, findings))
         self.skip_step()  # the passes have moved the running statistics
         for module, forward in compiled.items():
@@ -269,22 +280,22 @@ class NonFiniteGuard:
 
         depth, i, findings = min(found)
         batch = micro_batches[i]
-        reasons = findings or ["finite when run a second time: a sum or norm of large gradients overflowed, or the "
-                               "device varies"]
+        reasons = [str(finding) for finding in findings] or [
+            "finite when run a second time: a sum or norm of large gradients overflowed, or the device varies"]
         text = "\n  ".join([f"{', '.join(batch['name'])}:", *reasons])
         likeliest = min(self.gather(depth))
         if depth == likeliest and self.bad_steps <= MAX_BAD_STEPS:
             suffix = "" if self.rank is None else f"_rank{self.rank}"
             path = self.folder / f"bad_step_{facts['step']}{suffix}.pt"
-            self.save({"model": self.model.state_dict(), "batch": batch, "findings": findings, **facts}, path)
-            text += f"\nrun it again with: python diagnose.py {path}"
+            self.save({"model": self.model.state_dict(), "batch": batch, "findings": reasons, **facts}, path)
+            text += f"\nrun it again with: python train.py --replay {path}"
         return "\n".join(self.gather(text))
 
 
 # ---------------------------------------------------------------------------------------------- replay
 
 
-def replay(model, batch, losses, scale):
+def replay_step(model, batch, losses, scale):
     """Runs a saved step again and returns its findings.
 
     If the step is not finite, the backward pass under anomaly detection stops at the operation that broke and shows the
@@ -297,43 +308,3 @@ def replay(model, batch, losses, scale):
     with torch.autograd.set_detect_anomaly(True):
         (sum(losses(batch).values()) * scale).backward()
     return findings
-
-
-def main(argv=None):
-    """Replays one saved step; returns [] if it is finite.
-
-    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly detection.
-    """
-    from support.checkpoint import STEP_FIELDS, read_checkpoint
-    from support.distributed import setup
-    from model import prepare_device, restore_model, to_device
-    from train import AMP_DTYPES, build_criteria, compute_losses, parse_args, weigh
-
-    parser = argparse.ArgumentParser("diagnose.py", description="Runs a saved step again, under anomaly detection.")
-    parser.add_argument("file", help="bad_step_N.pt of a run")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    command = parser.parse_args(argv)
-    state = read_checkpoint(command.file, STEP_FIELDS)
-    args = parse_args([], defaults=state["config"])
-    _, _, device = setup(command.device)
-    prepare_device(device, args.deterministic)
-
-    model = restore_model(state, command.file).to(device).train()
-    model.fusion.dense_target = args.clip_target == "point" and state["weights"]["clip"] > 0
-    criteria = build_criteria(args)
-
-    def losses(batch):
-        _, terms = compute_losses(model, batch, criteria, state["weights"], AMP_DTYPES[args.amp])
-        return weigh(terms, state["weights"])
-
-    batch = to_device(state["batch"], device)
-    print(f"epoch {state['epoch']}, step {state['step']}: {', '.join(batch['name'])}")
-    findings = replay(model, batch, losses, state["scale"])
-    if findings:
-        raise FloatingPointError(f"{command.file}: {findings[0]}")
-    return findings
-
-
-if __name__ == "__main__":
-    from model import run_command
-    run_command(main)

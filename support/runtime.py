@@ -8,6 +8,7 @@ Imports torch.
 """
 import argparse
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -120,6 +121,49 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number_in(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a finite number of a kind in [low, high], or in (low, high]."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        inside = low < value <= high if open_low else low <= value <= high
+        if not inside or not math.isfinite(value):
+            limit = f"above {low}" if open_low else f"at least {low}"
+            limit += "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be finite and {limit}, got {text}")
+        return value
+    return convert
+
+
+positive_int = number_in(int, 1)
+nonnegative_int = number_in(int, 0)
+positive_float = number_in(float, 0.0, open_low=True)
+nonnegative_float = number_in(float, 0.0)
+
+
+def list_of(convert):
+    """An argparse type: comma-separated values -> tuple."""
+    def convert_list(text):
+        try:
+            return tuple(convert(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+    return convert_list
+
+
+def checked_by(check):
+    """An argparse type: the text as it is, if check(text) raises no ValueError."""
+    def convert(text):
+        try:
+            check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+    return convert
 
 
 def run_command(main):
