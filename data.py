@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""RGB-D frames as training samples: points with features and labels, and the images that they project into.
+"""RGB-D frames as training samples: points with features and labels, and the images that they project
+into.
 
 A *frame* is a dict:
 
@@ -14,11 +15,12 @@ A *frame* is a dict:
     features          (H, W, F) or (Hd, Wd, F) floats that the 3D encoder sees beside the colour, normals or intensity
                       say; absent: none
 
-Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates. The world's z axis
-points up, because augmentation turns about it; `upright` turns a source whose world has another up.
+Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates. The
+world's z axis points up, because augmentation turns about it; `upright` turns a source whose world has
+another up.
 
-A *source* is any sequence of frames: a list of dicts made in a notebook, or a class that reads files when it is
-indexed. A source may also offer
+A *source* is any sequence of frames: a list of dicts made in a notebook, or a class that reads files
+when it is indexed. A source may also offer
 
     names             list of the frames' names, so that nothing is read to group frames into scenes
     color(index)      the colour image alone
@@ -30,9 +32,9 @@ indexed. A source may also offer
 
 With `files`, a second start on unchanged files reads no frame (see `check_frames`).
 
-`PointDataset` makes samples out of a source, `SceneDataset` out of whole scans, and `collate` makes a ragged batch out
-of samples. Augmentation changes `coords` and `features`. `points` stay where the camera saw them, so projection is
-exact whatever the augmentation does.
+`PointDataset` makes samples out of a source, `SceneDataset` out of whole scans, and `collate` makes a
+ragged batch out of samples. Augmentation changes `coords` and `features`. `points` stay where the
+camera saw them, so projection is exact whatever the augmentation does.
 
 Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
@@ -47,7 +49,7 @@ from PIL import Image, features as codecs
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------- geometry
+# --------------------------------------------------------------------------------------------- geometry
 
 AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
 MAX_DISTANCE = 1e4  # metres from the origin to a camera, and from it to a point; float32 resolves 1 mm there
@@ -56,7 +58,8 @@ MAX_DISTANCE = 1e4  # metres from the origin to a camera, and from it to a point
 def up_rotation(up):
     """The rotation (3, 3) that makes `up` the z axis: a key of AXES, or a vector as text, "0,-0.9,0.1".
 
-    For an axis it is a quarter or half turn, exact; for a vector the smallest rotation. Raises ValueError for others.
+    For an axis it is a quarter or half turn, exact; for a vector the smallest rotation. Raises
+    ValueError for others.
     """
     turns = {"z": ([0, 1, 2], [1, 1, 1]), "-z": ([0, 1, 2], [1, -1, -1]),
              "y": ([0, 2, 1], [1, -1, 1]), "-y": ([0, 2, 1], [1, 1, -1]),
@@ -107,7 +110,8 @@ class Upright:
 
 
 def upright(source, up):
-    """A source whose world has the axis or vector `up` pointing up (see `up_rotation`) -> the same with z up.
+    """A source whose world has the axis or vector `up` pointing up (see `up_rotation`) -> the same with
+    z up.
 
     Points p' of the result are rotation @ p; `p' @ rotation` undoes it.
     """
@@ -115,7 +119,9 @@ def upright(source, up):
 
 
 def unproject(uv, depth, intrinsics, world2cam):
-    """Pixels uv (n, 2) at depth (n,) metres along the optical axis -> points (n, 3) float64 in the world."""
+    """Pixels uv (n, 2) at depth (n,) metres along the optical axis -> points (n, 3) float64 in the
+    world.
+    """
     rays = np.column_stack([uv, np.ones(len(uv))]) @ np.linalg.inv(intrinsics).T
     cam2world = np.linalg.inv(world2cam)
     return (rays * np.asarray(depth, np.float64)[:, None]) @ cam2world[:3, :3].T + cam2world[:3, 3]
@@ -127,7 +133,9 @@ def camera_height(world2cam):
 
 
 def resize_intrinsics(intrinsics, old_size, new_size):
-    """Intrinsics (3, 3) of an image resized from old_size to new_size, both (H, W): `c -> (c + 0.5) * s - 0.5`."""
+    """Intrinsics (3, 3) of an image resized from old_size to new_size, both (H, W): `c -> (c + 0.5) * s
+    - 0.5`.
+    """
     sy = new_size[0] / old_size[0]
     sx = new_size[1] / old_size[1]
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -139,15 +147,17 @@ def crop_intrinsics(intrinsics, top, left):
     return np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]]) @ intrinsics
 
 
-# ------------------------------------------------------------------------------------------------------ augmentation
+# ----------------------------------------------------------------------------------------- augmentation
 
 
 def elastic(coords, rng, granularity, magnitude):
-    """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in between.
+    """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in
+    between.
 
-    coords: (n, 3) float32; granularity and magnitude in the same unit. As in SPFormer, Mask3D and ESAM. The noise is
-    clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a ninth of the magnitude). In a
-    cloud wider than 512 * granularity the grid is coarser: its memory is bounded.
+    coords: (n, 3) float32; granularity and magnitude in the same unit. As in SPFormer, Mask3D and ESAM.
+    The noise is clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a
+    ninth of the magnitude). In a cloud wider than 512 * granularity the grid is coarser: its memory is
+    bounded.
     """
     if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or not np.isfinite(coords).all():
         raise ValueError(f"expected finite coords (n, 3) of at least one point, got shape {coords.shape}")
@@ -165,7 +175,9 @@ def elastic(coords, rng, granularity, magnitude):
 
 
 def random_similarity(rng):
-    """Random flips of x and y (p 0.5), rotation about z, scale (0.8 to 1.2) as (3, 3), and shift (3,), sigma 0.1 m."""
+    """Random flips of x and y (p 0.5), rotation about z, scale (0.8 to 1.2) as (3, 3), and shift (3,),
+    sigma 0.1 m.
+    """
     angle = rng.uniform(-math.pi, math.pi)
     turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
     flip = np.diag([rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0]), 1.0])
@@ -173,9 +185,11 @@ def random_similarity(rng):
 
 
 def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5):
-    """A random similarity about the cloud's centre, then, with probability elastic_p, two elastic fields.
+    """A random similarity about the cloud's centre, then, with probability elastic_p, two elastic
+    fields.
 
-    coords (n, 3) float32 metres -> (n, 3) float32 metres. Granularity 6 and 20, magnitude 40 and 160 voxels.
+    coords (n, 3) float32 metres -> (n, 3) float32 metres. Granularity 6 and 20, magnitude 40 and 160
+    voxels.
     """
     matrix, shift = random_similarity(rng)
     centre = coords.mean(0)
@@ -187,14 +201,16 @@ def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5):
 
 
 def jitter_colors(colors, rng):
-    """Contrast (0.8 to 1.2 about the mean), shift per channel (sigma 0.05), noise (sigma 0.02). (n, 3) in [0, 1]."""
+    """Contrast (0.8 to 1.2 about the mean), shift per channel (sigma 0.05), noise (sigma 0.02). (n, 3)
+    in [0, 1].
+    """
     mean = colors.mean(0)
     colors = (colors - mean) * rng.uniform(0.8, 1.2) + mean + rng.normal(0, 0.05, 3)
     noise = rng.standard_normal(colors.shape, np.float32)
     return np.clip(colors + np.float32(0.02) * noise, 0, 1).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------ frames
+# ----------------------------------------------------------------------------------------------- frames
 
 
 FRAME_FIELDS = {"color": ((None, None, 3), "u", "uint8"), "depth": ((None, None), "f", "floating-point metres"),
@@ -203,7 +219,9 @@ FRAME_FIELDS = {"color": ((None, None, 3), "u", "uint8"), "depth": ((None, None)
 
 
 def check_frame(frame):
-    """Raises a ValueError that names frame, field and shape if a frame dict is not as this file's docstring says."""
+    """Raises a ValueError that names frame, field and shape if a frame dict is not as this file's
+    docstring says.
+    """
     name = frame.get("name")
     if not isinstance(name, str) or "/" not in name:
         raise ValueError(f'a frame needs a name "scene/stem", got {name!r}')
@@ -263,8 +281,8 @@ def group_by_scene(names):
 def files_digest(sources, *settings):
     """Digest of files and settings: 16 bytes, or None if one of the sources has no `files`.
 
-    sources: pairs (source, indices). Covers path, size and modification time of every file of these items, and the
-    sources' own `settings`.
+    sources: pairs (source, indices). Covers path, size and modification time of every file of these
+    items, and the sources' own `settings`.
     """
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for source, indices in sources:
@@ -278,11 +296,13 @@ def files_digest(sources, *settings):
     return digest.digest()
 
 
-# ------------------------------------------------------------------------------------------------- pixels and images
+# ------------------------------------------------------------------------------------ pixels and images
 
 
 def resize_image(color, image_size):
-    """(H, W, 3) uint8 -> (h, w, 3) uint8, bicubic with antialiasing, the whole image; see `resize_intrinsics`."""
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, bicubic with antialiasing, the whole image; see
+    `resize_intrinsics`.
+    """
     if color.shape[:2] == tuple(image_size):
         return color
     return np.asarray(Image.fromarray(color).resize(image_size[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
@@ -294,7 +314,9 @@ def to_tensor(image):
 
 
 def stack_depth(images):
-    """Depth images (..., H, W) of any sizes -> (len(images), ..., H, W); zeros (unknown) fill up bottom and right."""
+    """Depth images (..., H, W) of any sizes -> (len(images), ..., H, W); zeros (unknown) fill up bottom
+    and right.
+    """
     height = max(image.shape[-2] for image in images)
     width = max(image.shape[-1] for image in images)
     return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
@@ -303,7 +325,8 @@ def stack_depth(images):
 def depth_to_color(frame):
     """The known depth pixels that the colour image shows, and the colour pixels that they fall on.
 
-    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along one ray, so the
+    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along
+    one ray, so the
     map needs no depth: u_color = K_color inv(K_depth) u_depth.
     """
     depth = frame["depth"]
@@ -321,7 +344,9 @@ def depth_to_color(frame):
 
 
 def register_color(frame, known, seen):
-    """Depth (Hd, Wd) and colours (Hd, Wd, 3), pixel by pixel; both are 0 except at the pairs of `depth_to_color`."""
+    """Depth (Hd, Wd) and colours (Hd, Wd, 3), pixel by pixel; both are 0 except at the pairs of
+    `depth_to_color`.
+    """
     if known is seen:
         return frame["depth"], frame["color"]
     depth = np.zeros(frame["depth"].shape, np.float32)
@@ -332,7 +357,8 @@ def register_color(frame, known, seen):
 
 
 def pixel_fields(frame, known, seen):
-    """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features, labels, instances.
+    """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features,
+    labels, instances.
 
     Arrays (n, ...) by field name; known and seen are flat indices.
     """
@@ -356,7 +382,7 @@ def pixel_fields(frame, known, seen):
     return fields
 
 
-# ----------------------------------------------------------------------------------------------------------- samples
+# ---------------------------------------------------------------------------------------------- samples
 
 PER_POINT = ("points", "coords", "features", "labels", "instances", "superpoints")
 PER_VIEW = ("images", "clip_tokens", "clip_pooled", "clip_dense_map", "world2cam", "intrinsics", "depth",
@@ -364,7 +390,9 @@ PER_VIEW = ("images", "clip_tokens", "clip_pooled", "clip_dense_map", "world2cam
 
 
 class ResizedImages(Dataset):
-    """The resized images (h, w, 3) uint8 of a source, without points: what a feature cache is built from."""
+    """The resized images (h, w, 3) uint8 of a source, without points: what a feature cache is built
+    from.
+    """
 
     def __init__(self, frames, image_size):
         self.frames = frames
@@ -378,30 +406,35 @@ class ResizedImages(Dataset):
         return resize_image(color, self.image_size)
 
     def signature(self, indices):
-        """16 bytes that change when one of these images may have changed; None if the source has no files."""
+        """16 bytes that change when one of these images may have changed; None if the source has no
+        files.
+        """
         decoders = Image.__version__, codecs.version("jpg"), codecs.version("zlib")  # others may give other pixels
         return files_digest([(self.frames, indices)], self.image_size, *decoders)
 
 
 class PointDataset(Dataset):
-    """Samples of points with the views that they project into, drawn and augmented by (seed, epoch, index) alone.
+    """Samples of points with the views that they project into, drawn and augmented by (seed, epoch,
+    index) alone.
 
     frames: a source of frames, see the docstring of this file.
-    num_points: drawn without replacement from a sample's back-projected pixels; all of them if there are fewer.
+    num_points: drawn without replacement from a sample's back-projected pixels; all of them if there
+    are fewer.
     image_size: (H, W) of the images.
-    num_views: consecutive frames of a scene per sample. If a scene's frames are not a multiple, its last sample
-    overlaps the one before.
+    num_views: consecutive frames of a scene per sample. If a scene's frames are not a multiple, its
+    last sample overlaps the one before.
     augment: for training. color=False: all colours are 1. images=False: samples hold no images.
     voxel_size: metres; elastic augmentation is measured in voxels, see `augment_points`.
-    feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) -> tokens, pooled.
-    Samples then hold clip_tokens, clip_pooled and, if the cache has dense features, clip_dense_map instead of images.
-    superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints (n,), any
-    integers, each within one view; `collate` numbers them.
+    feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) ->
+    tokens, pooled. Samples then hold clip_tokens, clip_pooled and, if the cache has dense features,
+    clip_dense_map instead of images.
+    superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints
+    (n,), any integers, each within one view; `collate` numbers them.
 
-    A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3 + F), the colours
-    in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none, images (V, 3, H, W) in [0, 1],
-    world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image, depth (V, Hd, Wd) metres with 0 = unknown,
-    depth_intrinsics (V, 3, 3).
+    A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3 +
+    F), the colours in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none,
+    images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image, depth
+    (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
     """
 
     def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True, seed=0,
@@ -432,7 +465,9 @@ class PointDataset(Dataset):
                 self._members.append(members[start:start + num_views])
 
     def set_epoch(self, epoch):
-        """Changes the draw and the augmentation of every sample if the set is augmented; others stay as they are."""
+        """Changes the draw and the augmentation of every sample if the set is augmented; others stay as
+        they are.
+        """
         self._epoch.fill_(epoch)
 
     def __len__(self):
@@ -443,7 +478,9 @@ class PointDataset(Dataset):
         return self._views(index, self._rng(index))
 
     def signature(self, indices):
-        """16 bytes that change when one of these samples may have changed; None if that cannot be told from files."""
+        """16 bytes that change when one of these samples may have changed; None if that cannot be told
+        from files.
+        """
         owner = None if self.superpoints is None else getattr(self.superpoints, "owner", None)
         if self.superpoints is not None and owner is None:
             return None
@@ -524,13 +561,15 @@ class PointDataset(Dataset):
 
 
 class SceneDataset(PointDataset):
-    """Samples of whole scans with `num_views` of their frames: evenly spread, or drawn anew each epoch if augmented.
+    """Samples of whole scans with `num_views` of their frames: evenly spread, or drawn anew each epoch
+    if augmented.
 
-    scenes: a sequence of scans with `names`, such as scannet.ScanNetScenes; files(index) is optional. A scan is a dict:
-    name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32 in [0, 1], alignment (4, 4) to
-    the axes of the 3D encoder, and optionally labels, instances and superpoints (P,) int64.
-    frames: a source of frames of the same scenes, whose labels are not needed. All else is as in `PointDataset`;
-    `coords` are aligned and augmented, and superpoints are those of the scan.
+    scenes: a sequence of scans with `names`, such as scannet.ScanNetScenes; files(index) is optional. A
+    scan is a dict: name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32
+    in [0, 1], alignment (4, 4) to the axes of the 3D encoder, and optionally labels, instances and
+    superpoints (P,) int64.
+    frames: a source of frames of the same scenes, whose labels are not needed. All else is as in
+    `PointDataset`; `coords` are aligned and augmented, and superpoints are those of the scan.
     """
 
     def __init__(self, scenes, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True,
@@ -569,7 +608,9 @@ class SceneDataset(PointDataset):
 
 
 class EveryView(Dataset):
-    """The samples of a SceneDataset; all frames of a scan are read, also those that are not drawn in this epoch."""
+    """The samples of a SceneDataset; all frames of a scan are read, also those that are not drawn in
+    this epoch.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -580,16 +621,18 @@ class EveryView(Dataset):
         return self.dataset[index]
 
 
-# ----------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------- batches
 
 
 def superpoint_index(segments, batch_idx):
     """Numbers the superpoints of a batch consecutively, scene after scene.
 
-    segments: (N,) int64 ids, unique within a scene; or (N, 3) int64 voxel coordinates, which replace superpoints that a
-        scene does not have (use coarse voxels: the masks take Q x S memory, and Q is up to S).
+    segments: (N,) int64 ids, unique within a scene; or (N, 3) int64 voxel coordinates, which replace
+        superpoints that a scene does not have (use coarse voxels: the masks take Q x S memory, and Q is
+        up to S).
     batch_idx: (N,) int64, the scene of each point.
-    Returns point_to_superpoint (N,) in [0, S), and superpoint_batch (S,), the scene of each superpoint, sorted.
+    Returns point_to_superpoint (N,) in [0, S), and superpoint_batch (S,), the scene of each superpoint,
+    sorted.
     """
     if segments.ndim not in (1, 2) or len(segments) != len(batch_idx) or segments.is_floating_point():
         raise ValueError(f"segments must be (N,) or (N, 3) integers for batch_idx {tuple(batch_idx.shape)}, "
@@ -605,10 +648,12 @@ def superpoint_index(segments, batch_idx):
 def collate(samples, cell=None):
     """Ragged batch: per-point fields are concatenated to (N, ...), all others stacked to (B, V, ...).
 
-    Adds batch (N,) int64, the index of each point's sample; `name` and `seed` become lists. Depth images of different
-    sizes are padded with 0 = unknown at bottom and right. Instances keep their numbers within the sample.
-    cell: also number the superpoints of the whole batch, as `superpoint_index` does: point_to_superpoint (N,) and
-    superpoint_batch (S,). Cubes of `cell` metres stand in for superpoints that the samples do not have.
+    Adds batch (N,) int64, the index of each point's sample; `name` and `seed` become lists. Depth
+    images of different sizes are padded with 0 = unknown at bottom and right. Instances keep their
+    numbers within the sample.
+    cell: also number the superpoints of the whole batch, as `superpoint_index` does:
+    point_to_superpoint (N,) and superpoint_batch (S,). Cubes of `cell` metres stand in for superpoints
+    that the samples do not have.
     Raises ValueError if another field differs in shape.
     """
     batch = {key: [sample[key] for sample in samples] for key in ("name", "seed")}
@@ -647,11 +692,13 @@ def to_device(value, device):
 
 
 def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
-    """Reads every sample of this process's share once, and of scans every frame -> number of points with a label.
+    """Reads every sample of this process's share once, and of scans every frame -> number of points
+    with a label.
 
-    A broken file or a label without a class raises here, by name, and superpoints are computed. store: a cache.Store
-    that remembers the result under a digest of the files (path, size, modification time) and of all settings, so that
-    the next start on unchanged files reads no frame. Sources without `files` are read every time.
+    A broken file or a label without a class raises here, by name, and superpoints are computed. store:
+    a cache.Store that remembers the result under a digest of the files (path, size, modification time)
+    and of all settings, so that the next start on unchanged files reads no frame. Sources without
+    `files` are read every time.
     """
     share = range(rank, len(dataset), world_size)
     key = None if store is None else dataset.signature(share)

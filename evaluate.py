@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Scores of a model over a loader, the table that a run ends with, and images of what the network sees.
 
-Imports torch, numpy, and its siblings data, decoder, metrics, model, support/distributed and support/visualize.
+Imports torch, numpy, and its siblings data, decoder, metrics, model, support/distributed and
+support/visualize.
 """
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ class Scores:
         self.semantics.update(labels, truth)
 
     def update_instances(self, scene, truth, truth_instances):
-        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances: (P,) int64."""
+        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances:
+        (P,) int64.
+        """
         self.instances.update({**scene, "labels": scene["labels"] + 1}, ground_truth_ids(truth, truth_instances))
 
     def synchronize(self, world_size):
@@ -43,7 +46,8 @@ class Scores:
             self.instances.scenes = sum(gather_objects(self.instances.scenes, world_size), [])
 
     def compute(self):
-        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of (AP, AP50, AP25)}.
+        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of
+        (AP, AP50, AP25)}.
         """
         per_class = self.semantics.compute()["per_class"]
         has_truth = self.semantics.confusion.sum(1).cpu() > 0  # (K,)
@@ -84,10 +88,11 @@ def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, wo
 
 
 def ground_truth_ids(labels, instances):
-    """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 + instance, 0 = none.
+    """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 +
+    instance, 0 = none.
 
-    The instances are numbered anew within each class, because the data's own numbers may exceed 999. ValueError if a
-    class has more than 1,000 in this sample.
+    The instances are numbered anew within each class, because the data's own numbers may exceed 999.
+    ValueError if a class has more than 1,000 in this sample.
     """
     counted = (labels >= 0) & (instances >= 0)
     values, place = torch.unique(instances[counted], return_inverse=True)
@@ -102,7 +107,8 @@ def ground_truth_ids(labels, instances):
 
 
 def format_metrics(metrics, class_names):
-    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes without truth.
+    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes
+    without truth.
     """
     columns = ["AP", "AP50", "AP25"] if "ap" in metrics else []
     lines = [f"{'class':<24}" + "".join(f"{name:>8}" for name in ["IoU", *columns])]
@@ -122,7 +128,9 @@ def format_metrics(metrics, class_names):
 
 
 def visualize(log, model, dataset, class_names, min_instance_points):
-    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first scene."""
+    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first
+    scene.
+    """
     names = frame_names(dataset.frames)
     members = group_by_scene([names[dataset.frame_indices(index)[0]] for index in range(len(dataset))])
     scene = next(iter(members))
@@ -143,7 +151,9 @@ def evenly(items, count):
 
 @torch.no_grad()
 def first_view(model, dataset, index, min_instance_points):
-    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds` take it."""
+    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds`
+    take it.
+    """
     batch = to_device(batches_for(model, training=False)([dataset[index]]), model.head.weight.device)
     out = model(batch)
     images = [torch.from_numpy(np.array(dataset.images_only[i])).permute(2, 0, 1) / 255
@@ -174,7 +184,8 @@ def first_view(model, dataset, index, min_instance_points):
 
 
 def second_on_first_view(model, batch, images, count=4000):
-    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors (n, 3) there.
+    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors
+    (n, 3) there.
 
     They do not fit that image if a pose is wrong.
     """

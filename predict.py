@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and scores.
+"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and
+scores.
 
-    python predict.py runs/NAME/best.pt --data DIR --out OUT
-    python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
-    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
-    python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
+    python predict.py runs/NAME/best.pt --data DIR --out OUT python predict.py runs/NAME/best.pt --data
+    DIR --out OUT --text "chair, red sofa | couch, something to sit on" python predict.py
+    runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240 python predict.py
+    runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
 docs/predict.md describes what it writes. In a notebook:
 
@@ -53,15 +54,16 @@ from support.visualize import clouds, label_colors
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
 
-# ---------------------------------------------------------------------------------------------- one sample
+# ------------------------------------------------------------------------------------------- one sample
 
 
 def fuse_in_draws(fusion, batch, draw_size, at_once=8):
-    """Fused features of all points of one sample, as if they were drawn in training: (N, C), and the gate (N,).
+    """Fused features of all points of one sample, as if they were drawn in training: (N, C), and the
+    gate (N,).
 
-    Every point is in exactly one of several random draws of at most draw_size points, which are independent samples for
-    the network, `at_once` of them per forward pass. Images are encoded once. The draws depend on the number of points
-    alone. The gate is averaged over channels.
+    Every point is in exactly one of several random draws of at most draw_size points, which are
+    independent samples for the network, `at_once` of them per forward pass. Images are encoded once.
+    The draws depend on the number of points alone. The gate is averaged over channels.
     """
     n = len(batch["points"])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(batch["points"].device)
@@ -87,11 +89,12 @@ def fuse_in_draws(fusion, batch, draw_size, at_once=8):
 def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_SCORE):
     """The network's answers for all points of one sample, a dict of tensors on the model's device.
 
-    sample: of a data set that draws every point, with z up. queries: a TextQueries. Holds points (N, 3), of the data's
-    own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K), labels (N,), gate (N,), and with
-    queries cosines (N, T). If the model has a decoder, also "scene", all instances as decoder.instances_from_logits gives
-    them, and of those that score above instance_score instance_labels and scores (R,), and instances (N,), the best one
-    at each point, -1 = none. camera_height is the mean height of its cameras, meters along the world's up axis.
+    sample: of a data set that draws every point, with z up. queries: a TextQueries. Holds points (N,
+    3), of the data's own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K),
+    labels (N,), gate (N,), and with queries cosines (N, T). If the model has a decoder, also "scene",
+    all instances as decoder.instances_from_logits gives them, and of those that score above
+    instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 =
+    none. camera_height is the mean height of its cameras, meters along the world's up axis.
     """
     device = model.head.weight.device
     batch = to_device(batches_for(model, training=False)([sample]), device)
@@ -140,14 +143,14 @@ def sample_options(model, config):
 def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabilities=False, queries=None):
     """Labels every pixel of known depth, frame by frame; a generator of one dict per frame.
 
-    model: a Segmenter in eval mode. frames: a sequence of frame dicts (see data.py); labels are not needed. config: the
-    options that the model was trained with. instance_score: instances with a lower score are left out. queries: a
-    TextQueries.
-    A result holds "name", and of the depth image's size: "labels" (Hd, Wd) int64, index of the class; "instances"
-    (Hd, Wd) int64, numbered from 0 with the best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32
-    on demand; "queries" (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside
-    the colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with one entry
-    per instance. "points" is the result of `predict_sample`, with one row per point.
+    model: a Segmenter in eval mode. frames: a sequence of frame dicts (see data.py); labels are not
+    needed. config: the options that the model was trained with. instance_score: instances with a lower
+    score are left out. queries: a TextQueries. A result holds "name", and of the depth image's size:
+    "labels" (Hd, Wd) int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the
+    best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries"
+    (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside the
+    colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with
+    one entry per instance. "points" is the result of `predict_sample`, with one row per point.
     """
     options = sample_options(model, config)
     frames = upright(frames, config["up"])
@@ -197,7 +200,9 @@ def parse_queries(text):
 
 
 def field_names(queries):
-    """Names of the PLY fields of queries: their first names, or query_1 and so on for other scripts than ASCII."""
+    """Names of the PLY fields of queries: their first names, or query_1 and so on for other scripts
+    than ASCII.
+    """
     names = [re.sub(r"\W+", "_", names[0]).strip("_") for names in queries]
     return [name if name.isascii() and name else f"query_{number}" for number, name in enumerate(names, 1)]
 
@@ -205,10 +210,11 @@ def field_names(queries):
 class TextQueries:
     """Queries in words, compared with CLIP's dense features or with the network's fused ones.
 
-    encoder_2d: an Enhanced2DEncoder. text: see `parse_queries`. source: "clip": the dense features of CLIP itself;
-    "fused": the network's, which only a trained consistency loss ties to text.
-    A name is the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times its
-    cosines with all names, NEUTRAL ones included; a query gets the largest probability among its names.
+    encoder_2d: an Enhanced2DEncoder. text: see `parse_queries`. source: "clip": the dense features of
+    CLIP itself; "fused": the network's, which only a trained consistency loss ties to text. A name is
+    the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times
+    its cosines with all names, NEUTRAL ones included; a query gets the largest probability among its
+    names.
     """
 
     def __init__(self, encoder_2d, text, source="clip"):
@@ -224,10 +230,12 @@ class TextQueries:
             self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
 
     def cosines(self, fusion, batch, feat_fusion, dense=None):
-        """Cosines (N, T) of the points of one sample with all names; with "clip" they are 0 if no view sees a point.
+        """Cosines (N, T) of the points of one sample with all names; with "clip" they are 0 if no view
+        sees a point.
 
-        feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's views. A point
-        takes the interpolated cosines of the cells around it: that needs T channels per point instead of E.
+        feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's
+        views. A point takes the interpolated cosines of the cells around it: that needs T channels per
+        point instead of E.
         """
         if self.source == "fused":
             return F.normalize(feat_fusion.float(), dim=1) @ self.embedding.T
@@ -245,7 +253,8 @@ class TextQueries:
 
 
 def write_frame(folder, stem, result, class_ids):
-    """label/<stem>.png, instance/<stem>.png (0 = none) and instance/<stem>.txt: number, class id, confidence per line.
+    """label/<stem>.png, instance/<stem>.png (0 = none) and instance/<stem>.txt: number, class id,
+    confidence per line.
     """
     images = {"label": class_ids[result["labels"]]}  # the last class id stands for "none"
     if "instances" in result:
@@ -269,36 +278,42 @@ def benchmark_ids(benchmark, class_names):
     return np.array([ids[name] for name in class_names])
 
 
-# ---------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------ the command
 
 
 def parse_args(argv=None):
     """The options of the command."""
     parser = Parser("predict.py", "Labels every pixel of known depth and merges the frames of a scene.")
     parser.add_argument("checkpoint", help="a best.pt or last.pt of train.py")
-    parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, labelled or not; with "
-                        "--intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or 'rooms' (built in)")
+    parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, "
+        "labelled or not; with --intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or "
+        "'rooms' (built in)")
     parser.add_argument("--out", required=True, type=Path, help="folder to write into")
-    parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: everything")
-    parser.add_argument("--classes", help="class list of the data, one 'id name' pair per line; not given: classes.txt "
-                        "in the folder, else the list that the network was trained with")
-    parser.add_argument("--label-map", help="scannetv2-labels.combined.tsv, as in train.py; not given: that of training, "
-                        "if its class list is used")
-    parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* images, pixels")
-    parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that points up; not given: as in "
-                        "training")
-    parser.add_argument("--text", help='queries, such as "chair, red sofa | couch, something to sit on"; | separates '
-                        "names of one query")
-    parser.add_argument("--text-from", choices=("clip", "fused"), default="clip", help="compare the text with CLIP's "
-                        "dense features or with the network's own, if its consistency loss was on")
-    parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in TensorBoard's mesh "
-                        "view: tensorboard --logdir OUT")
-    parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for this benchmark; "
-                        "needs --scans")
-    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where "
-                        "they lay in training")
-    parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep nothing")
+    parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: "
+        "everything")
+    parser.add_argument("--classes", help="class list of the data, one 'id name' pair per line; not "
+        "given: classes.txt in the folder, else the list that the network was trained with")
+    parser.add_argument("--label-map", help="scannetv2-labels.combined.tsv, as in train.py; not given: "
+        "that of training, if its class list is used")
+    parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
+        "--data")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* "
+        "images, pixels")
+    parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that "
+        "points up; not given: as in training")
+    parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
+        "on\"; | separates names of one query")
+    parser.add_argument("--text-from", choices=("clip", "fused"), default="clip",
+        help="compare the text with CLIP's dense features or with the network's own, if its "
+        "consistency loss was on")
+    parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in "
+        "TensorBoard's mesh view: tensorboard --logdir OUT")
+    parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for "
+        "this benchmark; needs --scans")
+    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie "
+        "where they lay in training")
+    parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep "
+        "nothing")
     parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -316,7 +331,8 @@ def parse_args(argv=None):
 
 
 def find_classes(args, config, class_names):
-    """The class list {id: name} of the data in the network's order, or None if there is none of the same classes.
+    """The class list {id: name} of the data in the network's order, or None if there is none of the
+    same classes.
 
     Sets args.label_map to the training's if its class list is used.
     """
@@ -381,7 +397,8 @@ def open_queries(args, model, config):
 
 
 def write_classes(path, classes, class_names):
-    """Writes the class list of the output and returns its ids (K + 1,), the last for pixels without a label.
+    """Writes the class list of the output and returns its ids (K + 1,), the last for pixels without a
+    label.
 
     The ids are those of the data's class list (the first of several), and 1 + index if there is none.
     """
@@ -401,8 +418,9 @@ def write_classes(path, classes, class_names):
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
-    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files. log_up: the axis of
-    the data's world that points up, if the clouds are to be shown in TensorBoard; or None.
+    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files.
+    log_up: the axis of the data's world that points up, if the clouds are to be shown in TensorBoard;
+    or None.
     """
 
     def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log_up):
@@ -438,7 +456,9 @@ class Output:
             scores.update_instances(scene, truth, torch.as_tensor(points["truth_instances"]))
 
     def add_cloud(self, name, cloud, camera_height):
-        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: mean, metres."""
+        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: mean,
+        metres.
+        """
         scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"], "gate": cloud["gate"]}
         entry = {"points": len(cloud["labels"]), "instances": []}
         if "instances" in cloud:

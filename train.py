@@ -11,9 +11,10 @@
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --amp bf16
     tensorboard --logdir runs
 
-The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup and loop.
-To change the network see model.py; a loss term is one entry of `loss_weights` and one of `compute_losses`; a data set
-is one line of `open_frames` in sources/open.py; the schedule is `lr_factor`.
+The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup
+and loop. To change the network see model.py; a loss term is one entry of `loss_weights` and one of
+`compute_losses`; a data set is one line of `open_frames` in sources/open.py; the schedule is
+`lr_factor`.
 """
 import argparse
 import itertools
@@ -59,7 +60,9 @@ WORKER_TIMEOUT = 600  # seconds without a batch after which the run ends
 
 
 def mean_std(text):
-    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as it is."""
+    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as
+    it is.
+    """
     if "," not in text:
         return text
     numbers = list_of(float)(text)
@@ -80,58 +83,69 @@ def build_parser():
     """The one source of every default."""
     parser = Parser("train.py", "Trains 3D scene segmentation with frozen CLIP features fused in.")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
-    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the folder")
+    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D "
+        "layout")
+    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the "
+        "folder")
     add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    add("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that table's ids "
-        "(ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
+    add("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that "
+        "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
-    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every 8 of them")
+    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for "
+        "every 8 of them")
     add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
-    add("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples of its "
-        "patch size")
-    add("--up", type=checked_by(up_rotation), default="z", help="axis of the data's world that points up, z, -y, ... or a vector "
-        "x,y,z; negative ones as --up=-y")
-    add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see docs/check.md")
+    add("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, "
+        "multiples of its patch size")
+    add("--up", type=checked_by(up_rotation), default="z", help="axis of the data's world that points "
+        "up, z, -y, ... or a vector x,y,z; negative ones as --up=-y")
+    add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
+        "docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
-    add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for instances; 0: cubes of "
-        "4 voxels stand in for them")
-    add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute them every time")
-    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the loop")
+    add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for "
+        "instances; 0: cubes of 4 voxels stand in for them")
+    add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
+        "them every time")
+    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the "
+        "loop")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network of --init-3d")
+    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network "
+        "of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
     add("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="meters")
-    add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, oneformer3d, Mask3D, "
-        "UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+    add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
+        "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
-    add("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
-    add("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither predicted nor "
-        "scored")
+    add("--no-instances", action="store_true", help="semantics only, even if the data has instance "
+        "labels")
+    add("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither "
+        "predicted nor scored")
     add("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
     add("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
-    add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP weights from a "
-        "file were trained with: 3 means and 3 standard deviations, or an open_clip tag that has it; needed if the "
-        "tags of the model disagree")
-    add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to train; 0: frozen")
+    add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP "
+        "weights from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag "
+        "that has it; needed if the tags of the model disagree")
+    add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to "
+        "train; 0: frozen")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, and 0.5 with "
-        "--no-clip")
-    add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight of the CLIP "
-        "loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
-    add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="the weights: 0 for "
-        "epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
-    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see docs/losses.md")
-    add("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP feature of its "
-        "scene, or to the one that it projects to")
+    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
+        "and 0.5 with --no-clip")
+    add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
+        "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
+    add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01),
+        help="the weights: 0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
+    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see "
+        "docs/losses.md")
+    add("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP "
+        "feature of its scene, or to the one that it projects to")
     add("--temperature", type=nonnegative_float, default=0.07, help="of the CLIP loss; floored at 0.1")
-    add("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as without the CLIP loss")
+    add("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as "
+        "without the CLIP loss")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive_int, default=24, help="passes over the training samples")
@@ -140,28 +154,34 @@ def build_parser():
     add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW")
     add("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
     add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
-    add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: none")
-    add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down to it")
-    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended on a GPU")
+    add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: "
+        "none")
+    add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
+        "to it")
+    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
+        "on a GPU")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
-    add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as always on a CPU; "
-        "slower, see docs/gpus.md")
+    add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
+        "always on a CPU; slower, see docs/gpus.md")
     add("--device", help="not given: cuda if there is one, else cpu")
 
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder that TensorBoard watches")
     add("--name", help="name of the run; not given: bifusion or baseline")
-    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
-    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is written at the "
-        "best of them")
-    add("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between writings of "
-        "last.pt; 0: once per epoch")
-    add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between entries under "
-        "diagnose/, see docs/diagnostics.md; 0: none")
-    add("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are given")
+    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard "
+        "entries")
+    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is "
+        "written at the best of them")
+    add("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between "
+        "writings of last.pt; 0: once per epoch")
+    add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
+        "entries under diagnose/, see docs/diagnostics.md; 0: none")
+    add("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are "
+        "given")
     add("--eval", metavar="CHECKPOINT", help="score only")
-    add("--replay", metavar="FILE", help="run the non-finite step of a bad_step_N.pt again, see docs/diagnostics.md")
+    add("--replay", metavar="FILE", help="run the non-finite step of a bad_step_N.pt again, see "
+        "docs/diagnostics.md")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -171,7 +191,9 @@ NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "replay", "device", 
 
 
 def parse_args(argv=None, defaults=None):
-    """The options of a run. defaults: the config of a checkpoint, which stands in for options that are not given."""
+    """The options of a run. defaults: the config of a checkpoint, which stands in for options that are
+    not given.
+    """
     parser = build_parser()
     for action in parser._actions if defaults else ():
         value = defaults.get(action.dest)
@@ -223,7 +245,7 @@ def check_options(args, error):
             error(f"{option} {folder}: {existing} is not a folder that can be written to")
 
 
-# ---------------------------------------------------------------------------------------------- parts of a run
+# --------------------------------------------------------------------------------------- parts of a run
 
 
 def build_datasets(args):
@@ -269,7 +291,8 @@ def cache_folder(args):
 
 
 def read_every_frame(datasets, args, rank, world_size):
-    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
+    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a
+    split labelled.
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
@@ -299,7 +322,9 @@ def check_cameras(dataset, store, args):
 
 
 def open_backbone(args):
-    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were trained with."""
+    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were
+    trained with.
+    """
     network, colors, loaded = load_backbone(args.init_3d)
     options = {name: {"in_channels": 3, "last_relu": True, **known} for name, known in NETWORKS.items()}
     name = next((name for name, known in options.items() if network.options == known), None)
@@ -316,7 +341,9 @@ def open_backbone(args):
 
 
 def count_features(frames, args):
-    """Features per point. Raises ValueError if they are more than the color, but the options know colors alone."""
+    """Features per point. Raises ValueError if they are more than the color, but the options know
+    colors alone.
+    """
     number = getattr(frames, "num_features", 3)
     if number != 3 and (args.init_3d or args.colors == "scannet"):
         option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
@@ -325,7 +352,9 @@ def count_features(frames, args):
 
 
 def open_tower(args, config, log_warning):
-    """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot be had."""
+    """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot
+    be had.
+    """
     try:
         return build_tower(config)
     except FileNotFoundError as error:
@@ -349,7 +378,9 @@ def needs_dense(args):
 
 
 def cache_features(tower, datasets, args, device, rank, world_size):
-    """A frozen tower encodes every image once; from then on the samples of the data sets hold its features."""
+    """A frozen tower encodes every image once; from then on the samples of the data sets hold its
+    features.
+    """
     owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
@@ -369,7 +400,9 @@ def data_loader(dataset, sampler, args, device, collate_fn):
 
 
 def build_criteria(args, clip_criterion=None):
-    """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of ClipConsCriterion."""
+    """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of
+    ClipConsCriterion.
+    """
     clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss, world_mean=world_mean)
     return {"semantic": SemanticCriterion(world_mean=world_mean),
             "instance": InstanceCriterion(world_mean=world_mean),
@@ -384,10 +417,12 @@ def loss_weights(args, epoch):
 
 
 def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, dense_target=False):
-    """One forward pass -> the model's output, {name: raw loss}, and the counts of the CLIP loss, or None.
+    """One forward pass -> the model's output, {name: raw loss}, and the counts of the CLIP loss, or
+    None.
 
-    A CLIP term of weight 0 is not computed. dense_target: it ties points to dense features, not to their scene's.
-    Every process must return the same terms, whatever its batch: multiply by 0 instead of leaving one out.
+    A CLIP term of weight 0 is not computed. dense_target: it ties points to dense features, not to
+    their scene's. Every process must return the same terms, whatever its batch: multiply by 0 instead
+    of leaving one out.
     """
     device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
@@ -415,7 +450,9 @@ def weight_terms(terms, weights):
 
 
 def parameter_groups(model, args):
-    """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d tensors)."""
+    """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d
+    tensors).
+    """
     parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d), "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
              "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
     groups = {}
@@ -447,7 +484,9 @@ def load_optimizer(optimizer, scaler, state):
 
 
 def resume_position(state, steps_per_epoch, global_batch):
-    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen so far."""
+    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen
+    so far.
+    """
     samples = state["next_step"] * state["global_batch"]
     if state["global_batch"] == global_batch:
         return state["epoch"], state["next_step"]
@@ -504,7 +543,7 @@ def log_metrics(log, metrics, class_names):
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-# ---------------------------------------------------------------------------------------------- one step
+# --------------------------------------------------------------------------------------------- one step
 
 
 class StepResult(NamedTuple):
@@ -558,7 +597,8 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
 def replay(args, argv, clip_criterion=None, tower=None):
     """Runs the step of a bad_step_N.pt again; returns [] if it is finite here.
 
-    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly detection.
+    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly
+    detection.
     """
     state = read_checkpoint(args.replay, STEP_FIELDS)
     args = parse_args(argv, defaults=state["config"])
@@ -586,7 +626,8 @@ def replay(args, argv, clip_criterion=None, tower=None):
 def main(argv=None, clip_criterion=None, tower=None, stop=None):
     """One run, from options to the final table; returns the final validation metrics.
 
-    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of the one that the
+    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of
+    the one that the
     options name, see fusion.py. stop: a StopRequest that listens to signals.
     """
     # options; processes, one or as many as torchrun started; the checkpoint to go on from or to score
@@ -617,7 +658,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         warnings.append(text)
         print0(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
 
-    # the tower and the data, what is quick to refuse first; every frame is read before anything is written
+    # the tower and the data, what is quick to refuse first; every frame is read before anything is
+    # written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
     tower = tower or open_tower(args, config, log_warning)
     if needs_dense(args):

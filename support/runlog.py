@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What a run writes to TensorBoard: averages over a window of steps, texts, images and clouds.
 
-A number that is added in every step is averaged from one log to the next; docs/tensorboard.md explains every tag.
-Tensors stay on their device until a log is due, and then go to the host in one copy.
+A number that is added in every step is averaged from one log to the next; docs/tensorboard.md explains
+every tag. Tensors stay on their device until a log is due, and then go to the host in one copy.
 
-TensorBoard may fail, the training may not: an error of the writer (a full disk, a folder that is gone) is reported
-once, and the writer is opened again at a later log.
+TensorBoard may fail, the training may not: an error of the writer (a full disk, a folder that is gone)
+is reported once, and the writer is opened again at a later log.
 
 Imports torch, numpy and, when a log is opened, tensorboard.
 """
@@ -28,10 +28,11 @@ RETRY_SECONDS = 60  # between attempts to open a writer again
 class RunLog:
     """Collects what a step reports, and writes it every `log_every` steps.
 
-    folder: of the run, or None to write nothing (the other processes, benchmarks). purge_step: when a run is resumed,
-    the step from which on old entries are dropped. modules: {name: nn.Module} whose gradient norms are logged.
-    mean_over_processes: averages a tensor over all processes; every process calls it equally often. report: takes a
-    text about a writer that fails.
+    folder: of the run, or None to write nothing (the other processes, benchmarks). purge_step: when a
+    run is resumed, the step from which on old entries are dropped. modules: {name: nn.Module} whose
+    gradient norms are logged.
+    mean_over_processes: averages a tensor over all processes; every process calls it equally often.
+    report: takes a text about a writer that fails.
     """
 
     def __init__(self, folder=None, log_every=10, purge_step=None, modules=None, mean_over_processes=None,
@@ -77,8 +78,8 @@ class RunLog:
     def call(self, method, *args, **options):
         """Calls a method of the writer, if there is one.
 
-        The writer works in a thread of its own: what goes wrong there is raised by a later call, and what was queued
-        until then is lost.
+        The writer works in a thread of its own: what goes wrong there is raised by a later call, and
+        what was queued until then is lost.
         """
         if self.writer is None:
             return
@@ -118,7 +119,8 @@ class RunLog:
                 self.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm())
 
     def write(self, latest):
-        """Writes the averages of the window and `latest`, {name: value of this step alone}, and begins a new window.
+        """Writes the averages of the window and `latest`, {name: value of this step alone}, and begins
+        a new window.
 
         Every process must call it. Returns the averages as {name: float}.
         """
@@ -156,7 +158,9 @@ class RunLog:
                 self.call("add_image", tag, image, self.step)
 
     def add_clouds(self, clouds):
-        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}. What a tag shows already is not written again."""
+        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}. What a tag shows already is not
+        written again.
+        """
         for tag, (points, colors) in clouds.items():
             if len(points) == 0:
                 continue
@@ -185,7 +189,9 @@ def peak_memory_gib(device):
 
 
 def mesh_scene(points):
-    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares that close gaps."""
+    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares that
+    close gaps.
+    """
     low, high = points.min(0), points.max(0)
     extent = high - low
     centre = (low + high) / 2

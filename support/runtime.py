@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What a command needs of its process: signals, loader workers, device settings, and errors of one line.
+"""What a command needs of its process: signals, loader workers, device settings, and errors of one
+line.
 
     if __name__ == "__main__":
         run_command(main)
@@ -23,9 +24,10 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 class StopRequest:
     """A request to stop, made by a signal.
 
-    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary files. Afterwards
-    the first one is only remembered in `signum`, for the training loop to save and leave, and the second one ends the
-    process at once. The exit status is 128 + the number of the signal.
+    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary
+    files. Afterwards the first one is only remembered in `signum`, for the training loop to save and
+    leave, and the second one ends the process at once. The exit status is 128 + the number of the
+    signal.
     """
 
     def __init__(self):
@@ -33,7 +35,9 @@ class StopRequest:
         self.armed = False
 
     def install(self):
-        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so. Returns itself."""
+        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so.
+        Returns itself.
+        """
         for name in STOP_SIGNALS:
             number = getattr(signal, name)
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -49,11 +53,12 @@ class StopRequest:
 
 
 def init_worker(worker_id):
-    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the run to stop.
+    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the
+    run to stop.
 
-    Schedulers and terminals signal every process of a job. If the workers ended at once, the training process could not
-    finish its step. On Linux a worker is killed when its process ends, however that ends: with a full pipe it would
-    otherwise wait forever for somebody to read it.
+    Schedulers and terminals signal every process of a job. If the workers ended at once, the training
+    process could not finish its step. On Linux a worker is killed when its process ends, however that
+    ends: with a full pipe it would otherwise wait forever for somebody to read it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -79,19 +84,21 @@ def kill_workers():
 def configure_device(device, deterministic=False):
     """Settings of this process that suit a torch.device; call it before the first tensor is made there.
 
-    deterministic: a run on a GPU gives the same numbers every time, as on a CPU, if torch has such kernels; it warns if
-    not. Sums then take sorted instead of atomic additions, which is slower.
+    deterministic: a run on a GPU gives the same numbers every time, as on a CPU, if torch has such
+    kernels; it warns if not. Sums then take sorted instead of atomic additions, which is slower.
     """
     if device.type != "cuda":
         keep_buffers()
         return
-    # Products of float32 round their factors to TF32. The image tower turns that off, because a cache stores its
-    # features.
+    # Products of float32 round their factors to TF32. The image tower turns that off, because a cache
+    # stores its features.
     torch.set_float32_matmul_precision("high")
-    # Sums of half-precision products stay in float32, also between the parts into which a long product is split.
+    # Sums of half-precision products stay in float32, also between the parts into which a long product
+    # is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in each step.
+    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in
+    # each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without a fixed workspace, cuBLAS varies
@@ -101,8 +108,8 @@ def configure_device(device, deterministic=False):
 def keep_buffers():
     """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
 
-    By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
-    sixth of a training step or of a prediction on a CPU.
+    By default glibc hands them back to the system, which clears them page by page when they are asked
+    for again: a sixth of a training step or of a prediction on a CPU.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -110,7 +117,7 @@ def keep_buffers():
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-# ---------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------- commands
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,8 +176,8 @@ def checked_by(check):
 def run_command(main):
     """Runs the `main` of a script and exits with the status that it returns, if that is an integer.
 
-    What a user can fix is one line on stderr and exit status 2, a training that diverges status 1; --debug shows the
-    traceback.
+    What a user can fix is one line on stderr and exit status 2, a training that diverges status 1;
+    --debug shows the traceback.
     """
     try:
         status = main()
