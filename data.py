@@ -709,7 +709,7 @@ def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
     loader = DataLoader(Subset(samples, share), batch_size=None, num_workers=workers, generator=torch.Generator())
     labelled = 0
     num_classes = len(getattr(dataset.frames, "class_names", None) or ())
-    for sample in tqdm(loader, "reading frames", unit="sample", disable=rank > 0):
+    for sample in tqdm(loader, "reading frames", unit="sample", disable=rank > 0 or None):
         labels = sample["labels"]
         if num_classes and ((labels < -1) | (labels >= num_classes)).any():
             raise ValueError(f"{sample['name']}: labels from {labels.min()} to {labels.max()}, expected -1 or an index "

@@ -124,6 +124,16 @@ def format_metrics(metrics, class_names):
     return "\n".join(lines)
 
 
+def log_metrics(log, metrics, class_names):
+    """Writes what `evaluate` returns, and sums it up in one line."""
+    scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
+    for name, value in scores.items():
+        log.add_scalar(f"val/{name}", value)
+    for name, value in zip(class_names, metrics["iou"]):
+        log.add_scalar(f"val_iou/{name}", value)
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
 # ---------------------------------------------------------------------------------------------- images
 
 

@@ -18,6 +18,7 @@ skips a message when a process has no rows. The caller's part: the output of eve
 loss, with a zero gradient if a process has nothing to learn from, so that the backward pass of every
 norm runs on every process.
 """
+import itertools
 import os
 from datetime import timedelta
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
+from torch.utils.data import DistributedSampler
 
 
 def setup(device=None, timeout=1800.0):
@@ -140,6 +142,15 @@ def gather_objects(value, world_size):
     values = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+class ResumableSampler(DistributedSampler):
+    """A DistributedSampler that can leave out the first samples of an epoch."""
+
+    skip = 0
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ line.
     if __name__ == "__main__":
         run_command(main)
 
-Imports torch.
+Imports torch and tqdm.
 """
 import argparse
 import ctypes
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
@@ -120,6 +121,29 @@ def keep_buffers():
 # --------------------------------------------------------------------------------------------- commands
 
 
+class Console:
+    """What a command says: lines, and warnings that nobody overlooks and that are said again at the end.
+
+    main_process: the others say nothing. warnings: those of a checkpoint to go on from.
+    """
+
+    def __init__(self, main_process=True, warnings=()):
+        self.main_process = main_process
+        self.warnings = list(warnings)
+
+    def print(self, text):
+        if self.main_process:
+            tqdm.write(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+        self.print(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
+
+    def notes(self):
+        """The warnings as lines."""
+        return [f"note: {text}" for text in self.warnings]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose help shows defaults."""
 
@@ -160,6 +184,26 @@ def list_of(convert):
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
     return convert_list
+
+
+def mean_std(text):
+    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as
+    it is.
+    """
+    if "," not in text:
+        return text
+    numbers = list_of(float)(text)
+    if len(numbers) != 6:
+        raise argparse.ArgumentTypeError(f"expected 3 means and 3 standard deviations, or a tag, got {text!r}")
+    return numbers[:3], numbers[3:]
+
+
+def image_size(text):
+    """An argparse type: "240,320" -> (240, 320)."""
+    size = list_of(number_in(int, 1, 2048))(text)  # attention's memory grows with the fourth power of a side
+    if len(size) != 2:
+        raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
+    return size
 
 
 def checked_by(check):
