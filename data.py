@@ -150,21 +150,31 @@ def crop_intrinsics(intrinsics, top, left):
 # ----------------------------------------------------------------------------------------- augmentation
 
 
+MAX_CELLS = 2 ** 20
+
+
+def grid_cells(extent, granularity):
+    """Cells (3,) of 2 * granularity that cover an extent (3,), plus one on both sides."""
+    return (extent / (2 * granularity)).long() + 3
+
+
 def elastic(coords, rng, granularity, magnitude):
     """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in
     between.
 
     coords: (n, 3) float32; granularity and magnitude in the same unit. As in SPFormer, Mask3D and ESAM.
     The noise is clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a
-    ninth of the magnitude). In a cloud wider than 512 * granularity the grid is coarser: its memory is
-    bounded.
+    ninth of the magnitude). The grid of a large cloud is coarser: it has at most MAX_CELLS cells, so that
+    it takes neither more memory nor more time than a training step.
     """
     if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or not np.isfinite(coords).all():
         raise ValueError(f"expected finite coords (n, 3) of at least one point, got shape {coords.shape}")
     cloud = torch.from_numpy(coords)
     low, high = torch.aminmax(cloud, dim=0)
-    granularity = max(granularity, (high - low).max().item() / 512)
-    cells = ((high - low) / (2 * granularity)).long() + 3  # covers the cloud, plus one cell on both sides
+    cells = grid_cells(high - low, granularity)
+    while cells.prod() > MAX_CELLS:
+        granularity *= 1.1
+        cells = grid_cells(high - low, granularity)
     noise = rng.standard_normal((3, *cells.tolist()[::-1]), np.float32)
     noise = torch.from_numpy(noise).clamp(-3, 3)[None]  # (1, 3, z, y, x)
     for _ in range(2):
@@ -691,14 +701,14 @@ def to_device(value, device):
     return value
 
 
-def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
+def check_frames(dataset, store=None, rank=0, world_size=1, **loader_options):
     """Reads every sample of this process's share once, and of scans every frame -> number of points
     with a label.
 
     A broken file or a label without a class raises here, by name, and superpoints are computed. store:
     a cache.Store that remembers the result under a digest of the files (path, size, modification time)
     and of all settings, so that the next start on unchanged files reads no frame. Sources without
-    `files` are read every time.
+    `files` are read every time. loader_options: of the DataLoader that reads.
     """
     share = range(rank, len(dataset), world_size)
     key = None if store is None else dataset.signature(share)
@@ -706,7 +716,7 @@ def check_frames(dataset, store=None, rank=0, world_size=1, workers=0):
     if known is not None:
         return int.from_bytes(known, "little")
     samples = EveryView(dataset) if isinstance(dataset, SceneDataset) else dataset
-    loader = DataLoader(Subset(samples, share), batch_size=None, num_workers=workers, generator=torch.Generator())
+    loader = DataLoader(Subset(samples, share), batch_size=None, **loader_options)
     labelled = 0
     num_classes = len(getattr(dataset.frames, "class_names", None) or ())
     for sample in tqdm(loader, "reading frames", unit="sample", disable=rank > 0 or None):

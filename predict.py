@@ -21,6 +21,7 @@ The file reads from top to bottom: prediction of one sample, text queries, files
 Imports siblings: check, data, decoder, evaluate, model, superpoints, sources/ and support/.
 """
 import json
+import os
 import re
 import sys
 import time
@@ -45,10 +46,10 @@ from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
 from support.cache import FeatureCache
-from support.clouds import MERGE_VOXEL, SceneMerger, write_ply, write_submission
+from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
 from support.runlog import RunLog
-from support.runtime import Parser, checked_by, configure_device, run_command
+from support.runtime import Parser, checked_by, configure_device, positive_float, run_command
 from support.visualize import clouds, label_colors
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,6 +131,19 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
         result |= {"scene": scene, "instances": paint_instances(scene["masks"][good]),
                    "instance_labels": scene["labels"][good], "scores": scene["scores"][good]}
     return result
+
+
+def cloud_voxel(frame):
+    """The voxel size for merging the frames of a scene, meters: two pixels of the median depth, from 2 mm to 2 cm.
+
+    A room gets 1 to 2 cm, a table top a few millimeters.
+    """
+    depth = frame["depth"]
+    known = depth[(depth > 0) & np.isfinite(depth)]
+    if len(known) == 0:
+        return 0.02
+    pixel = np.median(known) / frame["depth_intrinsics"][0, 0]
+    return float(np.clip(2 * pixel, 0.002, 0.02))
 
 
 def sample_options(model, config):
@@ -306,6 +320,8 @@ def parse_args(argv=None):
     parser.add_argument("--text-from", choices=("clip", "fused"), default="clip",
         help="compare the text with CLIP's dense features or with the network's own, if its "
         "consistency loss was on")
+    parser.add_argument("--cloud-voxel", type=positive_float, help="meters, the voxels of merged clouds; not "
+                        "given: two pixels of a scene's median depth, from 0.002 to 0.02")
     parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in "
         "TensorBoard's mesh view: tensorboard --logdir OUT")
     parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for "
@@ -325,8 +341,13 @@ def parse_args(argv=None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
     if args.text is None and args.text_from != "clip":
         parser.error("--text-from needs --text")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is not a folder")
+    out = args.out.resolve()
+    for option, folder in (("--data", args.data), ("--scans", args.scans)):
+        if folder is not None and (out == Path(folder).resolve() or out in Path(folder).resolve().parents):
+            parser.error(f"--out {args.out} is or holds {option} {folder}: nothing is written among the data")
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        parser.error(f"--out {args.out}: {existing} is not a folder that can be written to")
     return args
 
 
@@ -558,7 +579,8 @@ def main(argv=None):
     else:
         bar = tqdm(total=len(frames), unit="frame")
         for scene, members in group_by_scene(frames.names).items():
-            merger = SceneMerger(len(class_names), min(MERGE_VOXEL, config["voxel_size"]))
+            voxel_size = args.cloud_voxel or cloud_voxel(frames[members[0]])
+            merger = SceneMerger(len(class_names), voxel_size)
             heights = []
             for result in predict_frames(model, Subset(frames, members), config, queries=queries):
                 output.add_frame(result)

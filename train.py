@@ -47,13 +47,13 @@ from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
-from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, init_worker,
-                             list_of, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
+from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, list_of,
+                             loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
                              positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room")
 LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
-WORKER_TIMEOUT = 600  # seconds without a batch after which the run ends
 
 # ---------------------------------------------------------------------------------------------- options
 
@@ -95,7 +95,7 @@ def build_parser():
         "of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
-    add("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="meters")
+    add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
     add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
         "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
@@ -284,7 +284,7 @@ def read_every_frame(datasets, args, rank, world_size):
     """
     store = Store(args.cache, "frames") if cache_folder(args) else None
     for dataset in datasets:
-        labelled = check_frames(dataset, store, rank, world_size, args.workers)
+        labelled = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
         if sum(gather_objects(labelled, world_size)) == 0:
             raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
                              "list")
@@ -349,10 +349,9 @@ def cache_features(tower, datasets, args, device, rank, world_size):
 
 def data_loader(dataset, sampler, args, device, collate_fn):
     """Batches of the samples that `sampler` names; collate_fn: of `model.batches_for`."""
-    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=args.workers,
+    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn,
                       persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
-                      timeout=WORKER_TIMEOUT if args.workers else 0, worker_init_fn=init_worker,
-                      generator=torch.Generator())  # a separate one leaves the global one untouched
+                      **loader_options(args.workers))
 
 
 def build_criteria(args, clip_criterion=None):
@@ -458,6 +457,22 @@ def lr_factor(step, total_steps, warmup):
     return min(1.0, (step + 1) / max(1, warmup)) * decay
 
 
+def goes_on_in_place(args):
+    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, which nothing else is
+    written over.
+    """
+    path = Path(args.resume or "")
+    return path.name == "last.pt" and (path.parent / "lock").exists()
+
+
+def write_or_warn(console, path, state):
+    """Writes a checkpoint. If that fails, on a full disk say, the old file stays and the run goes on."""
+    try:
+        write_atomically(state, path)
+    except OSError as error:
+        console.warn(f"{error}: the checkpoint is not written, the one before stays; the next one is tried again")
+
+
 def run_folder(args, rank, world_size, lock):
     """The folder of this run, a new one or that of the checkpoint to go on from, and the lock on it.
 
@@ -467,7 +482,7 @@ def run_folder(args, rank, world_size, lock):
     if rank == 0:
         name = args.name or ("baseline" if args.no_clip else "bifusion")
         new = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(args.resume).parent if args.resume else new_folder(new)
+        folder = Path(args.resume).parent if goes_on_in_place(args) else new_folder(new)
         lock = lock or lock_folder(folder)  # a second lock would close the first file, which ends both
     return gather_objects(folder, world_size)[0], lock
 
@@ -575,7 +590,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     state = lock = None
     if path:
         state = read_checkpoint(path)
-        lock = lock_folder(Path(path).parent) if args.resume and main_process else None
+        lock = lock_folder(Path(path).parent) if goes_on_in_place(args) and main_process else None
         args = parse_args(argv, defaults=state["config"])
     init_3d = open_backbone(args) if args.init_3d else None
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
@@ -635,6 +650,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         start_epoch, first_step = resume_position(state, steps_per_epoch, global_batch)
         step, skipped_steps, best = state["step"], state["skipped_steps"], state["best"]
         load_optimizer(optimizer, scaler, state)
+        changed = [key for key in DATA_OPTIONS if state["config"].get(key) != config[key]]
+        if changed:
+            console.warn(f"{path} was trained on other data: {', '.join(changed)} differ")
         console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
         lr = lr_at(start_epoch, first_step)
         if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
@@ -663,13 +681,13 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     identity = {"config": config, "class_names": class_names, "clip_fingerprint": fingerprint_of(tower)}
 
     def save(name, epoch, next_step):
-        """Writes a checkpoint that goes on at a step of an epoch."""
+        """Writes a checkpoint that goes on at a step of an epoch, or keeps the old file if the disk is full."""
         if main_process:
-            write_atomically({
+            write_or_warn(console, folder / name, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
                 "next_lr": lr_at(epoch, next_step), "best": best, "skipped_steps": skipped_steps,
-                "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity}, folder / name)
+                "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity})
 
     def weighted_losses(batch):
         _, terms, _ = compute_losses(model, batch, criteria, weights, amp_dtype, dense_target)
@@ -748,8 +766,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         save("last.pt", epoch + 1, 0)
 
     bar.close()
-    console.print("\n".join(["", format_metrics(metrics, class_names), *console.notes(), "", f"best mIoU {best:.3f}; "
-                             f"checkpoints in {folder}; look at it with: tensorboard --logdir {args.runs}"]))
+    console.print("\n".join(["", format_metrics(metrics, class_names), *console.notes(), "",
+                             f"best mIoU {best:.3f}: {folder}/best.pt; look at the run with: tensorboard --logdir "
+                             f"{args.runs}"]))
     log.add_text("result", json.dumps({**metrics, "classes": class_names}))
     log.close()
     leave_processes()

@@ -20,6 +20,7 @@ norm runs on every process.
 """
 import itertools
 import os
+import re
 from datetime import timedelta
 
 import torch
@@ -41,7 +42,7 @@ def setup(device=None, timeout=1800.0):
     Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise ValueError(f"device {device!r} must be cpu, cuda or cuda:N")
     device = torch.device(device)
     rank, local_rank, world_size = 0, device.index or 0, 1

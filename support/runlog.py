@@ -67,7 +67,7 @@ class RunLog:
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
             self.written.clear()
             self.purge_step = None
-        except OSError as error:
+        except Exception as error:  # whatever is wrong with TensorBoard: the training is worth more
             self.give_up(error)
 
     def give_up(self, error):
@@ -87,7 +87,7 @@ class RunLog:
             return
         try:
             getattr(self.writer, method)(*args, **options)
-        except OSError as error:
+        except Exception as error:
             self.give_up(error)
 
     def begin_step(self, step, last=False):
