@@ -7,7 +7,8 @@ A *frame* is a dict:
     name              "scene/stem"; frames of one scene share the part before the slash
     color             (H, W, 3) uint8, RGB
     depth             (Hd, Wd) float, metres along the optical axis, 0 = unknown
-    world2cam         (4, 4) float, the pose that color and depth share
+    world2cam         (4, 4) float, the pose of the color camera
+    depth_world2cam   (4, 4) float, the pose of the depth camera; absent: the same
     intrinsics        (3, 3) float, of the colour image
     depth_intrinsics  (3, 3) float, of the depth image
     label             (H, W) or (Hd, Wd) integers, an index into the class names, -1 = none; None or absent if unlabelled
@@ -101,9 +102,9 @@ class Upright:
         turn = np.eye(4)
         turn[:3, :3] = self.rotation
         item = dict(self.source[index])
-        if "world2cam" in item:
-            item["world2cam"] = item["world2cam"] @ turn.T
-        else:
+        for key in item.keys() & {"world2cam", "depth_world2cam"}:
+            item[key] = item[key] @ turn.T
+        if "points" in item:
             item["points"] = item["points"] @ self.rotation.T.astype(item["points"].dtype)
             item["alignment"] = turn @ item["alignment"] @ turn.T
         return item
@@ -224,7 +225,8 @@ def jitter_colors(colors, rng):
 
 
 FRAME_FIELDS = {"color": ((None, None, 3), "u", "uint8"), "depth": ((None, None), "f", "floating-point metres"),
-                "world2cam": ((4, 4), "f", "finite floats"), "intrinsics": ((3, 3), "f", "finite floats"),
+                "world2cam": ((4, 4), "f", "finite floats"), "depth_world2cam": ((4, 4), "f", "finite floats"),
+                "intrinsics": ((3, 3), "f", "finite floats"),
                 "depth_intrinsics": ((3, 3), "f", "finite floats")}  # shape (None: any), kind of dtype, in words
 
 
@@ -236,7 +238,7 @@ def check_frame(frame):
     if not isinstance(name, str) or "/" not in name:
         raise ValueError(f'a frame needs a name "scene/stem", got {name!r}')
     for field, (shape, kind, words) in FRAME_FIELDS.items():
-        value = frame.get(field)
+        value = frame.get(field, depth_pose(frame) if field == "depth_world2cam" else None)
         if not isinstance(value, np.ndarray):
             raise ValueError(f"frame {name}: {field} must be a numpy array, got {type(value).__name__}")
         fits = value.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, value.shape))
@@ -332,25 +334,47 @@ def stack_depth(images):
     return torch.stack([F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images])
 
 
-def depth_to_color(frame):
-    """The known depth pixels that the colour image shows, and the colour pixels that they fall on.
+def depth_pose(frame):
+    """world2cam (4, 4) of a frame's depth camera."""
+    return frame.get("depth_world2cam", frame["world2cam"])
 
-    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along
-    one ray, so the
-    map needs no depth: u_color = K_color inv(K_depth) u_depth.
+
+def depth_to_color(frame):
+    """The known depth pixels that the color image shows, and the color pixels that they fall on.
+
+    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along one ray, so
+    the map needs no depth: u_color = K_color inv(K_depth) u_depth. If they have two, points are carried over, and
+    those more than 5 cm behind another one at their color pixel are left out: the color camera does not see them.
     """
     depth = frame["depth"]
     height, width = frame["color"].shape[:2]
     known = np.flatnonzero((depth > 0) & np.isfinite(depth))
-    if depth.shape == (height, width) and np.array_equal(frame["intrinsics"], frame["depth_intrinsics"]):
+    two_poses = not np.array_equal(depth_pose(frame), frame["world2cam"])
+    same_camera = np.array_equal(frame["intrinsics"], frame["depth_intrinsics"]) and not two_poses
+    if depth.shape == (height, width) and same_camera:
         return known, known
-    matrix = (frame["intrinsics"] @ np.linalg.inv(frame["depth_intrinsics"])).astype(np.float32)
     v, u = np.divmod(known, depth.shape[1])
-    u, v = u.astype(np.float32), v.astype(np.float32)
-    x = np.rint(matrix[0, 0] * u + matrix[0, 1] * v + matrix[0, 2]).astype(np.int64)
-    y = np.rint(matrix[1, 0] * u + matrix[1, 1] * v + matrix[1, 2]).astype(np.int64)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return known[inside], (y * width + x)[inside]
+    if two_poses:
+        points = unproject(np.stack([u, v], 1), depth.ravel()[known], frame["depth_intrinsics"], depth_pose(frame))
+        camera = points @ frame["world2cam"][:3, :3].T + frame["world2cam"][:3, 3]
+        z = camera[:, 2]
+        rays = camera / np.where(z > 0, z, np.inf)[:, None]
+        x, y = np.rint(rays @ frame["intrinsics"][:2].T).astype(np.int64).T
+        inside = z > 0
+    else:
+        matrix = (frame["intrinsics"] @ np.linalg.inv(frame["depth_intrinsics"])).astype(np.float32)
+        u, v = u.astype(np.float32), v.astype(np.float32)
+        x = np.rint(matrix[0, 0] * u + matrix[0, 1] * v + matrix[0, 2]).astype(np.int64)
+        y = np.rint(matrix[1, 0] * u + matrix[1, 1] * v + matrix[1, 2]).astype(np.int64)
+        inside = np.ones(len(known), bool)
+    inside &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    known, seen = known[inside], (y * width + x)[inside]
+    if two_poses:
+        nearest = np.full(height * width, np.inf)
+        np.minimum.at(nearest, seen, z[inside])
+        visible = z[inside] <= nearest[seen] + 0.05
+        known, seen = known[visible], seen[visible]
+    return known, seen
 
 
 def register_color(frame, known, seen):
@@ -373,8 +397,8 @@ def pixel_fields(frame, known, seen):
     Arrays (n, ...) by field name; known and seen are flat indices.
     """
     v, u = np.divmod(known, frame["depth"].shape[1])
-    points = unproject(np.stack([u, v], 1), frame["depth"].ravel()[known], frame["depth_intrinsics"],
-                       frame["world2cam"])
+    depth = frame["depth"].ravel()[known]
+    points = unproject(np.stack([u, v], 1), depth, frame["depth_intrinsics"], depth_pose(frame))
     fields = {"points": points.astype(np.float32),
               "features": frame["color"].reshape(-1, 3)[seen].astype(np.float32) / 255}
     more = frame.get("features")
@@ -396,7 +420,7 @@ def pixel_fields(frame, known, seen):
 
 PER_POINT = ("points", "coords", "features", "labels", "instances", "superpoints")
 PER_VIEW = ("images", "clip_tokens", "clip_pooled", "clip_dense_map", "world2cam", "intrinsics", "depth",
-            "depth_intrinsics")
+            "depth_world2cam", "depth_intrinsics")
 
 
 class ResizedImages(Dataset):
@@ -554,6 +578,7 @@ class PointDataset(Dataset):
         intrinsics = [resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size)
                       for frame in frames]
         cameras = {"world2cam": [frame["world2cam"] for frame in frames], "intrinsics": intrinsics,
+                   "depth_world2cam": [depth_pose(frame) for frame in frames],
                    "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
         sample |= {key: torch.from_numpy(np.stack(views).astype(np.float32)) for key, views in cameras.items()}
         depth = [frame["depth"].astype(np.float32) for frame in frames]
@@ -683,6 +708,8 @@ def collate(samples, cell=None):
         batch[key] = torch.stack(values)
     sizes = torch.tensor([len(sample["points"]) for sample in samples])
     batch["batch"] = torch.repeat_interleave(torch.arange(len(samples)), sizes)
+    if "depth_world2cam" in batch and torch.equal(batch["depth_world2cam"], batch["world2cam"]):
+        del batch["depth_world2cam"]  # one projection serves both images
     segments = batch.pop("superpoints", None)
     if cell is not None:
         segments = (batch["points"] / cell).floor().long() if segments is None else segments

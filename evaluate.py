@@ -204,7 +204,7 @@ def second_on_first_view(model, batch, images, count=4000):
     pixels = pixels[::max(1, len(pixels) // count)]
     points = unproject(pixels.flip(1).numpy(), depth[tuple(pixels.T)].numpy(),
                        batch["depth_intrinsics"][0, 1].cpu().double().numpy(),
-                       batch["world2cam"][0, 1].cpu().double().numpy())
+                       batch.get("depth_world2cam", batch["world2cam"])[0, 1].cpu().double().numpy())
     cameras = {key: batch[key][:, :2].cpu() for key in ("world2cam", "intrinsics")}
     uv, visible, _ = model.fusion.project({"points": torch.from_numpy(points).float(), **cameras,
                                            "batch": torch.zeros(len(points), dtype=torch.int64)}, images[0].shape[1:])
