@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check
-from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, depth_to_color, group_by_scene,
+from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, depth_to_color, group_by_scene,
                   to_device, up_rotation, upright)
 from decoder import paint_instances, scene_instances
 from evaluate import Scores, evaluate, format_metrics
@@ -164,23 +164,31 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
     best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries"
     (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside the
     colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with
-    one entry per instance. "points" is the result of `predict_sample`, with one row per point.
+    one entry per instance. "points" is the result of `predict_sample`, with one row per point; None for a
+    frame without any depth, which holds nothing else but "labels".
     """
     options = sample_options(model, config)
     frames = upright(frames, config["up"])
     for index in range(len(frames)):
         frame = frames[index]
-        points = predict_sample(model, PointDataset([frame], **options)[0], config, queries, instance_score)
+        blank = np.full(frame["depth"].shape, -1)
+        result = {"name": frame["name"], "points": None, "labels": blank}
+        try:
+            sample = PointDataset([frame], **options)[0]
+        except BlankSample:
+            yield result
+            continue
+        points = predict_sample(model, sample, config, queries, instance_score)
         pixels = depth_to_color(frame)[0]  # flat index of each point, in the order of the points
 
         def to_image(values, fill=-1):
             """(N, ...) -> (Hd, Wd, ...)"""
             values = values.cpu().numpy()
-            image = np.full((frame["depth"].size, *values.shape[1:]), fill, values.dtype)
+            image = np.full((blank.size, *values.shape[1:]), fill, values.dtype)
             image[pixels] = values
-            return image.reshape(*frame["depth"].shape, *values.shape[1:])
+            return image.reshape(*blank.shape, *values.shape[1:])
 
-        result = {"name": frame["name"], "points": points, "labels": to_image(points["labels"])}
+        result |= {"points": points, "labels": to_image(points["labels"])}
         if probabilities:
             result["probabilities"] = to_image(points["probabilities"], 0)
         if queries is not None:
