@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check
-from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, depth_to_color, group_by_scene,
-                  to_device, up_rotation, upright)
+from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, depth_to_color, frame_names,
+                  group_by_scene, to_device, up_rotation, upright)
 from decoder import paint_instances, scene_instances
 from evaluate import Scores, evaluate, format_metrics
 from model import batches_for, load_model
@@ -557,7 +557,7 @@ def main(argv=None):
             output.add_scan(dataset.scenes.names[index], predict_sample(model, dataset[index], config, queries), ids)
     else:
         bar = tqdm(total=len(frames), unit="frame")
-        for scene, members in group_by_scene(frames.names).items():
+        for scene, members in group_by_scene(frame_names(frames)).items():
             merger = SceneMerger(len(class_names), min(MERGE_VOXEL, config["voxel_size"]))
             heights = []
             for result in predict_frames(model, Subset(frames, members), config, queries=queries):
@@ -577,7 +577,7 @@ def main(argv=None):
     skipped = getattr(frames, "num_skipped", 0)
     scores = {}
     if output.points.semantics.confusion.any():
-        smallest = min(map(len, group_by_scene(frames.names).values()))
+        smallest = min(map(len, group_by_scene(frame_names(frames)).values()))
         if smallest >= config["num_views"]:
             turned = [None if source is None else upright(source, config["up"]) for source in (frames, scans)]
             loader = same_points(model, config, *turned, args.cache)

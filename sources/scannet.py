@@ -251,12 +251,13 @@ def check_splits(sources, kinds=("label-filt", "instance-filt")):
 
     sources: one source of frames or scans per split. kinds: folders of ScanNetFrames that all scenes have, or none.
     """
-    found = {}  # name: source
+    found = {}  # name: title of its source
     for source in sources:
-        for name in source.names:
+        title = getattr(source, "title", type(source).__name__)
+        for name in getattr(source, "names", ()):
             if name in found:
-                raise ValueError(f"{name} is in two splits, {found[name].title} and {source.title}")
-            found[name] = source
+                raise ValueError(f"{name} is in two splits, {found[name]} and {title}")
+            found[name] = title
     for kind in kinds:
         has = {}
         for source in sources:
