@@ -52,7 +52,8 @@ from support.runtime import (Console, Parser, StopRequest, checked_by, configure
                              positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room")
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room",
+                "class_ids")
 LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
 
 # ---------------------------------------------------------------------------------------------- options
@@ -618,6 +619,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
     config["gate"] = gate_name(model)
+    config["class_ids"] = list(getattr(train_set.frames, "class_ids", range(1, len(class_names) + 1)))
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
