@@ -414,7 +414,9 @@ class BiFusionEncoder(nn.Module):
         if "view_valid" in batch:
             visible &= batch["view_valid"][owner]
         if "depth" in batch:
-            depth_uv, _ = project_packed(points_cam, batch["depth_intrinsics"], owner)
+            if "depth_world2cam" in batch:  # a depth camera with a pose of its own
+                points_cam = transform_packed(batch["points"], batch["depth_world2cam"], owner)
+            depth_uv, depth = project_packed(points_cam, batch["depth_intrinsics"], owner)
             visible &= ~occluded_mask(depth_uv, depth, batch["depth"].flatten(0, 1), view, self.depth_tolerance)
         return uv, visible, view
 

@@ -11,6 +11,7 @@ backbone or gate is one line of `build_model`.
 Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet and
 support/checkpoint.
 """
+import os
 import warnings
 from functools import partial
 
@@ -22,7 +23,7 @@ from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from losses import instance_targets
-from sparse_unet import COLORS, NETWORKS, PointEncoder
+from sparse_unet import COLORS, NETWORKS, PointEncoder, load_backbone
 from support.checkpoint import read_checkpoint, restore
 
 
@@ -136,6 +137,36 @@ def build_tower(config):
                              trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
 
 
+def open_backbone(args):
+    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were
+    trained with.
+    """
+    network, colors, loaded = load_backbone(args.init_3d)
+    options = {name: {"in_channels": 3, "last_relu": True, **known} for name, known in NETWORKS.items()}
+    name = next((name for name, known in options.items() if network.options == known), None)
+    if name is None or args.backbone not in (None, name):
+        raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
+                         f"{args.backbone or 'one of --backbone ' + ', '.join(NETWORKS)}")
+    if colors is None and args.colors is None:
+        raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colors: give --colors "
+                         f"{'|'.join(COLORS)}, see docs/backbones.md; {loaded}")
+    args.backbone, args.colors = name, args.colors or colors
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"--backbone {args.backbone}, --colors {args.colors}: {loaded}")
+    return network.state_dict()
+
+
+def count_features(frames, args):
+    """Features per point. Raises ValueError if they are more than the color, but the options know
+    colors alone.
+    """
+    number = getattr(frames, "num_features", 3)
+    if number != 3 and (args.init_3d or args.colors == "scannet"):
+        option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
+        raise ValueError(f"{option} is for points with 3 features, the color; the data has num_features {number}")
+    return number
+
+
 def build_model(config, num_classes, instances, tower, in_channels=3):
     """A Segmenter with fresh weights.
 
@@ -229,3 +260,11 @@ def compile_parts(model):
         module.forward = torch.compile(module.forward)
     for module in dynamic:  # the number of points varies
         module.forward = torch.compile(module.forward, dynamic=True)
+
+
+def logged_modules(model):
+    """The parts of the model whose gradient norms are logged."""
+    fusion = dict(model.fusion.named_children())
+    parts = {name: fusion.pop(name) for name in ("encoder_3d", "encoder_2d") if name in fusion}
+    heads = [module for name, module in model.named_children() if name != "fusion"]
+    return {**parts, "fusion": nn.ModuleList(fusion.values()), "head": nn.ModuleList(heads)}

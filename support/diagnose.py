@@ -233,10 +233,11 @@ class NonFiniteGuard:
     FloatingPointError; each process saves that many steps at most.
     """
 
-    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None):
+    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None,
+                 bad_steps=0):
         self.model, self.folder, self.rank = model, Path(folder), rank
         self.report, self.save, self.gather = report, save, gather
-        self.bad_steps = 0  # since the start of the training
+        self.bad_steps = bad_steps  # since the start of the training
         self.bad_in_a_row = 0
         buffers = dict(model.named_buffers())
         self.statistics = [[buffer for name, buffer in buffers.items() if key in name]

@@ -18,13 +18,16 @@ skips a message when a process has no rows. The caller's part: the output of eve
 loss, with a zero gradient if a process has nothing to learn from, so that the backward pass of every
 norm runs on every process.
 """
+import itertools
 import os
+import re
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
+from torch.utils.data import DistributedSampler
 
 
 def setup(device=None, timeout=1800.0):
@@ -39,7 +42,7 @@ def setup(device=None, timeout=1800.0):
     Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise ValueError(f"device {device!r} must be cpu, cuda or cuda:N")
     device = torch.device(device)
     rank, local_rank, world_size = 0, device.index or 0, 1
@@ -140,6 +143,15 @@ def gather_objects(value, world_size):
     values = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+class ResumableSampler(DistributedSampler):
+    """A DistributedSampler that can leave out the first samples of an epoch."""
+
+    skip = 0
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skip, None)
 
 
 # ------------------------------------------------------------------------------------------------------

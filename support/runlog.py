@@ -7,7 +7,7 @@ every tag. Tensors stay on their device until a log is due, and then go to the h
 TensorBoard may fail, the training may not: an error of the writer (a full disk, a folder that is gone)
 is reported once, and the writer is opened again at a later log.
 
-Imports torch, numpy and, when a log is opened, tensorboard.
+Imports torch, numpy, tqdm and, when a log is opened, tensorboard.
 """
 import hashlib
 import math
@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 RETRY_SECONDS = 60  # between attempts to open a writer again
+LINE_SECONDS = 180  # between lines about the progress, without a terminal
 
 
 class RunLog:
@@ -65,7 +67,7 @@ class RunLog:
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
             self.written.clear()
             self.purge_step = None
-        except OSError as error:
+        except Exception as error:  # whatever is wrong with TensorBoard: the training is worth more
             self.give_up(error)
 
     def give_up(self, error):
@@ -85,7 +87,7 @@ class RunLog:
             return
         try:
             getattr(self.writer, method)(*args, **options)
-        except OSError as error:
+        except Exception as error:
             self.give_up(error)
 
     def begin_step(self, step, last=False):
@@ -203,3 +205,44 @@ def mesh_scene(points):
     return {"material": {"cls": "PointsMaterial", "size": size},
             "camera": {"cls": "PerspectiveCamera", "fov": 60, "near": radius / 100, "far": radius * 100,
                        "position": position.tolist(), "lookAt": centre.tolist()}}
+
+
+class ProgressBar:
+    """A progress bar on a terminal; elsewhere, in a log say, a line every LINE_SECONDS.
+
+    total, initial: samples. enabled: false in the other processes, which show nothing.
+    """
+
+    def __init__(self, total, initial=0, enabled=True):
+        self.total, self.done, self.initial = total, initial, initial
+        self.enabled = enabled
+        self.values = {}  # shown beside it
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=initial, unit="sample", smoothing=0.05, dynamic_ncols=True)
+
+    def show(self, **values):
+        """Numbers that stand beside the bar from now on."""
+        self.values |= {name: f"{value:.3f}" for name, value in values.items()}
+        if self.bar is not None:
+            self.bar.set_postfix(**self.values)
+
+    def update(self, samples):
+        self.done += samples
+        if self.bar is not None:
+            self.bar.update(samples)
+        elif self.enabled and time.monotonic() - self.last_line > LINE_SECONDS:
+            self.last_line = time.monotonic()
+            print(self.line(self.last_line - self.started), flush=True)
+
+    def line(self, seconds):
+        """What the bar says after so many seconds, as text."""
+        rate = (self.done - self.initial) / seconds
+        values = "".join(f", {name} {value}" for name, value in self.values.items())
+        return (f"{self.done} of {self.total} samples{values}, {rate:.2f} samples per second, "
+                f"{(self.total - self.done) / rate / 60:.0f} minutes left")
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

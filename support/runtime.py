@@ -5,7 +5,7 @@ line.
     if __name__ == "__main__":
         run_command(main)
 
-Imports torch.
+Imports torch and tqdm.
 """
 import argparse
 import ctypes
@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+WORKER_TIMEOUT = 600  # seconds without a batch after which a run ends
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
@@ -64,6 +66,12 @@ def init_worker(worker_id):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def loader_options(workers):
+    """Keyword arguments of every DataLoader: its processes, how they end, and how long they may take for a batch."""
+    return dict(num_workers=workers, worker_init_fn=init_worker, timeout=WORKER_TIMEOUT if workers else 0,
+                generator=torch.Generator())  # a separate one leaves the global one untouched
 
 
 def kill_workers():
@@ -120,6 +128,29 @@ def keep_buffers():
 # --------------------------------------------------------------------------------------------- commands
 
 
+class Console:
+    """What a command says: lines, and warnings that nobody overlooks and that are said again at the end.
+
+    main_process: the others say nothing. warnings: those of a checkpoint to go on from.
+    """
+
+    def __init__(self, main_process=True, warnings=()):
+        self.main_process = main_process
+        self.warnings = list(warnings)
+
+    def print(self, text):
+        if self.main_process:
+            tqdm.write(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+        self.print(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
+
+    def notes(self):
+        """The warnings as lines."""
+        return [f"note: {text}" for text in self.warnings]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose help shows defaults."""
 
@@ -128,6 +159,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """argparse's, which also refuses an empty text, as an unset variable of a shell script gives it."""
+        parsed = super().parse_args(args, namespace)
+        for name, value in vars(parsed).items():
+            if value == "" or value == Path(""):
+                self.error(f"--{name.replace('_', '-')} is empty")
+        return parsed
 
 
 def number_in(kind, low, high=math.inf, open_low=False):
@@ -162,6 +201,26 @@ def list_of(convert):
     return convert_list
 
 
+def mean_std(text):
+    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as
+    it is.
+    """
+    if "," not in text:
+        return text
+    numbers = list_of(float)(text)
+    if len(numbers) != 6:
+        raise argparse.ArgumentTypeError(f"expected 3 means and 3 standard deviations, or a tag, got {text!r}")
+    return numbers[:3], numbers[3:]
+
+
+def image_size(text):
+    """An argparse type: "240,320" -> (240, 320)."""
+    size = list_of(number_in(int, 1, 2048))(text)  # attention's memory grows with the fourth power of a side
+    if len(size) != 2:
+        raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
+    return size
+
+
 def checked_by(check):
     """An argparse type: the text as it is, if check(text) raises no ValueError."""
     def convert(text):
@@ -173,6 +232,29 @@ def checked_by(check):
     return convert
 
 
+# what an error of torch or of the system says, and what helps
+ADVICE = {
+    "out of memory": "give a smaller --batch-size, --num-points or --num-views",
+    "can't allocate memory": "give a smaller --batch-size, --num-points or --num-views",
+    "is killed by signal: Killed": "the system ended a data-loading process, probably for want of memory: give fewer "
+                                   "--workers",
+    "is killed by signal: Bus error": "shared memory (/dev/shm) is full: enlarge it, or give --workers 0",
+    "shared memory": "shared memory (/dev/shm) is full: enlarge it, or give --workers 0",
+    "exited unexpectedly": "a data-loading process ended: --workers 0 shows why",
+    "DataLoader timed out": "reading a batch took too long: --workers 0 shows where it hangs",
+    "Too many open files": "raise the limit with `ulimit -n 65536`, or give fewer --workers",
+    "received 0 items of ancdata": "too many files are open: raise the limit with `ulimit -n 65536`, or give fewer "
+                                   "--workers"}
+
+
+def advice_for(error):
+    """What helps against an error, or None if its cause is not known."""
+    if isinstance(error, MemoryError):
+        return ADVICE["out of memory"]
+    text = f"{error} {error.__cause__ or ''}"
+    return next((advice for words, advice in ADVICE.items() if words in text), None)
+
+
 def run_command(main):
     """Runs the `main` of a script and exits with the status that it returns, if that is an integer.
 
@@ -181,13 +263,18 @@ def run_command(main):
     """
     try:
         status = main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "--debug" in sys.argv:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        advice = advice_for(error)
+        is_expected = advice or isinstance(error, (ValueError, OSError, FloatingPointError))
+        if "--debug" in sys.argv or not is_expected:
             raise
-        text = str(error)
+        text = str(error) or type(error).__name__
         if "Original Traceback" in text:  # of a worker; it ends with "type: message"
             text = text.strip().splitlines()[-1].partition(": ")[2]
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        if advice:
+            text = f"{text.strip().splitlines()[0]} ({advice})"
+        newline = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand in this line
+        print(f"{newline}{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     finally:
         kill_workers()
