@@ -624,11 +624,11 @@ def test_a_new_loss_term_logs_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "compute_losses", with_length)
     monkeypatch.setattr(train, "loss_weights", lambda args, epoch: {**weights(args, epoch), "length": 0.5})
-    train.main(small(tmp_path, "--epochs", "1", "--no-clip", "--no-instances", "--diagnose", "1"))
+    train.main(small(tmp_path, "--epochs", "1", "--no-clip", "--diagnose", "1"))
     events = scalars(tmp_path)
     raw, weighted = (events.Scalars(f"{kind}/length")[-1].value for kind in ("loss", "weighted"))
     assert raw > 0 and weighted == pytest.approx(0.5 * raw)
-    assert events.Scalars("diagnose/cosine_semantic_length")
+    assert events.Scalars("diagnose/cosine_semantic_length") and events.Scalars("diagnose/share_instance")
     for name, message in (("width", "loss term 'width' needs a weight"), ("total", "other than total")):
         with pytest.raises(ValueError, match=message):
             train.weight_terms({name: torch.ones(())}, {"total": 1.0})
