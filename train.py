@@ -265,6 +265,12 @@ def build_datasets(args):
     return *sets, frames[0].class_names, instances
 
 
+def class_ids_of(dataset, class_names):
+    """The ids that the data gives to the classes, for the files that predict.py writes; from 1 on if it has none."""
+    labelled = getattr(dataset, "scenes", dataset.frames)
+    return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
+
+
 def describe(train_set, val_set, class_names):
     """What was opened, in a line."""
     skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
@@ -619,7 +625,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
     config["gate"] = gate_name(model)
-    config["class_ids"] = list(getattr(train_set.frames, "class_ids", range(1, len(class_names) + 1)))
+    config["class_ids"] = class_ids_of(train_set, class_names)
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
