@@ -2,10 +2,11 @@
 """A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and
 scores.
 
-    python predict.py runs/NAME/best.pt --data DIR --out OUT python predict.py runs/NAME/best.pt --data
-    DIR --out OUT --text "chair, red sofa | couch, something to sit on" python predict.py
-    runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240 python predict.py
-    runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
+    python predict.py runs/NAME/best.pt --data DIR --out OUT
+    python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
+    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
+    python predict.py runs/NAME/best.pt --data PHONE --out OUT           a capture, see docs/captures.md
+    python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
 docs/predict.md describes what it writes. In a notebook:
 
@@ -42,6 +43,7 @@ from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, 
 from decoder import paint_instances, scene_instances
 from evaluate import Scores, evaluate, format_metrics
 from model import batches_for, load_model
+from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
@@ -324,8 +326,13 @@ def parse_args(argv=None):
         "that of training, if its class list is used")
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
         "--data")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* "
-        "images, pixels")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
+        "images, for frame-* files and captures that do not tell them")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
+        "folder decides, see docs/captures.md")
+    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
+    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture, if "
+        "no file tells")
     parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that "
         "points up; not given: as in training")
     parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
@@ -403,7 +410,10 @@ def open_source(args, config, classes, class_names):
     else:  # of the built-in rooms those that validate a training with these options
         rooms = -(-config["rooms"] * 3 // 8), config["frames_per_room"]
         split = "val" if args.data == "rooms" else args.split
-        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms)
+        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms,
+                             format=args.format, pose=args.pose, depth_scale=args.depth_scale)
+        if hasattr(frames, "description"):
+            print(frames.description)
     names = (scans or frames).class_names
     if names and list(names) != class_names:
         raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")

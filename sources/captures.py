@@ -383,7 +383,7 @@ class CaptureFrames:
     """A source of frames (see data.py): a folder with one capture, which is a scene, or a folder of such folders.
 
     format: a key of FORMATS; None: what lies there decides. options: what the files do not say. split: a file with one
-    `scene` or `scene/stem` per line; None: all frames. undistort: `data.undistort`. No format has labels.
+    `scene` or `scene/stem` per line; None: all frames. undistort: of support/lens.py. No format has labels.
 
     Attributes: names, num_skipped (frames with a lost pose), description (how it is read, in a line).
     """
