@@ -2,10 +2,11 @@
 """A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and
 scores.
 
-    python predict.py runs/NAME/best.pt --data DIR --out OUT python predict.py runs/NAME/best.pt --data
-    DIR --out OUT --text "chair, red sofa | couch, something to sit on" python predict.py
-    runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240 python predict.py
-    runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
+    python predict.py runs/NAME/best.pt --data DIR --out OUT
+    python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
+    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
+    python predict.py runs/NAME/best.pt --data PHONE --out OUT           a capture, see docs/captures.md
+    python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
 docs/predict.md describes what it writes. In a notebook:
 
@@ -37,11 +38,12 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check
-from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, depth_to_color, group_by_scene,
-                  to_device, up_rotation, upright)
+from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames,
+                  depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import paint_instances, scene_instances
 from evaluate import Scores, evaluate, format_metrics
 from model import batches_for, load_model
+from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
@@ -134,7 +136,8 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
 
 
 def cloud_voxel(frame):
-    """The voxel size for merging the frames of a scene, meters: two pixels of the median depth, from 2 mm to 2 cm.
+    """The voxel size for merging the frames of a scene, meters: two pixels of the median depth, from 2
+    mm to 2 cm.
 
     A room gets 1 to 2 cm, a table top a few millimeters.
     """
@@ -164,23 +167,31 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
     best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries"
     (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside the
     colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with
-    one entry per instance. "points" is the result of `predict_sample`, with one row per point.
+    one entry per instance. "points" is the result of `predict_sample`, with one row per point; None for
+    a frame without any depth, which holds nothing else but "labels".
     """
     options = sample_options(model, config)
     frames = upright(frames, config["up"])
     for index in range(len(frames)):
         frame = frames[index]
-        points = predict_sample(model, PointDataset([frame], **options)[0], config, queries, instance_score)
+        blank = np.full(frame["depth"].shape, -1)
+        result = {"name": frame["name"], "points": None, "labels": blank}
+        try:
+            sample = PointDataset([frame], **options)[0]
+        except BlankSample:
+            yield result
+            continue
+        points = predict_sample(model, sample, config, queries, instance_score)
         pixels = depth_to_color(frame)[0]  # flat index of each point, in the order of the points
 
         def to_image(values, fill=-1):
             """(N, ...) -> (Hd, Wd, ...)"""
             values = values.cpu().numpy()
-            image = np.full((frame["depth"].size, *values.shape[1:]), fill, values.dtype)
+            image = np.full((blank.size, *values.shape[1:]), fill, values.dtype)
             image[pixels] = values
-            return image.reshape(*frame["depth"].shape, *values.shape[1:])
+            return image.reshape(*blank.shape, *values.shape[1:])
 
-        result = {"name": frame["name"], "points": points, "labels": to_image(points["labels"])}
+        result |= {"points": points, "labels": to_image(points["labels"])}
         if probabilities:
             result["probabilities"] = to_image(points["probabilities"], 0)
         if queries is not None:
@@ -262,6 +273,10 @@ class TextQueries:
         columns = likely.split([*map(len, self.names), len(NEUTRAL)], 1)[:-1]
         return torch.stack([column.amax(1) for column in columns], 1)
 
+    def described(self):
+        """What a score of these queries depends on, as a dict."""
+        return {"names": self.names, "neutral": NEUTRAL, "templates": TEMPLATES}
+
 
 # ---------------------------------------------------------------------------------------------- files
 
@@ -311,8 +326,13 @@ def parse_args(argv=None):
         "that of training, if its class list is used")
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
         "--data")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* "
-        "images, pixels")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
+        "images, for frame-* files and captures that do not tell them")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
+        "folder decides, see docs/captures.md")
+    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
+    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture, if "
+        "no file tells")
     parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that "
         "points up; not given: as in training")
     parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
@@ -390,7 +410,10 @@ def open_source(args, config, classes, class_names):
     else:  # of the built-in rooms those that validate a training with these options
         rooms = -(-config["rooms"] * 3 // 8), config["frames_per_room"]
         split = "val" if args.data == "rooms" else args.split
-        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms)
+        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms,
+                             format=args.format, pose=args.pose, depth_scale=args.depth_scale)
+        if hasattr(frames, "description"):
+            print(frames.description)
     names = (scans or frames).class_names
     if names and list(names) != class_names:
         raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")
@@ -417,16 +440,12 @@ def open_queries(args, model, config):
     return queries
 
 
-def write_classes(path, classes, class_names):
-    """Writes the class list of the output and returns its ids (K + 1,), the last for pixels without a
-    label.
+def write_classes(path, ids, class_names):
+    """Writes the class list of the output; ids: of the training's class list, one per name.
 
-    The ids are those of the data's class list (the first of several), and 1 + index if there is none.
+    Returns the ids (K + 1,), the last for pixels without a label.
     """
-    ids = np.arange(1, len(class_names) + 1)
-    if classes is not None:
-        known = {name: key for key, name in reversed(classes.items())}
-        ids = np.array([known[name] for name in class_names])
+    ids = np.array(ids)
     none = 65535 if 0 in ids else 0
     if ids.max() > 65534:
         raise ValueError(f"class id {ids.max()} does not fit into a 16-bit image")
@@ -436,12 +455,15 @@ def write_classes(path, classes, class_names):
     return np.append(ids, none)
 
 
+SCORED = ("labels", "truth", "instances", "instance_labels", "scores", "truth_instances")
+
+
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
     new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files.
-    log_up: the axis of the data's world that points up, if the clouds are to be shown in TensorBoard;
-    or None.
+    log_up: the data's up, see `data.up_rotation`, if the clouds are to be shown in TensorBoard; or
+    None.
     """
 
     def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log_up):
@@ -454,44 +476,50 @@ class Output:
         self.points = new_scores()  # every pixel, or every vertex of scans
         self.merged = new_scores()
         self.counts = np.zeros(len(class_names), np.int64)
+        self.num_blank = 0  # frames without any depth
         self.scenes = {}
 
     def add_frame(self, result):
         """Images and scores of a result of `predict_frames`."""
         scene, stem = result["name"].split("/", 1)
         write_frame(self.folder / scene, stem, result, self.class_ids)
-        self.score(self.points, result["points"])
+        if result["points"] is None:
+            self.num_blank += 1
+        else:
+            self.score(self.points, result["points"])
 
     def score(self, scores, points):
         """Counts points with their labels, truth and instances; nothing if no point has a true label."""
-        labels, truth = torch.as_tensor(points["labels"]), torch.as_tensor(points["truth"])
+        points = {key: torch.as_tensor(points[key]) for key in SCORED if key in points}
+        labels, truth = points["labels"], points["truth"]
         if scores is self.points:
             self.counts += torch.bincount(labels, minlength=len(self.class_names)).cpu().numpy()
         if not (truth >= 0).any():
             return
         scores.update(labels, truth)
         if "instances" in points:
-            instances, kinds = torch.as_tensor(points["instances"]), torch.as_tensor(points["instance_labels"])
-            scene = {"masks": instances == torch.arange(len(kinds), device=instances.device)[:, None], "labels": kinds,
-                     "scores": torch.as_tensor(points["scores"])}
-            scores.update_instances(scene, truth, torch.as_tensor(points["truth_instances"]))
+            kinds = points["instance_labels"]
+            numbers = torch.arange(len(kinds), device=kinds.device)
+            scene = {"masks": points["instances"] == numbers[:, None], "labels": kinds, "scores": points["scores"]}
+            scores.update_instances(scene, truth, points["truth_instances"])
 
     def add_cloud(self, name, cloud, camera_height):
         """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: mean,
-        metres.
+        meters.
         """
-        scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"], "gate": cloud["gate"]}
+        scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"],
+                   "gate": cloud["gate"]}
         entry = {"points": len(cloud["labels"]), "instances": []}
         if "instances" in cloud:
             scalars["instance"] = cloud["instances"] + 1
-            sizes = np.bincount(cloud["instances"] + 1, minlength=len(cloud["scores"]) + 1)[1:]
-            for i, label in enumerate(cloud["instance_labels"]):
-                entry["instances"].append({"id": i + 1, "class": self.class_names[label], "points": int(sizes[i]),
-                                           "confidence": float(cloud["scores"][i])})
+            sizes = np.bincount(cloud["instances"] + 1, minlength=len(cloud["scores"]) + 1)[1:].tolist()
+            for i, (label, score) in enumerate(zip(cloud["instance_labels"], cloud["scores"].tolist())):
+                entry["instances"].append({"id": i + 1, "class": self.class_names[label], "points": sizes[i],
+                                           "confidence": score})
         if self.queries is not None:
             scalars |= dict(zip(field_names(self.queries.names), cloud["queries"].T))
-        write_ply(self.folder / f"{name}.ply", cloud["points"], cloud["colors"], scalars, self.comments)
         painted = label_colors(torch.as_tensor(cloud["labels"])).numpy()
+        write_ply(self.folder / f"{name}.ply", cloud["points"], cloud["colors"], scalars, self.comments)
         write_ply(self.folder / f"{name}_labels.ply", cloud["points"], painted, scalars, self.comments)
         self.scenes[name] = entry
         if self.log_up is not None:
@@ -499,134 +527,166 @@ class Output:
 
     def show_cloud(self, name, cloud, camera_height):
         """The same cloud in TensorBoard; every scene is a run."""
-        view = {"points": cloud["points"] @ up_rotation(self.log_up).T, "colors": cloud["colors"], "prediction": cloud["labels"],
-                "gate": cloud["gate"]}
+        view = {"points": cloud["points"] @ up_rotation(self.log_up).T, "colors": cloud["colors"],
+                "prediction": cloud["labels"], "gate": cloud["gate"]}
         if "instances" in cloud:
             view["instances"] = cloud["instances"]
         if (cloud["truth"] >= 0).any():
-            view |= {"truth": cloud["truth"], "instances_truth": cloud["truth_instances"]}
+            view["truth"], view["instances_truth"] = cloud["truth"], cloud["truth_instances"]
         if self.queries is not None:
             fields = [f"query_{field}" for field in field_names(self.queries.names)]
             view |= dict(zip(fields, cloud["queries"].T))
-        view = {kind: torch.as_tensor(values) for kind, values in view.items()} | {"camera_height": camera_height}
+        view = {kind: torch.as_tensor(values) for kind, values in view.items()}
+        colored = clouds([{**view, "camera_height": camera_height}])
         for old in (self.folder / name).glob("events.out.tfevents*"):
             old.unlink()
         log = RunLog(self.folder / name)
-        log.add_clouds({f"{kind}/{name}": shown for kind, shown in clouds([view]).items()})
+        log.add_clouds({f"{kind}/{name}": shown for kind, shown in colored.items()})
         log.close()
 
     def add_scan(self, name, points, ids):
         """The files of a scan, a result of `predict_sample`; ids: of a benchmark, or None."""
-        cloud = {key: value.cpu().numpy() for key, value in points.items() if isinstance(value, torch.Tensor)}
+        cloud = to_numpy(points)
         cloud["confidence"] = cloud["probabilities"].max(1)
         if self.queries is not None:
             cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
         self.add_cloud(name, cloud, float(points["camera_height"]))
         self.score(self.points, points)
         if ids is not None:
-            scene = {key: value.cpu().numpy() for key, value in points["scene"].items()} if "scene" in points else None
+            scene = to_numpy(points["scene"]) if "scene" in points else None
             write_submission(self.folder / "submission", name, cloud["labels"], scene, ids)
 
 
+def to_numpy(values):
+    """The tensors of a dict as arrays."""
+    return {key: value.cpu().numpy() for key, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def predict_scans(model, scans, frames, config, queries, output, ids):
+    """Predicts every scan, and writes and scores it."""
+    options = sample_options(model, config)
+    options.pop("superpoints", None)  # scans bring their own
+    dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
+                           num_views=config["num_views"], **options)
+    for index in tqdm(range(len(dataset)), unit="scan", disable=None):
+        result = predict_sample(model, dataset[index], config, queries)
+        output.add_scan(scans.names[index], result, ids)
+
+
+def predict_scenes(model, frames, config, queries, output, voxel_size):
+    """Predicts every frame, merges the frames of a scene, and writes and scores both. voxel_size:
+    meters, or None.
+    """
+    bar = tqdm(total=len(frames), unit="frame", disable=None)
+    for scene, members in group_by_scene(frame_names(frames)).items():
+        merger = SceneMerger(len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
+        heights = []
+        for result in predict_frames(model, Subset(frames, members), config, queries=queries):
+            output.add_frame(result)
+            bar.update()
+            if result["points"] is not None:
+                merger.add(result["points"])
+                heights.append(float(result["points"]["camera_height"]))
+        if heights:
+            cloud = merger.cloud(config["min_instance_points"], queries)
+            output.add_cloud(scene, cloud, sum(heights) / len(heights))
+            output.score(output.merged, cloud)
+    bar.close()
+
+
 def same_points(model, config, frames, scans, cache):
-    """A loader of the points that `train.py --eval` draws from these frames, which have z up."""
+    """A loader of the points that `train.py --eval` draws from these frames."""
     options = sample_options(model, config)
     options |= {"num_points": config["num_points"], "num_views": config["num_views"], "seed": config["seed"],
                 "color": not config["no_color"]}
-    if scans is not None:
-        options.pop("superpoints", None)  # scans bring their own
-        dataset = SceneDataset(scans, frames, **options)
-    else:
+    frames = upright(frames, config["up"])
+    if scans is None:
         dataset = PointDataset(frames, **options)
-    encoder = model.fusion.encoder_2d
-    if encoder is not None and config["clip_blocks"] == 0 and cache != "none":  # features in fp16, as in training
+        dataset.leave_out(check_frames(dataset)[1])
+    else:
+        options.pop("superpoints", None)
+        dataset = SceneDataset(upright(scans, config["up"]), frames, **options)
+    tower = model.fusion.encoder_2d
+    if tower is not None and config["clip_blocks"] == 0 and cache != "none":  # features in fp16, as in training
         device = model.head.weight.device
-        owner = f"clip {encoder.fingerprint()}"
-        features = FeatureCache(cache, owner, lambda images: encoder.encode(images.to(device)))
+        features = FeatureCache(cache, f"clip {tower.fingerprint()}", lambda images: tower.encode(images.to(device)))
         features.build(dataset.images_only)
         dataset.feature_cache = features
     return DataLoader(dataset, config["batch_size"], collate_fn=batches_for(model, training=False))
 
 
-def main(argv=None):
-    """One run of the command; returns the content of summary.json."""
+def score_all(model, config, frames, scans, output, cache):
+    """{which points: metrics}, printed; empty if nothing has a true label."""
+    if not output.points.semantics.confusion.any():
+        return {}
+    scores = {}
+    smallest = min(map(len, group_by_scene(frame_names(frames)).values()))
+    if smallest >= config["num_views"]:
+        loader = same_points(model, config, frames, scans, cache)
+        metrics = evaluate(model, loader, config["min_instance_points"], AMP_DTYPES[config["amp"]])
+        scores["the points that train.py --eval draws"] = metrics
+        print(format_metrics(metrics, output.class_names))
+    else:
+        print(f"a scene has {smallest} frames, fewer than the {config['num_views']} views of a sample in training: "
+              "no scores of the points that train.py --eval draws")
+    if scans is None:
+        scores["every pixel"] = output.points.compute()
+        scores["merged scenes"] = output.merged.compute()
+    else:
+        scores["every vertex"] = output.points.compute()
+    for name, metrics in scores.items():
+        means = {key: value for key, value in metrics.items() if key not in ("iou", "aps")}
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
+    return scores
+
+
+def main(argv=None, tower=None):
+    """One run of the command; returns the content of summary.json. tower: see `model.load_model`."""
     args = parse_args(argv)
     _, _, device = setup(args.device)
     configure_device(device)
-    model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained)
+    model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained, tower)
     config["up"] = args.up or config["up"]
     ids = benchmark_ids(args.submission, class_names) if args.submission else None
     classes = find_classes(args, config, class_names)
     frames, scans = open_source(args, config, classes, class_names)
-    for fault, words in quick_check(frames, config["up"]) if args.data != "rooms" else ():
-        warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
+    if args.data != "rooms":
+        for fault, words in quick_check(frames, config["up"]):
+            warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
     queries = open_queries(args, model, config)
-    class_ids = write_classes(args.out / "classes.txt", classes, class_names)
-    comments = [f"checkpoint {args.checkpoint}", *(f"class {key} {name}" for key, name in zip(class_ids, class_names))]
+    class_ids = write_classes(args.out / "classes.txt", config["class_ids"], class_names)
+    comments = [f"checkpoint {args.checkpoint}"]
+    comments += [f"class {key} {name}" for key, name in zip(class_ids, class_names)]
     new_scores = partial(Scores, len(class_names), model.decoder is not None, config["min_instance_points"])
     output = Output(args.out, class_ids, class_names, queries, new_scores, comments,
                     config["up"] if args.tensorboard else None)
 
-    # every point
     start = time.perf_counter()
-    options = sample_options(model, config)
     if scans is not None:
-        options.pop("superpoints", None)
-        dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
-                               num_views=config["num_views"], **options)
-        for index in tqdm(range(len(dataset)), unit="scan"):
-            output.add_scan(dataset.scenes.names[index], predict_sample(model, dataset[index], config, queries), ids)
+        predict_scans(model, scans, frames, config, queries, output, ids)
     else:
-        bar = tqdm(total=len(frames), unit="frame")
-        for scene, members in group_by_scene(frames.names).items():
-            voxel_size = args.cloud_voxel or cloud_voxel(frames[members[0]])
-            merger = SceneMerger(len(class_names), voxel_size)
-            heights = []
-            for result in predict_frames(model, Subset(frames, members), config, queries=queries):
-                output.add_frame(result)
-                merger.add(result["points"])
-                heights.append(float(result["points"]["camera_height"]))
-                bar.update()
-            cloud = merger.cloud(config["min_instance_points"], queries)
-            output.add_cloud(scene, cloud, sum(heights) / len(heights))
-            output.score(output.merged, cloud)
-        bar.close()
+        predict_scenes(model, frames, config, queries, output, args.cloud_voxel)
     seconds = time.perf_counter() - start
 
-    # scores
-    count = len(frames if scans is None else scans)
-    kind = "frame" if scans is None else "scan"
+    kind, count = ("frame", len(frames)) if scans is None else ("scan", len(scans))
     skipped = getattr(frames, "num_skipped", 0)
-    scores = {}
-    if output.points.semantics.confusion.any():
-        smallest = min(map(len, group_by_scene(frames.names).values()))
-        if smallest >= config["num_views"]:
-            turned = [None if source is None else upright(source, config["up"]) for source in (frames, scans)]
-            loader = same_points(model, config, *turned, args.cache)
-            scores["the points that train.py --eval draws"] = evaluate(model, loader, config["min_instance_points"],
-                                                                       AMP_DTYPES[config["amp"]])
-            print(format_metrics(*scores.values(), class_names))
-        else:
-            print(f"a scene has {smallest} frames, fewer than the {config['num_views']} views of a sample in training: no "
-                  "scores of the points that train.py --eval draws")
-        scores["every pixel" if scans is None else "every vertex"] = output.points.compute()
-        if scans is None:
-            scores["merged scenes"] = output.merged.compute()
-        for name, metrics in scores.items():
-            print(f"{name}: " + ", ".join(f"{key} {metrics[key]:.3f}" for key in metrics if key not in ("iou", "aps")))
-    share = output.counts / max(output.counts.sum(), 1)
-    options = {key: str(value) for key, value in vars(args).items() if value is not None}
+    total = int(output.counts.sum())
+    share = output.counts / max(total, 1)
     summary = {
-        "checkpoint": args.checkpoint, "options": options,
-        "training": config, f"{kind}s": count, "frames_skipped": skipped, "seconds": seconds,
-        f"seconds_per_{kind}": seconds / count, "points": int(output.counts.sum()),
-        "share_of_points": dict(zip(class_names, share.tolist())),
-        "queries": None if queries is None else {"names": queries.names, "neutral": NEUTRAL, "templates": TEMPLATES},
-        "scores": scores, "scenes": output.scenes}
+        "checkpoint": args.checkpoint,
+        "options": {key: str(value) for key, value in vars(args).items() if value is not None},
+        "training": config,
+        "rotation_to_z_up": up_rotation(config["up"]).tolist(),
+        f"{kind}s": count, "frames_skipped": skipped, "frames_without_depth": output.num_blank,
+        "seconds": seconds, f"seconds_per_{kind}": seconds / count,
+        "points": total, "share_of_points": dict(zip(class_names, share.tolist())),
+        "queries": None if queries is None else queries.described(),
+        "scores": score_all(model, config, frames, scans, output, args.cache),
+        "scenes": output.scenes}
     summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {seconds / count:.2f} s per {kind}; "
-          f"{len(output.scenes)} scenes in {args.out}")
+    print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {output.num_blank} without depth, "
+          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} scenes in {args.out}")
     return summary
 
 

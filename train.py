@@ -52,7 +52,8 @@ from support.runtime import (Console, Parser, StopRequest, checked_by, configure
                              positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room")
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room",
+                "class_ids")
 LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
 
 # ---------------------------------------------------------------------------------------------- options
@@ -264,6 +265,12 @@ def build_datasets(args):
     return *sets, frames[0].class_names, instances
 
 
+def class_ids_of(dataset, class_names):
+    """The ids that the data gives to the classes, for the files that predict.py writes; from 1 on if it has none."""
+    labelled = getattr(dataset, "scenes", dataset.frames)
+    return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
+
+
 def describe(train_set, val_set, class_names):
     """What was opened, in a line."""
     skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
@@ -276,18 +283,23 @@ def cache_folder(args):
     return None if args.cache == "none" else args.cache
 
 
-def read_every_frame(datasets, args, rank, world_size):
-    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a
-    split labelled.
+def read_every_frame(datasets, args, rank, world_size, console):
+    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
+    Samples without any depth are left out.
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
     store = Store(args.cache, "frames") if cache_folder(args) else None
     for dataset in datasets:
-        labelled = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
-        if sum(gather_objects(labelled, world_size)) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
-                             "list")
+        found = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
+        labelled, blank = zip(*gather_objects(found, world_size))
+        blank = sum(blank, [])
+        if blank:
+            console.print(f"{len(blank)} of {len(dataset)} samples have no depth and are left out")
+            dataset.leave_out(blank)
+        if sum(labelled) == 0:
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the "
+                             "class list")
         if rank == 0 and not args.no_check:
             check_cameras(dataset, store, args)
 
@@ -608,11 +620,12 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [val_set, train_set]
     console.print(describe(train_set, val_set, class_names))
-    read_every_frame(used_sets, args, rank, world_size)
+    read_every_frame(used_sets, args, rank, world_size, console)
 
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
     config["gate"] = gate_name(model)
+    config["class_ids"] = class_ids_of(train_set, class_names)
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
