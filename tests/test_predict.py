@@ -259,7 +259,7 @@ def test_a_network_of_other_classes_is_not_scored_on_the_rooms(path, loaded):
 
 def test_queries_need_a_tower():
     with pytest.raises(ValueError, match="trained with --no-clip"):
-        predict.TextQueries(None, "chair")
+        TextQueries(None, "chair")
 
 
 def test_weights_of_clip_may_lie_elsewhere_than_in_training(path, tmp_path):
