@@ -19,6 +19,7 @@ from metrics import evaluate_semantics
 from model import batches_for, load_model
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, read_ply_vertices
+from support.queries import TextQueries
 from support.runtime import run_command
 from support.visualize import label_images
 
