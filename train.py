@@ -47,8 +47,8 @@ from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
-from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, list_of,
-                             loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
+from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, init_worker,
+                             list_of, loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
                              positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -352,7 +352,8 @@ def cache_features(tower, datasets, args, device, rank, world_size):
     owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
-    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers)
+    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers,
+                         worker_init_fn=init_worker)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache
