@@ -47,9 +47,9 @@ from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
-from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, list_of,
-                             init_worker, loader_options, mean_std, nonnegative_float, nonnegative_int, number_in,
-                             positive_float, positive_int, run_command)
+from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, init_worker,
+                             list_of, loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
+                             positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room",

@@ -14,7 +14,8 @@ import train
 from helpers import CLIP_ON, checkpoint, in_two_processes, scalars, small
 from support import diagnose
 
-pytestmark = pytest.mark.usefixtures("quick_runs")
+pytestmark = [pytest.mark.usefixtures("quick_runs"),
+              pytest.mark.filterwarnings("ignore:Error detected in")]  # anomaly detection prints what it stops at
 
 
 # --------------------------------------------------------------------------------------------------- effective rank
