@@ -586,8 +586,8 @@ class ScanNetScenes:
         scan = {"name": name, "points": points, "colors": colors / 255, "alignment": np.eye(4)}
         if self.align:
             scan["alignment"] = read_axis_alignment(self._path(name, ".txt"))
-        if not np.isfinite(points).all():
-            raise ValueError(f"{path}: vertices are not finite")
+        if not (np.abs(points) < 1e8).all():  # also NaN
+            raise ValueError(f"{path}: vertices are not finite, or beyond 1e8 m")
         if not self._labeled:
             return scan
         ids, instances, segments = self._read_annotation(name, len(mesh))
