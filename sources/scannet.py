@@ -92,6 +92,7 @@ class ClassTable:
             if not (is_id or (key == "*" and name is None)) or not (name is None or (isinstance(name, str) and name)):
                 raise ValueError(f'a class list maps ids >= 0 to names or None, or "*" to None, got {key!r}: {name!r}')
         self.names = list(dict.fromkeys(name for name in classes.values() if name is not None))
+        self.ids = [next(key for key in classes if classes[key] == name) for name in self.names]  # the first of each
         index = {None: -1, **{name: i for i, name in enumerate(self.names)}}
         self._other = -1 if "*" in classes else -2
         self._small = np.full(2 ** 16, self._other, np.int32)  # images hold no more than 16 bits
@@ -251,12 +252,13 @@ def check_splits(sources, kinds=("label-filt", "instance-filt")):
 
     sources: one source of frames or scans per split. kinds: folders of ScanNetFrames that all scenes have, or none.
     """
-    found = {}  # name: source
+    found = {}  # name: title of its source
     for source in sources:
-        for name in source.names:
+        title = getattr(source, "title", type(source).__name__)
+        for name in getattr(source, "names", ()):
             if name in found:
-                raise ValueError(f"{name} is in two splits, {found[name].title} and {source.title}")
-            found[name] = source
+                raise ValueError(f"{name} is in two splits, {found[name]} and {title}")
+            found[name] = title
     for kind in kinds:
         has = {}
         for source in sources:
@@ -368,6 +370,7 @@ class ScanNetFrames(FrameFolders):
             classes = load_classes(classes)
         self._table = ClassTable(classes)
         self.class_names = self._table.names
+        self.class_ids = self._table.ids
         self.settings = repr(classes)  # with the files, all that the frames depend on
         super().__init__(root, split)
 
@@ -705,6 +708,7 @@ class ScanNetScenes:
             classes = load_classes(classes) if self._labelled else {}
         self._table = ClassTable(classes)
         self.class_names = self._table.names
+        self.class_ids = self._table.ids
         self._label_map = None if label_map is None else read_label_map(label_map, "raw_category", "id")
         self.settings = repr((classes, self._label_map, align))  # with the files, all that the scans depend on
         if split is None:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -123,8 +124,10 @@ def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 32
 
 # ---------------------------------------------------------------------------------------------- whole runs
 
-TOWER = "ViT-S-32-alt"
+open_clip.add_model_config(Path(__file__).parent / "data" / "ViT-Tiny-32.json")
+TOWER = "ViT-Tiny-32"  # two blocks of width 128
 SHARED_CACHE = tempfile.TemporaryDirectory(prefix="bifusion-tests-")  # superpoints and features of the rooms, made once
+CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
 
 
 def small(folder, *more):

@@ -205,7 +205,7 @@ def test_the_convolutions_compared_give_the_same_features():
     torch.manual_seed(0)
     coords = bench.sparse.room_cloud(500, 1.0)
     assert len(coords.unique(dim=0)) == 500
-    feats, kernel, kernel_map = torch.randn(500, 16), torch.randn(27, 16, 8), VoxelGrid(coords).neighbours(3)
+    feats, kernel, kernel_map = torch.randn(500, 16), torch.randn(27, 16, 8), VoxelGrid(coords).neighbors(3)
     expected = sparse_conv(feats, kernel, kernel_map)
     torch.testing.assert_close(bench.sparse.one_product(feats, kernel, kernel_map), expected, rtol=1e-4, atol=1e-4)
 
@@ -219,7 +219,7 @@ def test_the_samplers_compared_give_the_same_features():
 
 
 def test_a_denser_scan_of_the_same_number_of_voxels_has_more_neighbours():
-    pairs = [len(VoxelGrid(bench.sparse.room_cloud(500, density)).neighbours(3).pairs[0]) for density in (0.35, 3.5)]
+    pairs = [len(VoxelGrid(bench.sparse.room_cloud(500, density)).neighbors(3).pairs[0]) for density in (0.35, 3.5)]
     assert pairs[1] > 2 * pairs[0]
 
 

@@ -38,7 +38,8 @@ assert fused.shape == (5, 8) and alpha.shape == (5, 1)
 import torch
 from losses import ClipConsCriterion
 feat = torch.randn(6, 8, requires_grad=True)
-ClipConsCriterion()(feat, torch.randn(2, 8), batch=torch.arange(6) % 2).backward()
+loss, counts = ClipConsCriterion()(feat, torch.randn(2, 8), batch=torch.arange(6) % 2)
+loss.backward()
 assert feat.grad.any()
 """,
     **dict.fromkeys(["decoder", "metrics", "superpoints", "data"], ""),
