@@ -63,7 +63,7 @@ def test_bad_options_are_refused(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "picture"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "meaning", "picture"}))
 def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = importlib.import_module(f"bench.{command}")
