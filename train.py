@@ -47,12 +47,13 @@ from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
-from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, list_of,
-                             loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
+from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, init_worker,
+                             list_of, loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
                              positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room")
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room",
+                "class_ids")
 LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
 
 # ---------------------------------------------------------------------------------------------- options
@@ -71,8 +72,8 @@ def build_parser():
         "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
-    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for "
-        "every 8 of them")
+    add("--rooms", type=positive_int, default=32, help="built-in training rooms")
+    add("--val-rooms", type=positive_int, help="built-in validation rooms; not given: 3 per 8 training rooms")
     add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
@@ -190,6 +191,8 @@ def parse_args(argv=None, defaults=None):
         args.clip_weights = (0.0,) * len(args.clip_weights)
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
+    if args.val_rooms is None:
+        args.val_rooms = -(-args.rooms * 3 // 8)
     if not args.init_3d:
         args.backbone = args.backbone or "small"
         args.colors = args.colors or "signed"
@@ -230,7 +233,7 @@ def check_options(args, error):
 def build_datasets(args):
     """Training and validation set, class names, and whether instances are trained."""
     splits = (args.train_split, args.val_split)
-    counts = [(args.rooms, args.frames_per_room), (-(-args.rooms * 3 // 8), args.frames_per_room)]
+    counts = [(rooms, args.frames_per_room) for rooms in (args.rooms, args.val_rooms)]
     if args.data == "rooms":
         splits = ("train", "val")
     elif None in splits:
@@ -264,6 +267,12 @@ def build_datasets(args):
     return *sets, frames[0].class_names, instances
 
 
+def class_ids_of(dataset, class_names):
+    """The ids that the data gives to the classes, for the files that predict.py writes; from 1 on if it has none."""
+    labelled = getattr(dataset, "scenes", dataset.frames)
+    return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
+
+
 def describe(train_set, val_set, class_names):
     """What was opened, in a line."""
     skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
@@ -276,18 +285,23 @@ def cache_folder(args):
     return None if args.cache == "none" else args.cache
 
 
-def read_every_frame(datasets, args, rank, world_size):
-    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a
-    split labelled.
+def read_every_frame(datasets, args, rank, world_size, console):
+    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
+    Samples without any depth are left out.
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
     store = Store(args.cache, "frames") if cache_folder(args) else None
     for dataset in datasets:
-        labelled = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
-        if sum(gather_objects(labelled, world_size)) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
-                             "list")
+        found = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
+        labelled, blank = zip(*gather_objects(found, world_size))
+        blank = sum(blank, [])
+        if blank:
+            console.print(f"{len(blank)} of {len(dataset)} samples have no depth and are left out")
+            dataset.leave_out(blank)
+        if sum(labelled) == 0:
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the "
+                             "class list")
         if rank == 0 and not args.no_check:
             check_cameras(dataset, store, args)
 
@@ -340,7 +354,8 @@ def cache_features(tower, datasets, args, device, rank, world_size):
     owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
-    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers)
+    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers,
+                         worker_init_fn=init_worker)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache
@@ -608,11 +623,12 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [val_set, train_set]
     console.print(describe(train_set, val_set, class_names))
-    read_every_frame(used_sets, args, rank, world_size)
+    read_every_frame(used_sets, args, rank, world_size, console)
 
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
     config["gate"] = gate_name(model)
+    config["class_ids"] = class_ids_of(train_set, class_names)
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
