@@ -3,24 +3,28 @@
 
 A new data set is a class that gives frame dicts, and one line in `open_frames`.
 
-Imports sources.rooms and sources.scannet.
+Imports sources.captures, sources.rooms, sources.scannet and support.lens.
 """
 from pathlib import Path
 
+from sources.captures import CaptureFrames, Options
 from sources.rooms import RoomFrames
 from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from support.lens import undistort
 
 
 def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None, labels=True,
-                unlisted=False, rooms=(32, 4)):
+                unlisted=False, rooms=(32, 4), format=None, pose=None, depth_scale=None):
     """The frames that `data` names -> a source, whose class_names are empty if labels are not read.
 
-    data: a folder in ScanNet's exported 2D layout, or "rooms" (built in). Your own data set gets a line.
+    data: a folder in ScanNet's exported 2D layout, of frame-* files, or of captures (see captures.py), or
+    "rooms" (built in). Your own data set gets a line.
     split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms "train",
     "val" or "test".
     classes: a class list, as a file or {id: name}; None: data/classes.txt.
     label_map: path of scannetv2-labels.combined.tsv, if the class list holds NYU40's ids (ScanNet20).
-    intrinsics: (3, 3) in pixels; `data` is then a folder of frame-* files, which have no labels.
+    intrinsics: (3, 3) in pixels, of frame-* files and of captures that do not tell them.
+    format, pose, depth_scale: how a capture is read, if not as its layout says; see captures.py.
     labels: True: needed; None: read if there is a class list; False: not read.
     unlisted: ids that the class list lacks become classes "id N", after the first `num_listed` classes.
     rooms: numbers of rooms and of frames per room.
@@ -29,10 +33,15 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
     """
     if data == "rooms":
         return RoomFrames(split or "train", *rooms)
-    if intrinsics is not None:
-        if labels:
-            raise ValueError(f"{data}: folders of frame-* files (--intrinsics) have no labels")
+    kind = kind_of(Path(data), format)
+    if kind != "scannet" and labels:
+        raise ValueError(f"{data}: frame-* files and captures have no labels, and they are needed here")
+    if kind == "frame-*":
+        if intrinsics is None:
+            raise ValueError(f"{data}: frame-* files need --intrinsics FX,FY,CX,CY")
         return PosedFrames(data, intrinsics, split)
+    if kind == "capture":
+        return CaptureFrames(data, format, Options(intrinsics, pose, depth_scale), split, undistort)
     if not has_classes(data, classes, labels):
         return ScanNetFrames(data, None, split)
 
@@ -47,6 +56,16 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
         if labels and "label-filt" not in kinds:
             raise FileNotFoundError(f"{folder}: the folder of labels, label-filt, does not exist")
     return frames
+
+
+def kind_of(folder, format=None):
+    """Which reader a folder is for: "scannet", "frame-*" or "capture". format: insists on a capture."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"frame folder {folder} does not exist")
+    if format is None and any(folder.glob("*/color")) and any(folder.glob("*/pose")):
+        return "scannet"
+    is_posed = any(folder.glob("frame-*.color.*")) or any(folder.glob("*/frame-*.color.*"))
+    return "frame-*" if format is None and is_posed else "capture"
 
 
 def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True):

@@ -19,6 +19,7 @@ from metrics import evaluate_semantics
 from model import batches_for, load_model
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, read_ply_vertices
+from support.queries import TextQueries
 from support.runtime import run_command
 from support.visualize import label_images
 
@@ -259,7 +260,7 @@ def test_a_network_of_other_classes_is_not_scored_on_the_rooms(path, loaded):
 
 def test_queries_need_a_tower():
     with pytest.raises(ValueError, match="trained with --no-clip"):
-        predict.TextQueries(None, "chair")
+        TextQueries(None, "chair")
 
 
 def test_weights_of_clip_may_lie_elsewhere_than_in_training(path, tmp_path):
