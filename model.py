@@ -23,8 +23,9 @@ from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from losses import instance_targets
-from sparse_unet import COLORS, NETWORKS, PointEncoder, load_backbone
+from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
 from support.checkpoint import read_checkpoint, restore
+from support.pretrained import load_backbone
 
 
 class Segmenter(nn.Module):
@@ -141,7 +142,7 @@ def open_backbone(args):
     """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were
     trained with.
     """
-    network, colors, loaded = load_backbone(args.init_3d)
+    network, colors, loaded = load_backbone(args.init_3d, Res16UNet34C, NETWORKS)
     options = {name: {"in_channels": 3, "last_relu": True, **known} for name, known in NETWORKS.items()}
     name = next((name for name, known in options.items() if network.options == known), None)
     if name is None or args.backbone not in (None, name):

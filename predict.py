@@ -371,7 +371,8 @@ def open_source(args, config, classes, class_names):
     if args.scans:
         scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels)
     else:  # of the built-in rooms those that validate a training with these options
-        rooms = -(-config["rooms"] * 3 // 8), config["frames_per_room"]
+        val_rooms = config.get("val_rooms", -(-config["rooms"] * 3 // 8))  # older checkpoints do not say
+        rooms = val_rooms, config["frames_per_room"]
         split = "val" if args.data == "rooms" else args.split
         frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms,
                              format=args.format, pose=args.pose, depth_scale=args.depth_scale)

@@ -72,8 +72,8 @@ def build_parser():
         "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
-    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for "
-        "every 8 of them")
+    add("--rooms", type=positive_int, default=32, help="built-in training rooms")
+    add("--val-rooms", type=positive_int, help="built-in validation rooms; not given: 3 per 8 training rooms")
     add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
@@ -191,6 +191,8 @@ def parse_args(argv=None, defaults=None):
         args.clip_weights = (0.0,) * len(args.clip_weights)
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
+    if args.val_rooms is None:
+        args.val_rooms = -(-args.rooms * 3 // 8)
     if not args.init_3d:
         args.backbone = args.backbone or "small"
         args.colors = args.colors or "signed"
@@ -231,7 +233,7 @@ def check_options(args, error):
 def build_datasets(args):
     """Training and validation set, class names, and whether instances are trained."""
     splits = (args.train_split, args.val_split)
-    counts = [(args.rooms, args.frames_per_room), (-(-args.rooms * 3 // 8), args.frames_per_room)]
+    counts = [(rooms, args.frames_per_room) for rooms in (args.rooms, args.val_rooms)]
     if args.data == "rooms":
         splits = ("train", "val")
     elif None in splits:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Results that are computed once and kept on disk, found by the content of what they were computed from.
+"""Results that are computed once and kept on disk, found by the content that they were computed from.
 
-`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an image, and
-`SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a string that names what
-computed the entries) has a subfolder of its own.
+`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an image,
+and `SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a string that
+names what computed the entries) has a subfolder of its own.
 
-An entry is <folder>/<hash of owner>/<xx>/<key>. It begins with a magic number, the owner, its key and a checksum of
-all of it, so an entry that is truncated, altered or foreign is never used. Entries are moved into place as whole
-files, so any number of processes may write at once, and a killed process leaves no broken entry.
+An entry is <folder>/<hash of owner>/<xx>/<key>. It begins with a magic number, the owner, its key and a
+checksum of all of it, so an entry that is truncated, altered or foreign is never used. Entries are moved
+into place as whole files, so any number of processes may write at once, and a kill leaves no broken entry.
 
-fp16 keeps a value x to 2^-11 |x| (below 2^-14 to 2^-25), and a token or pooled feature to 2^-11 of its norm.
-Projected and normalized, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm. The encoder itself
-should run in fp32 when it fills a cache: fp16 autocast costs 1.3e-3 of a token's norm and bf16 1.0e-2, and it runs
-only once.
+fp16 keeps a value x to 2^-11 |x| (below 2^-14 to 2^-25), and a token or pooled feature to 2^-11 of its
+norm. Projected and normalized, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm. The
+encoder itself should run in fp32 when it fills a cache: it runs only once, and fp16 autocast costs 1.3e-3 of
+a token's norm, bf16 1.0e-2.
 
 Imports torch, numpy, tqdm and support.files.
 """
@@ -56,9 +56,9 @@ def content_key(*parts):
 class Store:
     """Entries of bytes in a folder, found by a key of 16 bytes.
 
-    folder: where they are kept; None: a temporary folder, deleted with this object (but not with its copies). In a
-    folder that cannot be written, entries are found, and new ones go to a temporary folder.
-    owner: names all that the entries depend on besides what the keys are hashes of, such as program and settings.
+    folder: where they are kept; None: a temporary folder, deleted with this object, not with its copies. A
+    folder that cannot be written is read, and new entries go to a temporary one.
+    owner: names all that the entries depend on besides what the keys are hashes of: program and settings.
 
     Attributes: folder, of new entries; is_temporary, whether it is deleted with this object.
     """
@@ -66,15 +66,15 @@ class Store:
     def __init__(self, folder, owner):
         self._owner_hash = content_key(owner)
         name = self._owner_hash.hex()
-        self._temporary = None
         self._folders = [] if folder is None else [Path(folder) / name]
-        if folder is None or not is_writable(self._folders[0], folder):
+        self._temporary = None
+        if folder is None or not is_writable(Path(folder), name):
             self._temporary = tempfile.TemporaryDirectory(prefix="store-")
-            self._folders.append(Path(self._temporary.name) / name)
+            self._folders.append(Path(self._temporary.name))
         self.folder = self._folders[-1]
         self.is_temporary = self._temporary is not None
         self._unfinished = self.folder / "tmp"
-        self._unfinished.mkdir(parents=True, exist_ok=True)
+        self._unfinished.mkdir(exist_ok=True)
         for path in self._unfinished.iterdir():
             with contextlib.suppress(OSError):  # another process sweeps, too
                 if path.stat().st_mtime < time.time() - DAY:
@@ -87,28 +87,24 @@ class Store:
 
     def get(self, key):
         """The content (n,) of an entry as a writable uint8 array, or None; a damaged entry is deleted."""
-        header = HEADER.pack(MAGIC, self._owner_hash, key)
-        start = HEADER.size + 4
-        for folder in self._folders:
-            path = self._path(folder, key)
+        for path in self._paths(key):
             with contextlib.suppress(FileNotFoundError):
                 entry = np.fromfile(path, np.uint8)
-                content = entry[start:]
-                if entry[:start].tobytes() == header + checksum(header, content):
+                content = entry[HEADER.size + 4:]
+                if entry[:HEADER.size + 4].tobytes() == self._head(key, content):
                     return content
-                with contextlib.suppress(OSError):  # in a read-only folder it stays
+                with contextlib.suppress(OSError):  # in a folder that is only read it stays
                     path.unlink()
         return None
 
     def put(self, key, content):
         """Writes an entry, replacing an older one. OSError if the disk is full."""
-        header = HEADER.pack(MAGIC, self._owner_hash, key)
         path = self.path(key)
         path.parent.mkdir(exist_ok=True)
-        self._write(path, header + checksum(header, content) + content)
+        self._write(path, self._head(key, content) + content)
 
     def keep(self, key, content):
-        """`put` of what can be computed again: a disk that takes nothing is only warned of."""
+        """`put` of what can be computed again: that a disk takes nothing is only warned of."""
         try:
             self.put(key, content)
         except OSError as error:
@@ -116,39 +112,38 @@ class Store:
 
     def size(self, key):
         """Bytes of an entry's content, or None if there is no entry; the content is not checked."""
-        for folder in self._folders:
+        for path in self._paths(key):
             with contextlib.suppress(FileNotFoundError):
-                return os.stat(self._path(folder, key)).st_size - HEADER.size - 4
+                return path.stat().st_size - HEADER.size - 4
         return None
 
     def path(self, key):
         """Where a new entry is written."""
-        return self._path(self.folder, key)
+        return self._paths(key)[-1]
 
-    @staticmethod
-    def _path(folder, key):
-        return folder / key.hex()[:2] / key.hex()
+    def _paths(self, key):
+        return [folder / key.hex()[:2] / key.hex() for folder in self._folders]
+
+    def _head(self, key, content):
+        header = HEADER.pack(MAGIC, self._owner_hash, key)
+        return header + zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
 
     def _write(self, path, content):
         write_whole(path, lambda file: file.write(content), self._unfinished, sync=False)
 
 
-def checksum(header, content):
-    """CRC-32 of an entry, as bytes."""
-    return zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
-
-
-def is_writable(folder, cache):
-    """Whether a folder of a cache can be made and written; if not, a warning says so."""
+def is_writable(cache, name):
+    """Whether the folder `name` of a cache is there, or can be made, and can be written; if not, warns."""
     try:
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder / "tmp", os.W_OK) else "no permission to write"
+        (cache / name / "tmp").mkdir(parents=True, exist_ok=True)
+        if os.access(cache / name / "tmp", os.W_OK):
+            return True
+        reason = "no permission, or a disk that is only read"
     except OSError as error:
         reason = error.strerror
-    if reason:
-        warnings.warn(f"cache {cache} cannot be written ({reason}): its entries are used, and what it lacks is kept "
-                      "in a temporary folder, for this run alone")
-    return reason is None
+    warnings.warn(f"cache {cache} cannot be written ({reason}): its entries are used, and those that it lacks "
+                  "are kept in a temporary folder, for this run alone")
+    return False
 
 
 # -------------------------------------------------------------------------------------------- features
@@ -167,7 +162,7 @@ def to_tensor(image):
 
 
 def pack_features(tensors):
-    """Float16 tensors of any shapes -> bytes: their number, then ndim and shape of each, then the values."""
+    """Float16 tensors of any shapes -> bytes: their number, ndim and shape of each, then the values."""
     numbers = [len(tensors)]
     for tensor in tensors:
         numbers += [tensor.dim(), *tensor.shape]
@@ -176,7 +171,7 @@ def pack_features(tensors):
 
 
 def unpack_features(content):
-    """The bytes of `pack_features`, as a writable uint8 array -> tuple of float16 tensors that share its memory."""
+    """What `pack_features` made, a writable uint8 array -> float16 tensors that share its memory."""
     numbers = content[:len(content) // 4 * 4].view("<u4")
     shapes = []
     at = 1
@@ -189,10 +184,10 @@ def unpack_features(content):
 
 
 class FeatureCache:
-    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads; workers may call `get`.
+    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads, in workers, too.
 
-    folder: see `Store`. owner: names all that the features depend on besides the image: model, a fingerprint of the
-    weights, precision, and which features.
+    folder: see `Store`. owner: names all that the features depend on besides the image: model, a fingerprint
+    of the weights, precision, and which features.
     encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as tokens
     (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
     batch_size, workers, worker_init_fn: of the loaders of `build`.
@@ -202,34 +197,36 @@ class FeatureCache:
         self.store = Store(folder, f"image feature tensors: {owner}")
         self.encode = encode
         self.batch_size = batch_size
-        self._loading = dict(num_workers=workers, worker_init_fn=worker_init_fn)
+        self.workers = workers
+        self.worker_init_fn = worker_init_fn
 
     def __getstate__(self):  # a worker reads: it needs no encoder
-        return {**self.__dict__, "encode": None, "_loading": {}}
+        return {**self.__dict__, "encode": None}
 
     def get(self, image):
-        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without the batch dimension.
+        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without batch
+        dimension.
 
-        An image without a whole entry is encoded now. Only the process that has the encoder can do that: ValueError
-        in a loader's worker.
+        An image without a whole entry is encoded now. ValueError in a loader's worker, which cannot.
         """
         key = image_key(image)
         content = self.store.get(key)
         if content is None:
             if self.encode is None or get_worker_info() is not None:
-                raise ValueError(f"an image has no usable features in {self.store.path(key)}; run build again")
+                raise ValueError(f"no usable features of an image in {self.store.path(key)}; run build again")
             entry, = self._features([image])
             self.store.keep(key, entry)
             content = np.frombuffer(bytearray(entry), np.uint8)
         return unpack_features(content)
 
     def build(self, images, rank=0, world_size=1):
-        """Checks the entries of all images and encodes those that are missing or damaged. Returns how many.
+        """Checks the entries of all images, encodes what is missing or damaged, and returns how many.
 
-        images: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.images_only`. Each of world_size
-        processes takes its share; let all of them finish before the first `get`. If images.signature(indices) gives
-        bytes that change whenever these images may have changed, the keys of the share are remembered under it, and
-        the next call reads no image: it only looks whether the entries exist at their full size.
+        images: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.images_only`. Each of
+        world_size processes takes its share; let all of them finish before the first `get`. If
+        images.signature(indices) gives bytes that change whenever these images may have changed, the keys of
+        the share are remembered under it, and the next call reads no image: it only looks whether the
+        entries exist at their full size.
         """
         share = range(rank, len(images), world_size)
         if not share:
@@ -240,9 +237,8 @@ class FeatureCache:
 
         if known is None:
             checked = Subset(CheckedImages(self.store, images), share)
-            loader = DataLoader(checked, batch_size=None, generator=torch.Generator(), **self._loading)
-            bar = tqdm(loader, "checking features", unit="img", disable=rank > 0 or None)
-            keys, whole = zip(*bar)
+            loader = self._loader(checked, batch_size=None)
+            keys, whole = zip(*tqdm(loader, "checking features", unit="img", disable=rank > 0 or None))
         else:
             size = int.from_bytes(known[:8], "little")
             keys = [key.tobytes() for key in known[8:].reshape(-1, 16)]
@@ -252,42 +248,48 @@ class FeatureCache:
             if not is_whole:
                 todo.setdefault(key, index)
         if todo and world_size > 1 and self.store.is_temporary:
-            raise ValueError(f"{len(todo)} images have no features yet, and {world_size} processes cannot share a "
-                             "temporary folder: name one that can be written")
+            raise ValueError(f"{len(todo)} images have no features yet, and {world_size} processes cannot "
+                             "share a temporary folder: name one that can be written")
         if todo:
             self._encode(Subset(images, list(todo.values())), rank)
         if known is None and memory is not None:
-            self.store.put(memory, self.store.size(keys[0]).to_bytes(8, "little") + b"".join(keys))
+            size = self.store.size(keys[0])
+            self.store.put(memory, size.to_bytes(8, "little") + b"".join(keys))
         return len(todo)
+
+    def _loader(self, images, **options):
+        return DataLoader(images, num_workers=self.workers, worker_init_fn=self.worker_init_fn,
+                          generator=torch.Generator(), **options)
 
     def _encode(self, images, rank):
         """Encodes images and writes their entries."""
-        loader = DataLoader(images, self.batch_size, collate_fn=list, generator=torch.Generator(), **self._loading)
-        with tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0 or None) as bar:
-            for number, batch in enumerate(loader):
-                entries = self._features(batch)
-                if number == 0:
-                    self._announce(len(images), len(entries[0]), rank)
-                for image, entry in zip(batch, entries):
-                    self.store.put(image_key(image), entry)
-                bar.update(len(batch))
+        loader = self._loader(images, batch_size=self.batch_size, collate_fn=list)
+        bar = tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0 or None)
+        for number, batch in enumerate(loader):
+            entries = self._features(batch)
+            if number == 0:
+                self._announce(len(images) * len(entries[0]), len(images), rank)
+            for image, entry in zip(batch, entries):
+                self.store.put(image_key(image), entry)
+            bar.update(len(batch))
+        bar.close()
 
-    def _announce(self, count, entry_size, rank):
-        """Says how much disk the features need; ValueError if there is less."""
-        folder = self.store.folder
-        size = count * entry_size
-        free = shutil.disk_usage(folder).free
+    def _announce(self, size, count, rank):
+        """Says how many bytes of the disk the features take; ValueError if there are less."""
+        free = shutil.disk_usage(self.store.folder).free
+        text = f"features of {count} images need {size / 2**30:.2f} GiB, {self.store.folder} has " \
+               f"{free / 2**30:.2f} GiB left"
         if size > free:
-            raise ValueError(f"features of {count} images need {size / 2**30:.2f} GiB, {folder} has "
-                             f"{free / 2**30:.2f} GiB left")
+            raise ValueError(text)
         if rank == 0:
-            tqdm.write(f"encoding {count} images: {size / 2**30:.2f} GiB in {folder}, {free / 2**30:.1f} GiB free")
+            tqdm.write(text)
 
     @torch.no_grad()
     def _features(self, batch):
         """Images -> the contents of their entries."""
         features = self.encode(torch.stack([to_tensor(image) for image in batch]))
-        if not isinstance(features, tuple) or not features or any(len(tensor) != len(batch) for tensor in features):
+        sizes = {len(tensor) for tensor in features}
+        if not isinstance(features, tuple) or sizes != {len(batch)}:
             shapes = [tuple(tensor.shape) for tensor in features]
             raise ValueError(f"encode must return a tuple of tensors (B, ...) for B = {len(batch)}, got a "
                              f"{type(features).__name__} of shapes {shapes}")
@@ -316,7 +318,7 @@ class CheckedImages(Dataset):
 
 
 class SuperpointCache:
-    """An oversegmentation, computed once per frame: the first process that needs it leaves it for all others.
+    """An oversegmentation, computed once per frame, by the first process that needs it.
 
     folder: see `Store`. oversegment: (depth (H, W), colors (H, W, 3), intrinsics (3, 3)) -> (H, W) integers.
     owner: names the method, its version and its settings.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Checkpoints that are either whole or absent, that resume bit-exactly, and that name what does not fit.
+"""Checkpoints that are whole or absent, that resume bit-exactly, and that name what does not fit.
 
-Nothing of a random generator is stored: what a step draws depends on the seeds of its samples alone. `new_folder`
-and `lock_folder` keep two runs from writing into one folder.
+Nothing of a random generator is stored: what a step draws depends on the seeds of its samples alone.
+`new_folder` and `lock_folder` keep two runs from writing into one folder.
 
 Imports torch and support.files.
 """
@@ -19,12 +19,11 @@ import torch
 
 from support.files import check_torch_file, write_whole
 
-FIELDS = ("class_names", "config", "model", "clip_fingerprint", "optimizer", "scaler", "epoch", "next_step", "step",
-          "global_batch", "next_lr", "best", "skipped_steps", "bad_steps", "warnings")
+FIELDS = ("class_names", "config", "model", "clip_fingerprint", "optimizer", "scaler", "epoch", "next_step",
+          "step", "global_batch", "next_lr", "best", "skipped_steps", "bad_steps", "warnings")
 # a step that was not finite, saved to be run again
-STEP_FIELDS = ("class_names", "config", "model", "clip_fingerprint", "batch", "weights", "scale", "epoch", "step",
-               "findings")
-
+STEP_FIELDS = ("class_names", "config", "model", "clip_fingerprint", "batch", "weights", "scale", "epoch",
+               "step", "findings")
 
 # --------------------------------------------------------------------------------------------- folders
 
@@ -41,11 +40,11 @@ def new_folder(path):
 
 
 def lock_folder(folder):
-    """Locks a run's folder for this process, and removes unfinished files in it -> the open file that holds the lock.
+    """Locks a run's folder for this process, and removes unfinished files in it -> the open file of the lock.
 
-    The lock ends when the file is closed, and with the process, however that ends; child processes do not inherit it.
-    ValueError if another process holds it. On a file system without locks there is a warning instead. A `lock` that
-    is a symbolic link is not followed: OSError.
+    The lock ends when the file is closed, and with the process, however that ends; child processes do not
+    inherit it. ValueError if another process holds it, OSError if the file is a symbolic link. On a file
+    system without locks there is a warning instead.
     """
     path = Path(folder) / "lock"
     file = open(path, "a+b", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
@@ -70,28 +69,28 @@ def lock_folder(folder):
 
 
 def write_atomically(state, path):
-    """torch.save that leaves either the old file or the whole new one; OSError if the disk does not take it."""
+    """torch.save that leaves the old file or the whole new one; OSError if the disk does not take it."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
 def read_checkpoint(path, fields=FIELDS):
     """A checkpoint (with STEP_FIELDS: a saved step) that train.py wrote, on the CPU.
 
-    Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not train.py's, or holds
-    NaN or inf, which only a saved step may do.
+    Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not train.py's, or
+    holds NaN or inf, which only a saved step may do.
     """
     check_torch_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, and advises weights_only=False
         kind = type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint of train.py: it holds objects, or is damaged ({kind})") from error
+        raise ValueError(f"{path}: not a checkpoint of train.py, torch.load raises {kind}") from error
     missing = [field for field in fields if not isinstance(state, dict) or field not in state]
     if missing:
         raise ValueError(f"{path}: not a checkpoint of train.py, field {missing[0]!r} is missing")
     for name, tensor in named_tensors(state):
-        size = tensor.numel() * tensor.element_size()
-        if tensor.layout != torch.strided or tensor.is_quantized or size > tensor.untyped_storage().nbytes():
+        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        if not is_plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: field {name} is not a dense tensor")
         if fields is FIELDS and not tensor.isfinite().all():
             raise ValueError(f"{path}: field {name} holds NaN or inf")
@@ -109,16 +108,16 @@ def named_tensors(state, name=""):
 
 
 def restore(model, state, path, class_names, fingerprint):
-    """Loads the weights of a checkpoint after checking that it belongs to this model, tower and class list."""
+    """Loads the weights of a checkpoint, if it belongs to this model, tower and class list."""
     if state["class_names"] != class_names:
         raise ValueError(f"{path}: class_names {state['class_names']} are not the data's {class_names}")
     if state["clip_fingerprint"] != fingerprint:
-        raise ValueError(f"{path}: clip_fingerprint differs: it was trained with another CLIP tower, weights or image "
-                         "size than this run's")
+        raise ValueError(f"{path}: clip_fingerprint differs: it was trained with another CLIP tower, weights or "
+                         "image size than this run's")
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in state["model"].items()}
     for key in sorted(own.keys() | theirs.keys()):
         if own.get(key) != theirs.get(key):
-            raise ValueError(f"{path}: field {key!r} has shape {theirs.get(key, 'none (it is missing)')}, the model's "
-                             f"has {own.get(key, 'none')}")
+            raise ValueError(f"{path}: field {key!r} has shape {theirs.get(key, 'none (it is missing)')}, the "
+                             f"model's has {own.get(key, 'none')}")
     model.load_state_dict(state["model"])

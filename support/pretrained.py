@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Weights of other projects for a sparse U-Net, read as they are published, without MinkowskiEngine, mmengine or
-OmegaConf.
+"""Weights of other projects for a sparse U-Net, read as they are published, without the packages that
+wrote them.
 
-A checkpoint is a zip file with a pickle, which may name any function. `TensorUnpickler` builds tensors and plain
-containers alone: nothing that a file names is imported or called.
+A checkpoint is a zip file with a pickle, which may name any function. `TensorUnpickler` builds tensors and
+plain containers alone: nothing that a file names is imported or called.
 
 Imports torch and support.files.
 """
@@ -18,28 +18,27 @@ import torch
 
 from support.files import check_torch_file
 
-# project: prefix of its keys, kernel size of the stem, input channels, colors (a key of sparse_unet.COLORS)
+# project: prefix of its keys, kernel size of the stem, input channels, colors (of sparse_unet.COLORS)
 PROJECTS = {"ESAM or oneformer3d": (r"(backbone|unet)\.", 5, 3, "scannet"),
             "Mask3D": (r"model\.backbone\.", 5, 3, "scannet"),
             "UnScene3D": (r"model\.backbone\.", 3, 3, "scannet"),
             "LanguageGroundedSemseg": (r"model\.", 3, 3, "centered"),
             "OpenScene": (r"(module\.)?net3d\.", 5, 3, "ones"),
-            "Pointcept": (r"(module\.)?backbone\.", 5, 9, None)}  # until its version 1.6 signed, since then raw
+            "Pointcept": (r"(module\.)?backbone\.", 5, 9, None)}  # signed until its version 1.6, then raw
 OWN_PREFIX = "fusion.encoder_3d.backbone."  # in checkpoints of train.py
 ANCHOR = "conv0p1s1.kernel"  # a key that every such network has
 PARTS = r"(conv\d|convtr\d|bn\d|bntr\d|block\d|final\.)"  # how keys of such a network begin
 
 
 def load_backbone(path, build, networks, final=False):
-    """A U-Net with the weights of a checkpoint, as ESAM, oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg,
-    OpenScene and Pointcept (MinkUNet34C) publish it, or as train.py writes it.
+    """A U-Net with the weights of a checkpoint, as the PROJECTS publish it, or as train.py writes it.
 
-    Its size is read off the keys. build: sparse_unet.Res16UNet34C, which makes the network. networks: {--backbone of
-    train.py: options of `build`}. final: keep the last layer; OpenScene's maps into CLIP's space.
+    build: sparse_unet.Res16UNet34C, which makes the network; its options are read off keys and shapes.
+    networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into CLIP's space.
 
-    Returns the network in eval mode; the name of its colors, a key of sparse_unet.COLORS, or None if the file does
-    not tell them; and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the path, if
-    the file is damaged, a tensor is missing, unknown or of another shape, or holds NaN or inf.
+    Returns the network in eval mode; the name of its colors, a key of sparse_unet.COLORS, or None if the file
+    does not tell them; and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the
+    path, if the file is damaged, a tensor is missing, unknown or of another shape, or holds NaN or inf.
     """
     prefix, tensors, config = read_backbone(path)
     for key, value in tensors.items():
@@ -60,14 +59,16 @@ def load_backbone(path, build, networks, final=False):
     problems = [f"{key} is {theirs.get(key, 'missing')}, expected {own.get(key, 'no such key')}"
                 for key in sorted(own.keys() | theirs.keys()) if own.get(key) != theirs.get(key)]
     if problems:
-        raise ValueError(f"{path} does not fit, {len(problems)} of {len(own)} tensors:\n  " + "\n  ".join(problems))
+        lines = "\n  ".join(problems)
+        raise ValueError(f"{path} does not fit, {len(problems)} of {len(own)} tensors:\n  {lines}")
     network.load_state_dict(tensors, assign=True)
-    return network.eval(), colors, (f"{len(tensors)} tensors from {path}, prefix {prefix!r}, project "
-                                    f"{project or 'unknown'}, dropped {dropped or 'nothing'}")
+    loaded = f"{len(tensors)} tensors from {path}, prefix {prefix!r}, project {project or 'unknown'}, dropped " \
+             f"{dropped or 'nothing'}"
+    return network.eval(), colors, loaded
 
 
 def recognize(prefix, options, config, networks):
-    """The project that has such keys and shapes or None; its colors or None; whether its network ends in a ReLU."""
+    """The project of such keys and shapes or None; its colors or None; whether its network ends in a ReLU."""
     if prefix == OWN_PREFIX:
         network = networks.get(config.get("backbone"), {})
         return "BiFusion", config.get("colors"), network.get("last_relu", True)
@@ -78,23 +79,24 @@ def recognize(prefix, options, config, networks):
             project, colors = name, seen
     width = options["final"][0] if options["final"] else None
     if project == "Mask3D" and width not in (20, 200):
-        colors = None  # trained on S3DIS or STPLS3D, whose colors have another mean and std than ScanNet's
-    learns_from_clip = project == "LanguageGroundedSemseg" and (width is None or options["planes"][7] == 512)
-    return project, colors, not learns_from_clip
+        colors = None  # S3DIS or STPLS3D, whose colors have another mean and std than ScanNet's
+    learns_from_clip = width is None or options["planes"][7] == 512
+    return project, colors, not (project == "LanguageGroundedSemseg" and learns_from_clip)
 
 
 def network_options(tensors, where):
-    """The tensors of a network by key -> the options of Res16UNet34C that give these keys and shapes."""
+    """The tensors of a network by key -> the options of Res16UNet34C with these keys and shapes."""
     planes, layers = [], []
     for i in range(1, 9):
-        kernels = [value for key, value in tensors.items() if re.fullmatch(rf"block{i}\.\d+\.conv2\.kernel", key)]
+        pattern = rf"block{i}\.\d+\.conv2\.kernel"
+        kernels = [value for key, value in tensors.items() if re.fullmatch(pattern, key)]
         if not kernels or kernels[0].ndim != 3:
             raise ValueError(f"{where}block{i} has no conv2.kernel of 3 dimensions")
         planes.append(kernels[0].shape[2])
         layers.append(len(kernels))
     stem = tensors[ANCHOR]
     if stem.ndim != 3 or len(stem) not in (27, 125):
-        raise ValueError(f"{where}{ANCHOR} has shape {tuple(stem.shape)}, expected (27 or 125, Cin, Cout)")
+        raise ValueError(f"{where}{ANCHOR} has shape {tuple(stem.shape)}, not (27 or 125, Cin, Cout)")
     final = None
     if "final.kernel" in tensors and tensors["final.kernel"].ndim:
         final = tensors["final.kernel"].shape[-1], "final.bias" in tensors
@@ -103,18 +105,18 @@ def network_options(tensors, where):
 
 
 def read_backbone(path):
-    """The prefix of a U-Net's keys in a checkpoint, its tensors (float32 or int64) by key without the prefix, and
-    train.py's config, empty in other files.
+    """The prefix of a U-Net's keys in a checkpoint, its tensors (float32 or int64) by key without that
+    prefix, and train.py's config, empty in other files.
     """
     check_torch_file(path)
     try:
         state = read_tensors(path)
         nested = next((state[key] for key in ("state_dict", "model") if key in state), state)
         tensors = {key: value for key, value in nested.items() if isinstance(value, torch.Tensor)}
-        prefixes = [key[:-len(ANCHOR)] for key in tensors if key == ANCHOR or key.endswith("." + ANCHOR)]
-        if len(prefixes) != 1:
-            raise ValueError(f"{len(prefixes)} keys end in {ANCHOR}, expected one; its keys begin {list(tensors)[:4]}")
-        prefix, = prefixes
+        anchors = [key for key in tensors if f".{key}".endswith(f".{ANCHOR}")]
+        if len(anchors) != 1:
+            raise ValueError(f"{len(anchors)} keys end in {ANCHOR}, expected one; the first are {list(tensors)[:3]}")
+        prefix = anchors[0].removesuffix(ANCHOR)
         found = {}
         for key, value in tensors.items():
             if re.match(re.escape(prefix) + PARTS, key):
@@ -122,8 +124,7 @@ def read_backbone(path):
                 found[key[len(prefix):]] = value.to(dtype).contiguous()
         config = state["config"] if prefix == OWN_PREFIX else {}
     except Exception as error:  # torch and pickle raise many kinds
-        raise ValueError(f"{path}: not a checkpoint, damaged, or without a U-Net ({type(error).__name__}: {error})") \
-            from error
+        raise ValueError(f"{path}: no checkpoint with a U-Net, {type(error).__name__}: {error}") from error
     return prefix, found, config
 
 
@@ -131,7 +132,7 @@ def read_backbone(path):
 
 
 class Inert:
-    """Stands in for every class and function that a pickle names and `TensorUnpickler` does not know; does nothing."""
+    """Stands in for every class and function that `TensorUnpickler` does not know; does nothing."""
 
     def __new__(cls, *args, **options):
         return super().__new__(cls)
@@ -143,9 +144,9 @@ class Inert:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Builds plain containers, tensors, and `Inert` for all else; `torch.load` adds how a storage is read.
+    """Builds plain containers, tensors, and `Inert` for all else; torch.load adds how a storage is read.
 
-    What it gives out is new each time, because a pickle may set attributes of classes and functions.
+    It makes every class and function anew, because a pickle may set their attributes.
     """
 
     def find_class(self, module, name):

@@ -63,7 +63,7 @@ def test_bad_options_are_refused(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "picture"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "meaning", "picture"}))
 def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = importlib.import_module(f"bench.{command}")
@@ -165,7 +165,7 @@ def test_the_candidates_of_a_step_differ_in_what_they_are_named_after(setup):
 
 
 def test_the_loaders_compared_draw_from_the_same_points(tmp_path):
-    classes = bench.loader.write_frames(tmp_path, RoomFrames("train", 1, 1, size=(48, 64)))
+    classes = bench.loader.write_frames(RoomFrames("train", 1, 1, size=(48, 64)), tmp_path)
     frames = ScanNetFrames(tmp_path, classes)
     size = (24, 32)
     ours = PointDataset(frames, 10 ** 6, size)[0]
@@ -182,7 +182,7 @@ def test_the_loaders_compared_draw_from_the_same_points(tmp_path):
 
 def test_frames_that_are_written_are_read_back(tmp_path):
     source = RoomFrames("train", 1, 1, size=(48, 64))
-    frames = ScanNetFrames(tmp_path, bench.loader.write_frames(tmp_path, source))
+    frames = ScanNetFrames(tmp_path, bench.loader.write_frames(source, tmp_path))
     assert frames.class_names == source.class_names and frames.names == source.names
     assert np.array_equal(frames[0]["label"], source[0]["label"])
     instance = source[0]["instance"]  # written as instance + 1, because 0 = none there

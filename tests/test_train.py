@@ -22,7 +22,7 @@ import predict
 import train
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
-from helpers import (CLIP_ON, POSE, SHARED_CACHE, Forked, checkpoint, in_process, in_two_processes, last_checkpoint,
+from helpers import (CLIP_ON, POSE, ROOT, SHARED_CACHE, Forked, checkpoint, in_process, in_two_processes, last_checkpoint,
                      scalars, small, try_lock, write_rooms_as_scannet, write_scan, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from sources.rooms import RoomFrames
@@ -33,9 +33,6 @@ from support.runtime import StopRequest, run_command
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 RESUME = ["--device", "cpu", "--cache", SHARED_CACHE.name]
-ROOT = Path(train.__file__).parent
-
-
 def test_a_run_writes_finite_scalars_images_and_checkpoints_and_every_tag_is_documented(trained):
     folder, metrics = trained
     assert 0 <= metrics["miou"] <= 1 and 0 <= metrics["ap50"] <= 1
