@@ -44,7 +44,7 @@ def partition(coords):
     Raises ValueError for a negative batch index, for duplicates, and for bounds of 2^63 or more voxels.
     """
     if not len(coords):
-        return Patches(coords[:, 1:], coords[:, 0], [])
+        return Patches(coords[:, 1:], coords[:, 0], [0])
     batch = coords[:, 0]
     xyz = coords[:, 1:]
     low, high = torch.stack(coords.aminmax(dim=0)).tolist()
@@ -132,7 +132,7 @@ def attend(q, k, v, lengths):
     for scene in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
         scene = (x.transpose(0, 1)[None] for x in scene)  # q, k, v: (1, nh, L, HEAD)
         out.append(F.scaled_dot_product_attention(*scene).squeeze(0).transpose(0, 1))
-    return torch.cat(out) if out else v
+    return torch.cat(out)
 
 
 class Attention(nn.Module):
@@ -227,7 +227,7 @@ class Volt(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.tokenizer = Tokenizer(in_channels, embed_dim)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, qk_norm, rate) for rate in rates)
         self.decoder = Decoder(embed_dim, out_channels)
         for name, parameter in self.named_parameters():
