@@ -274,10 +274,16 @@ def class_ids_of(dataset, class_names):
 
 
 def describe(train_set, val_set, class_names):
-    """What was opened, in a line."""
-    skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
-    return (f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
-            f"{skipped[0]} and {skipped[1]} frames skipped for a lost pose")
+    """What was opened and what was not taken, as text."""
+    lines = [f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes"]
+    for dataset, name in ((train_set, "training"), (val_set, "validation")):
+        skipped = getattr(dataset.frames, "num_skipped", 0)
+        left_out = dict(getattr(dataset.frames, "left_out", {}))
+        if skipped:
+            left_out["frames with a lost pose"] = skipped
+        if left_out:
+            lines.append(f"{name}, left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
+    return "\n".join(lines)
 
 
 def cache_folder(args):
