@@ -35,11 +35,11 @@ from data import PointDataset, SceneDataset, check_frames, to_device, up_rotatio
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight)
-from model import (batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
+from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
                    gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
-from sparse_unet import COLORS, NETWORKS
+from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
 from support.cache import FeatureCache, Store, SuperpointCache, content_key
 from support.checkpoint import STEP_FIELDS, lock_folder, new_folder, read_checkpoint, write_atomically
@@ -92,7 +92,7 @@ def build_parser():
         "loop")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network "
+    add("--backbone", choices=tuple(BACKBONES), help="the 3D encoder; not given: small, or the network "
         "of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
