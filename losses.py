@@ -125,20 +125,20 @@ def usable_rows(feat_fusion, clip_feat, batch=None, valid=None):
         dropped (N,)   valid points that are left out because either is not
         targets (T,)   rows of clip_feat that may be read: of used points, or finite scene targets
     """
-    n = len(feat_fusion)
+    n, T = feat_fusion.shape[0], clip_feat.shape[0]  # len() would fix the size of an export
     shapes = f"feat_fusion {tuple(feat_fusion.shape)} and clip_feat {tuple(clip_feat.shape)}"
     is_matrix = feat_fusion.dim() == clip_feat.dim() == 2
     if not is_matrix or feat_fusion.shape[1] != clip_feat.shape[1]:
         raise ValueError(f"{shapes} must be (N, C) and (N, C) or (B, C)")
-    if batch is None and len(clip_feat) != n:
+    if batch is None and T != n:
         raise ValueError(f"{shapes} differ in their rows: give batch (N,), the scene of each point")
     for name, mask in (("batch", batch), ("valid", valid)):
-        if mask is not None and mask.shape != (n,):
+        if mask is not None and tuple(mask.shape) != (n,):
             raise ValueError(f"{name} {tuple(mask.shape)} must be ({n},), one entry per point")
     if valid is not None and valid.dtype != torch.bool:
         raise ValueError(f"valid must be bool, got {valid.dtype}")
     if batch is not None:
-        check_ids("batch", batch, len(clip_feat))
+        check_ids("batch", batch, T)
 
     feat_finite = largest_entry(feat_fusion).isfinite()
     clip_finite = largest_entry(clip_feat).isfinite()
@@ -195,10 +195,11 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
         elif variant == "cosine":
             row_loss = 1 - cosine
         else:
-            rows = torch.arange(len(clip), device=clip.device)
+            T = clip.shape[0]
+            rows = torch.arange(T, device=clip.device)
             if negatives is not None:
-                check_ids("negatives", negatives, len(rows))
-            elif len(rows) > MAX_NEGATIVES:
+                check_ids("negatives", negatives, T)
+            elif T > MAX_NEGATIVES:
                 negatives = draw_negatives(targets, MAX_NEGATIVES, generator)
             else:
                 negatives = rows
@@ -334,8 +335,7 @@ def instance_targets(labels, instances, index, superpoint_batch):
     is_flat = labels.dim() == superpoint_batch.dim() == 1
     if not is_flat or not labels.shape == instances.shape == index.shape:
         shapes = [tuple(x.shape) for x in (labels, instances, index, superpoint_batch)]
-        raise ValueError("labels {}, instances {} and index {} must be (N,), superpoint_batch {} (S,)"
-                         .format(*shapes))
+        raise ValueError(f"labels, instances, index {shapes[:3]} must be (N,), superpoint_batch {shapes[3]} (S,)")
     S = len(superpoint_batch)
     sizes = torch.bincount(superpoint_batch)  # (B,)
     inside = (labels >= 0) & (instances >= 0)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Builders shared by several test files: a camera, tiny data sets on disk, rooms in ScanNet's layout."""
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,37 +33,32 @@ def intrinsics_of(size, focal=1.1):
     return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
 
 
-def project(points, intrinsics, world2cam):
-    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
-    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
-    image = camera @ np.asarray(intrinsics, np.float64).T
-    return image[:, :2] / image[:, 2:], camera[:, 2]
+def write_frame(scene, stem, images, cam2world, intrinsics, suffix="png"):
+    """Writes a frame in ScanNet's exported layout. images: by kind; intrinsics: of "color" and "depth"."""
+    for kind in (*images, "pose", "intrinsic"):
+        (scene / kind).mkdir(parents=True, exist_ok=True)
+    for kind, image in images.items():
+        Image.fromarray(image).save(scene / kind / f"{stem}.{suffix if kind == 'color' else 'png'}")
+    np.savetxt(scene / "pose" / f"{stem}.txt", cam2world)
+    for kind, matrix in intrinsics.items():
+        np.savetxt(scene / "intrinsic" / f"intrinsic_{kind}.txt", matrix)
 
 
 def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
-    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
+    """A tiny ScanNet export. Color holds its own pixel position: red = column, green = row, blue = frame."""
     rng = np.random.default_rng(0)
-    for scene in range(scenes):
-        folder = root / f"scene{scene:04d}_00"
-        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
-            (folder / kind).mkdir(parents=True)
-        for name, size in (("color", color_size), ("depth", depth_size)):
-            matrix = np.eye(4)
-            matrix[:3, :3] = intrinsics_of(size)
-            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
-        height, width = color_size
-        for frame in range(frames):
-            row, column = np.mgrid[:height, :width]
-            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
-            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
-            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
-            depth[::5] = 0
-            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
-            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
-            if labels:
-                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
-                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
-                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
+    height, width = color_size
+    row, column = np.mgrid[:height, :width]
+    intrinsics = {"color": intrinsics_of(color_size), "depth": intrinsics_of(depth_size)}
+    for scene, frame in itertools.product(range(scenes), range(frames)):
+        color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
+        depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
+        depth[::5] = 0
+        images = {"color": color.astype(np.uint8), "depth": depth}
+        if labels:
+            label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
+            images |= {"label-filt": label.astype(np.uint16), "instance-filt": (row * 3 // height).astype(np.uint8)}
+        write_frame(root / f"scene{scene:04d}_00", frame, images, POSE, intrinsics, suffix)
     return root
 
 
@@ -104,17 +100,12 @@ def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 32
     frames = rooms.RoomFrames("train", num_rooms, frames_per_room, size=size)
     for index, name in enumerate(frames.names):
         frame = frames[index]
-        scene, stem = folder / name.split("/")[0], name.split("/")[1]
-        for kind in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
-            (scene / kind).mkdir(parents=True, exist_ok=True)
+        scene, stem = name.split("/")
         images = {"color": frame["color"], "depth": (frame["depth"] * 1000).astype(np.uint16),
                   "label-filt": (frame["label"] + 1).astype(np.uint8),
                   "instance-filt": np.maximum(frame["instance"], 0).astype(np.uint8)}
-        for kind, image in images.items():
-            Image.fromarray(image).save(scene / kind / f"{stem}.png")
-        np.savetxt(scene / "pose" / f"{stem}.txt", np.linalg.inv(frame["world2cam"]))
-        np.savetxt(scene / "intrinsic" / "intrinsic_color.txt", frame["intrinsics"])
-        np.savetxt(scene / "intrinsic" / "intrinsic_depth.txt", frame["depth_intrinsics"])
+        intrinsics = {"color": frame["intrinsics"], "depth": frame["depth_intrinsics"]}
+        write_frame(folder / scene, stem, images, np.linalg.inv(frame["world2cam"]), intrinsics)
     names = ["unlabeled", *frames.class_names]
     (folder / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
     scenes = list(dict.fromkeys(name.split("/")[0] for name in frames.names))
@@ -159,18 +150,7 @@ def scalars(folder):
     return events
 
 
-def in_process(function, *arguments):
-    """What a function returns in another process."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def try_lock(folder):
-    try:
-        lock_folder(folder)
-    except ValueError as error:
-        return str(error)
-    return "locked"
+# ---------------------------------------------------------------------------------------------- processes
 
 
 class Forked:
@@ -210,6 +190,18 @@ def run_in_folder(code, folder):
         exec(code, {})
 
     return Forked(run).wait()
+
+
+def try_lock(folder):
+    """What `lock_folder` says to another process: an error, or "locked"."""
+    def attempt():
+        try:
+            lock_folder(folder)
+            print("locked")
+        except ValueError as error:
+            print(error)
+
+    return Forked(attempt).wait()[1].strip()
 
 
 def in_two_processes(function):

@@ -14,7 +14,7 @@ import data
 from support.cache import FeatureCache, Store, SuperpointCache
 from fusion import apply_transform, occluded_mask, project_to_image
 from superpoints import oversegment
-from helpers import ALIGNMENT, CLASSES, POSE, intrinsics_of, project, write_scan, write_scannet
+from helpers import ALIGNMENT, CLASSES, POSE, intrinsics_of, write_scan, write_scannet
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, ScanNetScenes
 
@@ -22,6 +22,13 @@ from sources.scannet import ScanNetFrames, ScanNetScenes
 @pytest.fixture
 def root(tmp_path):
     return write_scannet(tmp_path / "frames")
+
+
+def project(points, intrinsics, world2cam):
+    """An independent pinhole camera: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
+    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
+    image = camera @ np.asarray(intrinsics, np.float64).T
+    return image[:, :2] / image[:, 2:], camera[:, 2]
 
 
 def every_point(frame):

@@ -22,7 +22,7 @@ import predict
 import train
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
-from helpers import (CLIP_ON, POSE, ROOT, SHARED_CACHE, Forked, checkpoint, in_process, in_two_processes, last_checkpoint,
+from helpers import (CLIP_ON, POSE, ROOT, SHARED_CACHE, Forked, checkpoint, in_two_processes, last_checkpoint,
                      scalars, small, try_lock, write_rooms_as_scannet, write_scan, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from sources.rooms import RoomFrames
@@ -269,7 +269,7 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path, monkeypatc
     (tmp_path / "enough").touch()
     assert other.wait() == (0, "", "")
     step, seen = train.train_step, []
-    monkeypatch.setattr(train, "train_step", lambda *args: seen.append(in_process(try_lock, path.parent)) or step(*args))
+    monkeypatch.setattr(train, "train_step", lambda *args: seen.append(try_lock(path.parent)) or step(*args))
     train.main(["--resume", str(path), "--epochs", "2", *RESUME])
     assert checkpoint(tmp_path)["epoch"] == 2 and seen and all("in use by process" in answer for answer in seen)
 
