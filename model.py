@@ -151,8 +151,9 @@ def open_backbone(args):
     """
     network, colors, loaded = load_backbone(args.init_3d, Res16UNet34C, NETWORKS, build_volt=Volt)
     channels = network.options["in_channels"]
-    if channels != 3:
-        raise ValueError(f"--init-3d {args.init_3d} takes {channels} features per point, and the data has 3, the color")
+    if channels != 3 + 3 * args.normals:
+        raise ValueError(f"--init-3d {args.init_3d} takes {channels} features per point: 3 are the color, and 6 the "
+                         "color and the normal, of --normals")
     with torch.device("meta"):
         options = {name: build(channels).options for name, build in BACKBONES.items()}
     name = next((name for name, known in options.items() if network.options == known), None)
@@ -169,14 +170,24 @@ def open_backbone(args):
 
 
 def count_features(frames, args):
-    """Features per point. Raises ValueError if they are more than the color, but the options know
-    colors alone.
+    """Features per point. Raises ValueError if the frames have more than the color, but the options know
+    colors and normals alone.
     """
     number = getattr(frames, "num_features", 3)
     if number != 3 and (args.init_3d or args.colors == "scannet"):
         option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
         raise ValueError(f"{option} is for points with 3 features, the color; the data has num_features {number}")
-    return number
+    return number + 3 * args.normals
+
+
+def feature_scale(config, in_channels):
+    """Mean and std with which the network sees features; None: it sees ones. Beside normals, only the color is scaled."""
+    scale = COLORS[config["colors"]]
+    if scale is None or not config.get("normals"):  # older checkpoints do not say
+        return scale or (None, None)
+    mean, std = (value if isinstance(value, tuple) else (value,) * 3 for value in scale)
+    others = in_channels - 3
+    return (*mean, *[0.0] * others), (*std, *[1.0] * others)
 
 
 def build_model(config, num_classes, instances, tower, in_channels=3):
@@ -186,7 +197,7 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     image encoder,
     see `build_tower`, or None. in_channels: width of the points' features.
     """
-    color_mean, color_std = COLORS[config["colors"]] or (None, None)
+    color_mean, color_std = feature_scale(config, in_channels)
     width = 96 if config["backbone"] in NETWORKS else None  # None: the network's own
     encoder_3d = PointEncoder(config["voxel_size"], in_channels, width, color_mean, color_std,
                               BACKBONES[config["backbone"]])

@@ -85,6 +85,8 @@ def build_parser():
     add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
         "docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
+    add("--normals", action="store_true", help="show the 3D encoder the surface's normals, too: of depth, "
+        "or of the meshes of --scans")
     add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for "
         "instances; 0: cubes of 4 voxels stand in for them")
     add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
@@ -208,6 +210,8 @@ def check_options(args, error):
         error("--scans holds only points: give --data, the folder of their frames, too")
     if args.data == "rooms" and args.label_map:
         error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.normals and args.colors == "ones":
+        error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
         error("--init-3d begins a run; the weights of a checkpoint are in it")
     if args.init_3d and not Path(args.init_3d).is_file():
@@ -244,7 +248,8 @@ def build_datasets(args):
     labels = args.classes, args.label_map
     scans = None
     if args.scans:
-        scans, frames = zip(*(open_scans(args.scans, args.data, split, *labels) for split in splits))
+        opened = [open_scans(args.scans, args.data, split, *labels, normals=args.normals) for split in splits]
+        scans, frames = zip(*opened)
         check_splits(scans, ())
         check_splits(frames, ())
         scans = [upright(part, args.up) for part in scans]
@@ -255,7 +260,7 @@ def build_datasets(args):
     frames = [upright(part, args.up) for part in frames]
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed, normals=args.normals,
                    voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation, at most that much
     if scans:
         sets = [SceneDataset(*sources, augment=augment, **options)
