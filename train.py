@@ -35,11 +35,11 @@ from data import PointDataset, SceneDataset, check_frames, to_device, up_rotatio
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight)
-from model import (batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
+from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
                    gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
-from sparse_unet import COLORS, NETWORKS
+from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
 from support.cache import FeatureCache, Store, SuperpointCache, content_key
 from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read_checkpoint, run_folder,
@@ -85,6 +85,8 @@ def build_parser():
     add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
         "docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
+    add("--normals", action="store_true", help="show the 3D encoder the surface's normals, too: of depth, "
+        "or of the meshes of --scans")
     add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for "
         "instances; 0: cubes of 4 voxels stand in for them")
     add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
@@ -93,7 +95,7 @@ def build_parser():
         "loop")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network "
+    add("--backbone", choices=tuple(BACKBONES), help="the 3D encoder; not given: small, or the network "
         "of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
@@ -208,6 +210,8 @@ def check_options(args, error):
         error("--scans holds only points: give --data, the folder of their frames, too")
     if args.data == "rooms" and args.label_map:
         error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.normals and args.colors == "ones":
+        error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
         error("--init-3d begins a run; the weights of a checkpoint are in it")
     if args.init_3d and not Path(args.init_3d).is_file():
@@ -244,7 +248,8 @@ def build_datasets(args):
     labels = args.classes, args.label_map
     scans = None
     if args.scans:
-        scans, frames = zip(*(open_scans(args.scans, args.data, split, *labels) for split in splits))
+        opened = [open_scans(args.scans, args.data, split, *labels, normals=args.normals) for split in splits]
+        scans, frames = zip(*opened)
         check_splits(scans, ())
         check_splits(frames, ())
         scans = [upright(part, args.up) for part in scans]
@@ -255,7 +260,7 @@ def build_datasets(args):
     frames = [upright(part, args.up) for part in frames]
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed, normals=args.normals,
                    voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation, at most that much
     if scans:
         sets = [SceneDataset(*sources, augment=augment, **options)
