@@ -161,12 +161,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
-        """argparse's, which also refuses an empty text, as an unset variable of a shell script gives it."""
-        parsed = super().parse_args(args, namespace)
-        for name, value in vars(parsed).items():
-            if value == "" or value == Path(""):
-                self.error(f"--{name.replace('_', '-')} is empty")
-        return parsed
+        """argparse's, which also refuses an empty text, as an unset variable of a script gives it."""
+        words = ["", *(sys.argv[1:] if args is None else args)]
+        for option, word in zip(words, words[1:]):
+            if word == "" or word.startswith("--") and word.endswith("="):
+                self.error(f"{word.rstrip('=') or option or 'an argument'} is empty")
+        return super().parse_args(args, namespace)
 
 
 def number_in(kind, low, high=math.inf, open_low=False):
