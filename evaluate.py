@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Scores of a model over a loader, the table that a run ends with, and images of what the network sees.
 
-Imports torch, numpy, and its siblings data, decoder, metrics, model, support/distributed and support/visualize.
+Imports torch, numpy, and its siblings data, decoder, metrics, model, support/distributed and
+support/visualize.
 """
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import camera_height, frame_names, group_by_scene, to_device, unproject
+from data import camera_height, frame_names, group_by_scene, to_device, to_tensor, unproject
 from decoder import paint_instances, scene_instances
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
 from model import batches_for
@@ -33,8 +34,11 @@ class Scores:
         self.semantics.update(labels, truth)
 
     def update_instances(self, scene, truth, truth_instances):
-        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances: (P,) int64."""
-        self.instances.update({**scene, "labels": scene["labels"] + 1}, ground_truth_ids(truth, truth_instances))
+        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances:
+        (P,) int64.
+        """
+        prediction = {**scene, "labels": scene["labels"] + 1}
+        self.instances.update(prediction, ground_truth_ids(truth, truth_instances))
 
     def synchronize(self, world_size):
         """Sums over all processes."""
@@ -43,11 +47,13 @@ class Scores:
             self.instances.scenes = sum(gather_objects(self.instances.scenes, world_size), [])
 
     def compute(self):
-        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of (AP, AP50, AP25)}.
+        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of
+        (AP, AP50, AP25)}.
         """
         per_class = self.semantics.compute()["per_class"]
         has_truth = self.semantics.confusion.sum(1).cpu() > 0  # (K,)
-        iou = torch.tensor(list(per_class.values()), dtype=torch.float64).where(has_truth, torch.nan)  # (K,)
+        iou = torch.tensor(list(per_class.values()), dtype=torch.float64)  # (K,)
+        iou = iou.where(has_truth, torch.nan)
         metrics = {"miou": iou.nanmean().item(), "iou": iou.tolist()}
         if self.with_instances:
             result = self.instances.compute()
@@ -84,109 +90,149 @@ def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, wo
 
 
 def ground_truth_ids(labels, instances):
-    """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 + instance, 0 = none.
+    """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 +
+    instance, 0 = none.
 
-    The instances are numbered anew within each class, because the data's own numbers may exceed 999. ValueError if a
-    class has more than 1,000 in this sample.
+    The instances are numbered anew within each class, because the data's own numbers may exceed 999.
+    ValueError if a class has more than 1,000 in this sample.
     """
     counted = (labels >= 0) & (instances >= 0)
     values, place = torch.unique(instances[counted], return_inverse=True)
-    keys, index = torch.unique(labels[counted] * len(values) + place, return_inverse=True)  # by class, then instance
+    keys = labels[counted] * len(values) + place  # by class, then instance
+    keys, index = torch.unique(keys, return_inverse=True)
     kinds = keys // max(len(values), 1)
-    number = torch.arange(len(keys), device=keys.device) - torch.searchsorted(kinds, kinds)
+    first = torch.searchsorted(kinds, kinds)
+    number = torch.arange(len(keys), device=keys.device) - first
     if (number >= LABEL_DIVISOR).any():
-        raise ValueError(f"a class has {number.max() + 1} instances in one sample, ScanNet's ids allow {LABEL_DIVISOR}")
+        raise ValueError(f"a class has {number.max() + 1} instances in one sample, ScanNet's ids allow "
+                         f"{LABEL_DIVISOR}")
     ids = torch.zeros_like(labels)
     ids[counted] = (kinds[index] + 1) * LABEL_DIVISOR + number[index]
     return ids
 
 
 def format_metrics(metrics, class_names):
-    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes without truth.
+    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes
+    without truth.
     """
     columns = ["AP", "AP50", "AP25"] if "ap" in metrics else []
+    no_scores = [()] * len(class_names)
+    rows = zip(class_names, metrics["iou"], metrics.get("aps", no_scores))
+    absent = [name for name, iou in zip(class_names, metrics["iou"]) if iou != iou]
+    means = [metrics[name.lower()] for name in columns]
+
+    def line(title, values):
+        return f"{title:<24}" + "".join(f"{value:>8.3f}" for value in values)
+
     lines = [f"{'class':<24}" + "".join(f"{name:>8}" for name in ["IoU", *columns])]
-    for i, name in enumerate(class_names):
-        values = [metrics["iou"][i], *(metrics["aps"][i] if columns else ())]
-        lines.append(f"{name:<24}" + "".join(f"{value:>8.3f}" for value in values))
-    absent = [name for name, value in zip(class_names, metrics["iou"]) if value != value]
-    means = [metrics["miou"], *(metrics[name.lower()] for name in columns)]
-    title = f"mean, {len(class_names) - len(absent)} classes"
-    lines.append(f"{title:<24}" + "".join(f"{value:>8.3f}" for value in means))
+    lines += [line(name, [iou, *scores]) for name, iou, scores in rows]
+    lines.append(line(f"mean, {len(class_names) - len(absent)} classes", [metrics["miou"], *means]))
     if absent:
         lines.append(f"without truth, left out: {', '.join(absent)}")
     return "\n".join(lines)
+
+
+def log_metrics(log, metrics, class_names):
+    """Writes what `evaluate` returns, and sums it up in one line."""
+    scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
+    for name, value in scores.items():
+        log.add_scalar(f"val/{name}", value)
+    for name, value in zip(class_names, metrics["iou"]):
+        log.add_scalar(f"val_iou/{name}", value)
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 # ---------------------------------------------------------------------------------------------- images
 
 
 def visualize(log, model, dataset, class_names, min_instance_points):
-    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first scene."""
+    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first
+    scene.
+    """
     names = frame_names(dataset.frames)
-    members = group_by_scene([names[dataset.frame_indices(index)[0]] for index in range(len(dataset))])
-    scene = next(iter(members))
+    first_names = [names[dataset.frame_indices(index)[0]] for index in range(len(dataset))]
+    scene, members = next(iter(group_by_scene(first_names).items()))
     shown = evenly(range(len(dataset)), 4)
-    in_cloud = evenly(members[scene], 8)
+    in_cloud = evenly(members, 8)
     model.eval()
     views = {index: first_view(model, dataset, index, min_instance_points) for index in {*shown, *in_cloud}}
     model.train()
     log.add_images(visualizations([views[index] for index in shown], class_names))
     merged = clouds([views[index] for index in in_cloud])
-    log.add_clouds({f"{kind}/{scene}": cloud for kind, cloud in merged.items()})  # the view shows what is before the "/"
+    # TensorBoard shows what stands before the "/"
+    log.add_clouds({f"{kind}/{scene}": cloud for kind, cloud in merged.items()})
 
 
 def evenly(items, count):
     """At most `count` items, evenly spread."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[place] for place in places.round().astype(int)]
 
 
 @torch.no_grad()
 def first_view(model, dataset, index, min_instance_points):
-    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds` take it."""
-    batch = to_device(batches_for(model, training=False)([dataset[index]]), model.head.weight.device)
+    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds`
+    take it.
+    """
+    collate_fn = batches_for(model, training=False)
+    batch = to_device(collate_fn([dataset[index]]), model.head.weight.device)
     out = model(batch)
-    images = [torch.from_numpy(np.array(dataset.images_only[i])).permute(2, 0, 1) / 255
-              for i in dataset.frame_indices(index)]  # V of (3, H, W)
+    images = [to_tensor(dataset.images_only[i]) for i in dataset.frame_indices(index)]  # V of (3, H, W)
     size = images[0].shape[1:]
     uv, visible, _ = model.fusion.project(batch, size)
-    rotation, shift = batch["world2cam"][0, 0, :3, :3], batch["world2cam"][0, 0, :3, 3]
-    view = {"uv": uv[:, 0], "seen": visible[:, 0], "depth": batch["points"] @ rotation[2] + shift[2],
-            "camera_height": camera_height(batch["world2cam"][0, 0]), "points": batch["points"],
-            "colors": batch["features"][:, :3], "truth": batch["labels"], "prediction": out["logits"].argmax(1),
+    pose = batch["world2cam"][0, 0]
+    view = {"uv": uv[:, 0],
+            "seen": visible[:, 0],
+            "depth": batch["points"] @ pose[2, :3] + pose[2, 3],
+            "camera_height": camera_height(pose),
+            "points": batch["points"],
+            "colors": batch["features"][:, :3],
+            "truth": batch["labels"],
+            "prediction": out["logits"].argmax(1),
             "fused": out["feat_fusion"].float()}
     if out["clip_global"] is not None:
-        if "clip_tokens" in batch:
-            tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
-        else:
-            tokens = model.fusion.encoder_2d.encode(batch["images"][0])[0].float()
-        view |= {"gate": out["alpha"].float().mean(1), "clip_map": tokens[0],
-                 "clip": model.fusion.sample(batch, size, [tokens])[1][0]}
-    view = {key: value.cpu() for key, value in view.items()} | {"name": batch["name"][0], "image": images[0]}
+        view["gate"] = out["alpha"].float().mean(1)
+        view["clip_map"], view["clip"] = clip_features(model, batch, size)
     if model.decoder is not None:
         scene, = scene_instances(out["decoder"], batch["point_to_superpoint"], batch["batch"],
                                  min_points=min_instance_points, score_threshold=0.3)
-        view |= {"instances": paint_instances(scene["masks"]).cpu(), "instance_labels": scene["labels"].cpu(),
-                 "instance_scores": scene["scores"].cpu(), "instances_truth": batch["instances"].cpu()}
+        view["instances"] = paint_instances(scene["masks"])
+        view["instance_labels"] = scene["labels"]
+        view["instance_scores"] = scene["scores"]
+        view["instances_truth"] = batch["instances"]
+    view = {key: value.cpu() for key, value in view.items()}
+    view |= {"name": batch["name"][0], "image": images[0]}
     if len(images) > 1:
         view["other_view"] = second_on_first_view(model, batch, images)
     return view
 
 
+def clip_features(model, batch, image_size):
+    """CLIP's tokens of the first view (D, Hf, Wf), and at each point (N, D), 0 if no view sees it."""
+    if "clip_tokens" in batch:
+        tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
+    else:
+        tokens = model.fusion.encoder_2d.encode(batch["images"][0])[0].float()
+    _, (at_points,) = model.fusion.sample(batch, image_size, [tokens])
+    return tokens[0], at_points
+
+
 def second_on_first_view(model, batch, images, count=4000):
-    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors (n, 3) there.
+    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors
+    (n, 3) there.
 
     They do not fit that image if a pose is wrong.
     """
+    pose = batch.get("depth_world2cam", batch["world2cam"])[0, 1]
     depth = batch["depth"][0, 1].cpu()
     pixels = depth.nonzero()  # (n, 2), v and u
     pixels = pixels[::max(1, len(pixels) // count)]
     points = unproject(pixels.flip(1).numpy(), depth[tuple(pixels.T)].numpy(),
-                       batch["depth_intrinsics"][0, 1].cpu().double().numpy(),
-                       batch["world2cam"][0, 1].cpu().double().numpy())
-    cameras = {key: batch[key][:, :2].cpu() for key in ("world2cam", "intrinsics")}
-    uv, visible, _ = model.fusion.project({"points": torch.from_numpy(points).float(), **cameras,
-                                           "batch": torch.zeros(len(points), dtype=torch.int64)}, images[0].shape[1:])
+                       batch["depth_intrinsics"][0, 1].cpu().double().numpy(), pose.cpu().double().numpy())
+    scene = {key: batch[key][:, :2].cpu() for key in ("world2cam", "intrinsics")}
+    scene["points"] = torch.from_numpy(points).float()
+    scene["batch"] = torch.zeros(len(points), dtype=torch.int64)
+    uv, visible, _ = model.fusion.project(scene, images[0].shape[1:])
     uv = uv[visible.all(1)]  # (n, 2, 2)
     u, v = uv[:, 1].round().long().unbind(1)
     return uv[:, 0], images[1][:, v, u].T

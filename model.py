@@ -4,12 +4,14 @@
     from model import load_model
     model, class_names, config = load_model("runs/NAME/best.pt")          # in eval mode, ready for predict.predict_frames
 
-`Segmenter` puts a linear semantic head and, if wanted, an instance decoder behind a `BiFusionEncoder`. `build_model`
-makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another backbone or gate is one line
-of `build_model`.
+`Segmenter` puts a linear semantic head and, if wanted, an instance decoder behind a `BiFusionEncoder`.
+`build_model` makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another
+backbone or gate is one line of `build_model`.
 
-Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet and support/checkpoint.
+Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet, volt,
+support/checkpoint and support/pretrained.
 """
+import os
 import warnings
 from functools import partial
 
@@ -21,16 +23,26 @@ from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from losses import instance_targets
-from sparse_unet import COLORS, NETWORKS, PointEncoder
+from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
 from support.checkpoint import read_checkpoint, restore
+from support.pretrained import load_backbone
+from volt import SLOTS, Volt
+
+# --backbone: what makes the network, given its number of input channels
+BACKBONES = {name: partial(Res16UNet34C, **options) for name, options in NETWORKS.items()}
+BACKBONES["volt-small"] = Volt
+BACKBONES["volt-small-plain"] = partial(Volt, qk_norm=False)  # as published for instances
+BACKBONES["volt-base"] = partial(Volt, embed_dim=768, num_heads=12, out_channels=256)
 
 
 class Segmenter(nn.Module):
     """Semantic logits for every point, and instances as sets of superpoints.
 
-    fusion: a BiFusionEncoder with outputs (N, embed_dim). decoder: an InstanceDecoder, or None for semantics alone.
-    With a decoder, the logits of a point are the sum of its own, its superpoint's, and those of the instances that hold
-    its superpoint: the point sees sharper borders, the superpoint more context, and an instance the whole object.
+    fusion: a BiFusionEncoder with outputs (N, embed_dim). decoder: an InstanceDecoder, or None for
+    semantics alone. With a decoder, the logits of a point are the sum of its own, its superpoint's, and
+    those of the instances that hold
+    its superpoint: the point sees sharper borders, the superpoint more context, and an instance the
+    whole object.
     cell: metres; cubes of this size stand in for superpoints that samples do not have.
     """
 
@@ -44,12 +56,16 @@ class Segmenter(nn.Module):
             self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
 
     def forward(self, batch, with_dense=False):
-        """batch of `make_batch` -> the output of `fusion` and of `decode`. with_dense: see `BiFusionEncoder.forward`."""
+        """batch of `make_batch` -> the output of `fusion` and of `decode`. with_dense: see
+        `BiFusionEncoder.forward`.
+        """
         fused = self.fusion(batch, with_dense)
         return {**fused, **self.decode(fused["feat_fusion"], batch)}
 
     def decode(self, feat_fusion, batch):
-        """Fused features (N, C) of a batch -> a dict of "logits" (N, K) and, with a decoder, "decoder", its output."""
+        """Fused features (N, C) of a batch -> a dict of "logits" (N, K) and, with a decoder, "decoder",
+        its output.
+        """
         logits = self.head(feat_fusion)  # (N, K)
         if self.decoder is None:
             return {"logits": logits}
@@ -69,7 +85,9 @@ class Segmenter(nn.Module):
         return {"logits": logits + wide.index_select(0, point_to_superpoint), "decoder": decoded}
 
     def batch_options(self, training):
-        """Keyword arguments of `make_batch` for this network: for a training step, or else for evaluation."""
+        """Keyword arguments of `make_batch` for this network: for a training step, or else for
+        evaluation.
+        """
         if self.decoder is None:
             return {}
         query_share = self.decoder.min_query_share if training else 1.0
@@ -77,8 +95,8 @@ class Segmenter(nn.Module):
 
 
 def instance_logits(decoded):
-    """What the instances say about the class of their superpoints: (S, K), the mean of the queries' class logits without
-    "no object", weighted by their masks. A superpoint that is in no mask gets 0.
+    """What the instances say about the class of their superpoints: (S, K), the mean of the queries'
+    class logits without "no object", weighted by their masks. A superpoint that is in no mask gets 0.
 
     decoded: the decoder's output, of which the last prediction is read.
     """
@@ -93,9 +111,10 @@ def instance_logits(decoded):
 def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
     """Samples -> a batch with all that a step needs of it alone, so that nothing waits for a GPU later.
 
-    cell: None for a network without decoder. Otherwise the superpoints are numbered (see `data.collate`), and the batch
-    holds "queries", the result of `decoder.draw_queries`, and with_targets also "targets", of `losses.instance_targets`.
-    `Segmenter.batch_options` has the right values.
+    cell: None for a network without decoder. Otherwise the superpoints are numbered (see
+    `data.collate`), and the batch holds "queries", the result of `decoder.draw_queries`, and
+    with_targets also "targets", of `losses.instance_targets`. `Segmenter.batch_options` has the right
+    values.
     """
     batch = collate(samples, cell)
     if cell is None:
@@ -108,11 +127,13 @@ def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
 
 
 def batches_for(model, training):
-    """The collate_fn of a DataLoader for a Segmenter: batches for training steps, or else for evaluation."""
+    """The collate_fn of a DataLoader for a Segmenter: batches for training steps, or else for
+    evaluation.
+    """
     return partial(make_batch, **model.batch_options(training))
 
 
-# ---------------------------------------------------------------------------------------------- building and loading
+# --------------------------------------------------------------------------------- building and loading
 
 
 def build_tower(config):
@@ -124,17 +145,64 @@ def build_tower(config):
                              trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
 
 
+def open_backbone(args):
+    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were
+    trained with.
+    """
+    network, colors, loaded = load_backbone(args.init_3d, Res16UNet34C, NETWORKS, build_volt=Volt)
+    channels = network.options["in_channels"]
+    if channels != 3 + 3 * args.normals:
+        raise ValueError(f"--init-3d {args.init_3d} takes {channels} features per point: 3 are the color, and 6 the "
+                         "color and the normal, of --normals")
+    with torch.device("meta"):
+        options = {name: build(channels).options for name, build in BACKBONES.items()}
+    name = next((name for name, known in options.items() if network.options == known), None)
+    if name is None or args.backbone not in (None, name):
+        raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
+                         f"{args.backbone or 'one of --backbone ' + ', '.join(BACKBONES)}")
+    if colors is None and args.colors is None:
+        raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colors: give --colors "
+                         f"{'|'.join(COLORS)}, see docs/backbones.md; {loaded}")
+    args.backbone, args.colors = name, args.colors or colors
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"--backbone {args.backbone}, --colors {args.colors}: {loaded}")
+    return network.state_dict()
+
+
+def count_features(frames, args):
+    """Features per point. Raises ValueError if the frames have more than the color, but the options know
+    colors and normals alone.
+    """
+    number = getattr(frames, "num_features", 3)
+    if number != 3 and (args.init_3d or args.colors == "scannet"):
+        option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
+        raise ValueError(f"{option} is for points with 3 features, the color; the data has num_features {number}")
+    return number + 3 * args.normals
+
+
+def feature_scale(config, in_channels):
+    """Mean and std with which the network sees features; None: it sees ones. Beside normals, only the color is scaled."""
+    scale = COLORS[config["colors"]]
+    if scale is None or not config.get("normals"):  # older checkpoints do not say
+        return scale or (None, None)
+    mean, std = (value if isinstance(value, tuple) else (value,) * 3 for value in scale)
+    others = in_channels - 3
+    return (*mean, *[0.0] * others), (*std, *[1.0] * others)
+
+
 def build_model(config, num_classes, instances, tower, in_channels=3):
     """A Segmenter with fresh weights.
 
-    config: the options of train.py as a dict. instances: whether it has an instance decoder. tower: the image encoder,
+    config: the options of train.py as a dict. instances: whether it has an instance decoder. tower: the
+    image encoder,
     see `build_tower`, or None. in_channels: width of the points' features.
     """
-    color_mean, color_std = COLORS[config["colors"]] or (None, None)
-    encoder_3d = PointEncoder(config["voxel_size"], in_channels, color_mean=color_mean, color_std=color_std,
-                              **NETWORKS[config["backbone"]])
-    # another gate: pass gate=MyGate(256); another backbone: pass it as encoder_3d, with dim_3d= if it is not 96 wide
-    fusion = BiFusionEncoder(tower, encoder_3d)
+    color_mean, color_std = feature_scale(config, in_channels)
+    width = 96 if config["backbone"] in NETWORKS else None  # None: the network's own
+    encoder_3d = PointEncoder(config["voxel_size"], in_channels, width, color_mean, color_std,
+                              BACKBONES[config["backbone"]])
+    # another gate: pass gate=MyGate(256); another backbone: a line of BACKBONES, or a module as encoder_3d
+    fusion = BiFusionEncoder(tower, encoder_3d, dim_3d=encoder_3d.out_channels)
     decoder = None
     if instances:
         size = dict(embed_dim=128, ffn=512) if config["backbone"] == "small" else {}
@@ -143,12 +211,13 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
 
 
 def load_model(path, device=None, clip_pretrained=None, tower=None):
-    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a dict).
+    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a
+    dict).
 
-    device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint: they are loaded
-    as in training, or from clip_pretrained, if their file lies elsewhere now. tower: an image encoder of your own that
-    it was trained with. Raises FileNotFoundError or ValueError, with the path, if a file is missing, damaged, or belongs
-    to another tower.
+    device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint:
+    they are loaded as in training, or from clip_pretrained, if their file lies elsewhere now. tower: an
+    image encoder of your own that it was trained with. Raises FileNotFoundError or ValueError, with the
+    path, if a file is missing, damaged, or belongs to another tower.
     """
     state = read_checkpoint(path)
     config = state["config"]
@@ -161,21 +230,34 @@ def load_model(path, device=None, clip_pretrained=None, tower=None):
 
 
 def restore_model(state, path, tower=None):
-    """The network of a checkpoint or a saved step, on the CPU. state: what `read_checkpoint` made of the file at path."""
+    """The network of a checkpoint or a saved step, on the CPU. state: what `read_checkpoint` made of
+    the file at path.
+    """
     config, class_names = state["config"], state["class_names"]
-    for field, known in (("backbone", NETWORKS), ("colors", COLORS)):
+    for field, known in (("backbone", BACKBONES), ("colors", COLORS)):
         if config.get(field) not in tuple(known):
             raise ValueError(f"{path}: field config.{field} is {config.get(field)!r}, not one of {', '.join(known)}")
     tower = tower or build_tower(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
-    stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)
-    model = build_model(config, len(class_names), instances, tower, stem.shape[1])
+    model = build_model(config, len(class_names), instances, tower, channels_of(state["model"]))
     load_weights(model, state, path, class_names)
     return model
 
 
+def channels_of(weights):
+    """Input channels of the 3D encoder whose weights are in a state dict; 3 if it is a module of your own."""
+    prefix = "fusion.encoder_3d.backbone."
+    if f"{prefix}conv0p1s1.kernel" in weights:
+        return weights[f"{prefix}conv0p1s1.kernel"].shape[1]  # (K^3, F, C)
+    if f"{prefix}tokenizer.proj.weight" in weights:
+        return weights[f"{prefix}tokenizer.proj.weight"].shape[1] // SLOTS  # (D, SLOTS * F)
+    return 3
+
+
 def load_weights(model, state, path, class_names):
-    """Loads the weights of a checkpoint after checking that it belongs to this network, gate, tower and class list."""
+    """Loads the weights of a checkpoint after checking that it belongs to this network, gate, tower and
+    class list.
+    """
     gate = gate_name(model)
     if state["config"].get("gate") != gate:
         raise ValueError(f"{path}: it was trained with the gate {state['config'].get('gate')}, and this network has {gate}")
@@ -195,8 +277,9 @@ def fingerprint_of(tower):
 def compile_parts(model):
     """torch.compile, in place, for the dense parts; names and checkpoints stay as they are.
 
-    It compiles forward methods, not modules: instances of one class share their compiled code, of which torch keeps a
-    limited number of versions. The sparse network is left out because its shapes differ in every step.
+    It compiles forward methods, not modules: instances of one class share their compiled code, of which
+    torch keeps a limited number of versions. The sparse network is left out because its shapes differ
+    in every step.
     """
     fusion, decoder = model.fusion, model.decoder
     static, dynamic = [], [fusion.proj_3d]
@@ -209,3 +292,11 @@ def compile_parts(model):
         module.forward = torch.compile(module.forward)
     for module in dynamic:  # the number of points varies
         module.forward = torch.compile(module.forward, dynamic=True)
+
+
+def logged_modules(model):
+    """The parts of the model whose gradient norms are logged."""
+    fusion = dict(model.fusion.named_children())
+    parts = {name: fusion.pop(name) for name in ("encoder_3d", "encoder_2d") if name in fusion}
+    heads = [module for name, module in model.named_children() if name != "fusion"]
+    return {**parts, "fusion": nn.ModuleList(fusion.values()), "head": nn.ModuleList(heads)}

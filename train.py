@@ -11,11 +11,11 @@
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --amp bf16
     tensorboard --logdir runs
 
-The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup and loop.
-To change the network see model.py; a loss term is one entry of `loss_weights` and one of `compute_losses`; a data set
-is one line of `open_frames` in sources/open.py; the schedule is `lr_factor`.
+The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup
+and loop. To change the network see model.py; a loss term is one entry of `loss_weights` and one of
+`compute_losses`; a data set is one line of `open_frames` in sources/open.py; the schedule is
+`lr_factor`.
 """
-import argparse
 import itertools
 import json
 import math
@@ -28,110 +28,107 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
 from check import quick_check
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
-from evaluate import evaluate, format_metrics, visualize
+from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
                     clip_loss_weight)
-from model import (batches_for, build_model, build_tower, compile_parts, fingerprint_of, gate_name,
-                   load_weights, restore_model)
+from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
+                   gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
-from sparse_unet import COLORS, NETWORKS, load_backbone
+from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
 from support.cache import FeatureCache, Store, SuperpointCache, content_key
-from support.checkpoint import STEP_FIELDS, lock_folder, new_folder, read_checkpoint, write_atomically
+from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read_checkpoint, run_folder,
+                                write_atomically, write_or_warn)
 from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_step, term_statistics
-from support.distributed import (average_buffers, average_gradients, gather_objects, leave_processes, setup,
-                                 synchronize_batch_norm, world_mean)
-from support.runlog import RunLog, peak_memory_gib
-from support.runtime import (Parser, StopRequest, checked_by, configure_device, init_worker, list_of, nonnegative_float,
-                             nonnegative_int, number_in, positive_float, positive_int, run_command)
+from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
+                                 leave_processes, setup, synchronize_batch_norm, world_mean)
+from support.runlog import ProgressBar, RunLog, peak_memory_gib
+from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, init_worker,
+                             list_of, loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
+                             positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms",
+                "frames_per_room", "class_ids")
 LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
-WORKER_TIMEOUT = 600  # seconds without a batch after which the run ends
 
 # ---------------------------------------------------------------------------------------------- options
-
-
-def mean_std(text):
-    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as it is."""
-    if "," not in text:
-        return text
-    numbers = list_of(float)(text)
-    if len(numbers) != 6:
-        raise argparse.ArgumentTypeError(f"expected 3 means and 3 standard deviations, or a tag, got {text!r}")
-    return numbers[:3], numbers[3:]
-
-
-def image_size(text):
-    """An argparse type: "240,320" -> (240, 320)."""
-    size = list_of(number_in(int, 1, 2048))(text)  # attention's memory grows with the fourth power of a side
-    if len(size) != 2:
-        raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
-    return size
 
 
 def build_parser():
     """The one source of every default."""
     parser = Parser("train.py", "Trains 3D scene segmentation with frozen CLIP features fused in.")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
-    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the folder")
+    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D "
+        "layout")
+    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the "
+        "folder")
     add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    add("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that table's ids "
-        "(ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
+    add("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that "
+        "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
-    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for every 8 of them")
+    add("--rooms", type=positive_int, default=32, help="built-in training rooms")
+    add("--val-rooms", type=positive_int, help="built-in validation rooms; not given: 3 per 8 training rooms")
     add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
-    add("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, multiples of its "
-        "patch size")
-    add("--up", type=checked_by(up_rotation), default="z", help="axis of the data's world that points up, z, -y, ... or a vector "
-        "x,y,z; negative ones as --up=-y")
-    add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see docs/check.md")
+    add("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, "
+        "multiples of its patch size")
+    add("--up", type=checked_by(up_rotation), default="z", help="axis of the data's world that points "
+        "up, z, -y, ... or a vector x,y,z; negative ones as --up=-y")
+    add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
+        "docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
-    add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for instances; 0: cubes of "
-        "4 voxels stand in for them")
-    add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute them every time")
-    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the loop")
+    add("--normals", action="store_true", help="show the 3D encoder the surface's normals, too: of depth, "
+        "or of the meshes of --scans")
+    add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for "
+        "instances; 0: cubes of 4 voxels stand in for them")
+    add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
+        "them every time")
+    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the "
+        "loop")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network of --init-3d")
+    add("--backbone", choices=tuple(BACKBONES), help="the 3D encoder; not given: small, or the network "
+        "of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
-    add("--voxel-size", type=number_in(float, 0.005, 1.0), default=0.08, help="meters")
-    add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, oneformer3d, Mask3D, "
-        "UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+    add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
+    add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
+        "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
-    add("--no-instances", action="store_true", help="semantics only, even if the data has instance labels")
-    add("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither predicted nor "
-        "scored")
+    add("--no-instances", action="store_true", help="semantics only, even if the data has instance "
+        "labels")
+    add("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither "
+        "predicted nor scored")
     add("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
     add("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
-    add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP weights from a "
-        "file were trained with: 3 means and 3 standard deviations, or an open_clip tag that has it; needed if the "
-        "tags of the model disagree")
-    add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to train; 0: frozen")
+    add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP "
+        "weights from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag "
+        "that has it; needed if the tags of the model disagree")
+    add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to "
+        "train; 0: frozen")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, and 0.5 with "
-        "--no-clip")
-    add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight of the CLIP "
-        "loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
-    add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01), help="the weights: 0 for "
-        "epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
-    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see docs/losses.md")
-    add("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP feature of its "
-        "scene, or to the one that it projects to")
+    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
+        "and 0.5 with --no-clip")
+    add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
+        "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
+    add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01),
+        help="the weights: 0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
+    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see "
+        "docs/losses.md")
+    add("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP "
+        "feature of its scene, or to the one that it projects to")
     add("--temperature", type=nonnegative_float, default=0.07, help="of the CLIP loss; floored at 0.1")
-    add("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as without the CLIP loss")
+    add("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as "
+        "without the CLIP loss")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive_int, default=24, help="passes over the training samples")
@@ -140,28 +137,34 @@ def build_parser():
     add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW")
     add("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
     add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
-    add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: none")
-    add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down to it")
-    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended on a GPU")
+    add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: "
+        "none")
+    add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
+        "to it")
+    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
+        "on a GPU")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
-    add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as always on a CPU; "
-        "slower, see docs/gpus.md")
+    add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
+        "always on a CPU; slower, see docs/gpus.md")
     add("--device", help="not given: cuda if there is one, else cpu")
 
     add = parser.add_argument_group("run").add_argument
     add("--runs", default="runs", help="folder that TensorBoard watches")
     add("--name", help="name of the run; not given: bifusion or baseline")
-    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
-    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is written at the "
-        "best of them")
-    add("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between writings of "
-        "last.pt; 0: once per epoch")
-    add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between entries under "
-        "diagnose/, see docs/diagnostics.md; 0: none")
-    add("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are given")
+    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard "
+        "entries")
+    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is "
+        "written at the best of them")
+    add("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between "
+        "writings of last.pt; 0: once per epoch")
+    add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
+        "entries under diagnose/, see docs/diagnostics.md; 0: none")
+    add("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are "
+        "given")
     add("--eval", metavar="CHECKPOINT", help="score only")
-    add("--replay", metavar="FILE", help="run the non-finite step of a bad_step_N.pt again, see docs/diagnostics.md")
+    add("--replay", metavar="FILE", help="run the non-finite step of a bad_step_N.pt again, see "
+        "docs/diagnostics.md")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -171,7 +174,9 @@ NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "replay", "device", 
 
 
 def parse_args(argv=None, defaults=None):
-    """The options of a run. defaults: the config of a checkpoint, which stands in for options that are not given."""
+    """The options of a run. defaults: the config of a checkpoint, which stands in for options that are
+    not given.
+    """
     parser = build_parser()
     for action in parser._actions if defaults else ():
         value = defaults.get(action.dest)
@@ -189,6 +194,8 @@ def parse_args(argv=None, defaults=None):
         args.clip_weights = (0.0,) * len(args.clip_weights)
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
+    if args.val_rooms is None:
+        args.val_rooms = -(-args.rooms * 3 // 8)
     if not args.init_3d:
         args.backbone = args.backbone or "small"
         args.colors = args.colors or "signed"
@@ -203,6 +210,8 @@ def check_options(args, error):
         error("--scans holds only points: give --data, the folder of their frames, too")
     if args.data == "rooms" and args.label_map:
         error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.normals and args.colors == "ones":
+        error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
         error("--init-3d begins a run; the weights of a checkpoint are in it")
     if args.init_3d and not Path(args.init_3d).is_file():
@@ -214,22 +223,24 @@ def check_options(args, error):
     except ValueError as problem:
         error(f"--clip-warmup, --clip-weights: {problem}")
     clip_is_on = max(args.clip_weights) > 0 and not args.no_clip and not args.isolate_clip
-    if args.clip_loss == "infonce" and args.batch_size == 1 and args.clip_target == "global" and clip_is_on:
-        error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or more, "
-              "or --clip-target point")
+    is_alone = args.batch_size == 1 and args.clip_target == "global"
+    if args.clip_loss == "infonce" and is_alone and clip_is_on:
+        error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 "
+              "or more, or --clip-target point")
     for option, folder in (("--runs", args.runs), ("--cache", args.cache)):
-        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        paths = (Path(folder), *Path(folder).absolute().parents)
+        existing = next(path for path in paths if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             error(f"{option} {folder}: {existing} is not a folder that can be written to")
 
 
-# ---------------------------------------------------------------------------------------------- parts of a run
+# --------------------------------------------------------------------------------------- parts of a run
 
 
 def build_datasets(args):
     """Training and validation set, class names, and whether instances are trained."""
     splits = (args.train_split, args.val_split)
-    counts = [(args.rooms, args.frames_per_room), (-(-args.rooms * 3 // 8), args.frames_per_room)]
+    counts = [(rooms, args.frames_per_room) for rooms in (args.rooms, args.val_rooms)]
     if args.data == "rooms":
         splits = ("train", "val")
     elif None in splits:
@@ -237,23 +248,26 @@ def build_datasets(args):
     labels = args.classes, args.label_map
     scans = None
     if args.scans:
-        scans, frames = zip(*(open_scans(args.scans, args.data, split, *labels) for split in splits))
+        opened = [open_scans(args.scans, args.data, split, *labels, normals=args.normals) for split in splits]
+        scans, frames = zip(*opened)
         check_splits(scans, ())
         check_splits(frames, ())
         scans = [upright(part, args.up) for part in scans]
     else:
-        frames = [open_frames(args.data, split, *labels, rooms=rooms) for split, rooms in zip(splits, counts)]
+        frames = [open_frames(args.data, split, *labels, rooms=rooms)
+                  for split, rooms in zip(splits, counts)]
         check_splits(frames, () if args.no_instances else ("instance-filt",))
     frames = [upright(part, args.up) for part in frames]
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
-                   voxel_size=min(args.voxel_size, 0.02))  # unit of elastic augmentation: coarse voxels do not stretch it
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed, normals=args.normals,
+                   voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation, at most that much
     if scans:
         sets = [SceneDataset(*sources, augment=augment, **options)
                 for *sources, augment in zip(scans, frames, (True, False))]
         return *sets, scans[0].class_names, not args.no_instances
-    sets = [PointDataset(part, augment=augment, **options) for part, augment in zip(frames, (True, False))]
+    sets = [PointDataset(part, augment=augment, **options)
+            for part, augment in zip(frames, (True, False))]
     instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
     if instances and args.superpoints:
         cache = SuperpointCache(cache_folder(args), partial(oversegment, count=args.superpoints),
@@ -263,22 +277,47 @@ def build_datasets(args):
     return *sets, frames[0].class_names, instances
 
 
+def class_ids_of(dataset, class_names):
+    """The data's ids of the classes, for the files that predict.py writes; from 1 on if it has none."""
+    labelled = getattr(dataset, "scenes", dataset.frames)
+    return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
+
+
+def describe(train_set, val_set, class_names):
+    """What was opened and what was not taken, as text."""
+    lines = [f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes"]
+    for dataset, name in ((train_set, "training"), (val_set, "validation")):
+        skipped = getattr(dataset.frames, "num_skipped", 0)
+        left_out = dict(getattr(dataset.frames, "left_out", {}))
+        if skipped:
+            left_out["frames with a lost pose"] = skipped
+        if left_out:
+            lines.append(f"{name}, left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
+    return "\n".join(lines)
+
+
 def cache_folder(args):
     """The folder of --cache, or None."""
     return None if args.cache == "none" else args.cache
 
 
-def read_every_frame(datasets, args, rank, world_size):
+def read_every_frame(datasets, args, rank, world_size, console):
     """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
+    Samples without any depth are left out.
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
     store = Store(args.cache, "frames") if cache_folder(args) else None
     for dataset in datasets:
-        labelled = check_frames(dataset, store, rank, world_size, args.workers)
-        if sum(gather_objects(labelled, world_size)) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
-                             "list")
+        found = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
+        labelled, blank = zip(*gather_objects(found, world_size))
+        blank = sum(blank, [])
+        if blank:
+            console.print(f"{len(blank)} of {len(dataset)} samples have no depth and are left out")
+            dataset.leave_out(blank)
+        if sum(labelled) == 0:
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label "
+                             "of the class list")
         if rank == 0 and not args.no_check:
             check_cameras(dataset, store, args)
 
@@ -298,48 +337,25 @@ def check_cameras(dataset, store, args):
         store.put(key, b"right")
 
 
-def open_backbone(args):
-    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were trained with."""
-    network, colors, loaded = load_backbone(args.init_3d)
-    options = {name: {"in_channels": 3, "last_relu": True, **known} for name, known in NETWORKS.items()}
-    name = next((name for name, known in options.items() if network.options == known), None)
-    if name is None or args.backbone not in (None, name):
-        raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
-                         f"{args.backbone or 'one of --backbone ' + ', '.join(NETWORKS)}")
-    if colors is None and args.colors is None:
-        raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colors: give --colors "
-                         f"{'|'.join(COLORS)}, see docs/backbones.md; {loaded}")
-    args.backbone, args.colors = name, args.colors or colors
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"--backbone {args.backbone}, --colors {args.colors}: {loaded}")
-    return network.state_dict()
-
-
-def count_features(frames, args):
-    """Features per point. Raises ValueError if they are more than the color, but the options know colors alone."""
-    number = getattr(frames, "num_features", 3)
-    if number != 3 and (args.init_3d or args.colors == "scannet"):
-        option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
-        raise ValueError(f"{option} is for points with 3 features, the color; the data has num_features {number}")
-    return number
-
-
 def open_tower(args, config, log_warning):
-    """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot be had."""
+    """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot
+    be had.
+    """
     try:
         return build_tower(config)
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise FileNotFoundError(f"{error} (--clip-pretrained, --clip-model)") from None
-        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
-                    "colors and textures but no meaning: good for trying things out, not for results.")
+        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, "
+                    "which shows colors and textures but no meaning: good for trying things out, not for "
+                    "results.")
         config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say
         return build_tower(config)
 
 
 def clip_loss_is_never_on(args):
     """Whether the CLIP loss has a weight, but in no epoch of this run."""
-    weights = [clip_loss_weight(epoch, args.clip_warmup, args.clip_weights) for epoch in range(args.epochs)]
+    weights = [loss_weights(args, epoch)["clip"] for epoch in range(args.epochs)]
     return not args.no_clip and max(weights) == 0 < max(args.clip_weights)
 
 
@@ -349,11 +365,14 @@ def needs_dense(args):
 
 
 def cache_features(tower, datasets, args, device, rank, world_size):
-    """A frozen tower encodes every image once; from then on the samples of the data sets hold its features."""
+    """A frozen tower encodes every image once; from then on the samples of the data sets hold its
+    features.
+    """
     owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
-    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers)
+    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)),
+                         workers=args.workers, worker_init_fn=init_worker)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache
@@ -362,15 +381,17 @@ def cache_features(tower, datasets, args, device, rank, world_size):
 
 def data_loader(dataset, sampler, args, device, collate_fn):
     """Batches of the samples that `sampler` names; collate_fn: of `model.batches_for`."""
-    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=args.workers,
+    return DataLoader(dataset, args.batch_size, sampler=sampler, collate_fn=collate_fn,
                       persistent_workers=args.workers > 0, pin_memory=device.type == "cuda",
-                      timeout=WORKER_TIMEOUT if args.workers else 0, worker_init_fn=init_worker,
-                      generator=torch.Generator())  # a separate one leaves the global one untouched
+                      **loader_options(args.workers))
 
 
 def build_criteria(args, clip_criterion=None):
-    """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of ClipConsCriterion."""
-    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss, world_mean=world_mean)
+    """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of
+    ClipConsCriterion.
+    """
+    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss,
+                                               world_mean=world_mean)
     return {"semantic": SemanticCriterion(world_mean=world_mean),
             "instance": InstanceCriterion(world_mean=world_mean),
             "clip": clip}
@@ -384,10 +405,12 @@ def loss_weights(args, epoch):
 
 
 def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, dense_target=False):
-    """One forward pass -> the model's output, {name: raw loss}, and the counts of the CLIP loss, or None.
+    """One forward pass -> the model's output, {name: raw loss}, and the counts of the CLIP loss, or
+    None.
 
-    A CLIP term of weight 0 is not computed. dense_target: it ties points to dense features, not to their scene's.
-    Every process must return the same terms, whatever its batch: multiply by 0 instead of leaving one out.
+    A CLIP term of weight 0 is not computed. dense_target: it ties points to dense features, not to
+    their scene's. Every process must return the same terms, whatever its batch: multiply by 0 instead
+    of leaving one out.
     """
     device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
@@ -399,10 +422,12 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
             terms[f"instance_{name}"] = term
     counts = None
     if clip_is_on:
-        target, batch_idx = (out["clip_dense"], None) if dense_target else (out["clip_global"], batch["batch"])
+        target = out["clip_dense"] if dense_target else out["clip_global"]
+        batch_idx = None if dense_target else batch["batch"]
         # random draws of a step depend on its samples alone, so that they can repeat
         generator = torch.Generator(device).manual_seed(batch["seed"][0])
-        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], generator)
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"],
+                                                 generator)
     return out, terms, counts
 
 
@@ -410,13 +435,17 @@ def weight_terms(terms, weights):
     """{name: what the term adds to the total loss}."""
     for name in terms:
         if name not in weights or name == "total":
-            raise ValueError(f"loss term {name!r} needs a weight in loss_weights, and a name other than total")
+            raise ValueError(f"loss term {name!r} needs a weight in loss_weights, and a name other than "
+                             "total")
     return {name: weights[name] * term for name, term in terms.items()}
 
 
 def parameter_groups(model, args):
-    """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d tensors)."""
-    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d), "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
+    """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d
+    tensors).
+    """
+    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d),
+             "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
              "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
     groups = {}
     for name, parameter in model.named_parameters():
@@ -424,8 +453,9 @@ def parameter_groups(model, args):
             continue
         part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
         is_matrix = parameter.dim() > 1
+        weight_decay = args.weight_decay if is_matrix else 0.0
         group = groups.setdefault((part, is_matrix), {
-            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": args.weight_decay if is_matrix else 0.0})
+            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -438,7 +468,8 @@ def set_learning_rate(optimizer, lr):
 
 def load_optimizer(optimizer, scaler, state):
     """Loads their states from a checkpoint, but keeps the multipliers and weight decay of this run."""
-    own = [{"lr_mult": group["lr_mult"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+    keys = ("lr_mult", "weight_decay")
+    own = [{key: group[key] for key in keys} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, options in zip(optimizer.param_groups, own):
         group.update(options)
@@ -447,20 +478,23 @@ def load_optimizer(optimizer, scaler, state):
 
 
 def resume_position(state, steps_per_epoch, global_batch):
-    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen so far."""
+    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen
+    so far.
+    """
     samples = state["next_step"] * state["global_batch"]
     if state["global_batch"] == global_batch:
         return state["epoch"], state["next_step"]
     return state["epoch"], min(samples // global_batch, steps_per_epoch)
 
 
-class ResumableSampler(DistributedSampler):
-    """A DistributedSampler that can leave out the first samples of an epoch."""
-
-    skip = 0
-
-    def __iter__(self):
-        return itertools.islice(super().__iter__(), self.skip, None)
+def warn_of_changes(state, config, lr, console):
+    """What makes a resumed run another one than that of its checkpoint."""
+    changed = [key for key in DATA_OPTIONS if state["config"].get(key) != config[key]]
+    if changed:
+        console.warn(f"the checkpoint was trained on other data: {', '.join(changed)} differ")
+    if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
+        console.warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the "
+                     "global batch or the number of processes have changed")
 
 
 def lr_factor(step, total_steps, warmup):
@@ -472,39 +506,7 @@ def lr_factor(step, total_steps, warmup):
     return min(1.0, (step + 1) / max(1, warmup)) * decay
 
 
-def run_folder(args, rank, world_size, lock):
-    """The folder of this run, a new one or that of the checkpoint to go on from, and the lock on it.
-
-    lock: that of a resumed run, held already. Only the first process has one.
-    """
-    folder = None
-    if rank == 0:
-        name = args.name or ("baseline" if args.no_clip else "bifusion")
-        new = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(args.resume).parent if args.resume else new_folder(new)
-        lock = lock or lock_folder(folder)  # a second lock would close the first file, which ends both
-    return gather_objects(folder, world_size)[0], lock
-
-
-def logged_modules(model):
-    """The parts of the model whose gradient norms are logged."""
-    fusion = dict(model.fusion.named_children())
-    parts = {name: fusion.pop(name) for name in ("encoder_3d", "encoder_2d") if name in fusion}
-    heads = [module for name, module in model.named_children() if name != "fusion"]
-    return {**parts, "fusion": nn.ModuleList(fusion.values()), "head": nn.ModuleList(heads)}
-
-
-def log_metrics(log, metrics, class_names):
-    """Writes what `evaluate` returns, and sums it up in one line."""
-    scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
-    for name, value in scores.items():
-        log.add_scalar(f"val/{name}", value)
-    for name, value in zip(class_names, metrics["iou"]):
-        log.add_scalar(f"val_iou/{name}", value)
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-
-
-# ---------------------------------------------------------------------------------------------- one step
+# --------------------------------------------------------------------------------------------- one step
 
 
 class StepResult(NamedTuple):
@@ -555,10 +557,29 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
     return StepResult(out, finite, loss_finite, stop)
 
 
+def open_log(args, folder, model, console, step):
+    """The TensorBoard of a run that goes on after `step`; folder: None in the other processes."""
+    purge_step = step + 1 if args.resume else None
+    log = RunLog(folder, args.log_every, purge_step, logged_modules(model), world_mean, console.warn)
+    log.step = step
+    log.add_table("config", vars(args))
+    for text in console.warnings:
+        log.add_text("warning", text)
+    return log
+
+
+def latest_values(out, batch_idx, optimizer):
+    """{tag: value} of this step alone: learning rates, and what fusion does to the features."""
+    latest = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+    statistics = fusion_statistics(out, batch_idx)
+    return latest | {f"fusion/{name}": value for name, value in statistics.items()}
+
+
 def replay(args, argv, clip_criterion=None, tower=None):
     """Runs the step of a bad_step_N.pt again; returns [] if it is finite here.
 
-    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly detection.
+    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly
+    detection.
     """
     state = read_checkpoint(args.replay, STEP_FIELDS)
     args = parse_args(argv, defaults=state["config"])
@@ -586,8 +607,8 @@ def replay(args, argv, clip_criterion=None, tower=None):
 def main(argv=None, clip_criterion=None, tower=None, stop=None):
     """One run, from options to the final table; returns the final validation metrics.
 
-    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of the one that the
-    options name, see fusion.py. stop: a StopRequest that listens to signals.
+    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of the one
+    that the options name, see fusion.py. stop: a StopRequest that listens to signals.
     """
     # options; processes, one or as many as torchrun started; the checkpoint to go on from or to score
     args = parse_args(argv)
@@ -599,7 +620,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     state = lock = None
     if path:
         state = read_checkpoint(path)
-        lock = lock_folder(Path(path).parent) if args.resume and main_process else None
+        lock = lock_folder(Path(path).parent) if goes_on_in_place(args.resume) and main_process else None
         args = parse_args(argv, defaults=state["config"])
     init_3d = open_backbone(args) if args.init_3d else None
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
@@ -607,31 +628,22 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     dense_target = args.clip_target == "point"
     stop = stop or StopRequest()
     configure_device(device, args.deterministic)
-    warnings = list(state["warnings"]) if state else []
-
-    def print0(text):
-        if main_process:
-            tqdm.write(text)
-
-    def log_warning(text):
-        warnings.append(text)
-        print0(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
+    console = Console(main_process, state["warnings"] if state else ())
 
     # the tower and the data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
-    tower = tower or open_tower(args, config, log_warning)
+    tower = tower or open_tower(args, config, console.warn)
     if needs_dense(args):
-        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))  # fails now if the tower has no such features
+        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))  # fails now if it has no such features
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [val_set, train_set]
-    skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
-    print0(f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
-           f"{skipped[0]} and {skipped[1]} frames skipped for a lost pose")
-    read_every_frame(used_sets, args, rank, world_size)
+    console.print(describe(train_set, val_set, class_names))
+    read_every_frame(used_sets, args, rank, world_size, console)
 
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
     config["gate"] = gate_name(model)
+    config["class_ids"] = class_ids_of(train_set, class_names)
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
@@ -649,6 +661,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True))
     val_share = range(rank, len(val_set), world_size)
     val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
+    score = partial(evaluate, model, val_loader, args.min_instance_points, amp_dtype, world_size)
 
     # optimizer and schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
@@ -660,53 +673,52 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     total_steps = args.epochs * steps_per_epoch
     global_batch = args.batch_size * args.grad_accum * world_size
     start_epoch, first_step, step, skipped_steps, best = 0, 0, 0, 0, -1.0
+
+    def lr_at(epoch, i):
+        return args.lr * lr_factor(epoch * steps_per_epoch + i, total_steps, args.lr_warmup)
+
     if args.resume:
         start_epoch, first_step = resume_position(state, steps_per_epoch, global_batch)
         step, skipped_steps, best = state["step"], state["skipped_steps"], state["best"]
         load_optimizer(optimizer, scaler, state)
-        position = start_epoch * steps_per_epoch + first_step
-        lr = args.lr * lr_factor(position, total_steps, args.lr_warmup)
-        print0(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
-        if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
-            log_warning(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global "
-                        "batch or the number of processes have changed")
+        console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
+        warn_of_changes(state, config, lr_at(start_epoch, first_step), console)
     elif not args.eval and clip_loss_is_never_on(args):
-        log_warning(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
+        console.warn(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
-        metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
-        print0("\n".join([format_metrics(metrics, class_names), *(f"note: {text}" for text in warnings)]))
+        metrics = score()
+        console.print("\n".join([format_metrics(metrics, class_names), *console.notes()]))
         leave_processes()
         return metrics
 
     # log and guard
-    folder, lock = run_folder(args, rank, world_size, lock)  # nobody else may write there while `lock` is open
-    log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
-                 logged_modules(model), world_mean, log_warning)
-    log.step = step
-    log.add_table("config", vars(args))
-    for text in warnings:
-        log.add_text("warning", text)
-    guard = NonFiniteGuard(model, folder, lambda text: (print0(text), log.add_text("guard", text)), write_atomically,
-                           lambda value: gather_objects(value, world_size), rank if world_size > 1 else None)
-    guard.bad_steps = state["bad_steps"] if args.resume else 0
+    name = f"{args.name or ('baseline' if args.no_clip else 'bifusion')}__{args.seed}__"
+    if main_process:  # nobody else may write into the folder while `lock` is open
+        folder, lock = run_folder(args.resume, Path(args.runs) / (name + time.strftime("%Y%m%d-%H%M%S")), lock)
+    folder = gather_objects(folder if main_process else None, world_size)[0]
+    log = open_log(args, folder if main_process else None, model, console, step)
+    guard = NonFiniteGuard(model, folder, lambda text: (console.print(text), log.add_text("guard", text)),
+                           write_atomically, partial(gather_objects, world_size=world_size),
+                           rank if world_size > 1 else None, bad_steps=state["bad_steps"] if args.resume else 0)
     identity = {"config": config, "class_names": class_names, "clip_fingerprint": fingerprint_of(tower)}
 
     def save(name, epoch, next_step):
-        """Writes a checkpoint that goes on at a step of an epoch."""
-        position = epoch * steps_per_epoch + next_step
+        """Writes a checkpoint that goes on at a step of an epoch, or keeps the old file if the disk is full."""
         if main_process:
-            write_atomically({
+            write_or_warn(folder / name, console.warn, {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
-                "next_lr": args.lr * lr_factor(position, total_steps, args.lr_warmup), "best": best,
-                "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps, "warnings": warnings, **identity},
-                folder / name)
+                "next_lr": lr_at(epoch, next_step), "best": best, "skipped_steps": skipped_steps,
+                "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity})
+
+    def weighted_losses(batch):
+        _, terms, _ = compute_losses(model, batch, criteria, weights, amp_dtype, dense_target)
+        return weight_terms(terms, weights)
 
     # training
-    shown = {}  # in the progress bar: mIoU of the last evaluation
-    bar = tqdm(total=args.epochs * len(train_set), initial=start_epoch * len(train_set) + first_step * global_batch,
-               unit="sample", smoothing=0.05, disable=not main_process, dynamic_ncols=True)
+    bar = ProgressBar(args.epochs * len(train_set), start_epoch * len(train_set) + first_step * global_batch,
+                      main_process)
     model.train()
     stop.armed = True
     for epoch in range(start_epoch, args.epochs):
@@ -719,23 +731,17 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             start = time.perf_counter()
             micro_batches = [to_device(batch, device) for batch in itertools.islice(batches, args.grad_accum)]
             waited = time.perf_counter() - start
-            position = epoch * steps_per_epoch + i  # in the schedule; `step` differs after a resume with another batch
-            set_learning_rate(optimizer, args.lr * lr_factor(position, total_steps, args.lr_warmup))
+            set_learning_rate(optimizer, lr_at(epoch, i))  # by position: `step` differs after another batch size
             guard.begin_step()
-            log.begin_step(step + 1, last=position + 1 == total_steps)
+            log.begin_step(step + 1, last=(epoch + 1, i + 1) == (args.epochs, steps_per_epoch))
             scale = scaler.get_scale()
             diagnose = args.diagnose > 0 and (step + 1) % args.diagnose == 0 and main_process
             result = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, args.max_grad_norm,
                                 amp_dtype, dense_target, world_size, diagnose, stop)
-            if result.finite:
-                guard.good_step()
-            elif result.loss_finite and scaler.get_scale() < scale >= 1:  # fp16 looks for its scale by overflowing
-                guard.skip_step()
-                skipped_steps += 1
-            else:
-                facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights, **identity}
-                guard.bad_step(micro_batches, lambda batch: weight_terms(compute_losses(
-                    model, batch, criteria, weights, amp_dtype, dense_target)[1], weights), facts)
+            searches = result.loss_finite and scaler.get_scale() < scale >= 1  # fp16 overflows to find its scale
+            facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights}
+            skipped_steps += guard.end_step(result.finite, searches, micro_batches, weighted_losses,
+                                            {**facts, **identity})
             step += 1
 
             # log
@@ -743,16 +749,14 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             spent = time.perf_counter() - start
             log.add("speed/samples_per_s", samples / spent)
             log.add("speed/data_wait", waited / spent)
-            bar.update(min(samples, (epoch + 1) * len(train_set) - bar.n))
+            bar.update(min(samples, (epoch + 1) * len(train_set) - bar.done))
             if log.due:
-                latest = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-                statistics = fusion_statistics(result.out, micro_batches[-1]["batch"])
-                latest |= {f"fusion/{name}": value for name, value in statistics.items()}
                 averages = log.write({
-                    **latest, "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(), "epoch": epoch,
+                    **latest_values(result.out, micro_batches[-1]["batch"], optimizer), "epoch": epoch,
+                    "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(),
                     "amp/skipped_steps": skipped_steps, "guard/bad_steps": guard.bad_steps,
                     "memory/peak_gib": peak_memory_gib(device)})
-                bar.set_postfix(loss=f"{averages['loss/total']:.3f}", **shown)
+                bar.show(loss=averages["loss/total"])
 
             # save, and leave if a signal asks for it
             if result.stop or args.save_every and step % args.save_every == 0:
@@ -760,7 +764,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             if result.stop:
                 log.close()
                 bar.close()
-                print0(f"stopped by a signal after step {step}; go on with: python train.py --resume {folder}/last.pt")
+                console.print(f"stopped by a signal after step {step}; go on with: python train.py --resume "
+                              f"{folder}/last.pt")
                 signum = max(gather_objects(stop.signum, world_size))
                 leave_processes()
                 raise SystemExit(128 + signum)
@@ -769,9 +774,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         # evaluate and save
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             average_buffers(model, world_size)
-            metrics = evaluate(model, val_loader, args.min_instance_points, amp_dtype, world_size)
-            shown["mIoU"] = f"{metrics['miou']:.3f}"
-            print0(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
+            metrics = score()
+            bar.show(mIoU=metrics["miou"])
+            console.print(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
             if main_process:
                 visualize(log, model, val_set, class_names, args.min_instance_points)
             if metrics["miou"] > best:
@@ -780,9 +785,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         save("last.pt", epoch + 1, 0)
 
     bar.close()
-    print0("\n" + format_metrics(metrics, class_names))
-    print0("\n".join(f"note: {text}" for text in warnings))
-    print0(f"\nbest mIoU {best:.3f}; checkpoints in {folder}; look at it with: tensorboard --logdir {args.runs}")
+    console.print("\n".join(["", format_metrics(metrics, class_names), *console.notes(), "",
+                             f"best mIoU {best:.3f}: {folder}/best.pt; look at the run with: tensorboard --logdir "
+                             f"{args.runs}"]))
     log.add_text("result", json.dumps({**metrics, "classes": class_names}))
     log.close()
     leave_processes()

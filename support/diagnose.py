@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Why a training goes wrong: a guard against non-finite steps, their replay, and statistics of conflicting loss terms.
+"""Why a training goes wrong: a guard against non-finite steps, their replay, and statistics of
+conflicting loss terms.
 
-`NonFiniteGuard` skips such a step, names its cause and saves it; `replay_step` runs it again, under anomaly detection.
-`term_statistics` tells how the loss terms pull at the fused features, `fusion_statistics` what fusion does to them.
-docs/diagnostics.md explains how to read all of it.
+`NonFiniteGuard` skips such a step, names its cause and saves it; `replay_step` runs it again, under
+anomaly detection. `term_statistics` tells how the loss terms pull at the fused features,
+`fusion_statistics` what fusion does to them. docs/diagnostics.md explains how to read all of it.
 
 Imports torch.
 """
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# ---------------------------------------------------------------------------------------------- the features
+# ----------------------------------------------------------------------------------------- the features
 
 
 def effective_rank(feats: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of the centred rows: how many directions are in use.
+    """exp of the entropy of the normalised singular values of the centred rows: how many directions are
+    in use.
 
     feats (N, C) -> scalar in [1, C]; 1 for fewer than two distinct rows, NaN if an entry is not finite.
     Roy and Vetterli, "The effective rank", 2007.
@@ -40,9 +42,11 @@ def every_kth_row(feats, max_rows=2048):
 
 @torch.no_grad()
 def fusion_statistics(out, batch_idx):
-    """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; docs/tensorboard.md explains them.
+    """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; docs/tensorboard.md
+    explains them.
 
-    batch_idx (N,) int64: the scene of each point. Gate and cosine are means over the points that a view sees.
+    batch_idx (N,) int64: the scene of each point. Gate and cosine are means over the points that a view
+    sees.
     """
     feats = out["feat_fusion"].float()
     valid = out["valid"]
@@ -69,11 +73,13 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
     return ((unit.sum(0).square().sum() - unit.square().sum()) / max(1, n * (n - 1))).float()
 
 
-# ---------------------------------------------------------------------------------------------- do the terms conflict?
+# ------------------------------------------------------------------------------- do the terms conflict?
 
 
 def grouped(terms):
-    """Loss terms with those of the instance criterion (instance_class, instance_bce, ...) summed to one, instance."""
+    """Loss terms with those of the instance criterion (instance_class, instance_bce, ...) summed to
+    one, instance.
+    """
     groups = defaultdict(list)
     for name, term in terms.items():
         groups["instance" if name.startswith("instance_") else name].append(term)
@@ -81,11 +87,13 @@ def grouped(terms):
 
 
 def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
-    """How the loss terms pull at the fused features, as a dict of 0-d tensors; docs/diagnostics.md explains them.
+    """How the loss terms pull at the fused features, as a dict of 0-d tensors; docs/diagnostics.md
+    explains them.
 
-    terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were computed from.
-    With g_i the gradient of term i at feat_fusion and g their sum: the norm |g_i|, the cosine of every pair, and the
-    share <g_i, g> / <g, g> of the step that a term explains. Shares sum to 1; a term with a negative share is overruled
+    terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were
+    computed from. With g_i the gradient of term i at feat_fusion and g their sum: the norm |g_i|, the
+    cosine of every pair, and the share <g_i, g> / <g, g> of the step that a term explains. Shares sum
+    to 1; a term with a negative share is overruled
     by the others. scale: of the loss, so that half precision does not lose small gradients.
     """
     fused = out["feat_fusion"]
@@ -109,7 +117,7 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
                 "drift": drift.where(valid, 0).sum() / valid.sum().clamp(min=1)}
 
 
-# ---------------------------------------------------------------------------------------------- where a step broke
+# ----------------------------------------------------------------------------------- where a step broke
 
 KINDS = ("input", "weight", "module", "loss", "gradient")  # of findings, the likeliest cause first
 
@@ -164,11 +172,13 @@ def nonfinite_weights(model):
 
 
 def locate_nonfinite(model, batch, losses, scale=1.0):
-    """Where a step first stops being finite: a list of Finding, the likeliest cause first; empty if it is finite.
+    """Where a step first stops being finite: a list of Finding, the likeliest cause first; empty if it
+    is finite.
 
-    losses: `batch -> {name: scalar}`, runs the model. scale: of the loss in the backward pass. It makes one forward
-    pass, and one backward pass per term, with hooks on every module. Gradients are left as they are; buffers of the
-    model are not. Which passes it makes does not depend on the data, so that several processes may run it together.
+    losses: `batch -> {name: scalar}`, runs the model. scale: of the loss in the backward pass. It makes
+    one forward pass, and one backward pass per term, with hooks on every module. Gradients are left as
+    they are; buffers of the model are not. Which passes it makes does not depend on the data, so that
+    several processes may run it together.
     """
     findings = nonfinite_inputs(batch) + nonfinite_weights(model)
     outputs = []  # (name, class, whether its input was finite) in the order in which they were found
@@ -208,23 +218,26 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
     return findings
 
 
-# ---------------------------------------------------------------------------------------------- the guard
+# -------------------------------------------------------------------------------------------- the guard
 
 MAX_BAD_STEPS = 10
 
 
 class NonFiniteGuard:
-    """Skips steps with a loss or gradient that is not finite, names the cause, and saves what is needed to replay them.
+    """Skips steps with a loss or gradient that is not finite, names the cause, and saves what is needed
+    to replay them.
 
-    folder: of the run. save: `(dict, path)`, writes a file. gather: `value -> list of the values of all processes`.
-    report: takes the text about a bad step. After MAX_BAD_STEPS in a row the run ends with a FloatingPointError; each
-    process saves that many steps at most.
+    folder: of the run. save: `(dict, path)`, writes a file. gather: `value -> list of the values of all
+    processes`.
+    report: takes the text about a bad step. After MAX_BAD_STEPS in a row the run ends with a
+    FloatingPointError; each process saves that many steps at most.
     """
 
-    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None):
+    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None,
+                 bad_steps=0):
         self.model, self.folder, self.rank = model, Path(folder), rank
         self.report, self.save, self.gather = report, save, gather
-        self.bad_steps = 0  # since the start of the training
+        self.bad_steps = bad_steps  # since the start of the training
         self.bad_in_a_row = 0
         buffers = dict(model.named_buffers())
         self.statistics = [[buffer for name, buffer in buffers.items() if key in name]
@@ -243,13 +256,25 @@ class NonFiniteGuard:
             if now:
                 torch._foreach_copy_(now, before)
 
-    def good_step(self):
-        self.bad_in_a_row = 0
+    def end_step(self, finite, searches, micro_batches, losses, facts):
+        """What follows a step -> whether it was skipped because fp16 searches for its loss scale.
+
+        finite: its loss and gradient; searches: not finite, but that is expected; all else as in `bad_step`.
+        """
+        if finite:
+            self.bad_in_a_row = 0
+        elif searches:
+            self.skip_step()
+        else:
+            self.bad_step(micro_batches, losses, facts)
+        return not finite and searches
 
     def bad_step(self, micro_batches, losses, facts):
-        """Names and saves the cause of a step that was not finite; raises FloatingPointError after too many.
+        """Names and saves the cause of a step that was not finite; raises FloatingPointError after too
+        many.
 
-        losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at least epoch, step and scale.
+        losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at least epoch,
+        step and scale.
         """
         self.skip_step()
         self.bad_steps += 1
@@ -262,10 +287,12 @@ class NonFiniteGuard:
             raise FloatingPointError(f"{self.bad_in_a_row} steps in a row were not finite, the last: {text}")
 
     def find_cause(self, micro_batches, losses, facts):
-        """Runs every micro-batch again, saves the one that holds the cause, and returns a text about it.
+        """Runs every micro-batch again, saves the one that holds the cause, and returns a text about
+        it.
 
-        All of them are run, whatever is found in the first, because with several processes a pass has collectives. Of
-        the processes the one that holds the cause saves it, not those that meet it in a shared batch norm.
+        All of them are run, whatever is found in the first, because with several processes a pass has
+        collectives. Of the processes the one that holds the cause saves it, not those that meet it in a
+        shared batch norm.
         """
         # compiled modules ignore forward hooks, so use the eager forward
         compiled = {m: m.__dict__.pop("forward") for m in self.model.modules() if "forward" in m.__dict__}
@@ -298,8 +325,8 @@ class NonFiniteGuard:
 def replay_step(model, batch, losses, scale):
     """Runs a saved step again and returns its findings.
 
-    If the step is not finite, the backward pass under anomaly detection stops at the operation that broke and shows the
-    line of the forward pass that it belongs to.
+    If the step is not finite, the backward pass under anomaly detection stops at the operation that
+    broke and shows the line of the forward pass that it belongs to.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     findings = locate_nonfinite(model, batch, losses, scale)

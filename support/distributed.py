@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """N processes that train as one process with an N times larger batch would; imports torch only.
 
-Plain functions instead of a model wrapper. In a single process, with or without torchrun, they change nothing and need
-no process group. Three things depend on how a batch is split over processes; each is made independent of the split:
+Plain functions instead of a model wrapper. In a single process, with or without torchrun, they change
+nothing and need no process group. Three things depend on how a batch is split over processes; each is
+made independent of the split:
 
     gradients     average_gradients, once per step
     losses        loss = local sum / world_mean(local normalizer), whose mean over processes is the loss of the whole
@@ -12,30 +13,36 @@ no process group. Three things depend on how a batch is split over processes; ea
 
     n = sum n_p,   mean = sum n_p mean_p / n,   var = sum (n_p var_p + n_p (mean_p - mean)^2) / n
 
-Every process must send the same messages in the same order, or the others wait for it. So nothing here skips a message
-when a process has no rows. The caller's part: the output of every norm must reach the loss, with a zero gradient if a
-process has nothing to learn from, so that the backward pass of every norm runs on every process.
+Every process must send the same messages in the same order, or the others wait for it. So nothing here
+skips a message when a process has no rows. The caller's part: the output of every norm must reach the
+loss, with a zero gradient if a process has nothing to learn from, so that the backward pass of every
+norm runs on every process.
 """
+import itertools
 import os
+import re
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
+from torch.utils.data import DistributedSampler
 
 
 def setup(device=None, timeout=1800.0):
-    """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun: (0, 1, device).
+    """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun: (0, 1,
+    device).
 
-    device: None is cuda if available, else cpu. With several processes each takes the GPU of its LOCAL_RANK, or the only
-        one that CUDA_VISIBLE_DEVICES shows it, as SLURM's --gpus-per-task does.
-    timeout: seconds that the other processes wait for one that hangs, before they end with an error. If a process dies,
+    device: None is cuda if available, else cpu. With several processes each takes the GPU of its
+        LOCAL_RANK, or the only one that CUDA_VISIBLE_DEVICES shows it, as SLURM's --gpus-per-task does.
+    timeout: seconds that the other processes wait for one that hangs, before they end with an error. If
+        a process dies,
         they end at once: torchrun stops them, and on a CPU their connections break.
     Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(device).split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise ValueError(f"device {device!r} must be cpu, cuda or cuda:N")
     device = torch.device(device)
     rank, local_rank, world_size = 0, device.index or 0, 1
@@ -76,10 +83,12 @@ def _world_size():
 
 
 def average_gradients(parameters, world_size, extra=()):
-    """Averages gradients over processes, in place, as DistributedDataParallel does, but without wrapping the model.
+    """Averages gradients over processes, in place, as DistributedDataParallel does, but without
+    wrapping the model.
 
-    One flat all-reduce, in float32 or wider. A gradient that is missing on some processes counts as zero there. A
-    gradient that is missing on all stays None, as in a single process, so the optimizer skips the parameter.
+    One flat all-reduce, in float32 or wider. A gradient that is missing on some processes counts as
+    zero there. A gradient that is missing on all stays None, as in a single process, so the optimizer
+    skips the parameter.
     extra: 0-d tensors to average in the same message, such as the loss.
     Returns the means of extra, (len(extra),): not finite on any process means not finite on all.
     """
@@ -106,7 +115,9 @@ def average_gradients(parameters, world_size, extra=()):
 
 
 def average_buffers(model, world_size):
-    """Averages running statistics over processes, in place, so that every rank evaluates and saves the same model."""
+    """Averages running statistics over processes, in place, so that every rank evaluates and saves the
+    same model.
+    """
     if world_size == 1:
         return
     for name, buffer in model.named_buffers():
@@ -116,7 +127,9 @@ def average_buffers(model, world_size):
 
 
 def world_mean(x):
-    """Mean of a tensor over processes, in floating point and without a gradient: for the normalizers of losses."""
+    """Mean of a tensor over processes, in floating point and without a gradient: for the normalizers of
+    losses.
+    """
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if _world_size() > 1:
         dist.all_reduce(total)
@@ -132,15 +145,25 @@ def gather_objects(value, world_size):
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------
+class ResumableSampler(DistributedSampler):
+    """A DistributedSampler that can leave out the first samples of an epoch."""
+
+    skip = 0
+
+    def __iter__(self):
+        return itertools.islice(super().__iter__(), self.skip, None)
+
+
+# ------------------------------------------------------------------------------------------------------
 # Batch normalization
 
 @torch.no_grad()
 def _world_statistics(x):
-    """x (M, C), the rows of this process -> mean (C,), biased variance (C,), number of rows (0-d) over all processes.
+    """x (M, C), the rows of this process -> mean (C,), biased variance (C,), number of rows (0-d) over
+    all processes.
 
-    float32 or wider. All processes combine the same gathered numbers in the same order, so their running statistics are
-    bit-identical.
+    float32 or wider. All processes combine the same gathered numbers in the same order, so their
+    running statistics are bit-identical.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     C = x.shape[1]
@@ -159,7 +182,8 @@ def _world_statistics(x):
 
 
 class _Normalize(torch.autograd.Function):
-    """y = weight * z + bias with z = (x - mean) / std; mean and std are those of the rows of all processes.
+    """y = weight * z + bias with z = (x - mean) / std; mean and std are those of the rows of all
+    processes.
 
         dx = weight / std * (dy - share * (sum dy + z * sum dy z)),   sums over the rows of all processes
 
@@ -187,15 +211,16 @@ class _Normalize(torch.autograd.Function):
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d over the concatenated rows (M, C) of all processes; M may differ between them, and be 0.
+    """nn.BatchNorm1d over the concatenated rows (M, C) of all processes; M may differ between them, and
+    be 0.
 
-    One small message forward and one backward. One row in total has no variance: with fewer than two, training
-    normalizes with the running statistics and leaves them unchanged. Evaluation is that of nn.BatchNorm1d. float16 and
-    bfloat16 rows are summed in float32. Weight and bias get the gradients of the local rows; `average_gradients` joins
-    them.
+    One small message forward and one backward. One row in total has no variance: with fewer than two,
+    training normalizes with the running statistics and leaves them unchanged. Evaluation is that of
+    nn.BatchNorm1d. float16 and bfloat16 rows are summed in float32. Weight and bias get the gradients
+    of the local rows; `average_gradients` joins them.
 
-    torch's SyncBatchNorm needs a GPU. This one runs, and is tested, on a CPU too, and on a GPU it never waits for the
-    device; the price is a few elementwise passes that theirs fuses.
+    torch's SyncBatchNorm needs a GPU. This one runs, and is tested, on a CPU too, and on a GPU it never
+    waits for the device; the price is a few elementwise passes that theirs fuses.
     """
 
     def forward(self, x):
@@ -217,7 +242,8 @@ class SyncedBatchNorm(nn.BatchNorm1d):
 def synchronize_batch_norm(model):
     """Turns every nn.BatchNorm1d of a model into a SyncedBatchNorm, in place; call it after `setup`.
 
-    Modules, parameters, buffers, state-dict keys and hooks stay the same objects. In a single process nothing changes.
+    Modules, parameters, buffers, state-dict keys and hooks stay the same objects. In a single process
+    nothing changes.
     Raises ValueError for a norm without scale and shift, running statistics or a constant momentum.
     """
     if _world_size() == 1:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What a run writes to TensorBoard: averages over a window of steps, texts, images and clouds.
 
-A number that is added in every step is averaged from one log to the next; docs/tensorboard.md explains every tag.
-Tensors stay on their device until a log is due, and then go to the host in one copy.
+A number that is added in every step is averaged from one log to the next; docs/tensorboard.md explains
+every tag. Tensors stay on their device until a log is due, and then go to the host in one copy.
 
-TensorBoard may fail, the training may not: an error of the writer (a full disk, a folder that is gone) is reported
-once, and the writer is opened again at a later log.
+TensorBoard may fail, the training may not: an error of the writer (a full disk, a folder that is gone)
+is reported once, and the writer is opened again at a later log.
 
-Imports torch, numpy and, when a log is opened, tensorboard.
+Imports torch, numpy, tqdm and, when a log is opened, tensorboard.
 """
 import hashlib
 import math
@@ -21,17 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 RETRY_SECONDS = 60  # between attempts to open a writer again
+LINE_SECONDS = 180  # between lines about the progress, without a terminal
 
 
 class RunLog:
     """Collects what a step reports, and writes it every `log_every` steps.
 
-    folder: of the run, or None to write nothing (the other processes, benchmarks). purge_step: when a run is resumed,
-    the step from which on old entries are dropped. modules: {name: nn.Module} whose gradient norms are logged.
-    mean_over_processes: averages a tensor over all processes; every process calls it equally often. report: takes a
-    text about a writer that fails.
+    folder: of the run, or None to write nothing (the other processes, benchmarks). purge_step: when a
+    run is resumed, the step from which on old entries are dropped. modules: {name: nn.Module} whose
+    gradient norms are logged.
+    mean_over_processes: averages a tensor over all processes; every process calls it equally often.
+    report: takes a text about a writer that fails.
     """
 
     def __init__(self, folder=None, log_every=10, purge_step=None, modules=None, mean_over_processes=None,
@@ -64,7 +67,7 @@ class RunLog:
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
             self.written.clear()
             self.purge_step = None
-        except OSError as error:
+        except Exception as error:  # whatever is wrong with TensorBoard: the training is worth more
             self.give_up(error)
 
     def give_up(self, error):
@@ -77,14 +80,14 @@ class RunLog:
     def call(self, method, *args, **options):
         """Calls a method of the writer, if there is one.
 
-        The writer works in a thread of its own: what goes wrong there is raised by a later call, and what was queued
-        until then is lost.
+        The writer works in a thread of its own: what goes wrong there is raised by a later call, and
+        what was queued until then is lost.
         """
         if self.writer is None:
             return
         try:
             getattr(self.writer, method)(*args, **options)
-        except OSError as error:
+        except Exception as error:
             self.give_up(error)
 
     def begin_step(self, step, last=False):
@@ -118,7 +121,8 @@ class RunLog:
                 self.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm())
 
     def write(self, latest):
-        """Writes the averages of the window and `latest`, {name: value of this step alone}, and begins a new window.
+        """Writes the averages of the window and `latest`, {name: value of this step alone}, and begins
+        a new window.
 
         Every process must call it. Returns the averages as {name: float}.
         """
@@ -156,7 +160,9 @@ class RunLog:
                 self.call("add_image", tag, image, self.step)
 
     def add_clouds(self, clouds):
-        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}. What a tag shows already is not written again."""
+        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}. What a tag shows already is not
+        written again.
+        """
         for tag, (points, colors) in clouds.items():
             if len(points) == 0:
                 continue
@@ -185,7 +191,9 @@ def peak_memory_gib(device):
 
 
 def mesh_scene(points):
-    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares that close gaps."""
+    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares that
+    close gaps.
+    """
     low, high = points.min(0), points.max(0)
     extent = high - low
     centre = (low + high) / 2
@@ -197,3 +205,44 @@ def mesh_scene(points):
     return {"material": {"cls": "PointsMaterial", "size": size},
             "camera": {"cls": "PerspectiveCamera", "fov": 60, "near": radius / 100, "far": radius * 100,
                        "position": position.tolist(), "lookAt": centre.tolist()}}
+
+
+class ProgressBar:
+    """A progress bar on a terminal; elsewhere, in a log say, a line every LINE_SECONDS.
+
+    total, initial: samples. enabled: false in the other processes, which show nothing.
+    """
+
+    def __init__(self, total, initial=0, enabled=True):
+        self.total, self.done, self.initial = total, initial, initial
+        self.enabled = enabled
+        self.values = {}  # shown beside it
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=initial, unit="sample", smoothing=0.05, dynamic_ncols=True)
+
+    def show(self, **values):
+        """Numbers that stand beside the bar from now on."""
+        self.values |= {name: f"{value:.3f}" for name, value in values.items()}
+        if self.bar is not None:
+            self.bar.set_postfix(**self.values)
+
+    def update(self, samples):
+        self.done += samples
+        if self.bar is not None:
+            self.bar.update(samples)
+        elif self.enabled and time.monotonic() - self.last_line > LINE_SECONDS:
+            self.last_line = time.monotonic()
+            print(self.line(self.last_line - self.started), flush=True)
+
+    def line(self, seconds):
+        """What the bar says after so many seconds, as text."""
+        rate = (self.done - self.initial) / seconds
+        values = "".join(f", {name} {value}" for name, value in self.values.items())
+        return (f"{self.done} of {self.total} samples{values}, {rate:.2f} samples per second, "
+                f"{(self.total - self.done) / rate / 60:.0f} minutes left")
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

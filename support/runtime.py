@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What a command needs of its process: signals, loader workers, device settings, and errors of one line.
+"""What a command needs of its process: signals, loader workers, device settings, and errors of one
+line.
 
     if __name__ == "__main__":
         run_command(main)
 
-Imports torch.
+Imports torch and tqdm.
 """
 import argparse
 import ctypes
@@ -16,16 +17,19 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+WORKER_TIMEOUT = 600  # seconds without a batch after which a run ends
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
 class StopRequest:
     """A request to stop, made by a signal.
 
-    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary files. Afterwards
-    the first one is only remembered in `signum`, for the training loop to save and leave, and the second one ends the
-    process at once. The exit status is 128 + the number of the signal.
+    Until `armed` is set, a signal raises SystemExit, which ends the program and removes its temporary
+    files. Afterwards the first one is only remembered in `signum`, for the training loop to save and
+    leave, and the second one ends the process at once. The exit status is 128 + the number of the
+    signal.
     """
 
     def __init__(self):
@@ -33,7 +37,9 @@ class StopRequest:
         self.armed = False
 
     def install(self):
-        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so. Returns itself."""
+        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so.
+        Returns itself.
+        """
         for name in STOP_SIGNALS:
             number = getattr(signal, name)
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -49,16 +55,23 @@ class StopRequest:
 
 
 def init_worker(worker_id):
-    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the run to stop.
+    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the
+    run to stop.
 
-    Schedulers and terminals signal every process of a job. If the workers ended at once, the training process could not
-    finish its step. On Linux a worker is killed when its process ends, however that ends: with a full pipe it would
-    otherwise wait forever for somebody to read it.
+    Schedulers and terminals signal every process of a job. If the workers ended at once, the training
+    process could not finish its step. On Linux a worker is killed when its process ends, however that
+    ends: with a full pipe it would otherwise wait forever for somebody to read it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def loader_options(workers):
+    """Keyword arguments of every DataLoader: its processes, how they end, and how long they may take for a batch."""
+    return dict(num_workers=workers, worker_init_fn=init_worker, timeout=WORKER_TIMEOUT if workers else 0,
+                generator=torch.Generator())  # a separate one leaves the global one untouched
 
 
 def kill_workers():
@@ -79,19 +92,21 @@ def kill_workers():
 def configure_device(device, deterministic=False):
     """Settings of this process that suit a torch.device; call it before the first tensor is made there.
 
-    deterministic: a run on a GPU gives the same numbers every time, as on a CPU, if torch has such kernels; it warns if
-    not. Sums then take sorted instead of atomic additions, which is slower.
+    deterministic: a run on a GPU gives the same numbers every time, as on a CPU, if torch has such
+    kernels; it warns if not. Sums then take sorted instead of atomic additions, which is slower.
     """
     if device.type != "cuda":
         keep_buffers()
         return
-    # Products of float32 round their factors to TF32. The image tower turns that off, because a cache stores its
-    # features.
+    # Products of float32 round their factors to TF32. The image tower turns that off, because a cache
+    # stores its features.
     torch.set_float32_matmul_precision("high")
-    # Sums of half-precision products stay in float32, also between the parts into which a long product is split.
+    # Sums of half-precision products stay in float32, also between the parts into which a long product
+    # is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in each step.
+    # cuDNN's attention plans anew for each shape; the numbers of queries and superpoints are new in
+    # each step.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without a fixed workspace, cuBLAS varies
@@ -101,8 +116,8 @@ def configure_device(device, deterministic=False):
 def keep_buffers():
     """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
 
-    By default glibc hands them back to the system, which clears them page by page when they are asked for again: a
-    sixth of a training step or of a prediction on a CPU.
+    By default glibc hands them back to the system, which clears them page by page when they are asked
+    for again: a sixth of a training step or of a prediction on a CPU.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -110,7 +125,30 @@ def keep_buffers():
             libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-# ---------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------- commands
+
+
+class Console:
+    """What a command says: lines, and warnings that nobody overlooks and that are said again at the end.
+
+    main_process: the others say nothing. warnings: those of a checkpoint to go on from.
+    """
+
+    def __init__(self, main_process=True, warnings=()):
+        self.main_process = main_process
+        self.warnings = list(warnings)
+
+    def print(self, text):
+        if self.main_process:
+            tqdm.write(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+        self.print(f"\n{'!' * 100}\n{text}\n{'!' * 100}\n")
+
+    def notes(self):
+        """The warnings as lines."""
+        return [f"note: {text}" for text in self.warnings]
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +159,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """argparse's, which also refuses an empty text, as an unset variable of a script gives it."""
+        words = ["", *(sys.argv[1:] if args is None else args)]
+        for option, word in zip(words, words[1:]):
+            if word == "" or word.startswith("--") and word.endswith("="):
+                self.error(f"{word.rstrip('=') or option or 'an argument'} is empty")
+        return super().parse_args(args, namespace)
 
 
 def number_in(kind, low, high=math.inf, open_low=False):
@@ -155,6 +201,26 @@ def list_of(convert):
     return convert_list
 
 
+def mean_std(text):
+    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as
+    it is.
+    """
+    if "," not in text:
+        return text
+    numbers = list_of(float)(text)
+    if len(numbers) != 6:
+        raise argparse.ArgumentTypeError(f"expected 3 means and 3 standard deviations, or a tag, got {text!r}")
+    return numbers[:3], numbers[3:]
+
+
+def image_size(text):
+    """An argparse type: "240,320" -> (240, 320)."""
+    size = list_of(number_in(int, 1, 2048))(text)  # attention's memory grows with the fourth power of a side
+    if len(size) != 2:
+        raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
+    return size
+
+
 def checked_by(check):
     """An argparse type: the text as it is, if check(text) raises no ValueError."""
     def convert(text):
@@ -166,21 +232,49 @@ def checked_by(check):
     return convert
 
 
+# what an error of torch or of the system says, and what helps
+ADVICE = {
+    "out of memory": "give a smaller --batch-size, --num-points or --num-views",
+    "can't allocate memory": "give a smaller --batch-size, --num-points or --num-views",
+    "is killed by signal: Killed": "the system ended a data-loading process, probably for want of memory: give fewer "
+                                   "--workers",
+    "is killed by signal: Bus error": "shared memory (/dev/shm) is full: enlarge it, or give --workers 0",
+    "shared memory": "shared memory (/dev/shm) is full: enlarge it, or give --workers 0",
+    "exited unexpectedly": "a data-loading process ended: --workers 0 shows why",
+    "DataLoader timed out": "reading a batch took too long: --workers 0 shows where it hangs",
+    "Too many open files": "raise the limit with `ulimit -n 65536`, or give fewer --workers",
+    "received 0 items of ancdata": "too many files are open: raise the limit with `ulimit -n 65536`, or give fewer "
+                                   "--workers"}
+
+
+def advice_for(error):
+    """What helps against an error, or None if its cause is not known."""
+    if isinstance(error, MemoryError):
+        return ADVICE["out of memory"]
+    text = f"{error} {error.__cause__ or ''}"
+    return next((advice for words, advice in ADVICE.items() if words in text), None)
+
+
 def run_command(main):
     """Runs the `main` of a script and exits with the status that it returns, if that is an integer.
 
-    What a user can fix is one line on stderr and exit status 2, a training that diverges status 1; --debug shows the
-    traceback.
+    What a user can fix is one line on stderr and exit status 2, a training that diverges status 1;
+    --debug shows the traceback.
     """
     try:
         status = main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "--debug" in sys.argv:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        advice = advice_for(error)
+        is_expected = advice or isinstance(error, (ValueError, OSError, FloatingPointError))
+        if "--debug" in sys.argv or not is_expected:
             raise
-        text = str(error)
+        text = str(error) or type(error).__name__
         if "Original Traceback" in text:  # of a worker; it ends with "type: message"
             text = text.strip().splitlines()[-1].partition(": ")[2]
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        if advice:
+            text = f"{text.strip().splitlines()[0]} ({advice})"
+        newline = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand in this line
+        print(f"{newline}{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
     finally:
         kill_workers()

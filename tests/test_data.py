@@ -14,7 +14,7 @@ import data
 from support.cache import FeatureCache, Store, SuperpointCache
 from fusion import apply_transform, occluded_mask, project_to_image
 from superpoints import oversegment
-from helpers import ALIGNMENT, CLASSES, POSE, intrinsics_of, project, write_scan, write_scannet
+from helpers import ALIGNMENT, CLASSES, POSE, intrinsics_of, write_scan, write_scannet
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, ScanNetScenes
 
@@ -22,6 +22,20 @@ from sources.scannet import ScanNetFrames, ScanNetScenes
 @pytest.fixture
 def root(tmp_path):
     return write_scannet(tmp_path / "frames")
+
+
+def project(points, intrinsics, world2cam):
+    """An independent pinhole camera: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
+    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
+    image = camera @ np.asarray(intrinsics, np.float64).T
+    return image[:, :2] / image[:, 2:], camera[:, 2]
+
+
+def every_point(frame):
+    """The points (n, 3) float32 of all pixels of known depth."""
+    v, u = frame["depth"].nonzero()
+    points = data.unproject(np.stack([u, v], 1), frame["depth"][v, u], frame["depth_intrinsics"], frame["world2cam"])
+    return points.astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------- geometry
@@ -34,7 +48,6 @@ def test_a_pixel_comes_back_to_its_place_through_crop_and_resize(new_size):
     intrinsics, world2cam = intrinsics_of(size), np.linalg.inv(POSE)
     v, u = np.mgrid[:size[0], :size[1]].reshape(2, -1)
     points = data.unproject(np.stack([u, v], 1), depth.ravel(), intrinsics, world2cam)
-    assert np.array_equal(data.backproject(depth, intrinsics, world2cam), points.astype(np.float32))
     camera = data.resize_intrinsics(data.crop_intrinsics(intrinsics, top, left), cropped, new_size)
     uv, z = project(points, camera, world2cam)
     # an image covers [-0.5, W - 0.5]: the same share of the covered range before and after
@@ -56,19 +69,12 @@ def test_resized_image_and_resized_intrinsics_move_together(scale, new_size):
     assert abs((mass * column).sum() - uv[0, 0]) < 0.05 and abs((mass * row).sum() - uv[0, 1]) < 0.05
 
 
-def test_depth_that_is_not_finite_is_unknown_in_samples(root):
-    frames = [ScanNetFrames(root, CLASSES)[0]]
-    known = frames[0]["depth"].copy()
-    known[0, :2] = np.inf, np.nan
-    sample = data.PointDataset([{**frames[0], "depth": known}], 50, (24, 32))[0]
-    assert sample["depth"].isfinite().all() and not sample["depth"][0, 0, :2].any()
-
-
-def test_unknown_depth_gives_no_point():
-    depth = np.array([[0, np.nan, np.inf], [-1, 2, 0]], np.float32)
-    points = data.backproject(depth, intrinsics_of((2, 3)), np.eye(4))
-    assert points.shape == (1, 3) and points[0, 2] == 2
-    assert data.backproject(np.zeros((4, 4), np.float32), intrinsics_of((4, 4)), np.eye(4)).shape == (0, 3)
+def test_depth_that_is_not_finite_or_not_positive_is_unknown(root):
+    frame = ScanNetFrames(root, CLASSES)[0]
+    depth = np.zeros_like(frame["depth"])
+    depth[0, :5] = np.inf, np.nan, -1, 2, 0
+    sample = data.PointDataset([{**frame, "depth": depth}], 50, (24, 32))[0]
+    assert len(sample["points"]) == 1 and sample["depth"].isfinite().all()
 
 
 def test_frames_of_one_scene_meet_in_the_world(shared):
@@ -76,7 +82,7 @@ def test_frames_of_one_scene_meet_in_the_world(shared):
     frames = ScanNetFrames(shared / "data/ycbv", shared / "data/ycbv/classes.txt")
     for scene in ("scene0000_00", "scene0001_00"):
         first, second = (frames[frames.names.index(f"{scene}/{n}")] for n in (1, 2))
-        points = data.backproject(first["depth"], first["depth_intrinsics"], first["world2cam"])
+        points = every_point(first)
         uv, z = project(points, second["depth_intrinsics"], second["world2cam"])
         u, v = np.rint(uv).astype(int).T
         inside = (u >= 0) & (u < 640) & (v >= 0) & (v < 480)
@@ -156,34 +162,47 @@ def test_augmentation_changes_coords_and_colors_only(root):
     assert torch.equal(plain["coords"], plain["points"])
 
 
-@pytest.mark.parametrize("up", data.UP_AXES)
-def test_turning_to_z_up_is_an_exact_rotation_and_can_be_undone(up):
-    axis = np.eye(3)["xyz".index(up[-1])] * (-1 if up[0] == "-" else 1)
-    rotation = data.turn_up(np.eye(3), up).T  # its columns: where the axes go
-    assert np.array_equal(rotation @ axis, [0, 0, 1]) and np.linalg.det(rotation) == 1
-    points = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    turned = data.turn_up(points, up)
-    assert turned.dtype == np.float32 and np.array_equal(turned, points @ rotation.T.astype(np.float32))
-    assert np.array_equal(data.turn_up(turned, data.TURN_BACK[up]), points)
+@pytest.mark.parametrize("up", [*data.AXES, "0,-0.9,0.1", "1,2,-3", "0,0,-1", "0.01,0,-1"])
+def test_up_rotation_takes_up_to_z_and_is_exact_for_axes(up):
+    rotation = data.up_rotation(up)
+    vector = data.AXES[up] if up in data.AXES else np.array(up.split(","), float)
+    np.testing.assert_allclose(rotation @ vector, [0, 0, np.linalg.norm(vector)], atol=1e-12)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
+    assert np.linalg.det(rotation) == pytest.approx(1)
+    if up in data.AXES:
+        assert set(np.abs(rotation).ravel()) == {0, 1} and (rotation @ vector == [0, 0, 1]).all()
+    else:  # the smallest turn: what is square to both stays
+        side = np.cross(vector, [0, 0, 1])
+        assert not side.any() or np.allclose(rotation @ side, side)
+
+
+@pytest.mark.parametrize("up", ["+y", "up", "", "1,2", "0,0,0", "nan,0,1", "inf,0,0"])
+def test_what_is_no_direction_is_refused(up):
+    with pytest.raises(ValueError, match="up must be one of z, -z, y, -y, x, -x, or a vector"):
+        data.up_rotation(up)
 
 
 @pytest.mark.parametrize("augment", [False, True])
-@pytest.mark.parametrize("up", data.UP_AXES)
+@pytest.mark.parametrize("up", [*data.AXES, "1,2,-3"])
 def test_a_turned_world_gives_the_same_samples(up, augment):
-    frames = [{**frame, "world2cam": frame["world2cam"]} for frame in RoomFrames("train", 1, 2, size=(60, 80))]
+    frames = list(RoomFrames("train", 1, 2, size=(60, 80)))
     turn = np.eye(4)
-    turn[:3, :3] = data.turn_up(np.eye(3), up).T  # from the turned world to the one with z up
+    turn[:3, :3] = data.up_rotation(up)  # from the turned world to the one with z up
     turned_frames = [{**frame, "world2cam": frame["world2cam"] @ turn} for frame in frames]
     options = dict(num_points=1500, image_size=(32, 32), num_views=2, augment=augment)
-    plain, turned = data.PointDataset(frames, **options), data.PointDataset(turned_frames, **options, up=up)
+    plain, turned = (data.PointDataset(source, **options) for source in (frames, data.upright(turned_frames, up)))
+    close = dict(rtol=0, atol=0 if up in data.AXES else 1e-5)
     for epoch in range(3):  # with and without elastic augmentation
         plain.set_epoch(epoch)
         turned.set_epoch(epoch)
         expected, sample = plain[0], turned[0]
         assert sample.pop("name") == expected.pop("name") and sample.pop("seed") == expected.pop("seed")
-        assert all(torch.equal(sample[key], expected[key]) for key in expected)
-        if up != "z":
-            assert not torch.equal(data.PointDataset(turned_frames, **options)[0]["coords"], sample["coords"])
+        for key in expected:
+            torch.testing.assert_close(sample[key], expected[key], **close)
+    own = data.PointDataset(turned_frames, **options)
+    own.set_epoch(epoch)
+    back = sample["points"] @ torch.from_numpy(data.up_rotation(up)).float()  # to the world of the data
+    torch.testing.assert_close(back, own[0]["points"], rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ frames
@@ -216,7 +235,7 @@ def test_points_outside_the_color_image_are_left_out(tmp_path):
     frames = ScanNetFrames(root, CLASSES)
     sample = data.PointDataset(frames, 10_000, (24, 32))[0]
     frame = frames[0]
-    every = data.backproject(frame["depth"], frame["depth_intrinsics"], frame["world2cam"])
+    every = every_point(frame)
     uv, _ = project(every, frame["intrinsics"], frame["world2cam"])
     inside = ((uv > -0.5) & (uv < (63.5, 47.5))).all(1)
     assert 0 < inside.sum() < len(every) and len(sample["points"]) == inside.sum()
@@ -379,7 +398,7 @@ def test_views_of_different_depth_sizes_share_no_superpoint(tmp_path):
         return np.arange(depth.size).reshape(depth.shape)
 
     sample = data.PointDataset(frames, 10_000, (24, 32), num_views=3, superpoints=single_pixels)[0]
-    assert sample["superpoints"].tolist() == list(range(len(sample["points"])))
+    assert len(sample["superpoints"].unique()) == len(sample["points"])
 
 
 # ------------------------------------------------------------------------------------------------------------ source
@@ -426,11 +445,13 @@ class Counting:
         return self.frames[index]
 
 
-def check(root, store, classes=CLASSES, rank=0, world_size=1, **options):
+def check(root, store, classes=CLASSES, rank=0, world_size=1, up="z", **options):
     """check_frames on a new dataset: labelled points, frames read."""
     frames = Counting(ScanNetFrames(root, classes))
-    dataset = data.PointDataset(frames, 50, (24, 32), **options)
-    return data.check_frames(dataset, store, rank, world_size), frames.reads
+    dataset = data.PointDataset(data.upright(frames, up), 50, (24, 32), **options)
+    labelled, blank = data.check_frames(dataset, store, rank, world_size)
+    assert blank == []
+    return labelled, frames.reads
 
 
 def test_a_second_start_on_unchanged_files_reads_no_frame(root, tmp_path):
@@ -472,7 +493,8 @@ def test_every_setting_that_a_sample_depends_on_has_it_read_again(root, tmp_path
         assert check(root, store, **options)[1] == 0, options
     for _ in range(2):  # superpoints that do not say what they depend on, and frames in memory: nothing to compare
         assert check(root, store, superpoints=oversegment)[1] == 6
-        assert data.check_frames(data.PointDataset(RoomFrames("train", 1, 1, size=(24, 32)), 50, (24, 32)), store) > 0
+        rooms = data.PointDataset(RoomFrames("train", 1, 1, size=(24, 32)), 50, (24, 32))
+        assert data.check_frames(rooms, store)[0] > 0
 
 
 def test_a_broken_file_ends_the_check_by_name_and_nothing_is_remembered(root, tmp_path):
@@ -554,23 +576,25 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(root, tm
     ({"name": "frame7"}, "name .scene/stem., got 'frame7'"),
     ({"color": np.zeros((48, 64, 3))}, r"scene/1: color has shape \(48, 64, 3\) of float64, expected .*uint8"),
     ({"color": np.zeros((48, 64), np.uint8)}, r"scene/1: color has shape \(48, 64\)"),
-    ({"depth": np.ones((24, 32), np.uint16)}, "scene/1: depth has .* of uint16, expected .*floating-point metres"),
-    ({"depth": None}, "scene/1: depth must be a numpy array, got NoneType"),
+    ({"depth": np.ones((24, 32), np.uint16)}, "scene/1: depth has .* of uint16, expected .*floating-point meters"),
+    ({"depth": None}, "scene/1: depth has NoneType, expected"),
     ({"world2cam": np.eye(3)}, r"scene/1: world2cam has shape \(3, 3\)"),
     ({"world2cam": np.full((4, 4), np.nan)}, "scene/1: world2cam .*finite"),
     ({"world2cam": np.eye(4)[:3]}, r"scene/1: world2cam has shape \(3, 4\)"),
-    ({"world2cam": POSE.T}, r"scene/1: world2cam \(4, 4\) must have the last row 0 0 0 1.*transposed"),
-    ({"world2cam": np.diag([1.0, 1, 1, 2])}, r"scene/1: world2cam \(4, 4\) must have the last row 0 0 0 1"),
+    ({"world2cam": POSE.T}, r"scene/1: world2cam \(4, 4\) must have the last row \[0. 0. 0. 1.\].*transposed"),
+    ({"world2cam": np.diag([1.0, 1, 1, 2])}, r"scene/1: world2cam \(4, 4\) must have the last row"),
     ({"world2cam": np.eye(4) + 2e4 * np.eye(4, k=3)}, r"scene/1: world2cam \(4, 4\) has a translation of 20000 m"),
-    ({"intrinsics": intrinsics_of((48, 64)).T}, r"scene/1: intrinsics \(3, 3\) must have the last row 0 0 1"),
+    ({"depth_world2cam": np.eye(3)}, r"scene/1: depth_world2cam has shape \(3, 3\)"),
+    ({"depth_world2cam": POSE.T}, r"scene/1: depth_world2cam \(4, 4\) must have the last row"),
+    ({"intrinsics": intrinsics_of((48, 64)).T}, r"scene/1: intrinsics \(3, 3\) must have the last row"),
     ({"depth_intrinsics": intrinsics_of((24, 32)).T}, r"scene/1: depth_intrinsics \(3, 3\) must have the last row"),
     ({"intrinsics": np.eye(4)[:3]}, r"scene/1: intrinsics has shape \(3, 4\)"),
-    ({"intrinsics": [[1]]}, "scene/1: intrinsics must be a numpy array, got list"),
+    ({"intrinsics": [[1]]}, "scene/1: intrinsics has list, expected"),
     ({"depth_intrinsics": np.eye(4)}, r"scene/1: depth_intrinsics has shape \(4, 4\)"),
     ({"label": np.zeros((5, 5), int)}, r"scene/1: label has shape \(5, 5\)"),
-    ({"instance": np.zeros((48, 64))}, "scene/1: instance .*expected an array of integers"),
-    ({"label": [[0] * 64] * 48}, "scene/1: label .*expected an array of integers"),
-    ({"features": [[[0.0]]]}, "scene/1: features must be a numpy array, got list"),
+    ({"instance": np.zeros((48, 64))}, "scene/1: instance .*expected integers"),
+    ({"label": [[0] * 64] * 48}, "scene/1: label has list, expected integers"),
+    ({"features": [[[0.0]]]}, "scene/1: features has list, expected"),
     ({"depth": np.full((24, 32), 1e10)}, r"scene/1: depth \(24, 32\) has values above 10000 m")])
 def test_a_frame_that_breaks_the_protocol_is_named_with_field_and_shape(tmp_path, change, message):
     frame = {**ScanNetFrames(write_scannet(tmp_path, 1, 1), CLASSES)[0], "name": "scene/1", **change}
@@ -588,9 +612,8 @@ def test_a_frame_without_any_depth_is_named(root):
 @pytest.mark.parametrize("options, message", [
     *(({"image_size": size}, "image_size must be") for size in ((0, 224), (224,), (224, 224, 3), (-1, 5), (22.4, 224),
                                                                 ("a", "b"))),
-    ({"num_points": 0}, "num_points and num_views must be at least 1, got 0 and 1"),
-    ({"up": "+y"}, "up must be one of z, -z, y, -y, x, -x, got '\\+y'"),
-    ({"num_views": 0}, "num_points and num_views must be at least 1, got 10 and 0"),
+    ({"num_points": 0}, "num_points and num_views must be at least 1, got 0, 1"),
+    ({"num_views": 0}, "num_points and num_views must be at least 1, got 10, 0"),
     ({"num_views": 4}, "scene0000_00 has 3 frames, fewer than num_views=4")])
 def test_options_that_make_no_sample_are_refused(root, options, message):
     with pytest.raises(ValueError, match=message):
@@ -621,18 +644,24 @@ def test_cached_samples_hold_the_features_of_their_images(root, tmp_path):
 # ------------------------------------------------------------------------------------------------------- superpoints
 
 
-def test_superpoints_are_numbered_without_gaps_and_belong_to_one_view(tmp_path):
+def test_superpoints_are_numbered_through_the_batch_and_belong_to_one_view(tmp_path):
     frames = ScanNetFrames(write_scannet(tmp_path / "frames", 1, 4), CLASSES)
+    options = dict(num_points=200, image_size=(24, 32), num_views=2)
     superpoints = partial(oversegment, count=20)
-    sample = data.PointDataset(frames, 200, (24, 32), num_views=2, superpoints=superpoints)[0]
-    ids = sample["superpoints"]
-    assert ids.dtype == torch.int64 and ids.unique().tolist() == list(range(ids.max() + 1))
-    assert 20 < len(ids.unique()) <= 40
-    plain = data.PointDataset(frames, 200, (24, 32), num_views=2)[0]
-    assert all(torch.equal(plain[key], sample[key]) for key in plain if key not in ("name", "seed"))
-    view = (sample["features"][:, 2] * 25.5).round()  # the blue channel numbers the frames
-    assert all(len(view[ids == i].unique()) == 1 for i in ids.unique())
-    assert data.collate([sample, sample])["superpoints"].shape == (400,)
+    dataset, plain = data.PointDataset(frames, **options, superpoints=superpoints), data.PointDataset(frames, **options)
+    assert all(torch.equal(plain[0][key], dataset[0][key]) for key in plain[0] if key not in ("name", "seed"))
+    batch = data.collate([dataset[0], dataset[1]], cell=0.1)
+    ids, owner = batch["point_to_superpoint"], batch["superpoint_batch"]
+    assert ids.unique().tolist() == list(range(len(owner))) and torch.equal(owner[ids], batch["batch"])
+    assert ((owner.bincount() > 20) & (owner.bincount() <= 40)).all()
+    view = (batch["features"][:, 2] * 25.5).round()  # the blue channel numbers the frames
+    assert all(len(view[ids == i].unique()) == 1 for i in range(len(owner)))
+
+    cubes = data.collate([plain[0], plain[1]], cell=0.1)  # stand in for superpoints that samples do not have
+    cube = torch.cat([cubes["batch"][:, None], (cubes["points"] / 0.1).floor().long()], 1)
+    rows = torch.cat([cube, cubes["point_to_superpoint"][:, None]], 1).unique(dim=0)
+    assert len(rows) == len(cube.unique(dim=0)) == len(cubes["superpoint_batch"])
+    assert "superpoint_batch" not in data.collate([plain[0]])
 
 
 def test_superpoints_of_color_and_depth_of_different_size_follow_the_color(tmp_path):
@@ -687,8 +716,15 @@ def test_scans_are_aligned_for_the_encoder_and_not_for_the_camera(scene_dataset)
 
 
 def test_a_scan_is_turned_to_z_up_after_its_alignment(scene_dataset):
-    coords, turned = scene_dataset()[0]["coords"], scene_dataset(up="-y")[0]["coords"]
-    assert torch.equal(turned, torch.stack([coords[:, 0], coords[:, 2], -coords[:, 1]], 1))
+    plain, rotation = scene_dataset(), data.up_rotation("-y")
+    scenes, frames = (data.upright(source, "-y") for source in (plain.scenes, plain.frames))
+    turned = data.SceneDataset(scenes, frames, 200, (24, 32), num_views=3)[0]
+    for key in ("points", "coords"):
+        expected = plain[0][key].double().numpy() @ rotation.T
+        np.testing.assert_allclose(turned[key], expected, atol=1e-5)
+    before, after = (project(sample["points"], sample["intrinsics"][0], sample["world2cam"][0].double().numpy())[0]
+                     for sample in (plain[0], turned))
+    np.testing.assert_allclose(after, before, atol=1e-3)
 
 
 def test_views_of_a_scan_are_spread_and_drawn_anew_in_training(scene_dataset):
@@ -725,16 +761,15 @@ def test_a_scan_may_have_labels_without_instances(scene_dataset):
     assert (sample["labels"] >= 0).any() and (sample["instances"] == -1).all()
 
 
-def test_the_check_of_scans_reads_every_frame(scene_dataset, monkeypatch):
-    dataset = scene_dataset(augment=True, num_views=1)
-    assert len(dataset.frames) > 1
-    read, reader = set(), data.PointDataset._read
-    monkeypatch.setattr(data.PointDataset, "_read", lambda self, view: read.add(view) or reader(self, view))
-    assert data.check_frames(dataset) > 0 and read == set(range(len(dataset.frames)))
+def test_the_check_of_scans_reads_every_frame(scene_dataset):
+    plain = scene_dataset()
+    frames = Counting(plain.frames)
+    dataset = data.SceneDataset(plain.scenes, frames, 200, (24, 32), num_views=1, augment=True)
+    assert data.check_frames(dataset)[0] > 0 and frames.reads > len(frames) == 5
 
 
 def test_a_scan_without_frames_is_named(scene_dataset, tmp_path):
     dataset = scene_dataset()
     dataset.scenes.names = ["scene0707_00"]
     with pytest.raises(ValueError, match="scan scene0707_00 has no frame"):
-        data.SceneDataset(dataset.scenes, dataset.frames, 10, (24, 32), 1)
+        data.SceneDataset(dataset.scenes, dataset.frames, 10, (24, 32))

@@ -12,25 +12,30 @@ from torch.utils.data import DataLoader
 
 import predict
 import train
-from data import collate
+from decoder import paint_instances
+from evaluate import evaluate, format_metrics, ground_truth_ids
 from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet, write_scan, write_scannet
 from metrics import evaluate_semantics
-from model import load_model, run_command
+from model import batches_for, load_model
 from sources.rooms import RoomFrames
-from support.visualize import label_images
 from sources.scannet import ScanNetFrames, read_ply_vertices
+from support.queries import TextQueries
+from support.runtime import run_command
+from support.visualize import label_images
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+ON_CPU = ["--cache", SHARED_CACHE.name, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    train.main(small(folder, "--epochs", "2", "--rooms", "4"))
-    return last_checkpoint(folder)
+def path(trained):
+    """The checkpoint of a small run."""
+    return last_checkpoint(trained[0])
 
 
 @pytest.fixture(scope="module")
-def loaded(trained):
-    return load_model(trained, "cpu")
+def loaded(path):
+    return load_model(path, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +85,10 @@ def test_prediction_does_not_depend_on_other_frames_and_leaves_the_model_as_it_w
 
 def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode(loaded):
     model, class_names, config = loaded
-    _, dataset, _, _ = train.build_datasets(train.parse_args([], defaults={**config, "rooms": 2, "cache": "none"}))
-    loader = DataLoader(dataset, 3, collate_fn=collate)
+    _, dataset, _, _ = train.build_datasets(train.parse_args([], defaults={**config, "cache": "none"}))
+    collate = batches_for(model, training=False)
     model.train()
-    metrics = predict.evaluate(model, loader, config["min_instance_points"])
+    metrics = evaluate(model, DataLoader(dataset, 3, collate_fn=collate), config["min_instance_points"])
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -94,16 +99,18 @@ def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode
     mean = sum(expected[c] for c in present) / len(present)
     assert metrics["miou"] == pytest.approx(mean, abs=0.02)  # a batch rounds otherwise than its scenes
     assert [c for c, iou in enumerate(metrics["iou"]) if not math.isnan(iou)] == present
-    table = predict.format_metrics(metrics, class_names).splitlines()
+    table = format_metrics(metrics, class_names).splitlines()
     assert "AP50" in table[0] and f"mean, {len(present)} classes" in table[len(class_names) + 1]
     assert f"{metrics['miou']:.3f}" in table[len(class_names) + 1]
     absent = [name for c, name in enumerate(class_names) if c not in present]
     assert table[-1] == f"without truth, left out: {', '.join(absent)}"
+    table = format_metrics({"miou": 0.5, "iou": [0.5, math.nan]}, ["wall", "chair"])
+    assert "nan" in table and "AP" not in table
 
 
 def test_truth_ids_are_those_of_the_evaluator():
     labels, instances = torch.tensor([0, 0, 4, -1, 2]), torch.tensor([123456, 7, 7, 7, -1])
-    ids = predict.ground_truth_ids(labels, instances)
+    ids = ground_truth_ids(labels, instances)
     assert (ids // 1000).tolist() == [1, 1, 5, 0, 0]
     assert ids[0] != ids[1] and (ids[[3, 4]] == 0).all()
 
@@ -111,11 +118,11 @@ def test_truth_ids_are_those_of_the_evaluator():
 def test_truth_ids_hold_1000_instances_of_each_class_and_any_number_without_class():
     labels, instances = torch.arange(5000) // 1000 - 3, torch.arange(5000) + 5000
     labels[labels < 0] = -1
-    ids = predict.ground_truth_ids(labels, instances)
+    ids = ground_truth_ids(labels, instances)
     assert torch.equal(ids // 1000, labels + 1) and len(ids.unique()) == 2001
     with pytest.raises(ValueError, match="a class has 1001 instances in one sample"):
-        predict.ground_truth_ids(torch.zeros(1001).long(), torch.arange(1001))
-    assert predict.ground_truth_ids(labels[:0], instances[:0]).shape == (0,)
+        ground_truth_ids(torch.zeros(1001).long(), torch.arange(1001))
+    assert ground_truth_ids(labels[:0], instances[:0]).shape == (0,)
 
 
 def test_fields_of_queries_have_names_of_their_own_in_any_script():
@@ -169,27 +176,24 @@ def test_scans_are_opened_alike_whichever_is_first(tmp_path):
 
 def test_the_best_instance_of_a_point_is_painted():
     masks = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
-    assert predict.paint_instances(masks).tolist() == [0, 0, 1, -1]
-    assert predict.paint_instances(masks[:0]).tolist() == [-1] * 4
-
-
-def test_a_table_shows_nan_for_a_class_that_does_not_occur():
-    table = predict.format_metrics({"miou": 0.5, "iou": [0.5, math.nan]}, ["wall", "chair"])
-    assert "nan" in table and "AP" not in table
+    assert paint_instances(masks).tolist() == [0, 0, 1, -1]
+    assert paint_instances(masks[:0]).tolist() == [-1] * 4
 
 
 def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_other(tmp_path, capsys):
     """Frames with labels: the table is that of `train.py --eval`, and the images score as what was in memory."""
-    options = write_rooms_as_scannet(tmp_path / "data", 3, 2, (60, 80))
-    train.main(small(tmp_path, *options, "--epochs", "2"))
-    path = last_checkpoint(tmp_path)
+    options = write_rooms_as_scannet(tmp_path / "data", 2, 2, (60, 80))
+    train.main(small(tmp_path, *options, "--epochs", "1"))
+    path, out = last_checkpoint(tmp_path), tmp_path / "out"
     capsys.readouterr()
-    train.main(["--eval", str(path), "--device", "cpu", "--cache", SHARED_CACHE.name])
+    train.main(["--eval", str(path), *ON_CPU])
     table = capsys.readouterr().out.split("class  ")[1].split("\nnote")[0].strip()
-    out = tmp_path / "out"
-    summary = predict.main([str(path), "--data", str(tmp_path / "data"), "--split", str(tmp_path / "data" / "val.txt"),
-                            "--out", str(out), "--text", "red sofa | couch, chair", "--cache", SHARED_CACHE.name,
-                            "--device", "cpu", "--tensorboard"])
+
+    def command(path, *more):
+        return predict.main([str(path), "--data", str(tmp_path / "data"), "--split",
+                             str(tmp_path / "data" / "val.txt"), "--out", str(out), *ON_CPU, *more])
+
+    summary = command(path, "--text", "red sofa | couch, chair", "--tensorboard")
     captured = capsys.readouterr()
     assert table in captured.out and "RANDOMLY INITIALISED" in captured.err
     assert summary == json.loads((out / "summary.json").read_text())
@@ -210,7 +214,7 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     header = (out / f"{scene}.ply").read_bytes().split(b"end_header")[0].decode()
     for field in ("label", "instance", "confidence", "gate", "red_sofa", "chair"):
         assert f"property float scalar_{field}\n" in header
-    types = {"scalar_label": ("f4",), "red": ("u1",), "green": ("u1",), "blue": ("u1",)}
+    types = {"scalar_label": ("<f4",), "red": ("u1",), "green": ("u1",), "blue": ("u1",)}
     painted = read_ply_vertices(out / f"{scene}_labels.ply", types)
     expected = label_images(painted["scalar_label"].astype(int)[None] - 1)[0]
     assert (np.stack([painted[channel] for channel in ("red", "green", "blue")], 1) == expected).all()
@@ -223,47 +227,44 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     # again, without queries: no cloud of the first run is left; and with the class list in another order: same scores
     lines = (tmp_path / "data" / "classes.txt").read_text().splitlines()
     (tmp_path / "reversed.txt").write_text("\n".join(lines[::-1]))
-    again = predict.main([str(path), "--data", str(tmp_path / "data"), "--split", str(tmp_path / "data" / "val.txt"),
-                          "--out", str(out), "--cache", SHARED_CACHE.name, "--device", "cpu", "--tensorboard",
-                          "--classes", str(tmp_path / "reversed.txt")])
+    again = command(path, "--tensorboard", "--classes", str(tmp_path / "reversed.txt"))
     assert again["scores"] == summary["scores"]
     tags = EventAccumulator(str(out / scene), size_guidance={"tensors": 0}).Reload().Tags()["tensors"]
     assert tags and not any("query" in tag for tag in tags)
     state = torch.load(path, weights_only=True)
     state["config"]["num_views"] = 2  # more than the scene of the split has frames
     torch.save(state, tmp_path / "two_views.pt")
-    fewer = predict.main([str(tmp_path / "two_views.pt"), "--data", str(tmp_path / "data"), "--split",
-                          str(tmp_path / "data" / "val.txt"), "--out", str(out), "--device", "cpu"])
+    fewer = command(tmp_path / "two_views.pt")
     assert fewer["scores"].keys() == {"every pixel", "merged scenes"}
 
 
-def test_wrong_cameras_are_warned_of(trained, tmp_path, capsys, monkeypatch):
+def test_wrong_cameras_are_warned_of(path, tmp_path, capsys, monkeypatch):
     write_rooms_as_scannet(tmp_path / "data", 2, 4, (60, 80))
-    for path in (tmp_path / "data").glob("*/pose/*.txt"):
-        np.savetxt(path, np.linalg.inv(np.loadtxt(path)))
+    for pose in (tmp_path / "data").glob("*/pose/*.txt"):
+        np.savetxt(pose, np.linalg.inv(np.loadtxt(pose)))
 
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "open_queries", stop)
     with pytest.raises(KeyboardInterrupt):
-        predict.main([str(trained), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        predict.main([str(path), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--device", "cpu"])
     assert "looks wrong: pose inverted" in capsys.readouterr().err
 
 
-def test_a_network_of_other_classes_is_not_scored_on_the_rooms(trained, loaded):
-    args = predict.parse_args([str(trained), "--data", "rooms", "--out", "out"])
-    with pytest.raises(ValueError, match="trained on other classes"):
+def test_a_network_of_other_classes_is_not_scored_on_the_rooms(path, loaded):
+    args = predict.parse_args([str(path), "--data", "rooms", "--out", "out"])
+    with pytest.raises(ValueError, match="--data rooms: its classes .* are not those of"):
         predict.open_source(args, loaded[2], None, ["can", "box"])
 
 
 def test_queries_need_a_tower():
     with pytest.raises(ValueError, match="trained with --no-clip"):
-        predict.TextQueries(None, "chair")
+        TextQueries(None, "chair")
 
 
-def test_weights_of_clip_may_lie_elsewhere_than_in_training(trained, tmp_path):
-    state = torch.load(trained, weights_only=True)
+def test_weights_of_clip_may_lie_elsewhere_than_in_training(path, tmp_path):
+    state = torch.load(path, weights_only=True)
     state["config"]["clip_pretrained"] = "/nowhere/clip.bin"
     torch.save(state, tmp_path / "moved.pt")
     with pytest.raises(ValueError, match="/nowhere/clip.bin"):
@@ -275,10 +276,10 @@ def test_weights_of_clip_may_lie_elsewhere_than_in_training(trained, tmp_path):
     (["--submission", "scannet20"], "needs --scans"), (["--intrinsics", "1,2"], "expected fx,fy,cx,cy"),
     (["--text", "chair,,sofa"], "an empty name"), (["--text", "chair, chair"], "would be written twice"),
     (["--data", "nowhere"], "nowhere does not exist"), (["--split", "x.txt"], "built-in rooms take no --split"),
-    (["--text-from", "fused"], "needs --text"), (["--device", "foo"], "must be cpu, cuda or cuda:N"),
+    (["--text-from", "fused"], "need --text"), (["--device", "foo"], "must be cpu, cuda or cuda:N"),
     (["--out", __file__], "is not a folder")])
-def test_a_wrong_command_is_one_line_and_status_2(trained, tmp_path, options, message, capsys):
+def test_a_wrong_command_is_one_line_and_status_2(path, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as left:
-        run_command(lambda: predict.main([str(trained), "--data", "rooms", "--out", str(tmp_path / "out"), *options]))
+        run_command(lambda: predict.main([str(path), "--data", "rooms", "--out", str(tmp_path / "out"), *options]))
     errors = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and message in errors[-1] and not (tmp_path / "out").exists()

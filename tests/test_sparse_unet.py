@@ -125,9 +125,9 @@ def test_a_convolution_and_its_gradients_are_those_of_minkowski_engine(figures, 
     elif name == "conv_k2s2":
         out = sparse_conv(feats, kernel, grid.down())
     elif name == "conv_k1s1":
-        out = sparse_conv(feats, kernel[None], grid.neighbours(1))
+        out = sparse_conv(feats, kernel[None], grid.neighbors(1))
     else:
-        out = sparse_conv(feats, kernel, grid.neighbours(int(name[6]), dilation=2 if name.endswith("d2") else 1))
+        out = sparse_conv(feats, kernel, grid.neighbors(int(name[6]), dilation=2 if name.endswith("d2") else 1))
     ours = (grid.coarser if name == "conv_k2s2" else grid).coords
     theirs = figures.get(f"{name}.out_coords", figures["coords"]).long()
     rows = torch.empty(len(ours), dtype=torch.int64)  # our row of each of their coordinates
@@ -201,7 +201,7 @@ def test_both_passes_equal_dense_conv3d_and_its_transpose(kernel_size, stride, d
     K = kernel_size
     grid = VoxelGrid(cloud(300, 5, seed=K))
     outputs = grid if stride == 1 else grid.coarser
-    m = grid.neighbours(K, dilation) if stride == 1 else grid.down(K, dilation)
+    m = grid.neighbors(K, dilation) if stride == 1 else grid.down(K, dilation)
     first = -(K // 2) * dilation if K % 2 else 0
     reach = K // 2 * dilation  # of the kernel, beyond the cells
     low = torch.tensor([0] + [-6 - reach] * 3)
@@ -238,14 +238,14 @@ def test_a_map_far_from_the_origin_is_the_map_at_the_origin():
     coords = cloud(300, 6)
     near = VoxelGrid(coords)
     far = VoxelGrid(coords + torch.tensor([3, 2 ** 30, -2 ** 30, 2 ** 30 + 2]))
-    assert torch.equal(near.neighbours(3).table, far.neighbours(3).table)
+    assert torch.equal(near.neighbors(3).table, far.neighbors(3).table)
     assert torch.equal(near.down().table, far.down().table)
 
 
 def test_neighbours_never_run_over_the_edge_of_a_row_or_a_sample():
     full = torch.cartesian_prod(torch.arange(2), *[torch.arange(4)] * 3)  # two full cubes
     for K, dilation in ((3, 1), (5, 1), (3, 3), (5, 2), (2, 1)):
-        table = VoxelGrid(full).neighbours(K, dilation).table
+        table = VoxelGrid(full).neighbors(K, dilation).table
         start = -(K // 2) if K % 2 else 0
         for k in range(K ** 3):
             offset = torch.tensor([0] + [(start + k // K ** i % K) * dilation for i in range(3)])
@@ -261,7 +261,7 @@ def test_neighbours_never_run_over_the_edge_of_a_row_or_a_sample():
 @pytest.mark.parametrize("stride, transposed", [(1, False), (2, False), (2, True)])
 def test_gradients_match_finite_differences(stride, transposed, needs, algorithm):
     grid = VoxelGrid(cloud(12, 2))
-    m = grid.neighbours(3) if stride == 1 else grid.down()
+    m = grid.neighbors(3) if stride == 1 else grid.down()
     rows = m.num_out if transposed else m.num_in
     feats = torch.randn(rows, 2, dtype=torch.float64, requires_grad=needs[0])
     kernel = torch.randn(m.table.shape[1], 2, 3, dtype=torch.float64, requires_grad=needs[1])
@@ -269,7 +269,7 @@ def test_gradients_match_finite_differences(stride, transposed, needs, algorithm
 
 
 def test_a_second_derivative_is_refused_not_wrong():
-    m = VoxelGrid(cloud(10, 2)).neighbours(3)
+    m = VoxelGrid(cloud(10, 2)).neighbors(3)
     feats = torch.randn(m.num_in, 2, requires_grad=True)
     out = sparse_conv(feats, torch.randn(27, 2, 3, requires_grad=True), m).square().sum()
     grad, = torch.autograd.grad(out, feats, create_graph=True)
@@ -278,7 +278,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 
 
 def test_the_backward_pass_keeps_only_features_and_kernel():
-    m, saved = VoxelGrid(cloud(200, 4)).neighbours(3), []
+    m, saved = VoxelGrid(cloud(200, 4)).neighbors(3), []
     feats, kernel = torch.randn(m.num_in, 16, requires_grad=True), torch.randn(27, 16, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         sparse_conv(feats, kernel, m)
@@ -288,7 +288,7 @@ def test_the_backward_pass_keeps_only_features_and_kernel():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_returns_its_dtype_and_sums_over_offsets_in_float32(dtype, algorithm):
     full = torch.cartesian_prod(torch.zeros(1, dtype=torch.int64), *[torch.arange(3)] * 3)
-    m, centre = VoxelGrid(full).neighbours(3), 13
+    m, centre = VoxelGrid(full).neighbors(3), 13
     large = 2.0 ** (1 - math.log2(torch.finfo(dtype).eps))  # large + 1 is large, in this dtype
     kernel = torch.ones(27, 1, 1)
     kernel[0] = large
@@ -300,7 +300,7 @@ def test_autocast_returns_its_dtype_and_sums_over_offsets_in_float32(dtype, algo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_close_to_float32_in_both_passes(dtype, algorithm):
-    m = VoxelGrid(cloud(300, 4)).neighbours(3)
+    m = VoxelGrid(cloud(300, 4)).neighbors(3)
     feats, kernel = torch.randn(m.num_in, 16), torch.randn(27, 16, 8)
     results = []
     for enabled in (False, True):
@@ -328,7 +328,7 @@ def test_the_gradient_of_a_voxel_is_summed_over_its_points_in_float32_under_auto
 
 
 def test_double_stays_double_under_autocast():
-    m = VoxelGrid(cloud(20, 2)).neighbours(3)
+    m = VoxelGrid(cloud(20, 2)).neighbors(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert sparse_conv(torch.ones(m.num_in, 2).double(), torch.ones(27, 2, 2).double(), m).dtype == torch.float64
 
@@ -418,7 +418,7 @@ def test_a_box_of_two_to_the_twenty_cells_a_side_is_resolved():
     batch = torch.arange(4).repeat_interleave(8)
     coords, inverse = voxelize((corners.double().repeat(4, 1) + 0.5) * 0.25, batch, 0.25)
     assert torch.equal(coords[inverse], torch.cat((batch[:, None], corners.repeat(4, 1)), 1)) and len(coords) == 32
-    table = VoxelGrid(coords).neighbours(3).table
+    table = VoxelGrid(coords).neighbors(3).table
     assert (table < 32).sum() == 32  # every cell meets itself alone
 
 
@@ -428,7 +428,7 @@ def test_no_argument_is_changed():
     batch = surfaces(100)
     arguments = [coords, feats, kernel, *batch.values()]
     before = [a.clone() for a in arguments]
-    sparse_conv(feats, kernel, VoxelGrid(coords).neighbours(3))
+    sparse_conv(feats, kernel, VoxelGrid(coords).neighbors(3))
     PointEncoder(0.1, **TINY)(batch)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before))
 
@@ -490,7 +490,7 @@ def cells(*rows):
 
 
 def small_map():
-    return VoxelGrid(cells([0, 0, 0, 0], [0, 0, 0, 1])).neighbours(3)
+    return VoxelGrid(cells([0, 0, 0, 0], [0, 0, 0, 1])).neighbors(3)
 
 
 def encode(features):

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""What guards files: they are written whole or not at all, and read rightly or refused by name.
+
+A file that cannot be read as what it should be is a FileNotFoundError or a ValueError that names it.
+
+Imports numpy and PIL.
+"""
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MAX_BYTES = 2 ** 32  # of a file that is read at once
+FOLDER = 0x10  # attribute of an entry of a zip file
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def write_whole(path, write, folder=None, sync=True):
+    """Calls write(file) on a new file, which then takes the name `path`.
+
+    Whenever that is interrupted, the old file or the whole new one is there. If it fails, OSError names
+    `path`, and nothing is left. folder: where the unfinished file lies, by default beside `path`.
+    sync: waits for the disk; otherwise a power cut may leave the new name on an empty file.
+    """
+    path = Path(path)
+    temporary = Path(folder or path.parent) / f"{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides what the file raised
+        fault = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(fault, OSError):
+            raise
+        text = fault.strerror
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += f", {shutil.disk_usage(temporary.parent).free / 2**30:.3f} GiB free"
+        raise OSError(fault.errno, text, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def read_bytes(path, field):
+    """The content of a file. FileNotFoundError if there is none, ValueError if it is over 4 GiB.
+
+    field: what the file holds, in words for errors, here and below.
+    """
+    check_exists(path, field)
+    size = os.path.getsize(path)
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: {field} has {size:,} bytes, more than {MAX_BYTES:,}")
+    return Path(path).read_bytes()
+
+
+def check_exists(path, field):
+    """FileNotFoundError if there is no such file."""
+    if not os.path.isfile(path):
+        reason = "is not a file" if os.path.exists(path) else "does not exist"
+        raise FileNotFoundError(f"{field} {path} {reason}")
+
+
+def read_text(path, field):
+    """The content of a UTF-8 text file, without a byte order mark."""
+    try:
+        return read_bytes(path, field).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {field} is not UTF-8 text: {error}") from None
+
+
+def read_json(path, field):
+    """The dict that a JSON file holds."""
+    try:
+        content = json.loads(read_text(path, field))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: {field} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {field} is a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+# -------------------------------------------------------------------------------------------- matrices
+
+
+def as_matrix(values, path, field, shapes):
+    """Rows of numbers, or all numbers in one row -> float64 matrix of one of `shapes`."""
+    try:
+        matrix = np.array(values, np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {field} is not a matrix of numbers: {error}") from None
+    if matrix.shape in shapes:
+        return matrix
+    is_row = matrix.size == max(matrix.shape)
+    shape = next((shape for shape in shapes if is_row and matrix.size == shape[0] * shape[1]), None)
+    if shape is None:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {expected}")
+    return matrix.reshape(shape)
+
+
+def as_pose(values, path, field="pose"):
+    """[R t] as 3 or 4 rows, 12 or 16 numbers -> rigid (4, 4) float64; None if it is lost (inf or NaN)."""
+    pose = as_matrix(values, path, field, [(4, 4), (3, 4)])
+    if not np.isfinite(pose).all():
+        return None
+    if len(pose) == 3:
+        pose = np.vstack([pose, [0, 0, 0, 1]])
+    check_rigid(pose, path, field)
+    return pose
+
+
+def read_rows(path, field):
+    """Lists of the words in each line of a text file, without empty lines."""
+    rows = [line.split() for line in read_text(path, f"{field} file").splitlines()]
+    return [row for row in rows if row]
+
+
+def read_pose(path, field="pose"):
+    """Text file of a pose -> (4, 4) float64 or None, see `as_pose`."""
+    return as_pose(read_rows(path, field), path, field)
+
+
+def read_intrinsics(path, field):
+    """Text file of a 3 x 3 or 4 x 4 matrix -> (3, 3) float64 pinhole intrinsics."""
+    matrix = as_matrix(read_rows(path, field), path, field, [(3, 3), (4, 4)])[:3, :3]
+    check_intrinsics(matrix, path, field)
+    return matrix
+
+
+def check_intrinsics(matrix, path, field):
+    """ValueError if (3, 3) is no pinhole matrix in pixels."""
+    focal = matrix[[0, 1], [0, 1]]
+    has_zeros = matrix[1, 0] == 0 and (matrix[2] == [0, 0, 1]).all()
+    if not (np.isfinite(matrix).all() and has_zeros and focal.min() > 0):
+        raise ValueError(f"{path}: {field} is not a pinhole matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]]: "
+                         f"{matrix.tolist()}")
+    if focal.min() < 1:
+        raise ValueError(f"{path}: {field} is not in pixels: {matrix.tolist()}")
+
+
+def check_principal_point(intrinsics, size, path):
+    """ValueError if the principal point is farther from an image of size (H, W) than two images."""
+    point = intrinsics[:2, 2]
+    extent = np.array(size[::-1])
+    if (point < -2 * extent).any() or (point > 3 * extent).any():
+        raise ValueError(f"{path}: the principal point {point.tolist()} is far outside of the images of "
+                         f"{size[1]} x {size[0]} pixels")
+
+
+def check_rigid(matrix, path, field):
+    """ValueError if (4, 4) is not [[R, t], [0, 1]] with det R = 1."""
+    turn = matrix[:3, :3]
+    last_row = np.abs(matrix[3] - [0, 0, 0, 1]).max()
+    if np.abs(turn).max() > 2 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or last_row > 1e-6:
+        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: "
+                         f"{matrix.tolist()}")
+    if np.linalg.det(turn) < 0:
+        raise ValueError(f"{path}: {field} is mirrored, det R = -1: {matrix.tolist()}")
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def image_size(path, field, formats=("JPEG", "PNG")):
+    """(H, W) of an image file, from its header."""
+    try:
+        with Image.open(path, formats=formats) as image:
+            return image.size[::-1]
+    except Exception as error:
+        raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
+
+
+def decode_image(content, path, field, formats):
+    """Bytes of an image file -> PIL image, verified and decoded to the last byte."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+        image.verify()  # checksums, most of which decoding ignores
+        image = Image.open(io.BytesIO(content), formats=formats)
+        image.load()
+    except Exception as error:  # Pillow has no common base for what broken files raise
+        raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
+    return image
+
+
+def png_header(content):
+    """(bits per channel, color type) of a PNG; (8, None) for other formats.
+
+    Pillow's mode tells neither 16-bit RGB nor 4-bit grayscale, both of which it makes 8-bit.
+    """
+    return (content[24], content[25]) if content[12:16] == b"IHDR" else (8, None)
+
+
+def decode_color(content, path):
+    """Bytes of a JPEG or PNG with 8 bits per channel -> (H, W, 3) uint8 RGB."""
+    image = decode_image(content, path, "color", ("JPEG", "PNG"))
+    if png_header(content)[0] == 16:
+        used = int(np.asarray(image).max()).bit_length()
+        used += 0 if image.mode.startswith("I") else 8  # of RGB, Pillow keeps the upper 8 bits
+        raise ValueError(f"{path}: the color image has 16 bits per channel, of which {used} are in use: save "
+                         "it with 8")
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
+        raise ValueError(f"{path}: the color image has mode {image.mode}, expected RGB, gray or a palette")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_color(path):
+    """JPEG or PNG file with 8 bits per channel -> (H, W, 3) uint8 RGB."""
+    return decode_color(read_bytes(path, "color image"), path)
+
+
+def read_index_image(path, field, bits=(8, 16)):
+    """PNG file of grayscale with `bits` or, if 8 is among them, a palette -> (H, W) unsigned integers."""
+    content = read_bytes(path, f"{field} image")
+    image = decode_image(content, path, field, ("PNG",))
+    depth, kind = png_header(content)
+    is_gray = kind == 0 and depth in bits
+    is_palette = kind == 3 and 8 in bits
+    if not (is_gray or is_palette):
+        kinds = {0: "grayscale", 2: "RGB", 3: "a palette", 4: "grayscale with alpha", 6: "RGBA"}
+        raise ValueError(f"{path}: {depth}-bit {field} image of {kinds.get(kind, 'unknown kind')}, expected "
+                         f"grayscale of {' or '.join(map(str, bits))} bits")
+    return np.asarray(image)
+
+
+def read_depth(path, units_per_meter=1000):
+    """16-bit PNG file of depth along the optical axis -> (H, W) float32, see `depth_in_meters`."""
+    return depth_in_meters(read_index_image(path, "depth", (16,)), units_per_meter)
+
+
+def depth_in_meters(depth, units_per_meter):
+    """(H, W) uint16 -> (H, W) float32 meters, 0 = no reading, for which files have 0 or 65535."""
+    known = np.where(depth == 65535, 0, depth)
+    return known.astype(np.float32) * np.float32(1 / units_per_meter)
+
+
+# ----------------------------------------------------------------------------------------- checkpoints
+
+
+def check_torch_file(path):
+    """FileNotFoundError or ValueError if a file is not what torch.save writes, with every checksum right.
+
+    torch.load looks at no checksum, unpacks compressed entries to any size, hands out memory that nobody has
+    written for an entry that is marked as a folder, and runs TorchScript (constants.pkl).
+    """
+    check_exists(path, "checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            strange = [entry.filename for entry in archive.infolist() if is_strange(entry)]
+            damaged = strange or archive.testzip()
+    except Exception as error:  # zipfile raises many kinds
+        raise ValueError(f"{path}: not a checkpoint (a zip file of torch.save), truncated, or damaged: "
+                         f"{error}") from error
+    if strange:
+        raise ValueError(f"{path}: not a checkpoint, torch.save writes no entry such as {strange[0]}")
+    if damaged:
+        raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
+
+
+def is_strange(entry):
+    """Whether an entry of a zip file is none of torch.save's."""
+    is_script = entry.filename.endswith("/constants.pkl")
+    return entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & FOLDER or is_script

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""captures.py: each format, written here from its own description, gives back the points of the built-in rooms."""
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import depth_to_color, pixel_fields
+from sources.captures import CaptureFrames, Options
+from sources.rooms import RoomFrames
+from support.lens import undistort
+
+ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
+K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames
+SCENE = [{**ROOMS[i], "intrinsics": K, "depth_intrinsics": K} for i in range(len(ROOMS))]
+POSES = [np.linalg.inv(frame["world2cam"]) for frame in SCENE]  # camera to world
+FX, FY, CX, CY = K[[0, 1, 0, 1], [0, 1, 2, 2]]
+
+
+def points_of(frame):
+    return pixel_fields(frame, *depth_to_color(frame))["points"]
+
+
+def quaternion(pose):
+    """x, y, z, w of a rotation, by its eigenvector of eigenvalue 1."""
+    rotation = pose[:3, :3]
+    k = np.empty((4, 4))
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rotation
+    k = np.array([[xx - yy - zz, yx + xy, zx + xz, zy - yz], [yx + xy, yy - xx - zz, zy + yz, xz - zx],
+                  [zx + xz, zy + yz, zz - xx - yy, yx - xy], [zy - yz, xz - zx, yx - xy, xx + yy + zz]]) / 3
+    return np.linalg.eigh(k)[1][:, -1]
+
+
+def save(folder, name, image):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def in_units(frame, per_meter):
+    return np.rint(frame["depth"] * per_meter).astype(np.uint16)
+
+
+def write_images(folder, color, depth, per_meter):
+    for i, frame in enumerate(SCENE):
+        save(folder, color.format(i), frame["color"])
+        save(folder, depth.format(i), in_units(frame, per_meter))
+
+
+def write_transforms(folder, **more):
+    write_images(folder, "images/{}.png", "depth/{}.png", 1000)
+    frames = [{"file_path": f"images/{i}.png", "depth_file_path": f"depth/{i}.png",
+               "transform_matrix": (pose @ np.diag([1, -1, -1, 1])).tolist()} for i, pose in enumerate(POSES)]
+    camera = {"fl_x": FX, "fl_y": FY, "cx": CX + 0.5, "cy": CY + 0.5, "w": 80, "h": 60}
+    (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames, **more}))
+    return 1000, Options()
+
+
+def write_tum(folder):
+    write_images(folder, "rgb/{}.png", "depth/{}.png", 5000)
+    rows = {"rgb": ["# time file"], "depth": [], "groundtruth": ["# time tx ty tz qx qy qz qw"]}
+    for i, pose in enumerate(POSES):
+        rows["rgb"].append(f"{i}.000 rgb/{i}.png")
+        rows["depth"].append(f"{i}.015 depth/{i}.png")
+        rows["groundtruth"].append(" ".join(map(repr, map(float, [i - 0.01, *pose[:3, 3], *quaternion(pose)]))))
+    rows["rgb"].append("9.0 rgb/0.png")  # without a depth image
+    for name, lines in rows.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return 5000, Options(intrinsics=K)
+
+
+def write_redwood(folder):
+    write_images(folder, "color/{:06d}.png", "depth/{:06d}.png", 1000)
+    lines = []
+    for i, pose in enumerate(POSES):
+        lines += [f"{i} {i} {i + 1}", *(" ".join(map(repr, row)) for row in pose.tolist())]
+    (folder / "trajectory.log").write_text("\n".join(lines))
+    (folder / "camera_intrinsic.json").write_text(json.dumps(
+        {"width": 80, "height": 60, "intrinsic_matrix": K.T.ravel().tolist()}))
+    return 1000, Options()
+
+
+def write_replica(folder):
+    write_images(folder, "results/frame{:06d}.png", "results/depth{:06d}.png", 6553.5)
+    (folder / "traj.txt").write_text("\n".join(" ".join(map(repr, pose.ravel().tolist())) for pose in POSES))
+    camera = {"w": 80, "h": 60, "fx": FX, "fy": FY, "cx": CX, "cy": CY, "scale": 6553.5}
+    (folder.parent / "cam_params.json").write_text(json.dumps({"camera": camera}))
+    return 6553.5, Options()
+
+
+def write_stray(folder):
+    for i, frame in enumerate(SCENE):
+        save(folder, f"rgb/{i:06d}.png", frame["color"])
+        save(folder, f"depth/{i:06d}.png", in_units(frame, 1000))
+        save(folder, f"confidence/{i:06d}.png", np.full((60, 80), 2, np.uint8))
+    lines = ["timestamp, frame, x, y, z, qx, qy, qz, qw"]
+    for i, pose in enumerate(POSES):
+        lines.append(", ".join([f"{i}.5", f"{i:06d}", *map(repr, map(float, [*pose[:3, 3], *quaternion(pose)]))]))
+    (folder / "odometry.csv").write_text("\n".join(lines))
+    (folder / "camera_matrix.csv").write_text("\n".join(", ".join(map(repr, row))
+                                                        for row in K.tolist()))
+    return 1000, Options()
+
+
+def write_kitti(folder):
+    write_images(folder, "image/{}.png", "depth/{}.png", 256)
+    (folder / "poses.txt").write_text("\n".join(" ".join(map(repr, pose[:3].ravel().tolist())) for pose in POSES))
+    np.savetxt(folder / "intrinsics.txt", K, "%.17g")
+    return 256, Options(depth_scale=256)
+
+
+def write_quaternions(folder):
+    """World to camera, with the real part of quaternions first."""
+    write_images(folder, "rgb/{}.png", "depth/{}.png", 1000)
+    lines = []
+    for i, frame in enumerate(SCENE):
+        x, y, z, w = quaternion(frame["world2cam"])
+        lines.append(" ".join(map(repr, map(float, [i, *frame["world2cam"][:3, 3], w, x, y, z]))))
+    (folder / "pose.txt").write_text("\n".join(lines))
+    return 1000, Options(intrinsics=K, pose="w2c-wxyz")
+
+
+def write_sens(folder):
+    matrix = np.eye(4, dtype="<f4")
+    matrix[:3, :3] = K
+    head = struct.pack("<IQ6s", 4, 6, b"sensor")
+    for m in (matrix, np.eye(4, dtype="<f4"), matrix, np.eye(4, dtype="<f4")):
+        head += m.astype("<f4").tobytes()
+    head += struct.pack("<iiIIIIfQ", 2, 1, 80, 60, 80, 60, 1000.0, len(SCENE))
+    for i, (frame, pose) in enumerate(zip(SCENE, POSES)):
+        buffer = io.BytesIO()
+        Image.fromarray(frame["color"]).save(buffer, "JPEG", quality=95)
+        depth = zlib.compress(in_units(frame, 1000).tobytes())
+        head += pose.astype("<f4").tobytes() + struct.pack("<QQQQ", i, i, len(buffer.getvalue()), len(depth))
+        head += buffer.getvalue() + depth
+    (folder / "scene.sens").write_bytes(head)
+    return 1000, Options()
+
+
+WRITERS = {"nerfstudio": write_transforms, "tum": write_tum, "redwood": write_redwood, "replica": write_replica,
+           "stray": write_stray, "poses": write_kitti, "poses, w2c-wxyz": write_quaternions, "sens": write_sens}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_points_and_colors_are_those_of_the_rooms(tmp_path, name):
+    folder = tmp_path / "capture"
+    folder.mkdir()
+    per_meter, options = WRITERS[name](folder)
+    frames = CaptureFrames(folder, options=options)
+    assert len(frames) == len(SCENE) and frames.description.startswith(name.partition(",")[0])
+    for i, expected in enumerate(SCENE):
+        rounded = {**expected, "depth": (in_units(expected, per_meter) / per_meter).astype(np.float32)}
+        assert np.abs(points_of(frames[i]) - points_of(rounded)).max() < 1e-5
+        if name != "sens":  # JPEG
+            assert np.array_equal(frames[i]["color"], expected["color"])
+        assert frames.names[i].split("/")[0] == "capture" and frames.files(i)
+
+
+def test_several_captures_in_a_folder_are_scenes_and_a_split_chooses(tmp_path):
+    for scene in "ab":
+        (tmp_path / scene).mkdir()
+        write_redwood(tmp_path / scene)
+    assert len(CaptureFrames(tmp_path)) == 2 * len(SCENE)
+    (tmp_path / "split.txt").write_text("b/000001\n")
+    assert CaptureFrames(tmp_path, split=tmp_path / "split.txt").names == ["b/000001"]
+
+
+def test_low_confidence_and_lost_poses_are_left_out(tmp_path):
+    write_stray(tmp_path)
+    save(tmp_path, "confidence/000000.png", np.zeros((60, 80), np.uint8))
+    text = (tmp_path / "odometry.csv").read_text().splitlines()
+    text[2] = "1.5, 000001" + 7 * ", nan"
+    (tmp_path / "odometry.csv").write_text("\n".join(text))
+    frames = CaptureFrames(tmp_path)
+    assert frames.num_skipped == 1 and not frames[0]["depth"].any() and frames[1]["depth"].any()
+
+
+def test_depth_of_another_size_gets_the_cameras_of_its_size(tmp_path):
+    write_transforms(tmp_path)
+    for i, frame in enumerate(SCENE):
+        save(tmp_path, f"depth/{i}.png", in_units(frame, 1000)[2::5, 2::5])  # the centers of blocks of 5 x 5
+    expected = {**SCENE[0], "depth": np.zeros((60, 80), np.float32)}
+    expected["depth"][2::5, 2::5] = in_units(SCENE[0], 1000)[2::5, 2::5] / 1000
+    assert np.abs(points_of(CaptureFrames(tmp_path)[0]) - points_of(expected)).max() < 1e-5
+
+
+def test_each_frame_may_have_a_camera_of_its_own(tmp_path):
+    write_transforms(tmp_path)
+    edit(tmp_path, lambda s: s["frames"][1].update(fl_x=ROOMS[1]["intrinsics"][0, 0]))
+    frames = CaptureFrames(tmp_path)
+    assert np.array_equal(frames[0]["intrinsics"], K)
+    assert frames[1]["intrinsics"][0, 0] == ROOMS[1]["intrinsics"][0, 0] != K[0, 0]
+
+
+@pytest.mark.parametrize("model, coefficients", [("OPENCV", (0.2, -0.1, 0.003, -0.002, 0.05)),
+                                                 ("OPENCV_FISHEYE", (0.1, -0.02, 0.003, 0.001))])
+def test_undistortion_inverts_the_lens(model, coefficients):
+    """A smooth image drawn through the lens comes back as it is without."""
+    k = np.array([[90.0, 0, 39], [0, 88, 31], [0, 0, 1]])
+    v, u = np.indices((60, 80)).astype(float)
+
+    def scene(x, y):  # brightness in the direction (x, y, 1)
+        return 128 + 60 * np.sin(6 * x) * np.cos(5 * y)
+
+    x, y = (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
+    ideal_x, ideal_y = x.copy(), y.copy()  # the direction that the lens puts at a pixel, by fixed-point iteration
+    for _ in range(200):
+        r2 = ideal_x ** 2 + ideal_y ** 2
+        if model == "OPENCV":
+            k1, k2, p1, p2, k3 = coefficients
+            radial = 1 + k1 * r2 + k2 * r2 ** 2 + k3 * r2 ** 3
+            ideal_x, ideal_y = ((x - 2 * p1 * ideal_x * ideal_y - p2 * (r2 + 2 * ideal_x ** 2)) / radial,
+                                (y - p1 * (r2 + 2 * ideal_y ** 2) - 2 * p2 * ideal_x * ideal_y) / radial)
+        else:
+            r = np.sqrt(r2) + 1e-12
+            theta = np.arctan(r)
+            bent = theta + sum(c * theta ** (3 + 2 * i) for i, c in enumerate(coefficients))
+            ideal_x, ideal_y = x * r / bent, y * r / bent
+    seen = np.repeat(scene(ideal_x, ideal_y)[..., None], 3, 2).round().astype(np.uint8)
+    straight = undistort(seen, k, model, coefficients)[5:-5, 5:-5, 0]
+    inside = straight > 0
+    assert inside.mean() > 0.8 and np.abs(straight - scene(x, y)[5:-5, 5:-5])[inside].max() < 2.5
+
+
+REFUSED = {
+    "no frames": (lambda f: (f / "transforms.json").write_text("{}"), "no list of frames"),
+    "no depth": (lambda f: edit(f, lambda s: [frame.pop("depth_file_path") for frame in s["frames"]]), "depth_file_path"),
+    "no camera": (lambda f: edit(f, lambda s: s.pop("fl_x")), "fl_x"),
+    "other lens": (lambda f: edit(f, lambda s: s.update(camera_model="EQUIRECTANGULAR")), "EQUIRECTANGULAR"),
+    "mirrored": (lambda f: edit(f, lambda s: s["frames"][0].update(transform_matrix=np.diag([1, 1, -1, 1]).tolist())),
+                 "mirrored"),
+    "other depth": (lambda f: edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")), "exr"),
+    "not json": (lambda f: (f / "transforms.json").write_text("{"), "JSON"),
+    "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md")}
+
+
+def edit(folder, change):
+    path = folder / "transforms.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_cannot_be_read_is_refused_with_what_was_looked_for(tmp_path, fault):
+    write_transforms(tmp_path)
+    spoil, message = REFUSED[fault]
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        CaptureFrames(tmp_path)[0]
+
+
+def test_cameras_that_no_file_tells_are_asked_for(tmp_path):
+    write_tum(tmp_path)
+    with pytest.raises(ValueError, match="--intrinsics"):
+        CaptureFrames(tmp_path)
