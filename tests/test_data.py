@@ -662,6 +662,8 @@ def test_superpoints_are_numbered_through_the_batch_and_belong_to_one_view(tmp_p
     rows = torch.cat([cube, cubes["point_to_superpoint"][:, None]], 1).unique(dim=0)
     assert len(rows) == len(cube.unique(dim=0)) == len(cubes["superpoint_batch"])
     assert "superpoint_batch" not in data.collate([plain[0]])
+    with pytest.raises(ValueError, match=r"\(N,\) or \(N, 3\)"):
+        data.superpoint_index(torch.zeros(4), torch.zeros(4, dtype=torch.long))
 
 
 def test_superpoints_of_color_and_depth_of_different_size_follow_the_color(tmp_path):
