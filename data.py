@@ -441,20 +441,21 @@ def depth_normals(depth, intrinsics, known):
     """Unit normals (n, 3) of the surface at depth pixels, in the axes of the camera and towards it.
 
     depth (H, W), 0 or not finite = unknown; known (n,), flat indices of pixels with depth. 1 / depth of a
-    plane m is linear in the pixel, m . (u, v, 1), and K^T m is normal to it. The slopes of m are fitted to the 5 x 5
-    pixels around, without those that are unknown or lie on another surface: 5 % nearer or farther.
+    plane is linear in the pixel, m . (u, v, 1), and K^T m is normal to it. The slopes of m are fitted to
+    the 5 x 5 pixels around, without those that are unknown or on another surface: 3 % nearer or farther
+    per pixel.
     """
     height, width = depth.shape
     inverse = np.zeros((height + 4, width + 4))
     np.divide(1, depth, out=inverse[2:-2, 2:-2], where=(depth > 0) & np.isfinite(depth))
     v, u = np.divmod(known, width)
     center = inverse[v + 2, u + 2]
-    uu = vv = 1e-3  # a pixel without neighbors faces along the optical axis
+    uu = vv = 1e-6  # a pixel without neighbors faces along the optical axis
     uv = us = vs = 0.0
     for dv in range(-2, 3):
         for du in range(-2, 3):
             step = inverse[v + 2 + dv, u + 2 + du] - center
-            near = np.abs(step) < 0.05 * center
+            near = np.abs(step) < 0.03 * max(abs(du), abs(dv)) * center
             uu = uu + near * du * du
             uv = uv + near * du * dv
             vv = vv + near * dv * dv

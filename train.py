@@ -48,9 +48,9 @@ from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
-from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, init_worker,
-                             list_of, loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
-                             positive_int, run_command)
+from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
+                             image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
+                             nonnegative_int, number_in, positive_float, positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms",
@@ -629,6 +629,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     stop = stop or StopRequest()
     configure_device(device, args.deterministic)
     console = Console(main_process, state["warnings"] if state else ())
+    if device.type == "cpu":
+        console.print(choose_threads(args.workers, state["config"].get("threads") if state else None))
+        config["threads"] = torch.get_num_threads()
 
     # the tower and the data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights

@@ -12,7 +12,7 @@ import torch
 import predict
 import train
 from data import MAX_CELLS, elastic, grid_cells
-from support import checkpoint, runlog
+from support import checkpoint, runlog, runtime
 from support.distributed import setup
 from support.runtime import Console, StopRequest, loader_options, run_command
 
@@ -172,3 +172,17 @@ def test_the_noise_of_a_building_is_bounded():
     assert grid_cells(torch.tensor([60.0, 60, 6]), 0.12).prod() > MAX_CELLS
     moved = elastic(cloud, rng, 0.12, 0.8)
     assert np.isfinite(moved).all() and 0 < np.abs(moved - cloud).max() < 3 * 0.8
+
+
+@pytest.mark.parametrize("cores, busy, workers, before, expected", [
+    (2, 0.2, 2, None, 2), (2, 1.1, 2, None, 1), (2, 2.0, 2, None, 1), (64, 3.2, 8, None, 53), (64, 64, 8, None, 1),
+    (2, 1.9, 2, 2, 2)])
+def test_torch_computes_on_the_cores_that_are_free(monkeypatch, cores, busy, workers, before, expected):
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setattr(runtime, "busy_cores", lambda: busy)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    assert "OMP_NUM_THREADS overrules" in runtime.choose_threads(workers, before) and chosen == [expected]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert "by OMP_NUM_THREADS" in runtime.choose_threads(workers, before) and len(chosen) == 1

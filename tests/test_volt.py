@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.pretrained import load_backbone
 from volt import Volt, drop_path
 
 DATA = Path(__file__).parent / "data"
@@ -203,6 +204,53 @@ def test_wrong_inputs_are_refused(tiny, message):
     coords, channels = WRONG[message]
     with pytest.raises(ValueError, match=message):
         tiny(coords, torch.ones(len(coords), channels))
+
+
+def publish(path, network, moving_average):
+    """Writes a file with the nesting of the published ones, whose weights are those of a network."""
+    weights = {f"backbone.{key}": tensor for key, tensor in network.state_dict().items()}
+    weights["seg_heads.ScanNet.weight"] = torch.ones(20, 8)
+    weights["distill_heads.ScanNet.weight"] = torch.ones(20, 8)
+    raw = {f"module.{key}": tensor for key, tensor in weights.items()}
+    if moving_average:
+        raw = {key: tensor + 1 for key, tensor in raw.items()}
+    state = {"epoch": 500, "state_dict": raw, "ema_state_dict": weights if moving_average else None,
+             "optimizer": {"state": {0: torch.ones(5)}}, "best_metric_value": np.float64(0.8)}
+    torch.save(state, path)
+    return state
+
+
+@pytest.mark.parametrize("moving_average", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_published_files_load_in_full(tmp_path, qk_norm, moving_average):
+    theirs = Volt(**TINY, qk_norm=qk_norm)
+    publish(tmp_path / "volt.pth", theirs, moving_average)
+    ours, colors, loaded = load_backbone(tmp_path / "volt.pth", None, {}, build_volt=Volt)
+    assert ours.options == theirs.options
+    assert colors == "raw"
+    assert "project Volt, dropped nothing" in loaded
+    assert not ours.training
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], tensor), key
+
+
+DAMAGES = {"blocks.1.mlp.fc1.bias is missing": ("blocks.1.mlp.fc1.bias", None),
+           "blocks.5.norm1.bias .* no such key": ("blocks.5.norm1.bias", torch.ones(128)),
+           r"decoder.pre.2.weight is \(8, 64\)": ("decoder.pre.2.weight", torch.ones(8, 64)),
+           "tokenizer.proj.bias .* holds NaN": ("tokenizer.proj.bias", torch.full((128,), torch.nan)),
+           r"tokenizer.proj.weight has shape \(128, 374\)": ("tokenizer.proj.weight", torch.ones(128, 374)),
+           "no decoder.unembed.bias": ("decoder.unembed.bias", None)}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_files_are_refused_by_name(tmp_path, message):
+    key, tensor = DAMAGES[message]
+    path = tmp_path / "volt.pth"
+    state = publish(path, Volt(**TINY), moving_average=False)
+    state["state_dict"][f"module.backbone.{key}"] = tensor
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"volt.pth.*(\n.*)*{message}"):
+        load_backbone(path, None, {}, build_volt=Volt)
 
 
 def test_a_head_has_64_channels():
