@@ -34,7 +34,7 @@ from check import quick_check
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
-                    clip_loss_weight)
+                    clip_loss_weight, lovasz_loss)
 from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
                    gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
@@ -102,6 +102,8 @@ def build_parser():
     add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
     add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
         "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+    add("--drop-path", type=number_in(float, 0.0, 0.9), default=0.0, help="of volt-*: how often the last "
+        "block is skipped for a token; the others less, the first never")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
     add("--no-instances", action="store_true", help="semantics only, even if the data has instance "
         "labels")
@@ -118,6 +120,10 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
         "and 0.5 with --no-clip")
+    add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
+        "that the semantic loss spreads over all classes")
+    add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
+        "loss, which follows the IoU; 0: none")
     add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
         "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
     add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01),
@@ -210,6 +216,8 @@ def check_options(args, error):
         error("--scans holds only points: give --data, the folder of their frames, too")
     if args.data == "rooms" and args.label_map:
         error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.drop_path and not (args.backbone or "").startswith("volt-"):
+        error("--drop-path is for --backbone volt-small, volt-small-plain or volt-base")
     if args.normals and args.colors == "ones":
         error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
@@ -392,14 +400,14 @@ def build_criteria(args, clip_criterion=None):
     """
     clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss,
                                                world_mean=world_mean)
-    return {"semantic": SemanticCriterion(world_mean=world_mean),
+    return {"semantic": SemanticCriterion(world_mean=world_mean, label_smoothing=args.label_smoothing),
             "instance": InstanceCriterion(world_mean=world_mean),
             "clip": clip}
 
 
 def loss_weights(args, epoch):
     """The weight of every loss term in an epoch."""
-    return {"semantic": args.semantic_weight,
+    return {"semantic": args.semantic_weight, "lovasz": args.lovasz,
             **{f"instance_{name}": weight for name, weight in INSTANCE_WEIGHTS.items()},
             "clip": clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)}
 
@@ -417,6 +425,8 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
+    if weights.get("lovasz"):  # steps saved by older versions have no such weight
+        terms["lovasz"] = lovasz_loss(out["logits"], batch["labels"])
     if model.decoder is not None:
         for name, term in criteria["instance"](out["decoder"], batch["targets"]).items():
             terms[f"instance_{name}"] = term
