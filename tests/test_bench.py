@@ -28,7 +28,7 @@ from bench import timing
 from bench.__main__ import COMMANDS, main, parse_args
 from data import PointDataset
 from sources.rooms import RoomFrames
-from support.visualize import palette
+from support.visualize import label_colors
 from sources.scannet import ScanNetFrames
 from sparse_unet import VoxelGrid, sparse_conv
 
@@ -63,7 +63,7 @@ def test_bad_options_are_refused(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "picture"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "meaning", "picture"}))
 def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = importlib.import_module(f"bench.{command}")
@@ -260,7 +260,7 @@ def test_a_cloud_is_drawn_in_the_colours_of_its_classes_without_its_ceiling(tmp_
     main(["picture", "--cloud", str(tmp_path / "x.ply"), "--out", str(tmp_path / "x.png")])
     image = np.asarray(Image.open(tmp_path / "x.png"))[:400]
     for panel, expected in zip(np.split(image, 3, 1), ({(128, 128, 128)}, {tuple(c) for c in (
-            palette(3)[[0, 2]] * 255).round().int().tolist()}, {(102, 102, 102)})):
+            label_colors(torch.tensor([0, 2])) * 255).round().int().tolist()}, {(102, 102, 102)})):
         shown = {tuple(int(x) for x in color) for color in panel.reshape(-1, 3)} - {(255, 255, 255)}
         assert shown == expected
 

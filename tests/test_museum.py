@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from decoder import InstanceDecoder
 from support.diagnose import NonFiniteGuard, locate_nonfinite
-from losses import InstanceCriterion, SemanticCriterion, clip_infonce
+from losses import InstanceCriterion, SemanticCriterion, clip_consistency
 from sparse_unet import SMALL, PointEncoder
 from train import train_step
 
@@ -132,7 +132,7 @@ def test_pointcept_257_a_classifier_on_unit_vectors_survives_zero_overflowed_and
     unit = feats / feats.norm(dim=1, keepdim=True)
     naive = F.cross_entropy(100 * unit @ texts.to(dtype).T, labels)
     assert not gradient(naive * 2.0 ** 12, feats).isfinite().all()  # a loss scale
-    ours, counts = clip_infonce(feats, texts, labels)
+    ours, counts = clip_consistency(feats, texts, labels, variant="infonce")
     used = 9 if factor == 1e6 else 10
     assert ours.isfinite() and counts[:2].tolist() == [used, 10 - used]
     assert gradient(ours, feats).norm(dim=1).max() <= 1.01 / (used * 0.1 * 0.1)
