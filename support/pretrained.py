@@ -35,15 +35,9 @@ def load_backbone(path, build, networks, final=False, build_volt=None):
     """A U-Net or a Volt with the weights of a checkpoint, as the PROJECTS or the Volt project publish it, or as
     train.py writes it.
 
-<<<<<<< HEAD
-    build: sparse_unet.Res16UNet34C, which makes the network; its options are read off keys and shapes.
-    networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into
-    CLIP's space.
-=======
     build: sparse_unet.Res16UNet34C, which makes a U-Net; its options are read off keys and shapes.
-    networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into CLIP's space.
-    build_volt: volt.Volt, which makes a Volt.
->>>>>>> main
+    networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into
+    CLIP's space. build_volt: volt.Volt, which makes a Volt.
 
     Returns the network in eval mode; the name of its colors, a key of sparse_unet.COLORS, or None if
     the file does not tell them; and a line that says what was loaded. Raises FileNotFoundError; or
