@@ -40,6 +40,8 @@ def device(request):
 @pytest.fixture
 def quick_runs(monkeypatch):
     """For tests of whole runs: no room is rendered twice, and no images are drawn for TensorBoard."""
+    for split, rooms in (("train", 2), ("val", 1)):
+        helpers.rendered(split, rooms, 2, 0, (240, 320))  # now, and not in every fork
     monkeypatch.setattr("sources.rooms.frames", helpers.rendered)
     monkeypatch.setattr("train.visualize", lambda *args: None)
 
