@@ -241,7 +241,8 @@ def restore_model(state, path, tower=None):
     tower = tower or build_tower(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
     model = build_model(config, len(class_names), instances, tower, channels_of(state["model"]))
-    load_weights(model, state, path, class_names)
+    weights = {**state["model"], **state.get("ema", {})}  # the moving average is what training evaluated
+    load_weights(model, {**state, "model": weights}, path, class_names)
     return model
 
 

@@ -41,6 +41,7 @@ from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
+from support.average import MovingAverage
 from support.cache import FeatureCache, Store, SuperpointCache, content_key
 from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read_checkpoint, run_folder,
                                 write_atomically, write_or_warn)
@@ -145,6 +146,8 @@ def build_parser():
     add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
     add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: "
         "none")
+    add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the moving "
+        "average of all weights, with a decay per step such as 0.999; 0: the last weights")
     add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
         "to it")
     add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
@@ -422,6 +425,7 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     """
     device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
+    torch.manual_seed(batch["seed"][0])  # what the network draws, drop path say, can repeat
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
@@ -682,6 +686,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     trainable = sum(p.requires_grad for p in model.parameters())
     assert in_optimizer == trainable, f"{in_optimizer} of {trainable} parameters reached the optimizer"
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    average = MovingAverage(model, args.ema)
+    average.load_state_dict(state.get("ema", {}) if state else {})
     steps_per_epoch = -(-len(train_loader) // args.grad_accum)
     total_steps = args.epochs * steps_per_epoch
     global_batch = args.batch_size * args.grad_accum * world_size
@@ -700,7 +706,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         console.warn(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
-        metrics = score()
+        with average.applied():
+            metrics = score()
         console.print("\n".join([format_metrics(metrics, class_names), *console.notes()]))
         leave_processes()
         return metrics
@@ -720,7 +727,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         """Writes a checkpoint that goes on at a step of an epoch, or keeps the old file if the disk is full."""
         if main_process:
             write_or_warn(folder / name, console.warn, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
                 "next_lr": lr_at(epoch, next_step), "best": best, "skipped_steps": skipped_steps,
                 "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity})
@@ -755,6 +762,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights}
             skipped_steps += guard.end_step(result.finite, searches, micro_batches, weighted_losses,
                                             {**facts, **identity})
+            if result.finite:
+                average.update(step)
             step += 1
 
             # log
@@ -787,11 +796,12 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         # evaluate and save
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             average_buffers(model, world_size)
-            metrics = score()
+            with average.applied():
+                metrics = score()
+                if main_process:
+                    visualize(log, model, val_set, class_names, args.min_instance_points)
             bar.show(mIoU=metrics["miou"])
             console.print(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
-            if main_process:
-                visualize(log, model, val_set, class_names, args.min_instance_points)
             if metrics["miou"] > best:
                 best = metrics["miou"]
                 save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it

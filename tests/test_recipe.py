@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What a training may add, each part off by default: Lovasz loss, label smoothing, drop path."""
+"""What a training may add, each part off by default: Lovasz loss, label smoothing, drop path, moving average."""
+import copy
 import math
 from functools import partial
 
@@ -12,6 +13,8 @@ import train
 from helpers import checkpoint, small
 from losses import SemanticCriterion, lovasz_loss
 from model import load_model
+from support.average import MovingAverage
+from support.runtime import StopRequest
 from volt import Volt
 
 
@@ -96,17 +99,70 @@ def test_label_smoothing_mixes_in_the_mean_over_all_classes():
     assert torch.isclose(SemanticCriterion()(logits, labels), own)
 
 
-def test_every_part_trains_and_is_remembered(tmp_path, monkeypatch):
+def test_the_moving_average_is_the_sum_of_its_definition_and_leaves_the_model_alone():
+    layer = torch.nn.Linear(3, 2).double()
+    average = MovingAverage(layer, 0.9)
+    expected = layer.weight.detach().clone()
+    for step in range(200):
+        torch.nn.init.normal_(layer.weight)
+        average.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * layer.weight.detach()
+    last = copy.deepcopy(layer.state_dict())
+    with average.applied():
+        assert torch.allclose(layer.weight, expected)
+    assert all(torch.equal(last[key], value) for key, value in layer.state_dict().items())
+
+
+def test_without_decay_there_is_no_average():
+    layer = torch.nn.Linear(3, 2)
+    average = MovingAverage(layer, 0.0)
+    average.update(0)
+    with average.applied():
+        assert average.state_dict() == {}
+
+
+class StopAt(StopRequest):
+    """A request that comes at the first look after a number of looks."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.looks = step
+
+    @property
+    def signum(self):
+        self.looks -= 1
+        return 15 if self.looks < 0 else 0
+
+    @signum.setter
+    def signum(self, value):
+        pass
+
+
+def test_every_part_trains_resumes_bit_exactly_and_is_loaded(tmp_path, monkeypatch):
     tiny = partial(Volt, embed_dim=64, num_heads=1, depth=3, out_channels=32)
     monkeypatch.setitem(model.BACKBONES, "volt-small", tiny)
-    parts = "--backbone volt-small --drop-path 0.2 --lovasz 1 --label-smoothing 0.1 --no-clip --epochs 1"
-    train.main(small(tmp_path, *parts.split()))
-    config = checkpoint(tmp_path)["config"]
+    parts = "--backbone volt-small --drop-path 0.2 --lovasz 1 --label-smoothing 0.1 --ema 0.99 --no-clip"
+    options = [*parts.split(), "--no-instances"]
+    metrics = train.main(small(tmp_path / "whole", *options))
+    with pytest.raises(SystemExit):
+        train.main(small(tmp_path / "halves", *options), stop=StopAt(1))
+    path, = (tmp_path / "halves" / "runs").glob("*/last.pt")
+    train.main(["--resume", str(path), "--device", "cpu"])
+
+    whole, halves = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves")
+    assert whole["ema"]
+    for field in ("model", "ema"):
+        assert all(torch.equal(halves[field][key], value) for key, value in whole[field].items())
+    config = halves["config"]
     assert (config["lovasz"], config["label_smoothing"]) == (1, 0.1)
-    path, = (tmp_path / "runs").glob("*/last.pt")
+
     network, *_ = load_model(path, "cpu")
     rates = [block.drop_rate for block in network.fusion.encoder_3d.backbone.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2])
+    assert torch.equal(network.head.weight, whole["ema"]["head.weight"])
+    scored = train.main(["--eval", str(path), "--device", "cpu"])
+    assert scored["miou"] == metrics["miou"]
 
 
 def test_drop_path_is_refused_for_networks_without_it(capsys):
