@@ -125,20 +125,20 @@ def usable_rows(feat_fusion, clip_feat, batch=None, valid=None):
         dropped (N,)   valid points that are left out because either is not
         targets (T,)   rows of clip_feat that may be read: of used points, or finite scene targets
     """
-    n = len(feat_fusion)
+    n, T = feat_fusion.shape[0], clip_feat.shape[0]  # len() would fix the size of an export
     shapes = f"feat_fusion {tuple(feat_fusion.shape)} and clip_feat {tuple(clip_feat.shape)}"
     is_matrix = feat_fusion.dim() == clip_feat.dim() == 2
     if not is_matrix or feat_fusion.shape[1] != clip_feat.shape[1]:
         raise ValueError(f"{shapes} must be (N, C) and (N, C) or (B, C)")
-    if batch is None and len(clip_feat) != n:
+    if batch is None and T != n:
         raise ValueError(f"{shapes} differ in their rows: give batch (N,), the scene of each point")
     for name, mask in (("batch", batch), ("valid", valid)):
-        if mask is not None and mask.shape != (n,):
+        if mask is not None and tuple(mask.shape) != (n,):
             raise ValueError(f"{name} {tuple(mask.shape)} must be ({n},), one entry per point")
     if valid is not None and valid.dtype != torch.bool:
         raise ValueError(f"valid must be bool, got {valid.dtype}")
     if batch is not None:
-        check_ids("batch", batch, len(clip_feat))
+        check_ids("batch", batch, T)
 
     feat_finite = largest_entry(feat_fusion).isfinite()
     clip_finite = largest_entry(clip_feat).isfinite()
@@ -195,10 +195,11 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
         elif variant == "cosine":
             row_loss = 1 - cosine
         else:
-            rows = torch.arange(len(clip), device=clip.device)
+            T = clip.shape[0]
+            rows = torch.arange(T, device=clip.device)
             if negatives is not None:
-                check_ids("negatives", negatives, len(rows))
-            elif len(rows) > MAX_NEGATIVES:
+                check_ids("negatives", negatives, T)
+            elif T > MAX_NEGATIVES:
                 negatives = draw_negatives(targets, MAX_NEGATIVES, generator)
             else:
                 negatives = rows
@@ -286,8 +287,10 @@ class ClipConsCriterion(nn.Module):
 # ------------------------------------------------------------------------------------ Semantics
 
 
-def semantic_loss(logits, labels, ignore_index=-1, world_mean=None):
+def semantic_loss(logits, labels, ignore_index=-1, world_mean=None, label_smoothing=0.0):
     """Mean cross-entropy in fp32 over the rows that are not ignored.
+
+    label_smoothing: the share of the target that is spread evenly over all classes.
 
     logits (N, K), labels (N,) int64 -> scalar; a zero with a graph if all rows are ignored. An ignored
     row has no influence and gets no gradient, whatever it holds.
@@ -299,21 +302,48 @@ def semantic_loss(logits, labels, ignore_index=-1, world_mean=None):
         valid = labels != ignore_index
         # Mask first: the softmax of a row with NaN has a NaN gradient even if its loss is not counted.
         logits = logits.to(common_dtype(logits)).where(valid[:, None], 0)
-        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum",
+                                label_smoothing=label_smoothing)
         return mean_over(total, valid.sum(), world_mean)
+
+
+def lovasz_loss(logits, labels, ignore_index=-1):
+    """The Lovasz-softmax loss of Berman et al., CVPR 2018: 1 - IoU, extended to probabilities.
+
+    Per class, errors |truth - probability| in descending order are weighted by how much each lowers the
+    IoU as one more mistake. Mean over the classes that occur in labels; 0 with a graph if none does. Of
+    this process alone: IoU is no sum over rows. logits (N, K), labels (N,) int64 -> scalar.
+    """
+    check_ids("labels", labels, logits.shape[1], ignore_index)
+    with torch.autocast(logits.device.type, enabled=False):
+        valid = (labels != ignore_index)[:, None]
+        logits = logits.to(common_dtype(logits)).where(valid, 0)
+        truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]) * valid  # (N, K)
+        errors = (truth - logits.softmax(1)).abs() * valid  # ignored rows sort last and add 0
+        errors, order = errors.sort(dim=0, descending=True)
+        truth = truth.gather(0, order)
+        total = truth.sum(0)  # (K,)
+        intersection = total - truth.cumsum(0)
+        union = total + (1 - truth).cumsum(0)
+        jaccard = 1 - intersection.to(errors.dtype) / union  # (N, K), with the rows so far as mistakes
+        slopes = jaccard.diff(dim=0, prepend=jaccard.new_zeros(1, len(total)))
+        occurs = total > 0
+        per_class = (errors * slopes).sum(0)  # (K,)
+        return mean_over((per_class * occurs).sum(), occurs.sum())
 
 
 class SemanticCriterion(nn.Module):
     """`semantic_loss`; world_mean: see the top of the file."""
 
-    def __init__(self, ignore_index=-1, world_mean=None):
+    def __init__(self, ignore_index=-1, world_mean=None, label_smoothing=0.0):
         super().__init__()
         self.ignore_index = ignore_index
         self.world_mean = world_mean
+        self.label_smoothing = label_smoothing
 
     def forward(self, logits, labels):
         """logits (N, K), labels (N,) int64 -> scalar."""
-        return semantic_loss(logits, labels, self.ignore_index, self.world_mean)
+        return semantic_loss(logits, labels, self.ignore_index, self.world_mean, self.label_smoothing)
 
 
 # ------------------------------------------------------------------------------------ Instances
@@ -334,8 +364,7 @@ def instance_targets(labels, instances, index, superpoint_batch):
     is_flat = labels.dim() == superpoint_batch.dim() == 1
     if not is_flat or not labels.shape == instances.shape == index.shape:
         shapes = [tuple(x.shape) for x in (labels, instances, index, superpoint_batch)]
-        raise ValueError("labels {}, instances {} and index {} must be (N,), superpoint_batch {} (S,)"
-                         .format(*shapes))
+        raise ValueError(f"labels, instances, index {shapes[:3]} must be (N,), superpoint_batch {shapes[3]} (S,)")
     S = len(superpoint_batch)
     sizes = torch.bincount(superpoint_batch)  # (B,)
     inside = (labels >= 0) & (instances >= 0)

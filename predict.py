@@ -175,7 +175,8 @@ def cloud_voxel(frame):
 
 def sample_options(model, config):
     """Keyword arguments of data.PointDataset that draw every point of a frame, with its color."""
-    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"])
+    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"],
+                   normals=config.get("normals", False))  # older checkpoints do not say
     if model.decoder is not None and config["superpoints"]:
         options["superpoints"] = partial(oversegment, count=config["superpoints"])
     return options
@@ -320,7 +321,8 @@ def parse_args(argv=None):
         parser.error("--intrinsics and --scans exclude each other")
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
-    if args.text is None and (args.text_from != "clip" or args.attention):
+    asks = args.text or args.checkpoint is None and args.classes
+    if not asks and (args.text_from != "clip" or args.attention):
         parser.error("--text-from and --attention need --text")
     if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
         parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")
@@ -369,7 +371,8 @@ def open_source(args, config, classes, class_names):
     labels = None if classes is not None else False
     scans = None
     if args.scans:
-        scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels)
+        scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels,
+                                   config.get("normals", False))
     else:  # of the built-in rooms those that validate a training with these options
         val_rooms = config.get("val_rooms", -(-config["rooms"] * 3 // 8))  # older checkpoints do not say
         rooms = val_rooms, config["frames_per_room"]

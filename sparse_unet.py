@@ -550,28 +550,29 @@ COLORS["centred"] = COLORS["centered"]  # as older checkpoints spell it
 
 
 class PointEncoder(nn.Module):
-    """A sparse U-Net for points: averages their features per voxel, and gives each its voxel's output.
+    """A network of voxels for points: averages their features per voxel, gives each its voxel's output.
 
     voxel_size: in meters. in_channels: F, the channels of the point features. out_channels: if the
-    network's differ, a linear layer maps the voxels to out_channels. network: options of `Res16UNet34C`.
+    network's differ, a linear layer maps the voxels to out_channels; None: the network's. build: makes a
+    module (coords (M, 4), feats (M, F)) -> (M, its out_channels) of in_channels and options.
     color_mean, color_std: the network sees (features - color_mean) / color_std, numbers or sequences of F
     numbers; None: it sees ones, whatever the features. COLORS has those of other projects.
     """
 
     def __init__(self, voxel_size, in_channels=3, out_channels=96, color_mean=0.5, color_std=0.5,
-                 **network):
+                 build=Res16UNet34C, **options):
         super().__init__()
         self.voxel_size = voxel_size
         self.in_channels = in_channels
-        self.out_channels = out_channels
         self.sees_features = color_mean is not None
         if not self.sees_features:
             color_mean = color_std = 1.0
         self.register_buffer("color_mean", torch.tensor(color_mean), persistent=False)
         self.register_buffer("color_std", torch.tensor(color_std), persistent=False)
-        self.backbone = Res16UNet34C(in_channels, **network)
+        self.backbone = build(in_channels, **options)
         width = self.backbone.out_channels
-        self.project = nn.Identity() if width == out_channels else nn.Linear(width, out_channels)
+        self.out_channels = out_channels or width
+        self.project = nn.Identity() if width == self.out_channels else nn.Linear(width, self.out_channels)
 
     def forward(self, batch):
         """A dict of coords (N, 3) in meters, features (N, F), batch (N,) int64 -> (N, out_channels)."""

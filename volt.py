@@ -44,7 +44,7 @@ def partition(coords):
     Raises ValueError for a negative batch index, for duplicates, and for bounds of 2^63 or more voxels.
     """
     if not len(coords):
-        return Patches(coords[:, 1:], coords[:, 0], [])
+        return Patches(coords[:, 1:], coords[:, 0], [0])
     batch = coords[:, 0]
     xyz = coords[:, 1:]
     low, high = torch.stack(coords.aminmax(dim=0)).tolist()
@@ -62,7 +62,8 @@ def partition(coords):
     patch = xyz // PATCH
     digits = torch.cat((patch, xyz % PATCH), 1)  # (M, 6)
     key = batch
-    for digit, base in zip(digits.unbind(1), (*extent, PATCH, PATCH, PATCH)):
+    bases = (*extent, PATCH, PATCH, PATCH)
+    for digit, base in zip(digits.unbind(1), bases):
         key = key * base + digit
     key, order = key.sort()
 
@@ -128,11 +129,9 @@ def attend(q, k, v, lengths):
 
     Scene by scene there is neither padding nor a mask, so that every device takes its fastest kernel.
     """
-    out = []
-    for scene in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
-        scene = (x.transpose(0, 1)[None] for x in scene)  # q, k, v: (1, nh, L, HEAD)
-        out.append(F.scaled_dot_product_attention(*scene).squeeze(0).transpose(0, 1))
-    return torch.cat(out) if out else v
+    q, k, v = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))  # (1, nh, L, HEAD) per scene
+    out = map(F.scaled_dot_product_attention, q, k, v)
+    return torch.cat([x.squeeze(0).transpose(0, 1) for x in out])
 
 
 class Attention(nn.Module):
@@ -182,16 +181,13 @@ class Block(nn.Module):
 
 
 class Rows(nn.Sequential):
-    """Layers for any number of rows (T, C): norms of fewer than two use their running statistics.
-
-    A subclass of nn.BatchNorm1d handles this itself: a synchronized norm counts all processes' rows.
-    """
+    """Layers for any number of rows (T, C): norms of fewer than two use their running statistics."""
 
     def forward(self, x):
         for layer in self:
-            if len(x) < 2 and type(layer) is nn.BatchNorm1d:
-                mean, var = layer.running_mean, layer.running_var
-                x = F.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps)
+            if len(x) < 2 and type(layer) is nn.BatchNorm1d:  # a synchronized norm counts rows itself
+                x = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias,
+                                 eps=layer.eps)
             else:
                 x = layer(x)
         return x
@@ -224,10 +220,11 @@ class Volt(nn.Module):
         super().__init__()
         if embed_dim != HEAD * num_heads:
             raise ValueError(f"embed_dim must be {HEAD} per head, got {embed_dim} for {num_heads} heads")
-        self.in_channels = in_channels
         self.out_channels = out_channels
+        self.options = dict(in_channels=in_channels, embed_dim=embed_dim, depth=depth,
+                            out_channels=out_channels, qk_norm=qk_norm)
         self.tokenizer = Tokenizer(in_channels, embed_dim)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, qk_norm, rate) for rate in rates)
         self.decoder = Decoder(embed_dim, out_channels)
         for name, parameter in self.named_parameters():
@@ -240,8 +237,9 @@ class Volt(nn.Module):
         """coords (M, 4) int64 (batch, x, y, z) in any order, feats (M, in_channels) -> (M, out_channels)."""
         if coords.shape[1:] != (4,) or coords.is_floating_point():
             raise ValueError(f"coords must be (M, 4) int64, got {tuple(coords.shape)} {coords.dtype}")
-        if feats.shape != (len(coords), self.in_channels):
-            raise ValueError(f"feats must be ({len(coords)}, {self.in_channels}), got {tuple(feats.shape)}")
+        expected = (len(coords), self.options["in_channels"])
+        if feats.shape != expected:
+            raise ValueError(f"feats must be {expected}, got {tuple(feats.shape)}")
         patches = partition(coords.long())
         phases = rotary_phases(patches.position, torch.promote_types(feats.dtype, torch.float32))
         x = self.tokenizer(feats, patches).to(feats.dtype)  # also under autocast: the sum over blocks

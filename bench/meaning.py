@@ -199,28 +199,31 @@ def rooms_of(split, rooms, frames_per_room):
     return open_frames("rooms", split, rooms=(rooms, frames_per_room))
 
 
-def miou_of(pairs):
-    """Pairs of labels and truth (P,) -> mIoU."""
+def miou_of(labels, truth):
+    """labels, truth (P,) -> mIoU."""
     scores = Scores(len(CLASSES), with_instances=False)
-    for labels, truth in pairs:
-        scores.update(labels, truth)
+    scores.update(labels, truth)
     return scores.compute()["miou"]
 
 
 @torch.no_grad()
 def dense_text_miou(tower, attention):
-    """Text queries with CLIP's dense features alone, averaged over all frames of a room that see a point."""
+    """Text queries with CLIP's dense features alone, averaged over all frames of a room that see a point.
+
+    Returns the mIoU of the largest cosine, and of the largest cosine less that name's mean over all points.
+    """
     frames = rooms_of("val", VAL_ROOMS, FRAMES_PER_ROOM)
     dataset = PointDataset(frames, NUM_POINTS * FRAMES_PER_ROOM, SIZE, num_views=FRAMES_PER_ROOM)
     fusion = BiFusionEncoder(tower, nn.Identity())
     queries = class_queries(tower)
-    answers = []
+    cosines, truth = [], []
     for index in range(len(dataset)):
         batch = collate([dataset[index]])
         dense = tower.encode_dense(batch["images"][0], attention)
-        cosines = queries.cosines(fusion, batch, None, dense)[:, :len(CLASSES)]
-        answers.append((cosines.argmax(1), batch["labels"]))
-    return miou_of(answers)
+        cosines.append(queries.cosines(fusion, batch, None, dense)[:, :len(CLASSES)])
+        truth.append(batch["labels"])
+    cosines, truth = torch.cat(cosines), torch.cat(truth)
+    return [miou_of(values.argmax(1), truth) for values in (cosines, cosines - cosines.mean(0))]
 
 
 @torch.no_grad()
@@ -229,12 +232,14 @@ def feature_text_miou(model):
     dataset = PointDataset(rooms_of("val", VAL_ROOMS, FRAMES_PER_ROOM), NUM_POINTS, SIZE)
     text = class_queries(model.fusion.encoder_2d, "fused").embedding[:len(CLASSES)]  # (K, C)
     answers = {"fused": [], "3d": []}
+    truth = []
     for index in range(len(dataset)):
         batch = collate([dataset[index]])
         out = model.fusion(batch)
-        answers["fused"].append(((out["feat_fusion"] @ text.T).argmax(1), batch["labels"]))
-        answers["3d"].append(((out["feat_3d"] @ text.T).argmax(1), batch["labels"]))
-    return {name: miou_of(pairs) for name, pairs in answers.items()}
+        answers["fused"].append((out["feat_fusion"] @ text.T).argmax(1))
+        answers["3d"].append((out["feat_3d"] @ text.T).argmax(1))
+        truth.append(batch["labels"])
+    return {name: miou_of(torch.cat(labels), torch.cat(truth)) for name, labels in answers.items()}
 
 
 # ---------------------------------------------------------------------------------------------- trainings
@@ -436,8 +441,8 @@ def run(args):
         results["text"]["random tower"] = dense_text_miou(named_tower(folder, None, SIZE), "naclip")
         save()
     print(f"zero-shot accuracy on crops of other rooms: {results['zero_shot']:.3f}")
-    for name, miou in results["text"].items():
-        print(f"text mIoU of dense features, {name}: {miou:.3f}")
+    for name, (plain, centered) in results["text"].items():
+        print(f"text mIoU of dense features, {name}: {plain:.3f}, less each name's mean {centered:.3f}")
     finished = results.setdefault("trainings", {})
     training_study(args, folder, finished, save)
     print_trainings(finished)

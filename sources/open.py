@@ -68,17 +68,18 @@ def kind_of(folder, format=None):
     return "frame-*" if format is None and is_posed else "capture"
 
 
-def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True):
+def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True, normals=False):
     """Whole scans of ScanNet in a folder, and their views, the frames in `data` -> (scans, frames).
 
     split, classes: as in `open_frames`. The class list holds NYU40's ids, or those of the label map
     (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list and
     every scan is annotated; False: not read. If they are not needed, either all scans or none have an axis
-    alignment (the test split has none).
+    alignment (the test split has none). normals: scans also hold the normals of their meshes.
     """
     frames = ScanNetFrames(data, None, split)
+    options = dict(split=split, normals=normals)
     if labels:
-        return ScanNetScenes(scans, read_classes(data, classes), split, label_map), frames
+        return ScanNetScenes(scans, read_classes(data, classes), label_map=label_map, **options), frames
 
     names = ScanNetScenes(scans, None, split, align=False).names
     texts = [Path(scans) / name / f"{name}.txt" for name in names]
@@ -89,8 +90,8 @@ def open_scans(scans, data, split=None, classes=None, label_map=None, labels=Tru
     annotated = all(text.with_suffix(".aggregation.json").is_file() for text in texts)
     if annotated and has_classes(data, classes, labels):
         known = read_classes(data, classes)
-        return ScanNetScenes(scans, known, split, label_map, align=all(aligned)), frames
-    return ScanNetScenes(scans, None, split, align=all(aligned)), frames
+        return ScanNetScenes(scans, known, label_map=label_map, align=all(aligned), **options), frames
+    return ScanNetScenes(scans, None, align=all(aligned), **options), frames
 
 
 def has_classes(data, classes, labels):

@@ -481,6 +481,38 @@ def read_ply_vertices(path, fields):
     return np.frombuffer(content, dtype, count, start)
 
 
+def read_ply_triangles(path):
+    """Triangles of a binary PLY file that ends with its faces -> (F, 3) int64 indices of vertices.
+
+    Raises ValueError for a file without faces, or with others than triangles.
+    """
+    content = read_bytes(path, "mesh")
+    head = content[:2 ** 16].partition(b"end_header\n")[0]
+    match = re.search(rb"element face (\d{1,9})\nproperty list u(?:char|int8) u?int(?:32)? vertex_ind\w+\n$", head)
+    count = int(match[1]) if match else 0
+    dtype = np.dtype([("corners", "u1"), ("vertices", "<u4", 3)])
+    if count * dtype.itemsize > len(content):
+        raise ValueError(f"{path} is truncated: {count} faces")
+    faces = np.frombuffer(content, dtype, count, len(content) - count * dtype.itemsize)
+    if count == 0 or (faces["corners"] != 3).any():
+        raise ValueError(f"{path} has no normals: it does not end with triangles, a list of vertex_indices each")
+    return faces["vertices"].astype(np.int64)
+
+
+def vertex_normals(points, triangles):
+    """Unit normals (P, 3) float32 of a mesh, the mean of its faces by area; 0 at a vertex without face.
+
+    points (P, 3); triangles (F, 3) indices, counter-clockwise seen from outside.
+    """
+    a, b, c = points[triangles].astype(np.float64).transpose(1, 0, 2)
+    faces = np.cross(b - a, c - a)  # (F, 3), twice the area long
+    corners = triangles.ravel()
+    total = [np.bincount(corners, np.repeat(axis, 3), len(points)) for axis in faces.T]
+    normals = np.stack(total, 1)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)
+
+
 def read_axis_alignment(path):
     """<scene>.txt -> (4, 4) float64 that turns the scan's walls parallel to x and y, its floor to z = 0."""
     for line in read_text(path, "scan description").splitlines():
@@ -534,15 +566,17 @@ class ScanNetScenes:
     label_map: path of scannetv2-labels.combined.tsv. The ids are then that table's, found by the annotated
     names (ScanNet200).
     split: a file with one `scene` (or `scene/frame`) per line; None: all scans.
+    normals: scans also hold normals (P, 3) float32, from the faces of the mesh.
 
     Attributes: names ["scene"], class_names and class_ids (K), left_out {what was not taken: how many},
     title (split or root).
     """
 
-    def __init__(self, root, classes, split=None, label_map=None, align=True):
+    def __init__(self, root, classes, split=None, label_map=None, align=True, normals=False):
         self.root = Path(root)
         self.title = str(split or root)
         self.align = align
+        self.normals = normals
         if not self.root.is_dir():
             raise FileNotFoundError(f"scan folder {self.root} does not exist")
         self._table = ClassTable(classes)
@@ -588,6 +622,11 @@ class ScanNetScenes:
             scan["alignment"] = read_axis_alignment(self._path(name, ".txt"))
         if not np.isfinite(points).all():
             raise ValueError(f"{path}: vertices are not finite")
+        if self.normals:
+            triangles = read_ply_triangles(path)
+            if triangles.max() >= len(points):
+                raise ValueError(f"{path}: a face has vertex {triangles.max()} of {len(points)}")
+            scan["normals"] = vertex_normals(points, triangles)
         if not self._labeled:
             return scan
         ids, instances, segments = self._read_annotation(name, len(mesh))

@@ -39,6 +39,23 @@ def new_folder(path):
             folder = Path(f"{path}-{number}")
 
 
+def goes_on_in_place(path):
+    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, so that nothing
+    else is written over. path: None for a new run.
+    """
+    path = Path(path or "")
+    return path.name == "last.pt" and (path.parent / "lock").exists()
+
+
+def run_folder(resumed, new, lock=None):
+    """The folder of a run, and the lock on it: that of its checkpoint `resumed`, or else `new`.
+
+    lock: that of the first, if it is held already: a second lock would close the first file, which ends both.
+    """
+    folder = Path(resumed).parent if goes_on_in_place(resumed) else new_folder(new)
+    return folder, lock or lock_folder(folder)
+
+
 def lock_folder(folder):
     """Locks a run's folder for this process, and removes unfinished files in it -> the open file of the lock.
 
@@ -71,6 +88,14 @@ def lock_folder(folder):
 def write_atomically(state, path):
     """torch.save that leaves the old file or the whole new one; OSError if the disk does not take it."""
     write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_or_warn(path, warn, state):
+    """`write_atomically`; if that fails, on a full disk say, the old file stays, and warn(text) says so."""
+    try:
+        write_atomically(state, path)
+    except OSError as error:
+        warn(f"{error}: the checkpoint is not written, the old one stays; the next one is tried again")
 
 
 def read_checkpoint(path, fields=FIELDS):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Weights of other projects for a sparse U-Net, read as they are published, without the packages that
-wrote them.
+"""Weights of other projects for a sparse U-Net or a Volt, read as they are published, without the packages
+that wrote them.
 
 A checkpoint is a zip file with a pickle, which may name any function. `TensorUnpickler` builds tensors and
 plain containers alone: nothing that a file names is imported or called.
@@ -26,28 +26,36 @@ PROJECTS = {"ESAM or oneformer3d": (r"(backbone|unet)\.", 5, 3, "scannet"),
             "OpenScene": (r"(module\.)?net3d\.", 5, 3, "ones"),
             "Pointcept": (r"(module\.)?backbone\.", 5, 9, None)}  # signed until its version 1.6, then raw
 OWN_PREFIX = "fusion.encoder_3d.backbone."  # in checkpoints of train.py
-ANCHOR = "conv0p1s1.kernel"  # a key that every such network has
-PARTS = r"(conv\d|convtr\d|bn\d|bntr\d|block\d|final\.)"  # how keys of such a network begin
+UNET, VOLT = "conv0p1s1.kernel", "tokenizer.proj.weight"  # a key that every such network has
+PARTS = {UNET: r"(conv\d|convtr\d|bn\d|bntr\d|block\d|final\.)",  # how the keys of such a network begin
+         VOLT: r"(tokenizer|blocks|decoder)\."}
 
 
-def load_backbone(path, build, networks, final=False):
-    """A U-Net with the weights of a checkpoint, as the PROJECTS publish it, or as train.py writes it.
+def load_backbone(path, build, networks, final=False, build_volt=None):
+    """A U-Net or a Volt with the weights of a checkpoint, as the PROJECTS or the Volt project publish it, or as
+    train.py writes it.
 
-    build: sparse_unet.Res16UNet34C, which makes the network; its options are read off keys and shapes.
+    build: sparse_unet.Res16UNet34C, which makes a U-Net; its options are read off keys and shapes.
     networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into CLIP's space.
+    build_volt: volt.Volt, which makes a Volt.
 
     Returns the network in eval mode; the name of its colors, a key of sparse_unet.COLORS, or None if the file
     does not tell them; and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the
     path, if the file is damaged, a tensor is missing, unknown or of another shape, or holds NaN or inf.
     """
-    prefix, tensors, config = read_backbone(path)
+    anchor, prefix, tensors, config = read_backbone(path)
     for key, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {prefix}{key} {tuple(value.shape)} holds NaN or inf")
-    options = network_options(tensors, f"{path}: {prefix}")
-    project, colors, options["last_relu"] = recognize(prefix, options, config, networks)
     dropped = []
-    if not final:
+    if anchor == VOLT:
+        build = build_volt
+        options = volt_options(tensors, f"{path}: {prefix}")
+        project, colors = ("BiFusion", config.get("colors")) if prefix == OWN_PREFIX else ("Volt", "raw")
+    else:
+        options = network_options(tensors, f"{path}: {prefix}")
+        project, colors, options["last_relu"] = recognize(prefix, options, config, networks)
+    if anchor == UNET and not final:
         options["final"] = None
         dropped = [key for key in tensors if key.startswith("final.")]
         tensors = {key: value for key, value in tensors.items() if key not in dropped}
@@ -94,9 +102,9 @@ def network_options(tensors, where):
             raise ValueError(f"{where}block{i} has no conv2.kernel of 3 dimensions")
         planes.append(kernels[0].shape[2])
         layers.append(len(kernels))
-    stem = tensors[ANCHOR]
+    stem = tensors[UNET]
     if stem.ndim != 3 or len(stem) not in (27, 125):
-        raise ValueError(f"{where}{ANCHOR} has shape {tuple(stem.shape)}, not (27 or 125, Cin, Cout)")
+        raise ValueError(f"{where}{UNET} has shape {tuple(stem.shape)}, not (27 or 125, Cin, Cout)")
     final = None
     if "final.kernel" in tensors and tensors["final.kernel"].ndim:
         final = tensors["final.kernel"].shape[-1], "final.bias" in tensors
@@ -104,28 +112,47 @@ def network_options(tensors, where):
     return dict(in_channels=stem.shape[1], planes=planes, layers=layers, stem=size, final=final)
 
 
+def volt_options(tensors, where):
+    """The tensors of a network by key -> the options of Volt with these keys and shapes."""
+    weight = tensors[VOLT]
+    bias = tensors.get("decoder.unembed.bias")
+    if weight.ndim != 2 or weight.shape[0] % 64 or weight.shape[1] % 125 or bias is None:
+        raise ValueError(f"{where}{VOLT} has shape {tuple(weight.shape)}, not (64 per head, 125 per channel), or "
+                         "there is no decoder.unembed.bias")
+    blocks = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+    return dict(in_channels=weight.shape[1] // 125, embed_dim=len(weight), depth=len(blocks),
+                num_heads=len(weight) // 64, out_channels=len(bias),
+                qk_norm="blocks.0.attn.q_norm.weight" in tensors)
+
+
 def read_backbone(path):
-    """The prefix of a U-Net's keys in a checkpoint, its tensors (float32 or int64) by key without that
-    prefix, and train.py's config, empty in other files.
+    """The anchor of a network in a checkpoint, UNET or VOLT; the prefix of its keys; its tensors (float32 or
+    int64) by key without that prefix; and train.py's config, empty in other files.
+
+    A moving average of the weights is taken if there is one, because its training evaluated that.
     """
     check_torch_file(path)
     try:
         state = read_tensors(path)
-        nested = next((state[key] for key in ("state_dict", "model") if key in state), state)
+        fields = ("ema_state_dict", "state_dict", "model")
+        nested = next((state[key] for key in fields if state.get(key) is not None), state)
+        nested = {**nested, **(state.get("ema") or {})}  # of train.py
         tensors = {key: value for key, value in nested.items() if isinstance(value, torch.Tensor)}
-        anchors = [key for key in tensors if f".{key}".endswith(f".{ANCHOR}")]
+        anchors = [(key, anchor) for key in tensors for anchor in PARTS if f".{key}".endswith(f".{anchor}")]
         if len(anchors) != 1:
-            raise ValueError(f"{len(anchors)} keys end in {ANCHOR}, expected one; the first are {list(tensors)[:3]}")
-        prefix = anchors[0].removesuffix(ANCHOR)
+            raise ValueError(f"{len(anchors)} keys end in {UNET} or {VOLT}, expected one; the first are "
+                             f"{list(tensors)[:3]}")
+        (key, anchor), = anchors
+        prefix = key.removesuffix(anchor)
         found = {}
         for key, value in tensors.items():
-            if re.match(re.escape(prefix) + PARTS, key):
+            if re.match(re.escape(prefix) + PARTS[anchor], key):
                 dtype = torch.float32 if value.is_floating_point() else torch.int64
                 found[key[len(prefix):]] = value.to(dtype).contiguous()
         config = state["config"] if prefix == OWN_PREFIX else {}
     except Exception as error:  # torch and pickle raise many kinds
-        raise ValueError(f"{path}: no checkpoint with a U-Net, {type(error).__name__}: {error}") from error
-    return prefix, found, config
+        raise ValueError(f"{path}: no checkpoint with a known network, {type(error).__name__}: {error}") from error
+    return anchor, prefix, found, config
 
 
 # ---------------------------------------------------------------------------------------------- pickles

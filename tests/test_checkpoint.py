@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from support import checkpoint
-from helpers import in_process, try_lock
+from helpers import try_lock
 
 
 def state_of(model, /, **changes):
@@ -146,11 +146,11 @@ def test_no_two_runs_get_one_folder(tmp_path):
 
 def test_a_folder_has_one_process_at_a_time(tmp_path):
     file = checkpoint.lock_folder(tmp_path)
-    assert in_process(try_lock, tmp_path) == f"{tmp_path} is in use by process {os.getpid()} on {os.uname().nodename}"
+    assert try_lock(tmp_path) == f"{tmp_path} is in use by process {os.getpid()} on {os.uname().nodename}"
     with checkpoint.lock_folder(tmp_path):  # this process may go on with its own run
         pass
     file.close()
-    assert in_process(try_lock, tmp_path) == "locked"
+    assert try_lock(tmp_path) == "locked"
 
 
 def test_the_lock_of_a_killed_process_is_free_and_what_it_left_is_removed(tmp_path):
@@ -169,7 +169,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
     child = FORK.Process(target=time.sleep, args=(60,))
     child.start()
     file.close()
-    assert in_process(try_lock, tmp_path) == "locked"
+    assert try_lock(tmp_path) == "locked"
     child.kill()
     child.join()
 

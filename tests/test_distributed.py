@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Two processes on gloo do what one does with both their rows. Functions named `*_in_each` run in both at once."""
 import copy
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -22,12 +22,10 @@ TINY = dict(out_channels=8, planes=(8,) * 8, layers=(1,) * 8)
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Two processes, kept for the whole file because starting them takes seconds
+# ---------------------------------------------------------------------------------------------- two processes
 
 
 def join(rank, port, timeout):
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     assert setup("cpu", timeout=timeout) == (rank, 2, torch.device("cpu"))
@@ -48,8 +46,7 @@ def start(target, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])  # imported once for all processes of this file
+    context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(2):
         mine, theirs = context.Pipe()
@@ -62,6 +59,8 @@ def start(target, *args):
 
 
 class Pair:
+    """Two processes that run what they are told, for the whole file."""
+
     def __init__(self):
         self.processes = None
 
@@ -112,8 +111,7 @@ def close(actual, expected, tolerance):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Batch normalization
+# ---------------------------------------------------------------------------------------------- batch normalization
 
 
 def random_norm(channels, dtype=torch.float32, momentum=0.1):
@@ -275,8 +273,7 @@ def test_norm_in_one_process_is_batch_norm_and_its_gradient_is_right():
             norm(bad)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Training
+# ---------------------------------------------------------------------------------------------- training
 
 
 def masked_loss(out, target, labelled):
@@ -405,8 +402,7 @@ def test_gathered_objects_stand_in_order_of_rank(pair):
     pair(gather_in_each)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Processes
+# ---------------------------------------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("environment, message", [

@@ -6,7 +6,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+import train
 from bench import meaning
 from encoder import Enhanced2DEncoder
 from losses import ClipConsCriterion
@@ -26,9 +28,11 @@ def test_a_crop_shows_its_object_and_its_caption_names_it(crops):
             assert crop.shape == (meaning.CROP, meaning.CROP, 3) and crop.dtype == np.uint8
             assert word in meaning.COLORS
     images, captions = crops.batch(32, np.random.default_rng(0))
-    assert images.shape == (32, 3, meaning.CROP, meaning.CROP) and 0 <= images.min() and images.max() <= 1
+    assert images.shape == (32, 3, meaning.CROP, meaning.CROP)
+    assert 0 <= images.min() and images.max() <= 1
+    known = [name for name, objects in zip(CLASSES, crops.objects) if objects]
     for caption in captions:
-        assert any(name in caption and crops.objects[kind] for kind, name in enumerate(CLASSES)), caption
+        assert any(name in caption for name in known), caption
 
 
 def test_a_tower_is_found_by_its_folder_and_the_same_seed_gives_the_same_weights(tmp_path):
@@ -51,7 +55,7 @@ def test_a_centered_target_is_the_target_less_its_mean():
 
 
 def test_a_text_head_reads_off_the_nearest_name_and_is_not_trained():
-    names = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    names = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     head = meaning.TextHead(names)
     assert head(7.0 * names).argmax(1).tolist() == [0, 1, 2, 3]
     assert not any(p.requires_grad for p in head.parameters())
@@ -63,18 +67,26 @@ def test_labels_are_hidden_in_all_rooms_but_the_first():
     assert known == [True] * meaning.FRAMES_PER_ROOM + [False] * meaning.FRAMES_PER_ROOM
 
 
+def test_a_training_on_few_rooms_can_be_validated_on_more():
+    options = "--rooms 1 --val-rooms 2 --frames-per-room 1 --no-clip --no-instances".split()
+    train_set, val_set, _, _ = train.build_datasets(train.parse_args(options))
+    assert (len(train_set), len(val_set)) == (1, 2)
+    assert train.parse_args(["--rooms", "8"]).val_rooms == 3
+
+
 def test_a_finished_training_is_not_repeated_and_all_stand_in_the_table(tmp_path, monkeypatch, capsys):
     calls = []
 
     def training_run(argv, data, name, tower):
-        calls.append((data, name, argv[argv.index("--seed") + 1]))
-        return {"miou": 0.25, "cpu_seconds": 0} | ({} if "--no-clip" in argv else {"fused": 0.125, "3d": 0.5})
+        seed = argv[argv.index("--seed") + 1]
+        calls.append((data, name, seed))
+        return {"miou": 0.25, "fused": 0.125, "3d": 0.5, "cpu_seconds": 0}
 
     tower = tmp_path / "tower"
     tower.mkdir()
     (tower / "open_clip_config.json").write_text(json.dumps(meaning.TOWER_CONFIG))
     (tower / meaning.WEIGHTS).write_bytes(b"trained")
-    (tmp_path / "meaning.json").write_text(json.dumps({"zero_shot": 0.5, "text": {"naclip": 0.1}}))
+    (tmp_path / "meaning.json").write_text(json.dumps({"zero_shot": 0.5, "text": {"naclip": [0.1, 0.2]}}))
     monkeypatch.setattr(meaning, "training_run", training_run)
     monkeypatch.setattr(meaning, "named_tower", lambda *_: None)
     args = Namespace(tower=str(tower), out=str(tmp_path), device="cpu", seeds=1)

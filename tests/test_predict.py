@@ -214,7 +214,7 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     header = (out / f"{scene}.ply").read_bytes().split(b"end_header")[0].decode()
     for field in ("label", "instance", "confidence", "gate", "red_sofa", "chair"):
         assert f"property float scalar_{field}\n" in header
-    types = {"scalar_label": ("f4",), "red": ("u1",), "green": ("u1",), "blue": ("u1",)}
+    types = {"scalar_label": ("<f4",), "red": ("u1",), "green": ("u1",), "blue": ("u1",)}
     painted = read_ply_vertices(out / f"{scene}_labels.ply", types)
     expected = label_images(painted["scalar_label"].astype(int)[None] - 1)[0]
     assert (np.stack([painted[channel] for channel in ("red", "green", "blue")], 1) == expected).all()
@@ -276,7 +276,7 @@ def test_weights_of_clip_may_lie_elsewhere_than_in_training(path, tmp_path):
     (["--submission", "scannet20"], "needs --scans"), (["--intrinsics", "1,2"], "expected fx,fy,cx,cy"),
     (["--text", "chair,,sofa"], "an empty name"), (["--text", "chair, chair"], "would be written twice"),
     (["--data", "nowhere"], "nowhere does not exist"), (["--split", "x.txt"], "built-in rooms take no --split"),
-    (["--text-from", "fused"], "needs --text"), (["--device", "foo"], "must be cpu, cuda or cuda:N"),
+    (["--text-from", "fused"], "need --text"), (["--device", "foo"], "must be cpu, cuda or cuda:N"),
     (["--out", __file__], "is not a folder")])
 def test_a_wrong_command_is_one_line_and_status_2(path, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as left:
