@@ -439,9 +439,8 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
         target = out["clip_dense"] if dense_target else out["clip_global"]
         batch_idx = None if dense_target else batch["batch"]
         # random draws of a step depend on its samples alone, so that they can repeat
-        generator = torch.Generator(device).manual_seed(batch["seed"][0])
-        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"],
-                                                 generator)
+        seed = batch["seed"][0]
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], seed)
     return out, terms, counts
 
 
