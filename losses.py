@@ -287,8 +287,10 @@ class ClipConsCriterion(nn.Module):
 # ------------------------------------------------------------------------------------ Semantics
 
 
-def semantic_loss(logits, labels, ignore_index=-1, world_mean=None):
+def semantic_loss(logits, labels, ignore_index=-1, world_mean=None, label_smoothing=0.0):
     """Mean cross-entropy in fp32 over the rows that are not ignored.
+
+    label_smoothing: the share of the target that is spread evenly over all classes.
 
     logits (N, K), labels (N,) int64 -> scalar; a zero with a graph if all rows are ignored. An ignored
     row has no influence and gets no gradient, whatever it holds.
@@ -300,21 +302,48 @@ def semantic_loss(logits, labels, ignore_index=-1, world_mean=None):
         valid = labels != ignore_index
         # Mask first: the softmax of a row with NaN has a NaN gradient even if its loss is not counted.
         logits = logits.to(common_dtype(logits)).where(valid[:, None], 0)
-        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+        total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum",
+                                label_smoothing=label_smoothing)
         return mean_over(total, valid.sum(), world_mean)
+
+
+def lovasz_loss(logits, labels, ignore_index=-1):
+    """The Lovasz-softmax loss of Berman et al., CVPR 2018: 1 - IoU, extended to probabilities.
+
+    Per class, errors |truth - probability| in descending order are weighted by how much each lowers the
+    IoU as one more mistake. Mean over the classes that occur in labels; 0 with a graph if none does. Of
+    this process alone: IoU is no sum over rows. logits (N, K), labels (N,) int64 -> scalar.
+    """
+    check_ids("labels", labels, logits.shape[1], ignore_index)
+    with torch.autocast(logits.device.type, enabled=False):
+        valid = (labels != ignore_index)[:, None]
+        logits = logits.to(common_dtype(logits)).where(valid, 0)
+        truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]) * valid  # (N, K)
+        errors = (truth - logits.softmax(1)).abs() * valid  # ignored rows sort last and add 0
+        errors, order = errors.sort(dim=0, descending=True)
+        truth = truth.gather(0, order)
+        total = truth.sum(0)  # (K,)
+        intersection = total - truth.cumsum(0)
+        union = total + (1 - truth).cumsum(0)
+        jaccard = 1 - intersection.to(errors.dtype) / union  # (N, K), with the rows so far as mistakes
+        slopes = jaccard.diff(dim=0, prepend=jaccard.new_zeros(1, len(total)))
+        occurs = total > 0
+        per_class = (errors * slopes).sum(0)  # (K,)
+        return mean_over((per_class * occurs).sum(), occurs.sum())
 
 
 class SemanticCriterion(nn.Module):
     """`semantic_loss`; world_mean: see the top of the file."""
 
-    def __init__(self, ignore_index=-1, world_mean=None):
+    def __init__(self, ignore_index=-1, world_mean=None, label_smoothing=0.0):
         super().__init__()
         self.ignore_index = ignore_index
         self.world_mean = world_mean
+        self.label_smoothing = label_smoothing
 
     def forward(self, logits, labels):
         """logits (N, K), labels (N,) int64 -> scalar."""
-        return semantic_loss(logits, labels, self.ignore_index, self.world_mean)
+        return semantic_loss(logits, labels, self.ignore_index, self.world_mean, self.label_smoothing)
 
 
 # ------------------------------------------------------------------------------------ Instances

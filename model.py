@@ -199,8 +199,9 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     """
     color_mean, color_std = feature_scale(config, in_channels)
     width = 96 if config["backbone"] in NETWORKS else None  # None: the network's own
+    options = {"drop_path": config["drop_path"]} if config.get("drop_path") else {}
     encoder_3d = PointEncoder(config["voxel_size"], in_channels, width, color_mean, color_std,
-                              BACKBONES[config["backbone"]])
+                              BACKBONES[config["backbone"]], **options)
     # another gate: pass gate=MyGate(256); another backbone: a line of BACKBONES, or a module as encoder_3d
     fusion = BiFusionEncoder(tower, encoder_3d, dim_3d=encoder_3d.out_channels)
     decoder = None
@@ -240,7 +241,8 @@ def restore_model(state, path, tower=None):
     tower = tower or build_tower(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
     model = build_model(config, len(class_names), instances, tower, channels_of(state["model"]))
-    load_weights(model, state, path, class_names)
+    weights = {**state["model"], **state.get("ema", {})}  # the moving average is what training evaluated
+    load_weights(model, {**state, "model": weights}, path, class_names)
     return model
 
 

@@ -321,7 +321,8 @@ def parse_args(argv=None):
         parser.error("--intrinsics and --scans exclude each other")
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
-    if args.text is None and (args.text_from != "clip" or args.attention):
+    asks = args.text or args.checkpoint is None and args.classes
+    if not asks and (args.text_from != "clip" or args.attention):
         parser.error("--text-from and --attention need --text")
     if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
         parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")

@@ -159,7 +159,7 @@ class VoxelGrid:
             return
         low, high = torch.stack(self.coords.aminmax(dim=0)).tolist()
         self.bounds = (low, high)
-        if low[0] < 0 or max(map(abs, low + high)) > COORD_LIMIT:
+        if low[0] < 0 or max(map(abs, low + high)) >= COORD_LIMIT:
             raise ValueError(f"coords run from {low} to {high}: batch must be >= 0, xyz within +-2^31")
         keys, _ = _pack(self.coords, low, high)
         if not (keys.diff() > 0).all():

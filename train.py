@@ -34,13 +34,14 @@ from check import quick_check
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
-                    clip_loss_weight)
+                    clip_loss_weight, lovasz_loss)
 from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
                    gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
+from support.average import MovingAverage
 from support.cache import FeatureCache, Store, SuperpointCache, content_key
 from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read_checkpoint, run_folder,
                                 write_atomically, write_or_warn)
@@ -102,6 +103,8 @@ def build_parser():
     add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
     add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
         "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+    add("--drop-path", type=number_in(float, 0.0, 0.9), default=0.0, help="of volt-*: how often the last "
+        "block is skipped for a token; the others less, the first never")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
     add("--no-instances", action="store_true", help="semantics only, even if the data has instance "
         "labels")
@@ -118,6 +121,10 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
         "and 0.5 with --no-clip")
+    add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
+        "that the semantic loss spreads over all classes")
+    add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
+        "loss, which follows the IoU; 0: none")
     add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
         "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
     add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01),
@@ -139,6 +146,8 @@ def build_parser():
     add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
     add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: "
         "none")
+    add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the moving "
+        "average of all weights, with a decay per step such as 0.999; 0: the last weights")
     add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
         "to it")
     add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
@@ -210,6 +219,8 @@ def check_options(args, error):
         error("--scans holds only points: give --data, the folder of their frames, too")
     if args.data == "rooms" and args.label_map:
         error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.drop_path and not (args.backbone or "").startswith("volt-"):
+        error("--drop-path is for --backbone volt-small, volt-small-plain or volt-base")
     if args.normals and args.colors == "ones":
         error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
@@ -392,14 +403,14 @@ def build_criteria(args, clip_criterion=None):
     """
     clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss,
                                                world_mean=world_mean)
-    return {"semantic": SemanticCriterion(world_mean=world_mean),
+    return {"semantic": SemanticCriterion(world_mean=world_mean, label_smoothing=args.label_smoothing),
             "instance": InstanceCriterion(world_mean=world_mean),
             "clip": clip}
 
 
 def loss_weights(args, epoch):
     """The weight of every loss term in an epoch."""
-    return {"semantic": args.semantic_weight,
+    return {"semantic": args.semantic_weight, "lovasz": args.lovasz,
             **{f"instance_{name}": weight for name, weight in INSTANCE_WEIGHTS.items()},
             "clip": clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)}
 
@@ -414,9 +425,12 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     """
     device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
+    torch.manual_seed(batch["seed"][0])  # what the network draws, drop path say, can repeat
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
+    if weights.get("lovasz"):  # steps saved by older versions have no such weight
+        terms["lovasz"] = lovasz_loss(out["logits"], batch["labels"])
     if model.decoder is not None:
         for name, term in criteria["instance"](out["decoder"], batch["targets"]).items():
             terms[f"instance_{name}"] = term
@@ -672,6 +686,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     trainable = sum(p.requires_grad for p in model.parameters())
     assert in_optimizer == trainable, f"{in_optimizer} of {trainable} parameters reached the optimizer"
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    average = MovingAverage(model, args.ema)
+    average.load_state_dict(state.get("ema", {}) if state else {})
     steps_per_epoch = -(-len(train_loader) // args.grad_accum)
     total_steps = args.epochs * steps_per_epoch
     global_batch = args.batch_size * args.grad_accum * world_size
@@ -690,7 +706,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         console.warn(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
-        metrics = score()
+        with average.applied():
+            metrics = score()
         console.print("\n".join([format_metrics(metrics, class_names), *console.notes()]))
         leave_processes()
         return metrics
@@ -710,7 +727,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         """Writes a checkpoint that goes on at a step of an epoch, or keeps the old file if the disk is full."""
         if main_process:
             write_or_warn(folder / name, console.warn, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
                 "next_lr": lr_at(epoch, next_step), "best": best, "skipped_steps": skipped_steps,
                 "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity})
@@ -745,6 +762,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights}
             skipped_steps += guard.end_step(result.finite, searches, micro_batches, weighted_losses,
                                             {**facts, **identity})
+            if result.finite:
+                average.update(step)
             step += 1
 
             # log
@@ -777,11 +796,12 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         # evaluate and save
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             average_buffers(model, world_size)
-            metrics = score()
+            with average.applied():
+                metrics = score()
+                if main_process:
+                    visualize(log, model, val_set, class_names, args.min_instance_points)
             bar.show(mIoU=metrics["miou"])
             console.print(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
-            if main_process:
-                visualize(log, model, val_set, class_names, args.min_instance_points)
             if metrics["miou"] > best:
                 best = metrics["miou"]
                 save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it

@@ -22,6 +22,7 @@ COMMANDS = {
     "encode": "spatial and global CLIP features, against open_clip's encode_image",
     "sample": "bilinear features of points, against a loop of grid_sample",
     "sparse": "sparse convolution against spconv; Res16UNet34C: step, maps, memory, growth",
+    "volt": "a training step of Volt-S and of Res16UNet34C: operators, FLOP, bytes, seconds",
     "ap": "ScanNet's average precision of 100 large scenes",
     "speedrun": "seconds to a mIoU of 0.60 on the built-in rooms",
     "stability": "the study of CLIP consistency losses on hostile features",

@@ -50,10 +50,10 @@ def random_features(images):
     return torch.randn(len(images), 768, 15, 20), torch.randn(len(images), 512)
 
 
-def run(args, num_rooms=4, frames_per_room=2, size=(480, 640), num_points=20_000):
+def run(args, num_rooms=8, size=(480, 640), num_points=20_000):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "frames"
-        classes = write_frames(RoomFrames("train", num_rooms, frames_per_room, size=size), root)
+        classes = write_frames(RoomFrames("train", num_rooms, 1, size=size), root)
         frames = ScanNetFrames(root, classes)
         plain = PointDataset(frames, num_points, IMAGE_SIZE)
         feature_cache = FeatureCache(Path(folder) / "cache", "random", random_features)

@@ -582,7 +582,7 @@ class ScanNetScenes:
         self._table = ClassTable(classes)
         self.class_names, self.class_ids = self._table.names, self._table.ids
         self._label_map = None if label_map is None else read_label_map(label_map, "raw_category", "id")
-        self.settings = repr((self._table.classes, self._label_map, align))
+        self.settings = repr((self._table.classes, self._label_map, align, normals))
         self._suffixes = ["_vh_clean_2.ply"] + [".txt"] * align
         self._labeled = classes is not None
         if self._labeled:
@@ -620,8 +620,8 @@ class ScanNetScenes:
         scan = {"name": name, "points": points, "colors": colors / 255, "alignment": np.eye(4)}
         if self.align:
             scan["alignment"] = read_axis_alignment(self._path(name, ".txt"))
-        if not np.isfinite(points).all():
-            raise ValueError(f"{path}: vertices are not finite")
+        if not (np.abs(points) < 1e8).all():  # also NaN
+            raise ValueError(f"{path}: vertices are not finite, or beyond 1e8 m")
         if self.normals:
             triangles = read_ply_triangles(path)
             if triangles.max() >= len(points):

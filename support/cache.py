@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Results that are computed once and kept on disk, found by the content that they were computed from.
 
-`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an image,
-and `SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a string that
-names what computed the entries) has a subfolder of its own.
+`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an
+image, and `SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a
+string that names what computed the entries) has a subfolder of its own.
 
 An entry is <folder>/<hash of owner>/<xx>/<key>. It begins with a magic number, the owner, its key and a
-checksum of all of it, so an entry that is truncated, altered or foreign is never used. Entries are moved
-into place as whole files, so any number of processes may write at once, and a kill leaves no broken entry.
+checksum of all of it, so an entry that is truncated, altered or foreign is never used. Entries are
+moved into place as whole files, so any number of processes may write at once, and a kill leaves no
+broken entry.
 
 fp16 keeps a value x to 2^-11 |x| (below 2^-14 to 2^-25), and a token or pooled feature to 2^-11 of its
-norm. Projected and normalized, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm. The
-encoder itself should run in fp32 when it fills a cache: it runs only once, and fp16 autocast costs 1.3e-3 of
-a token's norm, bf16 1.0e-2.
+norm. Projected and normalized, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm.
+The encoder itself should run in fp32 when it fills a cache: it runs only once, and fp16 autocast costs
+1.3e-3 of a token's norm, bf16 1.0e-2.
 
 Imports torch, numpy, tqdm and support.files.
 """
@@ -56,9 +57,9 @@ def content_key(*parts):
 class Store:
     """Entries of bytes in a folder, found by a key of 16 bytes.
 
-    folder: where they are kept; None: a temporary folder, deleted with this object, not with its copies. A
-    folder that cannot be written is read, and new entries go to a temporary one.
-    owner: names all that the entries depend on besides what the keys are hashes of: program and settings.
+    folder: where they are kept; None: a temporary folder, deleted with this object, not with its
+    copies. A folder that cannot be written is read, and new entries go to a temporary one.
+    owner: names what the entries depend on besides what the keys are hashes of: program, settings.
 
     Attributes: folder, of new entries; is_temporary, whether it is deleted with this object.
     """
@@ -86,7 +87,7 @@ class Store:
         return {**self.__dict__, "_temporary": None}
 
     def get(self, key):
-        """The content (n,) of an entry as a writable uint8 array, or None; a damaged entry is deleted."""
+        """The content (n,) of an entry as a writable uint8 array, or None; what is damaged is deleted."""
         for path in self._paths(key):
             with contextlib.suppress(FileNotFoundError):
                 entry = np.fromfile(path, np.uint8)
@@ -133,7 +134,7 @@ class Store:
 
 
 def is_writable(cache, name):
-    """Whether the folder `name` of a cache is there, or can be made, and can be written; if not, warns."""
+    """Whether the folder `name` of a cache, which is made if need be, can be written; if not, warns."""
     try:
         (cache / name / "tmp").mkdir(parents=True, exist_ok=True)
         if os.access(cache / name / "tmp", os.W_OK):
@@ -184,12 +185,12 @@ def unpack_features(content):
 
 
 class FeatureCache:
-    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads, in workers, too.
+    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads, also in workers.
 
-    folder: see `Store`. owner: names all that the features depend on besides the image: model, a fingerprint
-    of the weights, precision, and which features.
-    encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as tokens
-    (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
+    folder: see `Store`. owner: names all that the features depend on besides the image: model, a
+    fingerprint of the weights, precision, and which features.
+    encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as
+    tokens (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
     batch_size, workers, worker_init_fn: of the loaders of `build`.
     """
 
@@ -224,9 +225,9 @@ class FeatureCache:
 
         images: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.images_only`. Each of
         world_size processes takes its share; let all of them finish before the first `get`. If
-        images.signature(indices) gives bytes that change whenever these images may have changed, the keys of
-        the share are remembered under it, and the next call reads no image: it only looks whether the
-        entries exist at their full size.
+        images.signature(indices) gives bytes that change whenever these images may have changed, the
+        keys of the share are remembered under it, and the next call reads no image: it only looks
+        whether the entries exist at their full size.
         """
         share = range(rank, len(images), world_size)
         if not share:
@@ -320,8 +321,8 @@ class CheckedImages(Dataset):
 class SuperpointCache:
     """An oversegmentation, computed once per frame, by the first process that needs it.
 
-    folder: see `Store`. oversegment: (depth (H, W), colors (H, W, 3), intrinsics (3, 3)) -> (H, W) integers.
-    owner: names the method, its version and its settings.
+    oversegment: (depth (H, W), colors (H, W, 3), intrinsics (3, 3)) -> (H, W) integers.
+    folder: see `Store`. owner: names the method, its version and its settings.
     """
 
     def __init__(self, folder, oversegment, owner):

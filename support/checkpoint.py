@@ -57,11 +57,11 @@ def run_folder(resumed, new, lock=None):
 
 
 def lock_folder(folder):
-    """Locks a run's folder for this process, and removes unfinished files in it -> the open file of the lock.
+    """Locks a run's folder for this process, removes unfinished files in it -> the open file of the lock.
 
-    The lock ends when the file is closed, and with the process, however that ends; child processes do not
-    inherit it. ValueError if another process holds it, OSError if the file is a symbolic link. On a file
-    system without locks there is a warning instead.
+    The lock ends when the file is closed, and with the process, however that ends; child processes do
+    not inherit it. ValueError if another process holds it, OSError if the file is a symbolic link. On a
+    file system without locks there is a warning instead.
     """
     path = Path(folder) / "lock"
     file = open(path, "a+b", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
@@ -86,7 +86,7 @@ def lock_folder(folder):
 
 
 def write_atomically(state, path):
-    """torch.save that leaves the old file or the whole new one; OSError if the disk does not take it."""
+    """torch.save that leaves the old file or the whole new one; OSError if the disk is full."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
@@ -101,8 +101,8 @@ def write_or_warn(path, warn, state):
 def read_checkpoint(path, fields=FIELDS):
     """A checkpoint (with STEP_FIELDS: a saved step) that train.py wrote, on the CPU.
 
-    Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not train.py's, or
-    holds NaN or inf, which only a saved step may do.
+    Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not
+    train.py's, or holds NaN or inf, which only a saved step may do.
     """
     check_torch_file(path)
     try:
@@ -114,7 +114,7 @@ def read_checkpoint(path, fields=FIELDS):
     if missing:
         raise ValueError(f"{path}: not a checkpoint of train.py, field {missing[0]!r} is missing")
     for name, tensor in named_tensors(state):
-        is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+        is_plain = tensor.layout == torch.strided and not getattr(tensor, "is_quantized", False)
         if not is_plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: field {name} is not a dense tensor")
         if fields is FIELDS and not tensor.isfinite().all():

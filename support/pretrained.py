@@ -2,8 +2,8 @@
 """Weights of other projects for a sparse U-Net or a Volt, read as they are published, without the packages
 that wrote them.
 
-A checkpoint is a zip file with a pickle, which may name any function. `TensorUnpickler` builds tensors and
-plain containers alone: nothing that a file names is imported or called.
+A checkpoint is a zip file with a pickle, which may name any function. `TensorUnpickler` builds tensors
+and plain containers alone: nothing that a file names is imported or called.
 
 Imports torch and support.files.
 """
@@ -36,12 +36,13 @@ def load_backbone(path, build, networks, final=False, build_volt=None):
     train.py writes it.
 
     build: sparse_unet.Res16UNet34C, which makes a U-Net; its options are read off keys and shapes.
-    networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into CLIP's space.
-    build_volt: volt.Volt, which makes a Volt.
+    networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into
+    CLIP's space. build_volt: volt.Volt, which makes a Volt.
 
-    Returns the network in eval mode; the name of its colors, a key of sparse_unet.COLORS, or None if the file
-    does not tell them; and a line that says what was loaded. Raises FileNotFoundError; or ValueError, with the
-    path, if the file is damaged, a tensor is missing, unknown or of another shape, or holds NaN or inf.
+    Returns the network in eval mode; the name of its colors, a key of sparse_unet.COLORS, or None if
+    the file does not tell them; and a line that says what was loaded. Raises FileNotFoundError; or
+    ValueError, with the path, if the file is damaged, a tensor is missing, unknown or of another shape,
+    or holds NaN or inf.
     """
     anchor, prefix, tensors, config = read_backbone(path)
     for key, value in tensors.items():
@@ -76,7 +77,7 @@ def load_backbone(path, build, networks, final=False, build_volt=None):
 
 
 def recognize(prefix, options, config, networks):
-    """The project of such keys and shapes or None; its colors or None; whether its network ends in a ReLU."""
+    """The project of such keys and shapes or None; its colors or None; whether a ReLU ends its network."""
     if prefix == OWN_PREFIX:
         network = networks.get(config.get("backbone"), {})
         return "BiFusion", config.get("colors"), network.get("last_relu", True)
@@ -136,6 +137,7 @@ def read_backbone(path):
         state = read_tensors(path)
         fields = ("ema_state_dict", "state_dict", "model")
         nested = next((state[key] for key in fields if state.get(key) is not None), state)
+        nested = {**nested, **(state.get("ema") or {})}  # of train.py
         tensors = {key: value for key, value in nested.items() if isinstance(value, torch.Tensor)}
         anchors = [(key, anchor) for key in tensors for anchor in PARTS if f".{key}".endswith(f".{anchor}")]
         if len(anchors) != 1:
@@ -170,7 +172,7 @@ class Inert:
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Builds plain containers, tensors, and `Inert` for all else; torch.load adds how a storage is read.
+    """Builds plain containers, tensors, and `Inert` for all else; torch.load tells it to read storages.
 
     It makes every class and function anew, because a pickle may set their attributes.
     """

@@ -237,7 +237,7 @@ def test_sample_runs_in_small(capsys):
 
 
 def test_loader_runs_in_small(capsys):
-    panels = bench.loader.run(parse_args(["loader", "--repeats", "2"]), 1, 1, (48, 64), 50)
+    panels = bench.loader.run(parse_args(["loader", "--repeats", "2"]), 1, (48, 64), 50)
     assert "augmented" in capsys.readouterr().out and len(panels["frames per second and worker"]) == 4
 
 
