@@ -246,8 +246,8 @@ def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.PointDataset, "__getitem__", hang)
     monkeypatch.setattr(runtime, "WORKER_TIMEOUT", 2)
-    write = train.write_atomically
-    monkeypatch.setattr(train, "write_atomically", lambda *args: write(*args) or (tmp_path / "hang").touch())
+    write = train.write_or_warn
+    monkeypatch.setattr(train, "write_or_warn", lambda *args: write(*args) or (tmp_path / "hang").touch())
     options = small(tmp_path, "--no-clip", "--no-instances", "--workers", "1", "--num-points", "100")
     status, _, errors = Forked(lambda: run_command(lambda: train.main(options))).wait(60)
     assert status == 2 and "timed out after 2 seconds (reading a batch took too long" in errors
@@ -276,9 +276,9 @@ def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path, monkeypatc
 
 
 def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
-    written, write = [], train.write_atomically
-    monkeypatch.setattr(train, "write_atomically", lambda state, path: written.append(
-        (path.name, state["epoch"], state["next_step"])) or write(state, path))
+    written, write = [], train.write_or_warn
+    monkeypatch.setattr(train, "write_or_warn", lambda path, warn, state: written.append(
+        (path.name, state["epoch"], state["next_step"])) or write(path, warn, state))
     options = ["--no-clip", "--no-instances", "--rooms", "3", "--eval-every", "2", "--num-points", "100"]
     train.main(small(tmp_path / "a", *options))
     assert written == [("last.pt", 1, 0), ("best.pt", 2, 0), ("last.pt", 2, 0)]
@@ -431,7 +431,7 @@ def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     options = vars(train.build_parser().parse_args([]))
-    assert len(options) <= 60 and printed.count("(default: ") == len(options)  # not shown without a meaning
+    assert len(options) <= 64 and printed.count("(default: ") == len(options)  # not shown without a meaning
     for name, default in options.items():
         assert f"--{name.replace('_', '-')}" in printed and f"(default: {default})" in printed
 
