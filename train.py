@@ -121,6 +121,8 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
         "and 0.5 with --no-clip")
+    add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the 3D encoder sees "
+        "two samples of a batch as one scene (Mix3D)")
     add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
         "that the semantic loss spreads over all classes")
     add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
@@ -674,7 +676,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     if tower is not None and args.clip_blocks == 0 and cache_folder(args):
         cache_features(tower, used_sets, args, device, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True))
+    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True, mix=args.mix))
     val_share = range(rank, len(val_set), world_size)
     val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
     score = partial(evaluate, model, val_loader, args.min_instance_points, amp_dtype, world_size)
