@@ -375,7 +375,7 @@ def check_batch(batch, with_images, with_dense=False):
 
     points: in the world of the cameras; coords: what the 3D encoder sees, maybe augmented; batch: the scene
     of each point; images: RGB in [0, 1], or clip_*, the raw features cached for them; depth: optional, in
-    meters, 0 = unknown, of a pinhole camera with the same pose.
+    meters, 0 = unknown, of a pinhole camera with depth_world2cam or the pose of the image.
     """
     shapes = {"points": "N 3", "coords": "N 3", "features": "N F", "batch": "N"}
     if with_images:
@@ -388,6 +388,8 @@ def check_batch(batch, with_images, with_dense=False):
                 shapes["clip_dense_map"] = "B V T Hf Wf"
         if "depth" in batch:
             shapes |= {"depth": "B V Hd Wd", "depth_intrinsics": "B V 3 3"}
+            if "depth_world2cam" in batch:
+                shapes["depth_world2cam"] = "B V 4 4"
     fields = {}
     for name, shape in shapes.items():
         if name not in batch:
@@ -396,6 +398,6 @@ def check_batch(batch, with_images, with_dense=False):
     check_shapes(**fields)
     if with_images:
         check_ids("batch: field 'batch'", batch["batch"], len(batch["world2cam"]))
-        for name in ("world2cam", "intrinsics", "depth_intrinsics"):
+        for name in ("world2cam", "depth_world2cam", "intrinsics", "depth_intrinsics"):
             if name in batch:
                 check_last_row(f"batch: field {name!r}", batch[name])
