@@ -39,7 +39,6 @@ camera saw them, so projection is exact whatever the augmentation does.
 
 Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
-import functools
 import hashlib
 import math
 import os
@@ -110,6 +109,8 @@ class Upright:
             points = item["points"]
             item["points"] = points @ self.rotation.T.astype(points.dtype)
             item["alignment"] = turn @ item["alignment"] @ turn.T
+        if "normals" in item:
+            item["normals"] = turn_normals(item["normals"], self.rotation)
         return item
 
 
@@ -153,56 +154,6 @@ def resize_intrinsics(intrinsics, old_size, new_size):
 def crop_intrinsics(intrinsics, top, left):
     """Intrinsics (3, 3) of an image whose first `top` rows and `left` columns were cut off."""
     return np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]]) @ intrinsics
-
-
-@functools.lru_cache(maxsize=16)
-def distorted_pixels(size, camera, model, coefficients):
-    """Where the pixels of an ideal pinhole image of size (H, W) lie in that of a lens: x and y, (H, W) float32 each.
-
-    camera: fx, fy, cx, cy of both. model: "OPENCV" with k1, k2, p1, p2, k3, or "OPENCV_FISHEYE" (Kannala-Brandt)
-    with k1 to k4.
-    """
-    fx, fy, cx, cy = camera
-    v, u = np.indices(size)
-    x, y = (u - cx) / fx, (v - cy) / fy
-    r2 = x * x + y * y
-    if model == "OPENCV":
-        k1, k2, p1, p2, k3 = coefficients
-        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
-        shift_x = 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
-        shift_y = p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
-        x, y = x * radial + shift_x, y * radial + shift_y
-    else:
-        k1, k2, k3, k4 = coefficients
-        r = np.sqrt(r2)
-        theta = np.arctan(r)
-        t2 = theta * theta
-        bent = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4))))
-        scale = np.divide(bent, r, out=np.ones_like(r), where=r > 0)
-        x, y = x * scale, y * scale
-    return (x * fx + cx).astype(np.float32), (y * fy + cy).astype(np.float32)
-
-
-def undistort(image, intrinsics, model, coefficients):
-    """An image of a lens -> that of the pinhole camera with the same intrinsics (3, 3); 0 outside.
-
-    Colors (H, W, 3) uint8 are interpolated; of depth (H, W) the nearest pixel is taken, because a mean of two surfaces
-    is neither. model, coefficients: see `distorted_pixels`.
-    """
-    height, width = image.shape[:2]
-    camera = tuple(intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist())
-    x, y = distorted_pixels((height, width), camera, model, coefficients)
-    inside = (x > -0.5) & (x < width - 0.5)
-    inside &= (y > -0.5) & (y < height - 0.5)
-    x, y = np.where(inside, x, 0), np.where(inside, y, 0)
-    if image.ndim == 2:
-        nearest = image[np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)]
-        return np.where(inside, nearest, 0).astype(image.dtype)
-    grid = np.stack([(x + 0.5) * 2 / width - 1, (y + 0.5) * 2 / height - 1], -1).astype(np.float32)
-    sampled = F.grid_sample(to_tensor(image)[None], torch.from_numpy(grid)[None], padding_mode="border",
-                            align_corners=False)[0]
-    colors = (sampled * 255).round().byte().permute(1, 2, 0).numpy()
-    return np.where(inside[..., None], colors, 0)
 
 
 # ----------------------------------------------------------------------------------------- augmentation
@@ -260,14 +211,21 @@ def random_similarity(rng):
     return scale * turn @ flip, rng.normal(0, 0.1, 3)
 
 
-def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5):
+def turn_normals(normals, matrix):
+    """Unit normals (n, 3) of a cloud that a rotation, mirroring and scaling (3, 3) moved; zeros stay zeros."""
+    turned = normals @ matrix.T
+    length = np.linalg.norm(turned, axis=1, keepdims=True)
+    return (turned / np.maximum(length, 1e-6)).astype(np.float32)
+
+
+def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5, similarity=None):
     """A random similarity about the cloud's centre, then, with probability elastic_p, two elastic
     fields.
 
     coords (n, 3) float32 metres -> (n, 3) float32 metres. Granularity 6 and 20, magnitude 40 and 160
     voxels.
     """
-    matrix, shift = random_similarity(rng)
+    matrix, shift = random_similarity(rng) if similarity is None else similarity
     centre = coords.mean(0)
     turned = (coords - centre) @ matrix.T
     coords = (turned + centre + shift).astype(np.float32)
@@ -479,7 +437,38 @@ def register_color(frame, known, seen):
     return depth, color
 
 
-def pixel_fields(frame, known, seen):
+def depth_normals(depth, intrinsics, known):
+    """Unit normals (n, 3) of the surface at depth pixels, in the axes of the camera and towards it.
+
+    depth (H, W), 0 or not finite = unknown; known (n,), flat indices of pixels with depth. 1 / depth of a
+    plane is linear in the pixel, m . (u, v, 1), and K^T m is normal to it. The slopes of m are fitted to
+    the 5 x 5 pixels around, without those that are unknown or on another surface: 3 % nearer or farther
+    per pixel.
+    """
+    height, width = depth.shape
+    inverse = np.zeros((height + 4, width + 4))
+    np.divide(1, depth, out=inverse[2:-2, 2:-2], where=(depth > 0) & np.isfinite(depth))
+    v, u = np.divmod(known, width)
+    center = inverse[v + 2, u + 2]
+    uu = vv = 1e-6  # a pixel without neighbors faces along the optical axis
+    uv = us = vs = 0.0
+    for dv in range(-2, 3):
+        for du in range(-2, 3):
+            step = inverse[v + 2 + dv, u + 2 + du] - center
+            near = np.abs(step) < 0.03 * max(abs(du), abs(dv)) * center
+            uu = uu + near * du * du
+            uv = uv + near * du * dv
+            vv = vv + near * dv * dv
+            us = us + near * du * step
+            vs = vs + near * dv * step
+    slope_u = (vv * us - uv * vs) / (uu * vv - uv * uv)
+    slope_v = (uu * vs - uv * us) / (uu * vv - uv * uv)
+    plane = np.stack([slope_u, slope_v, center - slope_u * u - slope_v * v], 1)
+    normals = -plane @ intrinsics
+    return normals / np.linalg.norm(normals, axis=1, keepdims=True)
+
+
+def pixel_fields(frame, known, seen, normals=False):
     """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features,
     labels, instances.
 
@@ -496,6 +485,9 @@ def pixel_fields(frame, known, seen):
     if frame.get("features") is not None:
         features = np.concatenate([features, rows_of(frame["features"]).astype(np.float32)], 1)
     fields = {"points": points.astype(np.float32), "features": features}
+    if normals:
+        in_camera = depth_normals(frame["depth"], frame["depth_intrinsics"], known)
+        fields["normals"] = turn_normals(in_camera, depth_pose(frame)[:3, :3].T)
     for key, name in (("labels", "label"), ("instances", "instance")):
         image = frame.get(name)
         if image is None:
@@ -558,6 +550,7 @@ class PointDataset(Dataset):
     clip_dense_map instead of images.
     superpoints: a callable (depth, colors, intrinsics) -> (H, W) int64. Samples then hold superpoints
     (n,), any integers, each within one view; `collate` numbers them.
+    normals: features also hold unit normals, between color and other features.
 
     A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3 +
     F), the colours in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none,
@@ -566,7 +559,7 @@ class PointDataset(Dataset):
     """
 
     def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True,
-                 seed=0, voxel_size=0.02, feature_cache=None, superpoints=None):
+                 seed=0, voxel_size=0.02, feature_cache=None, superpoints=None, normals=False):
         are_sides = [isinstance(side, int) and side > 0 for side in image_size]
         if are_sides != [True, True]:
             raise ValueError(f"image_size must be (H, W) of positive integers, got {image_size!r}")
@@ -583,6 +576,7 @@ class PointDataset(Dataset):
         self.voxel_size = voxel_size
         self.feature_cache = feature_cache
         self.superpoints = superpoints
+        self.normals = normals
         self.images_only = ResizedImages(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch
         self._members = []  # frame indices of each sample
@@ -620,7 +614,8 @@ class PointDataset(Dataset):
         if self.superpoints is not None and owner is None:
             return None
         settings = (type(self).__name__, self.num_points, self.image_size, self.num_views, self.augment,
-                    self.color, self.images, self.seed, int(self._epoch), self.voxel_size, owner)
+                    self.color, self.images, self.seed, int(self._epoch), self.voxel_size, owner,
+                    self.normals)
         return files_digest(self._sources(indices), *settings)
 
     def __getitem__(self, index):
@@ -637,7 +632,7 @@ class PointDataset(Dataset):
         for frame, (known, seen), end in zip(frames, pixels, ends):
             start = end - len(known)
             own = drawn[(drawn >= start) & (drawn < end)] - start
-            part = pixel_fields(frame, known[own], seen[own])
+            part = pixel_fields(frame, known[own], seen[own], self.normals)
             if self.superpoints is not None:
                 depth, colors = register_color(frame, known, seen)
                 segments = self.superpoints(depth, colors, frame["depth_intrinsics"])
@@ -674,8 +669,11 @@ class PointDataset(Dataset):
 
     def _sample(self, name, frames, fields, coords, rng):
         """Views, per-point fields, and the coordinates to augment -> sample."""
+        normals = fields.pop("normals", np.empty((len(coords), 0), np.float32))  # (n, 3) or (n, 0)
         if self.augment:
-            fields["coords"] = augment_points(coords, rng, self.voxel_size)
+            similarity = random_similarity(rng)
+            fields["coords"] = augment_points(coords, rng, self.voxel_size, similarity=similarity)
+            normals = turn_normals(normals, similarity[0]) if self.normals else normals
         else:
             fields["coords"] = coords.astype(np.float32)
         colors = fields["features"][:, :3]
@@ -684,7 +682,7 @@ class PointDataset(Dataset):
         elif self.augment:
             colors = jitter_colors(colors, rng)
         others = fields["features"][:, 3:]
-        fields["features"] = np.concatenate([colors, others], 1)
+        fields["features"] = np.concatenate([colors, normals, others], 1)
         sample = {"name": name, "seed": int(rng.integers(2 ** 62))}
         sample |= {key: torch.from_numpy(value) for key, value in fields.items()}
         cameras = {"world2cam": [frame["world2cam"] for frame in frames],
@@ -719,7 +717,7 @@ class SceneDataset(PointDataset):
     scenes: a sequence of scans with `names`, such as scannet.ScanNetScenes; files(index) is optional. A
     scan is a dict: name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32
     in [0, 1], alignment (4, 4) to the axes of the 3D encoder, and optionally labels, instances and
-    superpoints (P,) int64.
+    superpoints (P,) int64 and normals (P, 3) float32 in the axes of the points.
     frames: a source of frames of the same scenes, whose labels are not needed. All else is as in
     `PointDataset`; `coords` are aligned and augmented, and superpoints are those of the scan.
     """
@@ -745,6 +743,10 @@ class SceneDataset(PointDataset):
             elif key != "superpoints":
                 fields[key] = np.full(len(drawn), -1, np.int64)
         rotation, shift = scene["alignment"][:3, :3], scene["alignment"][:3, 3]
+        if self.normals:
+            if "normals" not in scene:
+                raise ValueError(f"scan {scene['name']} has no normals, which the network sees")
+            fields["normals"] = turn_normals(scene["normals"][drawn], rotation)
         coords = fields["points"] @ rotation.T + shift
         frames = [self._read(view) for view in views]
         return self._sample(scene["name"], frames, fields, coords.astype(np.float32), rng)
@@ -823,6 +825,27 @@ def collate(samples, cell=None):
         index, owner = superpoint_index(segments, batch["batch"])
         batch |= {"point_to_superpoint": index, "superpoint_batch": owner}
     return batch
+
+
+def mix_scenes(batch, share):
+    """Mix3D of Nekrasov et al., 3DV 2021: the 3D encoder sees two samples of a batch as one scene.
+
+    share: the probability that samples 0 and 1, 2 and 3, ... are mixed, drawn from their seeds. Returns the
+    batch with "scene" (N,) int64, the scene of each point for the 3D encoder, and with "coords" that move
+    the second half of a pair to the center of the first. Points, cameras, images and all else stay those
+    of each sample.
+    """
+    seeds = batch["seed"]
+    scene_of = list(range(len(seeds)))
+    coords = batch["coords"].clone()
+    for first in range(0, len(seeds) - 1, 2):
+        rng = np.random.default_rng(seeds[first:first + 2])
+        if rng.random() < share:
+            scene_of[first + 1] = first
+            left, right = (batch["batch"] == sample for sample in (first, first + 1))
+            coords[right] += coords[left].mean(0) - coords[right].mean(0)
+    _, scene = torch.tensor(scene_of).unique(return_inverse=True)
+    return {**batch, "coords": coords, "scene": scene[batch["batch"]]}
 
 
 def to_device(value, device):

@@ -8,8 +8,8 @@
 `build_model` makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another
 backbone or gate is one line of `build_model`.
 
-Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet and
-support/checkpoint.
+Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet, volt,
+support/checkpoint and support/pretrained.
 """
 import os
 import warnings
@@ -18,13 +18,21 @@ from functools import partial
 import torch
 from torch import nn
 
-from data import collate
+from data import collate, mix_scenes
 from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from losses import instance_targets
-from sparse_unet import COLORS, NETWORKS, PointEncoder, load_backbone
+from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
 from support.checkpoint import read_checkpoint, restore
+from support.pretrained import load_backbone
+from volt import SLOTS, Volt
+
+# --backbone: what makes the network, given its number of input channels
+BACKBONES = {name: partial(Res16UNet34C, **options) for name, options in NETWORKS.items()}
+BACKBONES["volt-small"] = Volt
+BACKBONES["volt-small-plain"] = partial(Volt, qk_norm=False)  # as published for instances
+BACKBONES["volt-base"] = partial(Volt, embed_dim=768, num_heads=12, out_channels=256)
 
 
 class Segmenter(nn.Module):
@@ -100,15 +108,17 @@ def instance_logits(decoded):
     return unpad_scenes(logits, decoded["sizes"])
 
 
-def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
+def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False, mix=0.0):
     """Samples -> a batch with all that a step needs of it alone, so that nothing waits for a GPU later.
 
     cell: None for a network without decoder. Otherwise the superpoints are numbered (see
     `data.collate`), and the batch holds "queries", the result of `decoder.draw_queries`, and
     with_targets also "targets", of `losses.instance_targets`. `Segmenter.batch_options` has the right
-    values.
+    values. mix: see `data.mix_scenes`.
     """
     batch = collate(samples, cell)
+    if mix:
+        batch = mix_scenes(batch, mix)
     if cell is None:
         return batch
     batch["queries"] = draw_queries(batch["superpoint_batch"], batch["seed"], min_query_share)
@@ -118,11 +128,11 @@ def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
     return batch
 
 
-def batches_for(model, training):
+def batches_for(model, training, mix=0.0):
     """The collate_fn of a DataLoader for a Segmenter: batches for training steps, or else for
     evaluation.
     """
-    return partial(make_batch, **model.batch_options(training))
+    return partial(make_batch, **model.batch_options(training), mix=mix)
 
 
 # --------------------------------------------------------------------------------- building and loading
@@ -141,12 +151,17 @@ def open_backbone(args):
     """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were
     trained with.
     """
-    network, colors, loaded = load_backbone(args.init_3d)
-    options = {name: {"in_channels": 3, "last_relu": True, **known} for name, known in NETWORKS.items()}
+    network, colors, loaded = load_backbone(args.init_3d, Res16UNet34C, NETWORKS, build_volt=Volt)
+    channels = network.options["in_channels"]
+    if channels != 3 + 3 * args.normals:
+        raise ValueError(f"--init-3d {args.init_3d} takes {channels} features per point: 3 are the color, and 6 the "
+                         "color and the normal, of --normals")
+    with torch.device("meta"):
+        options = {name: build(channels).options for name, build in BACKBONES.items()}
     name = next((name for name, known in options.items() if network.options == known), None)
     if name is None or args.backbone not in (None, name):
         raise ValueError(f"--init-3d {args.init_3d} holds {name or 'another network'}, {network.options}, and not "
-                         f"{args.backbone or 'one of --backbone ' + ', '.join(NETWORKS)}")
+                         f"{args.backbone or 'one of --backbone ' + ', '.join(BACKBONES)}")
     if colors is None and args.colors is None:
         raise ValueError(f"--init-3d {args.init_3d} does not tell how these weights saw colors: give --colors "
                          f"{'|'.join(COLORS)}, see docs/backbones.md; {loaded}")
@@ -157,14 +172,24 @@ def open_backbone(args):
 
 
 def count_features(frames, args):
-    """Features per point. Raises ValueError if they are more than the color, but the options know
-    colors alone.
+    """Features per point. Raises ValueError if the frames have more than the color, but the options know
+    colors and normals alone.
     """
     number = getattr(frames, "num_features", 3)
     if number != 3 and (args.init_3d or args.colors == "scannet"):
         option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
         raise ValueError(f"{option} is for points with 3 features, the color; the data has num_features {number}")
-    return number
+    return number + 3 * args.normals
+
+
+def feature_scale(config, in_channels):
+    """Mean and std with which the network sees features; None: it sees ones. Beside normals, only the color is scaled."""
+    scale = COLORS[config["colors"]]
+    if scale is None or not config.get("normals"):  # older checkpoints do not say
+        return scale or (None, None)
+    mean, std = (value if isinstance(value, tuple) else (value,) * 3 for value in scale)
+    others = in_channels - 3
+    return (*mean, *[0.0] * others), (*std, *[1.0] * others)
 
 
 def build_model(config, num_classes, instances, tower, in_channels=3):
@@ -174,12 +199,13 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     image encoder,
     see `build_tower`, or None. in_channels: width of the points' features.
     """
-    color_mean, color_std = COLORS[config["colors"]] or (None, None)
-    encoder_3d = PointEncoder(config["voxel_size"], in_channels, color_mean=color_mean, color_std=color_std,
-                              **NETWORKS[config["backbone"]])
-    # another gate: pass gate=MyGate(256); another backbone: pass it as encoder_3d, with dim_3d= if it
-    # is not 96 wide
-    fusion = BiFusionEncoder(tower, encoder_3d)
+    color_mean, color_std = feature_scale(config, in_channels)
+    width = 96 if config["backbone"] in NETWORKS else None  # None: the network's own
+    options = {"drop_path": config["drop_path"]} if config.get("drop_path") else {}
+    encoder_3d = PointEncoder(config["voxel_size"], in_channels, width, color_mean, color_std,
+                              BACKBONES[config["backbone"]], **options)
+    # another gate: pass gate=MyGate(256); another backbone: a line of BACKBONES, or a module as encoder_3d
+    fusion = BiFusionEncoder(tower, encoder_3d, dim_3d=getattr(encoder_3d, "out_channels", 96))
     decoder = None
     if instances:
         size = dict(embed_dim=128, ffn=512) if config["backbone"] == "small" else {}
@@ -211,15 +237,25 @@ def restore_model(state, path, tower=None):
     the file at path.
     """
     config, class_names = state["config"], state["class_names"]
-    for field, known in (("backbone", NETWORKS), ("colors", COLORS)):
+    for field, known in (("backbone", BACKBONES), ("colors", COLORS)):
         if config.get(field) not in tuple(known):
             raise ValueError(f"{path}: field config.{field} is {config.get(field)!r}, not one of {', '.join(known)}")
     tower = tower or build_tower(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
-    stem = state["model"].get("fusion.encoder_3d.backbone.conv0p1s1.kernel", torch.empty(1, 3, 1))  # (K^3, F, C)
-    model = build_model(config, len(class_names), instances, tower, stem.shape[1])
-    load_weights(model, state, path, class_names)
+    model = build_model(config, len(class_names), instances, tower, channels_of(state["model"]))
+    weights = {**state["model"], **state.get("ema", {})}  # the moving average is what training evaluated
+    load_weights(model, {**state, "model": weights}, path, class_names)
     return model
+
+
+def channels_of(weights):
+    """Input channels of the 3D encoder whose weights are in a state dict; 3 if it is a module of your own."""
+    prefix = "fusion.encoder_3d.backbone."
+    if f"{prefix}conv0p1s1.kernel" in weights:
+        return weights[f"{prefix}conv0p1s1.kernel"].shape[1]  # (K^3, F, C)
+    if f"{prefix}tokenizer.proj.weight" in weights:
+        return weights[f"{prefix}tokenizer.proj.weight"].shape[1] // SLOTS  # (D, SLOTS * F)
+    return 3
 
 
 def load_weights(model, state, path, class_names):

@@ -2,10 +2,12 @@
 """A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and
 scores.
 
-    python predict.py runs/NAME/best.pt --data DIR --out OUT python predict.py runs/NAME/best.pt --data
-    DIR --out OUT --text "chair, red sofa | couch, something to sit on" python predict.py
-    runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240 python predict.py
-    runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
+    python predict.py runs/NAME/best.pt --data DIR --out OUT
+    python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
+    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
+    python predict.py runs/NAME/best.pt --data PHONE --out OUT           a capture, see docs/captures.md
+    python predict.py --data PHONE --out OUT --text "chair, mug"         CLIP alone, without a training
+    python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
 docs/predict.md describes what it writes. In a notebook:
 
@@ -22,7 +24,6 @@ Imports siblings: check, data, decoder, evaluate, model, superpoints, sources/ a
 """
 import json
 import os
-import re
 import sys
 import time
 from functools import partial
@@ -31,28 +32,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check
-from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames,
+from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import paint_instances, scene_instances
+from encoder import ATTENTIONS
 from evaluate import Scores, evaluate, format_metrics
-from model import batches_for, load_model
+from fusion import BiFusionEncoder
+from model import batches_for, build_tower, load_model
+from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
 from support.cache import FeatureCache
 from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
+from support.queries import NEUTRAL, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
-from support.runtime import Parser, checked_by, configure_device, positive_float, run_command
+from support.runtime import Parser, checked_by, configure_device, image_size, positive_float, run_command
 from support.visualize import clouds, label_colors
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
 
 # ------------------------------------------------------------------------------------------- one sample
@@ -99,18 +105,14 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
     """
     device = model.head.weight.device
     batch = to_device(batches_for(model, training=False)([sample]), device)
-    points = sample["points"].numpy()
-    if config["up"] != "z":
-        points = (points @ up_rotation(config["up"])).astype(np.float32)
     colors = batch["features"][:, :3]
     if config["no_color"]:
         batch["features"] = torch.cat([torch.ones_like(colors), batch["features"][:, 3:]], 1)
     dense = None
-    if model.fusion.encoder_2d is not None:  # each image is encoded once
-        encode = model.fusion.encoder_2d.encode
-        if queries is not None and queries.source == "clip":
-            encode = model.fusion.encoder_2d.encode_with_dense
-        tokens, pooled, *dense = encode(batch.pop("images")[0])
+    tower = model.fusion.encoder_2d
+    if tower is not None:  # each image is encoded once
+        images = batch.pop("images")[0]
+        tokens, pooled, *dense = tower.encode(images) if queries is None else queries.encode(tower, images)
         batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
     num_views = batch["world2cam"].shape[1]
     draw_size = max(1, config["num_points"] * num_views // config["num_views"])
@@ -119,8 +121,9 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
     # the rest of the network sees all points at once, so a superpoint is the mean of all of its points
     out = model.decode(feat_fusion, batch)
     probabilities = out["logits"].float().softmax(1)
-    result = {"points": torch.from_numpy(points).to(device), "colors": colors, "truth": batch["labels"],
-              "truth_instances": batch["instances"], "camera_height": camera_height(batch["world2cam"][0]).mean(),
+    result = {"points": own_world(sample["points"], config["up"]).to(device), "colors": colors,
+              "truth": batch["labels"], "truth_instances": batch["instances"],
+              "camera_height": camera_height(batch["world2cam"][0]).mean(),
               "gate": gate, "probabilities": probabilities, "labels": probabilities.argmax(1)}
     if queries is not None:
         result["cosines"] = queries.cosines(model.fusion, batch, feat_fusion, *dense)
@@ -131,6 +134,29 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
         result |= {"scene": scene, "instances": paint_instances(scene["masks"][good]),
                    "instance_labels": scene["labels"][good], "scores": scene["scores"][good]}
     return result
+
+
+@torch.no_grad()
+def ask_sample(fusion, sample, up, queries):
+    """CLIP's own answers for all points of one sample, without a trained network: as of `predict_sample`.
+
+    fusion: a BiFusionEncoder whose tower has dense features. Every query is a class; the gate is 1 if a view sees it.
+    """
+    batch = to_device(collate([sample]), queries.embedding.device)
+    *_, dense = queries.encode(fusion.encoder_2d, batch["images"][0])
+    cosines = queries.cosines(fusion, batch, None, dense)
+    probabilities = queries.probabilities(cosines)
+    return {"points": own_world(sample["points"], up).to(cosines.device), "colors": batch["features"][:, :3],
+            "truth": batch["labels"], "truth_instances": batch["instances"],
+            "camera_height": camera_height(batch["world2cam"][0]).mean(), "gate": cosines.any(1).float(),
+            "probabilities": probabilities, "labels": probabilities.argmax(1), "cosines": cosines}
+
+
+def own_world(points, up):
+    """Points (N, 3) of a world with z up, back in the data's own."""
+    if up == "z":
+        return points
+    return torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
 
 
 def cloud_voxel(frame):
@@ -149,7 +175,8 @@ def cloud_voxel(frame):
 
 def sample_options(model, config):
     """Keyword arguments of data.PointDataset that draw every point of a frame, with its color."""
-    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"])
+    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"],
+                   normals=config.get("normals", False))  # older checkpoints do not say
     if model.decoder is not None and config["superpoints"]:
         options["superpoints"] = partial(oversegment, count=config["superpoints"])
     return options
@@ -168,8 +195,13 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
     one entry per instance. "points" is the result of `predict_sample`, with one row per point; None for
     a frame without any depth, which holds nothing else but "labels".
     """
-    options = sample_options(model, config)
-    frames = upright(frames, config["up"])
+    answer = partial(predict_sample, model, config=config, queries=queries, instance_score=instance_score)
+    return label_frames(answer, frames, sample_options(model, config), config["up"], queries, probabilities)
+
+
+def label_frames(answer, frames, options, up, queries=None, probabilities=False):
+    """The results of `predict_frames`. answer: sample -> result of `predict_sample`. options: of the PointDataset."""
+    frames = upright(frames, up)
     for index in range(len(frames)):
         frame = frames[index]
         blank = np.full(frame["depth"].shape, -1)
@@ -179,7 +211,7 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
         except BlankSample:
             yield result
             continue
-        points = predict_sample(model, sample, config, queries, instance_score)
+        points = answer(sample)
         pixels = depth_to_color(frame)[0]  # flat index of each point, in the order of the points
 
         def to_image(values, fill=-1):
@@ -199,81 +231,6 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
             result["scores"] = points["scores"].tolist()
             result["instance_labels"] = points["instance_labels"].tolist()
         yield result
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-TEMPLATES = ("a {} in a scene", "a photo of a {}.", "a photo of the {}.", "a photo of a {} in a room.",
-             "a photo of the large {}.", "a photo of the small {}.", "there is a {} in the scene.")
-NEUTRAL = ("object", "things", "stuff", "texture")  # compete with the queries, so that one query alone means something
-TEXT_SCALE = 40.0
-
-
-def parse_queries(text):
-    """"chair, red sofa | couch" -> [["chair"], ["red sofa", "couch"]]: queries, each with its names."""
-    queries = [[name.strip() for name in query.split("|")] for query in text.split(",")]
-    for names in queries:
-        if "" in names:
-            raise ValueError(f"--text {text!r}: an empty name; write queries as \"chair, red sofa | couch\"")
-    fields = field_names(queries)
-    for field in fields:
-        if fields.count(field) > 1 or field in ("label", "instance", "confidence", "gate"):
-            raise ValueError(f"--text {text!r}: the field scalar_{field} of a PLY file would be written twice")
-    return queries
-
-
-def field_names(queries):
-    """Names of the PLY fields of queries: their first names, or query_1 and so on for other scripts
-    than ASCII.
-    """
-    names = [re.sub(r"\W+", "_", names[0]).strip("_") for names in queries]
-    return [name if name.isascii() and name else f"query_{number}" for number, name in enumerate(names, 1)]
-
-
-class TextQueries:
-    """Queries in words, compared with CLIP's dense features or with the network's fused ones.
-
-    encoder_2d: an Enhanced2DEncoder. text: see `parse_queries`. source: "clip": the dense features of
-    CLIP itself; "fused": the network's, which only a trained consistency loss ties to text. A name is
-    the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times
-    its cosines with all names, NEUTRAL ones included; a query gets the largest probability among its
-    names.
-    """
-
-    def __init__(self, encoder_2d, text, source="clip"):
-        if encoder_2d is None:
-            raise ValueError("text queries need a network with a CLIP tower, and this one was trained with --no-clip")
-        self.names = parse_queries(text)
-        self.source = source
-        names = [*sum(self.names, []), *NEUTRAL]  # T
-        prompts = [template.format(name) for name in names for template in TEMPLATES]
-        embedding = F.normalize(encoder_2d.encode_prompts(prompts).float(), dim=1)
-        self.embedding = F.normalize(embedding.unflatten(0, (len(names), -1)).mean(1), dim=1)  # (T, E)
-        if source == "fused":
-            self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
-
-    def cosines(self, fusion, batch, feat_fusion, dense=None):
-        """Cosines (N, T) of the points of one sample with all names; with "clip" they are 0 if no view
-        sees a point.
-
-        feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's
-        views. A point takes the interpolated cosines of the cells around it: that needs T channels per
-        point instead of E.
-        """
-        if self.source == "fused":
-            return F.normalize(feat_fusion.float(), dim=1) @ self.embedding.T
-        maps = torch.einsum("vehw,te->vthw", dense, self.embedding)
-        return fusion.sample(batch, fusion.encoder_2d.image_size, [maps])[1][0]
-
-    def probabilities(self, cosines):
-        """Cosines (N, T) -> the probability of each query (N, Q); 0 for cosines of 0."""
-        likely = (TEXT_SCALE * cosines).softmax(1) * cosines.any(1, keepdim=True)
-        columns = likely.split([*map(len, self.names), len(NEUTRAL)], 1)[:-1]
-        return torch.stack([column.amax(1) for column in columns], 1)
-
-    def described(self):
-        """What a score of these queries depends on, as a dict."""
-        return {"names": self.names, "neutral": NEUTRAL, "templates": TEMPLATES}
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -311,7 +268,8 @@ def benchmark_ids(benchmark, class_names):
 def parse_args(argv=None):
     """The options of the command."""
     parser = Parser("predict.py", "Labels every pixel of known depth and merges the frames of a scene.")
-    parser.add_argument("checkpoint", help="a best.pt or last.pt of train.py")
+    parser.add_argument("checkpoint", nargs="?", help="a best.pt or last.pt of train.py; not given: --text is "
+        "answered by CLIP alone, without a trained network")
     parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, "
         "labelled or not; with --intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or "
         "'rooms' (built in)")
@@ -324,8 +282,13 @@ def parse_args(argv=None):
         "that of training, if its class list is used")
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
         "--data")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of all frame-* "
-        "images, pixels")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
+        "images, for frame-* files and captures that do not tell them")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
+        "folder decides, see docs/captures.md")
+    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
+    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture, if "
+        "no file tells")
     parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that "
         "points up; not given: as in training")
     parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
@@ -333,6 +296,12 @@ def parse_args(argv=None):
     parser.add_argument("--text-from", choices=("clip", "fused"), default="clip",
         help="compare the text with CLIP's dense features or with the network's own, if its "
         "consistency loss was on")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="of CLIP's dense features, see docs/towers.md; "
+        "not given: naclip")
+    parser.add_argument("--clip-model", default="ViT-B-16", help="without a checkpoint: an open_clip vision "
+        "transformer")
+    parser.add_argument("--image-size", type=image_size, default=(240, 320), help="without a checkpoint: "
+        "height,width that CLIP sees")
     parser.add_argument("--cloud-voxel", type=positive_float, help="meters, the voxels of merged clouds; not "
                         "given: two pixels of a scene's median depth, from 0.002 to 0.02")
     parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in "
@@ -340,7 +309,7 @@ def parse_args(argv=None):
     parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for "
         "this benchmark; needs --scans")
     parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie "
-        "where they lay in training")
+        "where they lay in training; without a checkpoint also an open_clip tag, openai if not given")
     parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep "
         "nothing")
     parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
@@ -352,8 +321,11 @@ def parse_args(argv=None):
         parser.error("--intrinsics and --scans exclude each other")
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
-    if args.text is None and args.text_from != "clip":
-        parser.error("--text-from needs --text")
+    asks = args.text or args.checkpoint is None and args.classes
+    if not asks and (args.text_from != "clip" or args.attention):
+        parser.error("--text-from and --attention need --text")
+    if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
+        parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")
     out = args.out.resolve()
     for option, folder in (("--data", args.data), ("--scans", args.scans)):
         if folder is not None and (out == Path(folder).resolve() or out in Path(folder).resolve().parents):
@@ -399,11 +371,16 @@ def open_source(args, config, classes, class_names):
     labels = None if classes is not None else False
     scans = None
     if args.scans:
-        scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels)
+        scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels,
+                                   config.get("normals", False))
     else:  # of the built-in rooms those that validate a training with these options
-        rooms = -(-config["rooms"] * 3 // 8), config["frames_per_room"]
+        val_rooms = config.get("val_rooms", -(-config["rooms"] * 3 // 8))  # older checkpoints do not say
+        rooms = val_rooms, config["frames_per_room"]
         split = "val" if args.data == "rooms" else args.split
-        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms)
+        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms,
+                             format=args.format, pose=args.pose, depth_scale=args.depth_scale)
+        if hasattr(frames, "description"):
+            print(frames.description)
     names = (scans or frames).class_names
     if names and list(names) != class_names:
         raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")
@@ -420,14 +397,27 @@ def open_queries(args, model, config):
     if args.text is None:
         return None
     if config["clip_pretrained"] == "none":
-        warn("CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing")
+        warn(RANDOM_CLIP)
     elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
         warn("--text-from fused: the consistency loss had no weight in training, so the answers mean nothing")
-    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from)
+    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention)
+    say_queries(queries)
+    return queries
+
+
+def say_queries(queries):
+    """Prints what the answers depend on."""
     for field, names in zip(field_names(queries.names), queries.names):
         print(f"query {field}: {', '.join(names)}")
     print(f"beside them: {', '.join(NEUTRAL)}; templates: {', '.join(TEMPLATES)}")
-    return queries
+
+
+def warn_of_faults(args, frames, up):
+    """What the quick part of check.py finds in somebody's frames."""
+    if args.data == "rooms":
+        return
+    for fault, words in quick_check(frames, up):
+        warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
 
 
 def write_classes(path, ids, class_names):
@@ -563,15 +553,16 @@ def predict_scans(model, scans, frames, config, queries, output, ids):
         output.add_scan(scans.names[index], result, ids)
 
 
-def predict_scenes(model, frames, config, queries, output, voxel_size):
-    """Predicts every frame, merges the frames of a scene, and writes and scores both. voxel_size:
-    meters, or None.
+def predict_scenes(label, frames, config, queries, output, voxel_size):
+    """Labels every frame, merges the frames of a scene, and writes and scores both.
+
+    label: frames -> results of `predict_frames`. voxel_size: meters, or None.
     """
     bar = tqdm(total=len(frames), unit="frame", disable=None)
     for scene, members in group_by_scene(frame_names(frames)).items():
         merger = SceneMerger(len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
         heights = []
-        for result in predict_frames(model, Subset(frames, members), config, queries=queries):
+        for result in label(frames=Subset(frames, members)):
             output.add_frame(result)
             bar.update()
             if result["points"] is not None:
@@ -605,6 +596,30 @@ def same_points(model, config, frames, scans, cache):
     return DataLoader(dataset, config["batch_size"], collate_fn=batches_for(model, training=False))
 
 
+def write_summary(args, config, frames, scans, output, seconds, scores):
+    """Writes summary.json and says what was done; returns its content."""
+    kind, count = ("frame", len(frames)) if scans is None else ("scan", len(scans))
+    skipped = getattr(frames, "num_skipped", 0)
+    total = int(output.counts.sum())
+    share = output.counts / max(total, 1)
+    summary = {
+        "checkpoint": args.checkpoint,
+        "options": {key: str(value) for key, value in vars(args).items() if value is not None},
+        "training": config,
+        "rotation_to_z_up": up_rotation(config["up"]).tolist(),
+        f"{kind}s": count, "frames_skipped": skipped, "frames_without_depth": output.num_blank,
+        "seconds": seconds, f"seconds_per_{kind}": seconds / count,
+        "points": total, "share_of_points": dict(zip(output.class_names, share.tolist())),
+        "queries": None if output.queries is None else output.queries.described(),
+        "scores": scores,
+        "scenes": output.scenes}
+    summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {output.num_blank} without depth, "
+          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} scenes in {args.out}")
+    return summary
+
+
 def score_all(model, config, frames, scans, output, cache):
     """{which points: metrics}, printed; empty if nothing has a true label."""
     if not output.points.semantics.confusion.any():
@@ -630,19 +645,55 @@ def score_all(model, config, frames, scans, output, cache):
     return scores
 
 
+def ask(args, device, tower=None):
+    """The command without a checkpoint: text answered by CLIP's dense features, merged over the frames of a scene."""
+    config = {"no_clip": False, "clip_model": args.clip_model, "clip_pretrained": args.clip_pretrained or "openai",
+              "clip_mean_std": None, "clip_blocks": 0, "image_size": args.image_size, "up": args.up or "z",
+              "min_instance_points": 1}
+    classes = None if args.classes is None else load_classes(args.classes)
+    frames = open_frames(args.data, args.split, classes, args.label_map, args.intrinsics,
+                         False if classes is None else None, format=args.format, pose=args.pose,
+                         depth_scale=args.depth_scale)
+    warn_of_faults(args, frames, config["up"])
+    if config["clip_pretrained"] == "none":
+        warn(RANDOM_CLIP)
+    fusion = BiFusionEncoder(tower or build_tower(config), nn.Identity()).to(device).eval()
+    names = parse_queries(args.text) if args.text else [[name] for name in frames.class_names]
+    if classes is not None and [first for first, *_ in names] != frames.class_names:
+        raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of them, or "
+                         "the same names in the same order, with synonyms")
+    queries = TextQueries(fusion.encoder_2d, names, attention=args.attention)
+    say_queries(queries)
+    class_names = [first for first, *_ in names]
+    class_ids = write_classes(args.out / "classes.txt", getattr(frames, "class_ids", range(1, len(names) + 1)) or
+                              range(1, len(names) + 1), class_names)
+    output = Output(args.out, class_ids, class_names, queries, partial(Scores, len(names), False),
+                    [f"CLIP {args.clip_model}"], config["up"] if args.tensorboard else None)
+    options = dict(num_points=sys.maxsize, image_size=tuple(args.image_size))
+    answer = partial(ask_sample, fusion, up=config["up"], queries=queries)
+    start = time.perf_counter()
+    predict_scenes(partial(label_frames, answer, options=options, up=config["up"], queries=queries), frames, config,
+                   queries, output, args.cloud_voxel)
+    scores = {}
+    if output.points.semantics.confusion.any():
+        scores = {"every pixel": output.points.compute(), "merged scenes": output.merged.compute()}
+        print(format_metrics(scores["merged scenes"], class_names))
+    return write_summary(args, config, frames, None, output, time.perf_counter() - start, scores)
+
+
 def main(argv=None, tower=None):
     """One run of the command; returns the content of summary.json. tower: see `model.load_model`."""
     args = parse_args(argv)
     _, _, device = setup(args.device)
     configure_device(device)
+    if args.checkpoint is None:
+        return ask(args, device, tower)
     model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained, tower)
     config["up"] = args.up or config["up"]
     ids = benchmark_ids(args.submission, class_names) if args.submission else None
     classes = find_classes(args, config, class_names)
     frames, scans = open_source(args, config, classes, class_names)
-    if args.data != "rooms":
-        for fault, words in quick_check(frames, config["up"]):
-            warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
+    warn_of_faults(args, frames, config["up"])
     queries = open_queries(args, model, config)
     class_ids = write_classes(args.out / "classes.txt", config["class_ids"], class_names)
     comments = [f"checkpoint {args.checkpoint}"]
@@ -655,29 +706,11 @@ def main(argv=None, tower=None):
     if scans is not None:
         predict_scans(model, scans, frames, config, queries, output, ids)
     else:
-        predict_scenes(model, frames, config, queries, output, args.cloud_voxel)
+        label = partial(predict_frames, model, config=config, queries=queries)
+        predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
     seconds = time.perf_counter() - start
-
-    kind, count = ("frame", len(frames)) if scans is None else ("scan", len(scans))
-    skipped = getattr(frames, "num_skipped", 0)
-    total = int(output.counts.sum())
-    share = output.counts / max(total, 1)
-    summary = {
-        "checkpoint": args.checkpoint,
-        "options": {key: str(value) for key, value in vars(args).items() if value is not None},
-        "training": config,
-        "rotation_to_z_up": up_rotation(config["up"]).tolist(),
-        f"{kind}s": count, "frames_skipped": skipped, "frames_without_depth": output.num_blank,
-        "seconds": seconds, f"seconds_per_{kind}": seconds / count,
-        "points": total, "share_of_points": dict(zip(class_names, share.tolist())),
-        "queries": None if queries is None else queries.described(),
-        "scores": score_all(model, config, frames, scans, output, args.cache),
-        "scenes": output.scenes}
-    summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {output.num_blank} without depth, "
-          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} scenes in {args.out}")
-    return summary
+    scores = score_all(model, config, frames, scans, output, args.cache)
+    return write_summary(args, config, frames, scans, output, seconds, scores)
 
 
 if __name__ == "__main__":

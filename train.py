@@ -34,26 +34,28 @@ from check import quick_check
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
-                    clip_loss_weight)
-from model import (batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
+                    clip_loss_weight, lovasz_loss)
+from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
                    gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
-from sparse_unet import COLORS, NETWORKS
+from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
+from support.average import MovingAverage
 from support.cache import FeatureCache, Store, SuperpointCache, content_key
-from support.checkpoint import STEP_FIELDS, lock_folder, new_folder, read_checkpoint, write_atomically
+from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read_checkpoint, run_folder,
+                                write_atomically, write_or_warn)
 from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_step, term_statistics
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
-from support.runtime import (Console, Parser, StopRequest, checked_by, configure_device, image_size, list_of,
-                             loader_options, mean_std, nonnegative_float, nonnegative_int, number_in, positive_float,
-                             positive_int, run_command)
+from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
+                             image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
+                             nonnegative_int, number_in, positive_float, positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "frames_per_room",
-                "class_ids")
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms",
+                "frames_per_room", "class_ids")
 LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
 
 # ---------------------------------------------------------------------------------------------- options
@@ -72,8 +74,8 @@ def build_parser():
         "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
-    add("--rooms", type=positive_int, default=32, help="built-in training rooms; validation has 3 for "
-        "every 8 of them")
+    add("--rooms", type=positive_int, default=32, help="built-in training rooms")
+    add("--val-rooms", type=positive_int, help="built-in validation rooms; not given: 3 per 8 training rooms")
     add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
@@ -84,6 +86,8 @@ def build_parser():
     add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
         "docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
+    add("--normals", action="store_true", help="show the 3D encoder the surface's normals, too: of depth, "
+        "or of the meshes of --scans")
     add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for "
         "instances; 0: cubes of 4 voxels stand in for them")
     add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
@@ -92,13 +96,15 @@ def build_parser():
         "loop")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=tuple(NETWORKS), help="the 3D encoder; not given: small, or the network "
+    add("--backbone", choices=tuple(BACKBONES), help="the 3D encoder; not given: small, or the network "
         "of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
     add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
     add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
         "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+    add("--drop-path", type=number_in(float, 0.0, 0.9), default=0.0, help="of volt-*: how often the last "
+        "block is skipped for a token; the others less, the first never")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
     add("--no-instances", action="store_true", help="semantics only, even if the data has instance "
         "labels")
@@ -115,6 +121,12 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
         "and 0.5 with --no-clip")
+    add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the 3D encoder sees "
+        "two samples of a batch as one scene (Mix3D)")
+    add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
+        "that the semantic loss spreads over all classes")
+    add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
+        "loss, which follows the IoU; 0: none")
     add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
         "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
     add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01),
@@ -136,6 +148,8 @@ def build_parser():
     add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
     add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: "
         "none")
+    add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the moving "
+        "average of all weights, with a decay per step such as 0.999; 0: the last weights")
     add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
         "to it")
     add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
@@ -191,6 +205,8 @@ def parse_args(argv=None, defaults=None):
         args.clip_weights = (0.0,) * len(args.clip_weights)
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
+    if args.val_rooms is None:
+        args.val_rooms = -(-args.rooms * 3 // 8)
     if not args.init_3d:
         args.backbone = args.backbone or "small"
         args.colors = args.colors or "signed"
@@ -205,6 +221,10 @@ def check_options(args, error):
         error("--scans holds only points: give --data, the folder of their frames, too")
     if args.data == "rooms" and args.label_map:
         error("--label-map belongs to scans and exported frames, and --data is rooms")
+    if args.drop_path and not (args.backbone or "").startswith("volt-"):
+        error("--drop-path is for --backbone volt-small, volt-small-plain or volt-base")
+    if args.normals and args.colors == "ones":
+        error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
         error("--init-3d begins a run; the weights of a checkpoint are in it")
     if args.init_3d and not Path(args.init_3d).is_file():
@@ -216,11 +236,13 @@ def check_options(args, error):
     except ValueError as problem:
         error(f"--clip-warmup, --clip-weights: {problem}")
     clip_is_on = max(args.clip_weights) > 0 and not args.no_clip and not args.isolate_clip
-    if args.clip_loss == "infonce" and args.batch_size == 1 and args.clip_target == "global" and clip_is_on:
-        error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or more, "
-              "or --clip-target point")
+    is_alone = args.batch_size == 1 and args.clip_target == "global"
+    if args.clip_loss == "infonce" and is_alone and clip_is_on:
+        error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 "
+              "or more, or --clip-target point")
     for option, folder in (("--runs", args.runs), ("--cache", args.cache)):
-        existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+        paths = (Path(folder), *Path(folder).absolute().parents)
+        existing = next(path for path in paths if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             error(f"{option} {folder}: {existing} is not a folder that can be written to")
 
@@ -231,7 +253,7 @@ def check_options(args, error):
 def build_datasets(args):
     """Training and validation set, class names, and whether instances are trained."""
     splits = (args.train_split, args.val_split)
-    counts = [(args.rooms, args.frames_per_room), (-(-args.rooms * 3 // 8), args.frames_per_room)]
+    counts = [(rooms, args.frames_per_room) for rooms in (args.rooms, args.val_rooms)]
     if args.data == "rooms":
         splits = ("train", "val")
     elif None in splits:
@@ -239,23 +261,26 @@ def build_datasets(args):
     labels = args.classes, args.label_map
     scans = None
     if args.scans:
-        scans, frames = zip(*(open_scans(args.scans, args.data, split, *labels) for split in splits))
+        opened = [open_scans(args.scans, args.data, split, *labels, normals=args.normals) for split in splits]
+        scans, frames = zip(*opened)
         check_splits(scans, ())
         check_splits(frames, ())
         scans = [upright(part, args.up) for part in scans]
     else:
-        frames = [open_frames(args.data, split, *labels, rooms=rooms) for split, rooms in zip(splits, counts)]
+        frames = [open_frames(args.data, split, *labels, rooms=rooms)
+                  for split, rooms in zip(splits, counts)]
         check_splits(frames, () if args.no_instances else ("instance-filt",))
     frames = [upright(part, args.up) for part in frames]
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed,
-                   voxel_size=min(args.voxel_size, 0.02))  # unit of elastic augmentation: coarse voxels do not stretch it
+                   color=not args.no_color, images=not args.no_clip, seed=args.seed, normals=args.normals,
+                   voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation, at most that much
     if scans:
         sets = [SceneDataset(*sources, augment=augment, **options)
                 for *sources, augment in zip(scans, frames, (True, False))]
         return *sets, scans[0].class_names, not args.no_instances
-    sets = [PointDataset(part, augment=augment, **options) for part, augment in zip(frames, (True, False))]
+    sets = [PointDataset(part, augment=augment, **options)
+            for part, augment in zip(frames, (True, False))]
     instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
     if instances and args.superpoints:
         cache = SuperpointCache(cache_folder(args), partial(oversegment, count=args.superpoints),
@@ -266,16 +291,22 @@ def build_datasets(args):
 
 
 def class_ids_of(dataset, class_names):
-    """The ids that the data gives to the classes, for the files that predict.py writes; from 1 on if it has none."""
+    """The data's ids of the classes, for the files that predict.py writes; from 1 on if it has none."""
     labelled = getattr(dataset, "scenes", dataset.frames)
     return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
 
 
 def describe(train_set, val_set, class_names):
-    """What was opened, in a line."""
-    skipped = [getattr(dataset.frames, "num_skipped", 0) for dataset in (train_set, val_set)]
-    return (f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes; "
-            f"{skipped[0]} and {skipped[1]} frames skipped for a lost pose")
+    """What was opened and what was not taken, as text."""
+    lines = [f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes"]
+    for dataset, name in ((train_set, "training"), (val_set, "validation")):
+        skipped = getattr(dataset.frames, "num_skipped", 0)
+        left_out = dict(getattr(dataset.frames, "left_out", {}))
+        if skipped:
+            left_out["frames with a lost pose"] = skipped
+        if left_out:
+            lines.append(f"{name}, left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
+    return "\n".join(lines)
 
 
 def cache_folder(args):
@@ -298,8 +329,8 @@ def read_every_frame(datasets, args, rank, world_size, console):
             console.print(f"{len(blank)} of {len(dataset)} samples have no depth and are left out")
             dataset.leave_out(blank)
         if sum(labelled) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the "
-                             "class list")
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label "
+                             "of the class list")
         if rank == 0 and not args.no_check:
             check_cameras(dataset, store, args)
 
@@ -328,15 +359,16 @@ def open_tower(args, config, log_warning):
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise FileNotFoundError(f"{error} (--clip-pretrained, --clip-model)") from None
-        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, which shows "
-                    "colors and textures but no meaning: good for trying things out, not for results.")
+        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, "
+                    "which shows colors and textures but no meaning: good for trying things out, not for "
+                    "results.")
         config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say
         return build_tower(config)
 
 
 def clip_loss_is_never_on(args):
     """Whether the CLIP loss has a weight, but in no epoch of this run."""
-    weights = [clip_loss_weight(epoch, args.clip_warmup, args.clip_weights) for epoch in range(args.epochs)]
+    weights = [loss_weights(args, epoch)["clip"] for epoch in range(args.epochs)]
     return not args.no_clip and max(weights) == 0 < max(args.clip_weights)
 
 
@@ -352,7 +384,8 @@ def cache_features(tower, datasets, args, device, rank, world_size):
     owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
-    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)), workers=args.workers)
+    cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)),
+                         workers=args.workers, worker_init_fn=init_worker)
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache
@@ -370,15 +403,16 @@ def build_criteria(args, clip_criterion=None):
     """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of
     ClipConsCriterion.
     """
-    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss, world_mean=world_mean)
-    return {"semantic": SemanticCriterion(world_mean=world_mean),
+    clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss,
+                                               world_mean=world_mean)
+    return {"semantic": SemanticCriterion(world_mean=world_mean, label_smoothing=args.label_smoothing),
             "instance": InstanceCriterion(world_mean=world_mean),
             "clip": clip}
 
 
 def loss_weights(args, epoch):
     """The weight of every loss term in an epoch."""
-    return {"semantic": args.semantic_weight,
+    return {"semantic": args.semantic_weight, "lovasz": args.lovasz,
             **{f"instance_{name}": weight for name, weight in INSTANCE_WEIGHTS.items()},
             "clip": clip_loss_weight(epoch, args.clip_warmup, args.clip_weights)}
 
@@ -393,18 +427,22 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     """
     device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
+    torch.manual_seed(batch["seed"][0])  # what the network draws, drop path say, can repeat
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
+    if weights.get("lovasz"):  # steps saved by older versions have no such weight
+        terms["lovasz"] = lovasz_loss(out["logits"], batch["labels"])
     if model.decoder is not None:
         for name, term in criteria["instance"](out["decoder"], batch["targets"]).items():
             terms[f"instance_{name}"] = term
     counts = None
     if clip_is_on:
-        target, batch_idx = (out["clip_dense"], None) if dense_target else (out["clip_global"], batch["batch"])
+        target = out["clip_dense"] if dense_target else out["clip_global"]
+        batch_idx = None if dense_target else batch["batch"]
         # random draws of a step depend on its samples alone, so that they can repeat
-        generator = torch.Generator(device).manual_seed(batch["seed"][0])
-        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], generator)
+        seed = batch["seed"][0]
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], seed)
     return out, terms, counts
 
 
@@ -412,7 +450,8 @@ def weight_terms(terms, weights):
     """{name: what the term adds to the total loss}."""
     for name in terms:
         if name not in weights or name == "total":
-            raise ValueError(f"loss term {name!r} needs a weight in loss_weights, and a name other than total")
+            raise ValueError(f"loss term {name!r} needs a weight in loss_weights, and a name other than "
+                             "total")
     return {name: weights[name] * term for name, term in terms.items()}
 
 
@@ -420,7 +459,8 @@ def parameter_groups(model, args):
     """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d
     tensors).
     """
-    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d), "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
+    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d),
+             "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
              "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
     groups = {}
     for name, parameter in model.named_parameters():
@@ -428,8 +468,9 @@ def parameter_groups(model, args):
             continue
         part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
         is_matrix = parameter.dim() > 1
+        weight_decay = args.weight_decay if is_matrix else 0.0
         group = groups.setdefault((part, is_matrix), {
-            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": args.weight_decay if is_matrix else 0.0})
+            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -442,7 +483,8 @@ def set_learning_rate(optimizer, lr):
 
 def load_optimizer(optimizer, scaler, state):
     """Loads their states from a checkpoint, but keeps the multipliers and weight decay of this run."""
-    own = [{"lr_mult": group["lr_mult"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
+    keys = ("lr_mult", "weight_decay")
+    own = [{key: group[key] for key in keys} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, options in zip(optimizer.param_groups, own):
         group.update(options)
@@ -460,6 +502,16 @@ def resume_position(state, steps_per_epoch, global_batch):
     return state["epoch"], min(samples // global_batch, steps_per_epoch)
 
 
+def warn_of_changes(state, config, lr, console):
+    """What makes a resumed run another one than that of its checkpoint."""
+    changed = [key for key in DATA_OPTIONS if state["config"].get(key) != config[key]]
+    if changed:
+        console.warn(f"the checkpoint was trained on other data: {', '.join(changed)} differ")
+    if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
+        console.warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the "
+                     "global batch or the number of processes have changed")
+
+
 def lr_factor(step, total_steps, warmup):
     """Factor on the learning rate at optimizer step `step`: linear warm-up times polynomial decay to 0.
 
@@ -467,36 +519,6 @@ def lr_factor(step, total_steps, warmup):
     """
     decay = max(0.0, 1 - step / max(1, total_steps)) ** 0.9
     return min(1.0, (step + 1) / max(1, warmup)) * decay
-
-
-def goes_on_in_place(args):
-    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, which nothing else is
-    written over.
-    """
-    path = Path(args.resume or "")
-    return path.name == "last.pt" and (path.parent / "lock").exists()
-
-
-def write_or_warn(console, path, state):
-    """Writes a checkpoint. If that fails, on a full disk say, the old file stays and the run goes on."""
-    try:
-        write_atomically(state, path)
-    except OSError as error:
-        console.warn(f"{error}: the checkpoint is not written, the one before stays; the next one is tried again")
-
-
-def run_folder(args, rank, world_size, lock):
-    """The folder of this run, a new one or that of the checkpoint to go on from, and the lock on it.
-
-    lock: that of a resumed run, held already. Only the first process has one.
-    """
-    folder = None
-    if rank == 0:
-        name = args.name or ("baseline" if args.no_clip else "bifusion")
-        new = Path(args.runs) / f"{name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(args.resume).parent if goes_on_in_place(args) else new_folder(new)
-        lock = lock or lock_folder(folder)  # a second lock would close the first file, which ends both
-    return gather_objects(folder, world_size)[0], lock
 
 
 # --------------------------------------------------------------------------------------------- one step
@@ -548,6 +570,17 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(out, finite, loss_finite, stop)
+
+
+def open_log(args, folder, model, console, step):
+    """The TensorBoard of a run that goes on after `step`; folder: None in the other processes."""
+    purge_step = step + 1 if args.resume else None
+    log = RunLog(folder, args.log_every, purge_step, logged_modules(model), world_mean, console.warn)
+    log.step = step
+    log.add_table("config", vars(args))
+    for text in console.warnings:
+        log.add_text("warning", text)
+    return log
 
 
 def latest_values(out, batch_idx, optimizer):
@@ -602,7 +635,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     state = lock = None
     if path:
         state = read_checkpoint(path)
-        lock = lock_folder(Path(path).parent) if goes_on_in_place(args) and main_process else None
+        lock = lock_folder(Path(path).parent) if goes_on_in_place(args.resume) and main_process else None
         args = parse_args(argv, defaults=state["config"])
     init_3d = open_backbone(args) if args.init_3d else None
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
@@ -611,6 +644,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     stop = stop or StopRequest()
     configure_device(device, args.deterministic)
     console = Console(main_process, state["warnings"] if state else ())
+    if device.type == "cpu":
+        console.print(choose_threads(args.workers, state["config"].get("threads") if state else None))
+        config["threads"] = torch.get_num_threads()
 
     # the tower and the data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
@@ -640,7 +676,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     if tower is not None and args.clip_blocks == 0 and cache_folder(args):
         cache_features(tower, used_sets, args, device, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True))
+    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True, mix=args.mix))
     val_share = range(rank, len(val_set), world_size)
     val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
     score = partial(evaluate, model, val_loader, args.min_instance_points, amp_dtype, world_size)
@@ -651,6 +687,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     trainable = sum(p.requires_grad for p in model.parameters())
     assert in_optimizer == trainable, f"{in_optimizer} of {trainable} parameters reached the optimizer"
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    average = MovingAverage(model, args.ema)
+    average.load_state_dict(state.get("ema", {}) if state else {})
     steps_per_epoch = -(-len(train_loader) // args.grad_accum)
     total_steps = args.epochs * steps_per_epoch
     global_batch = args.batch_size * args.grad_accum * world_size
@@ -663,31 +701,24 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         start_epoch, first_step = resume_position(state, steps_per_epoch, global_batch)
         step, skipped_steps, best = state["step"], state["skipped_steps"], state["best"]
         load_optimizer(optimizer, scaler, state)
-        changed = [key for key in DATA_OPTIONS if state["config"].get(key) != config[key]]
-        if changed:
-            console.warn(f"{path} was trained on other data: {', '.join(changed)} differ")
         console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
-        lr = lr_at(start_epoch, first_step)
-        if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
-            console.warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the "
-                         "global batch or the number of processes have changed")
+        warn_of_changes(state, config, lr_at(start_epoch, first_step), console)
     elif not args.eval and clip_loss_is_never_on(args):
         console.warn(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
-        metrics = score()
+        with average.applied():
+            metrics = score()
         console.print("\n".join([format_metrics(metrics, class_names), *console.notes()]))
         leave_processes()
         return metrics
 
     # log and guard
-    folder, lock = run_folder(args, rank, world_size, lock)  # nobody else may write there while `lock` is open
-    log = RunLog(folder if main_process else None, args.log_every, step + 1 if args.resume else None,
-                 logged_modules(model), world_mean, console.warn)
-    log.step = step
-    log.add_table("config", vars(args))
-    for text in console.warnings:
-        log.add_text("warning", text)
+    name = f"{args.name or ('baseline' if args.no_clip else 'bifusion')}__{args.seed}__"
+    if main_process:  # nobody else may write into the folder while `lock` is open
+        folder, lock = run_folder(args.resume, Path(args.runs) / (name + time.strftime("%Y%m%d-%H%M%S")), lock)
+    folder = gather_objects(folder if main_process else None, world_size)[0]
+    log = open_log(args, folder if main_process else None, model, console, step)
     guard = NonFiniteGuard(model, folder, lambda text: (console.print(text), log.add_text("guard", text)),
                            write_atomically, partial(gather_objects, world_size=world_size),
                            rank if world_size > 1 else None, bad_steps=state["bad_steps"] if args.resume else 0)
@@ -696,8 +727,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     def save(name, epoch, next_step):
         """Writes a checkpoint that goes on at a step of an epoch, or keeps the old file if the disk is full."""
         if main_process:
-            write_or_warn(console, folder / name, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            write_or_warn(folder / name, console.warn, {
+                "model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
                 "next_lr": lr_at(epoch, next_step), "best": best, "skipped_steps": skipped_steps,
                 "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity})
@@ -728,14 +759,12 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             diagnose = args.diagnose > 0 and (step + 1) % args.diagnose == 0 and main_process
             result = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, args.max_grad_norm,
                                 amp_dtype, dense_target, world_size, diagnose, stop)
+            searches = result.loss_finite and scaler.get_scale() < scale >= 1  # fp16 overflows to find its scale
+            facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights}
+            skipped_steps += guard.end_step(result.finite, searches, micro_batches, weighted_losses,
+                                            {**facts, **identity})
             if result.finite:
-                guard.good_step()
-            elif result.loss_finite and scaler.get_scale() < scale >= 1:  # fp16 finds its scale by overflowing
-                guard.skip_step()
-                skipped_steps += 1
-            else:
-                facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights}
-                guard.bad_step(micro_batches, weighted_losses, {**facts, **identity})
+                average.update(step)
             step += 1
 
             # log
@@ -768,11 +797,12 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         # evaluate and save
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             average_buffers(model, world_size)
-            metrics = score()
+            with average.applied():
+                metrics = score()
+                if main_process:
+                    visualize(log, model, val_set, class_names, args.min_instance_points)
             bar.show(mIoU=metrics["miou"])
             console.print(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
-            if main_process:
-                visualize(log, model, val_set, class_names, args.min_instance_points)
             if metrics["miou"] > best:
                 best = metrics["miou"]
                 save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it

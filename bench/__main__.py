@@ -22,9 +22,11 @@ COMMANDS = {
     "encode": "spatial and global CLIP features, against open_clip's encode_image",
     "sample": "bilinear features of points, against a loop of grid_sample",
     "sparse": "sparse convolution against spconv; Res16UNet34C: step, maps, memory, growth",
+    "volt": "a training step of Volt-S and of Res16UNet34C: operators, FLOP, bytes, seconds",
     "ap": "ScanNet's average precision of 100 large scenes",
     "speedrun": "seconds to a mIoU of 0.60 on the built-in rooms",
     "stability": "the study of CLIP consistency losses on hostile features",
+    "meaning": "what CLIP's meaning is worth, with a small tower trained here",
     "picture": "truth beside prediction on held-back rooms, as an image"}
 REPEATS = {"step": 9, "gpu": 7, "loader": 5, "encode": 9, "sample": 9, "sparse": 15}  # the others measure once
 
@@ -40,10 +42,10 @@ def parse_args(argv=None):
         command.set_defaults(device="cpu", plot=None)
         if name not in ("ap", "loader"):  # which run on the CPU alone
             command.add_argument("--device", choices=("cpu", "cuda"), help="default: %(default)s")
-        if name not in ("gpu", "speedrun", "picture"):  # which have no figures to draw
+        if name not in ("gpu", "speedrun", "meaning", "picture"):  # which have no figures to draw
             command.add_argument("--plot", metavar="PATH", help="also draw the figures, into this PNG file (stability: "
                                  "two files in this folder); needs matplotlib")
-        command.add_argument("--threads", type=int, default=1 if name == "stability" else os.cpu_count(),
+        command.add_argument("--threads", type=int, default=1 if name in ("stability", "meaning") else os.cpu_count(),
                              help="CPU threads (default: %(default)s)")
         if name in REPEATS:
             command.add_argument("--repeats", type=int, default=REPEATS[name], help="turns, at least 2 "
@@ -67,6 +69,12 @@ def parse_args(argv=None):
     command.add_argument("--seeds", type=int, default=3, help="trainings per setting (default: %(default)s)")
     command.add_argument("--out", default="runs/stability", help="folder of stability.json; a training that it holds "
                          "with the same options is not repeated (default: %(default)s)")
+    command = options["meaning"]
+    command.add_argument("--seeds", type=int, default=3, help="trainings per setting (default: %(default)s)")
+    command.add_argument("--tower", default=".cache/meaning/tower", help="folder of the small CLIP model; "
+                         "trained if it is not there (default: %(default)s)")
+    command.add_argument("--out", default="runs/meaning", help="folder of meaning.json; a training that it "
+                         "holds with the same options is not repeated (default: %(default)s)")
     options["picture"].add_argument("--checkpoint", default="best.pt", help="of a training on the built-in rooms "
                                     "(default: %(default)s)")
     options["picture"].add_argument("--frames", type=int, nargs="+", default=[0, 5], help="which of 12 validation frames "

@@ -14,27 +14,9 @@ from bench.timing import machine, median, ratio, turns
 from support.cache import FeatureCache
 from data import PointDataset, resize_intrinsics
 from sources.rooms import RoomFrames
-from sources.scannet import ScanNetFrames
+from sources.scannet import ScanNetFrames, write_frames
 
 IMAGE_SIZE = (240, 320)
-
-
-def write_frames(root, frames):
-    """Writes labelled frame dicts in ScanNet's exported layout -> its class list {id: name or None}."""
-    for frame in frames:
-        scene, stem = frame["name"].split("/")
-        for kind in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
-            (root / scene / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(frame["color"]).save(root / scene / "color" / f"{stem}.jpg", quality=95)
-        millimetres = (frame["depth"] * 1000).round().astype(np.uint16)
-        Image.fromarray(millimetres).save(root / scene / "depth" / f"{stem}.png")
-        for kind in ("label", "instance"):
-            index = (frame[kind] + 1).astype(np.uint16)  # 0 = none
-            Image.fromarray(index).save(root / scene / f"{kind}-filt" / f"{stem}.png")
-        np.savetxt(root / scene / "pose" / f"{stem}.txt", np.linalg.inv(frame["world2cam"]))
-        for kind, key in (("color", "intrinsics"), ("depth", "depth_intrinsics")):
-            np.savetxt(root / scene / "intrinsic" / f"intrinsic_{kind}.txt", frame[key])
-    return {0: None, **{1 + i: name for i, name in enumerate(frames.class_names)}}
 
 
 def plain_frame(root, name, count, image_size):
@@ -68,10 +50,10 @@ def random_features(images):
     return torch.randn(len(images), 768, 15, 20), torch.randn(len(images), 512)
 
 
-def run(args, num_rooms=4, frames_per_room=2, size=(480, 640), num_points=20_000):
+def run(args, num_rooms=8, size=(480, 640), num_points=20_000):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "frames"
-        classes = write_frames(root, RoomFrames("train", num_rooms, frames_per_room, size=size))
+        classes = write_frames(RoomFrames("train", num_rooms, 1, size=size), root)
         frames = ScanNetFrames(root, classes)
         plain = PointDataset(frames, num_points, IMAGE_SIZE)
         feature_cache = FeatureCache(Path(folder) / "cache", "random", random_features)

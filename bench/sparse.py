@@ -61,7 +61,7 @@ def bench_convolution(repeats, clouds=(("sparse", 18_000, 0.35), ("dense", 24_00
     panels = {}
     for cloud, voxels, density in clouds:
         coords = room_cloud(voxels, density)
-        kernel_map = VoxelGrid(coords).neighbours(3)
+        kernel_map = VoxelGrid(coords).neighbors(3)
         pairs = len(kernel_map.pairs[0])
         print(f"\nconvolution {channels} -> {channels}, k3, 1 thread, CPU time, float32, {cloud} cloud: {voxels} "
               f"voxels, {pairs / voxels:.1f} neighbours each, {pairs * channels ** 2 * 2 / 1e9:.2f} GFLOP")
@@ -111,11 +111,11 @@ def training_step(net, coords, feats, optimizer, dtype=torch.float32):
 def all_maps(coords):
     """Builds every kernel map that a training step of the U-Net asks for."""
     grid = VoxelGrid(coords)
-    maps = [grid.neighbours(5)]
+    maps = [grid.neighbors(5)]
     for _ in range(4):
-        maps += [grid.neighbours(3), grid.down()]
+        maps += [grid.neighbors(3), grid.down()]
         grid = grid.coarser
-    maps.append(grid.neighbours(3))
+    maps.append(grid.neighbors(3))
     for kernel_map in maps[1:]:  # the stem, of few channels, needs no pairs
         kernel_map.pairs
 

@@ -4,12 +4,12 @@
     python sources/captures.py DIR                what lies there, and how it is read
     python sources/captures.py DIR --to OUT       the same in ScanNet's layout, for other tools
 
-A format is one function `folder, options -> list of View`, and one line of FORMATS. Docs: docs/captures.md.
+A format is one function `folder, options -> list of View`, and one line of FORMATS. Docs:
+docs/captures.md.
 
 Imports numpy, PIL, and support/files.py.
 """
 import argparse
-import functools
 import io
 import struct
 import sys
@@ -34,8 +34,8 @@ class View(NamedTuple):
     """One frame of a capture, as its files describe it."""
 
     stem: str
-    color: object                    # path of an image, or (path, offset, size) of one inside a file
-    depth: object
+    color: object                    # path of an image, or (path, offset, bytes) of one inside a file
+    depth: object                    # path, or (path, offset, bytes, (H, W))
     cam2world: np.ndarray            # (4, 4), OpenCV axes; None: lost
     intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
     units_per_meter: float           # of depth
@@ -67,7 +67,8 @@ def quaternion_rotation(q, path):
 
 
 def parse_pose(numbers, path, pose=None, order="xyzw"):
-    """A pose as 7 numbers (translation and quaternion), 12 (3 x 4) or 16 (4 x 4) -> cam2world (4, 4), or None if lost.
+    """A pose as 7 numbers (translation and quaternion), 12 (3 x 4) or 16 (4 x 4) -> cam2world (4, 4),
+    or None if lost.
 
     order: of quaternions in this format; pose: one of POSES overrules it, and the direction.
     """
@@ -103,19 +104,20 @@ def images_in(folder, names):
     return sorted(paths, key=lambda path: (len(path.stem), path.stem))  # 2 before 10
 
 
-def matched(colors, depths, poses, folder):
-    """Tuples (color, depth, pose) of lists of one length; ValueError with the lengths if they differ."""
+def as_views(folder, colors, depths, poses, **shared):
+    """A View per color image, depth image and pose; ValueError with their numbers if they differ."""
     if not len(colors) == len(depths) == len(poses):
         raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(poses)} poses")
-    return zip(colors, depths, poses)
+    return [View(stem=color.stem, color=color, depth=depth, cam2world=pose, **shared)
+            for color, depth, pose in zip(colors, depths, poses)]
 
 
 def pinhole_of(fx, fy, cx, cy):
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
-def given(options, format, what="--intrinsics FX,FY,CX,CY"):
-    """The intrinsics of the options; ValueError if they are not given."""
+def given(options, format, what):
+    """The intrinsics of the options; ValueError that says what to give if they are not there."""
     if options.intrinsics is None:
         raise ValueError(f"{format} captures do not tell their intrinsics: give {what}")
     return options.intrinsics
@@ -133,7 +135,8 @@ def resized(intrinsics, old_size, new_size):
 
 
 def read_transforms(folder, options):
-    """nerfstudio's and instant-ngp's transforms.json: Polycam, Record3D, NeRFCapture, KIRI, ScanNet++ iPhone.
+    """nerfstudio's and instant-ngp's transforms.json: Polycam, Record3D, NeRFCapture, KIRI, ScanNet++
+    iPhone.
 
     OpenGL axes; the principal point counts from the image's corner, so its pixel centers lie at 0.5.
     """
@@ -198,7 +201,9 @@ def transforms_distortion(values, where):
 
 
 def read_tum(folder, options):
-    """TUM RGB-D: rgb.txt, depth.txt and groundtruth.txt, lines "seconds file" and "seconds tx ty tz qx qy qz qw"."""
+    """TUM RGB-D: rgb.txt, depth.txt and groundtruth.txt, lines "seconds file" and "seconds tx ty tz qx
+    qy qz qw".
+    """
     intrinsics = given(options, "TUM", "--intrinsics 517.3,516.5,318.6,255.3 (fr1), 520.9,521.0,325.1,249.7 (fr2), "
                        "535.4,539.2,320.1,247.6 (fr3), or those of your camera")
     tables = {}
@@ -240,7 +245,9 @@ def read_trajectory_log(folder, options):
 
 
 def read_replica(folder, options):
-    """NICE-SLAM's Replica: traj.txt, 16 numbers a line, results/frame*.jpg and depth*.png, ../cam_params.json."""
+    """NICE-SLAM's Replica: traj.txt, 16 numbers a line, results/frame*.jpg and depth*.png,
+    ../cam_params.json.
+    """
     path = next((p / "cam_params.json" for p in (folder, folder.parent) if (p / "cam_params.json").is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: cam_params.json lies neither there nor beside it")
@@ -254,13 +261,14 @@ def read_replica(folder, options):
     colors = [image for image in images if image.stem.startswith("frame")]
     depths = [image for image in images if image.stem.startswith("depth")]
     poses = [parse_pose(row, folder / "traj.txt", options.pose) for row in read_rows(folder / "traj.txt", "poses")]
-    return [View(stem=color.stem, color=color, depth=depth, cam2world=pose, intrinsics=intrinsics,
-                 units_per_meter=options.depth_scale or camera["scale"])
-            for color, depth, pose in matched(colors, depths, poses, folder)]
+    return as_views(folder, colors, depths, poses, intrinsics=intrinsics,
+                    units_per_meter=options.depth_scale or camera["scale"])
 
 
 def read_pose_list(folder, options):
-    """A list of poses, a line per image: 7 numbers t q (or 8, after a time or number), 12 or 16 numbers (KITTI's)."""
+    """A list of poses, a line per image: 7 numbers t q (or 8, after a time or number), 12 or 16 numbers
+    (KITTI's).
+    """
     path = next(folder / name for name in POSE_LISTS if (folder / name).is_file())
     rows = [row for row in read_rows(path, "poses") if not row[0].startswith("#")]
     poses = [parse_pose(row[1:] if len(row) == 8 else row, path, options.pose) for row in rows]
@@ -271,7 +279,9 @@ POSE_LISTS = ("poses.txt", "pose.txt", "traj.txt")
 
 
 def from_folders(folder, options, poses, format, units_per_meter):
-    """Views of images in color/, rgb/ or image/ and in depth/, in order, with intrinsics from a file or the options."""
+    """Views of images in color/, rgb/ or image/ and in depth/, in order, with intrinsics from a file or
+    the options.
+    """
     intrinsics = options.intrinsics
     for name in ("camera_intrinsic.json", "intrinsic.json"):
         if intrinsics is None and (folder / name).is_file():
@@ -284,13 +294,14 @@ def from_folders(folder, options, poses, format, units_per_meter):
         intrinsics = given(options, format, "camera_intrinsic.json, intrinsics.txt, or --intrinsics FX,FY,CX,CY")
     colors = images_in(folder, ["color", "rgb", "image", "images"])
     depths = images_in(folder, ["depth"])
-    return [View(stem=color.stem, color=color, depth=depth, cam2world=pose, intrinsics=intrinsics,
-                 units_per_meter=options.depth_scale or units_per_meter)
-            for color, depth, pose in matched(colors, depths, poses, folder)]
+    return as_views(folder, colors, depths, poses, intrinsics=intrinsics,
+                    units_per_meter=options.depth_scale or units_per_meter)
 
 
 def read_stray(folder, options):
-    """Stray Scanner: odometry.csv, camera_matrix.csv, depth/, confidence/, and rgb.mp4 as images in rgb/."""
+    """Stray Scanner: odometry.csv, camera_matrix.csv, depth/, confidence/, and rgb.mp4 as images in
+    rgb/.
+    """
     if not (folder / "rgb").is_dir():
         raise FileNotFoundError(f"{folder}: unpack the video first: mkdir rgb && ffmpeg -i rgb.mp4 -start_number 0 "
                                 "rgb/%06d.png")
@@ -304,14 +315,11 @@ def read_stray(folder, options):
     matrix = [" ".join(row).replace(",", " ").split() for row in read_rows(folder / "camera_matrix.csv", "camera")]
     intrinsics = as_matrix(matrix, folder / "camera_matrix.csv", "camera_matrix", [(3, 3)])
     check_intrinsics(intrinsics, folder / "camera_matrix.csv", "camera_matrix")
-    colors, depths = images_in(folder, ["rgb"]), images_in(folder, ["depth"])
-    views = []
-    for color, depth, pose in matched(colors, depths, poses, folder):
-        confidence = folder / "confidence" / depth.name
-        views.append(View(stem=color.stem, color=color, depth=depth, cam2world=pose, intrinsics=intrinsics,
-                          units_per_meter=options.depth_scale or 1000,
-                          confidence=confidence if confidence.is_file() else None))
-    return views
+    views = as_views(folder, images_in(folder, ["rgb"]), images_in(folder, ["depth"]), poses, intrinsics=intrinsics,
+                     units_per_meter=options.depth_scale or 1000)
+    if not (folder / "confidence").is_dir():
+        return views
+    return [view._replace(confidence=folder / "confidence" / view.depth.name) for view in views]
 
 
 SENS_HEAD = struct.Struct("<64f2i4IfQ")  # 4 matrices, 2 compressions, 4 sizes, units per meter, number of frames
@@ -319,7 +327,9 @@ SENS_FRAME = struct.Struct("<16f4Q")     # pose, 2 time stamps, bytes of color a
 
 
 def read_sens(folder, options):
-    """ScanNet's .sens, version 4, read in place: JPEG or PNG color, zlib depth. An index of offsets is built once."""
+    """ScanNet's .sens, version 4, read in place: JPEG or PNG color, zlib depth. An index of offsets is
+    built once.
+    """
     path = next(folder.glob("*.sens"))
     size = path.stat().st_size
     views = []
@@ -328,7 +338,7 @@ def read_sens(folder, options):
         if version != 4 or length > 4096:
             raise ValueError(f"{path}: not a .sens file of version 4")
         file.seek(length, 1)
-        *numbers, color_kind, depth_kind, _, _, _, _, units, count = SENS_HEAD.unpack(
+        *numbers, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack(
             read_exactly(file, SENS_HEAD.size, path))
         if color_kind not in (1, 2) or depth_kind != 1:
             raise ValueError(f"{path}: color of compression {color_kind} and depth of {depth_kind} are not read, only "
@@ -343,7 +353,8 @@ def read_sens(folder, options):
             cam2world = as_pose(pose, f"{path}: frame {number}")
             lost = cam2world is None
             views.append(View(
-                stem=str(number), color=(path, place, color_size), depth=(path, place + color_size, depth_size),
+                stem=str(number), color=(path, place, color_size),
+                depth=(path, place + color_size, depth_size, (height, width)),
                 cam2world=None if lost else cam2world @ color_pose,
                 depth_cam2world=None if lost else cam2world @ depth_pose,
                 intrinsics=color[:3, :3], depth_intrinsics=depth[:3, :3],
@@ -380,10 +391,12 @@ def format_of(folder, format=None):
 
 
 class CaptureFrames:
-    """A source of frames (see data.py): a folder with one capture, which is a scene, or a folder of such folders.
+    """A source of frames (see data.py): a folder with one capture, which is a scene, or a folder of
+    such folders.
 
-    format: a key of FORMATS; None: what lies there decides. options: what the files do not say. split: a file with one
-    `scene` or `scene/stem` per line; None: all frames. undistort: `data.undistort`. No format has labels.
+    format: a key of FORMATS; None: what lies there decides. options: what the files do not say. split:
+    a file with one `scene` or `scene/stem` per line; None: all frames. undistort: of support/lens.py.
+    No format has labels.
 
     Attributes: names, num_skipped (frames with a lost pose), description (how it is read, in a line).
     """
@@ -474,10 +487,9 @@ def read_depth_of(view):
     """Depth (Hd, Wd) float32 meters of a View, 0 = no reading: 16-bit PNG, NPY, or TIFF of floats."""
     path = view.depth
     if isinstance(path, tuple):
-        path, offset, size = path
-        content = zlib.decompress(part_of(path, offset, size))
-        height, width = sens_depth_size(path)
-        return depth_in_meters(np.frombuffer(content, "<u2").reshape(height, width), view.units_per_meter)
+        path, offset, size, shape = path
+        depth = np.frombuffer(zlib.decompress(part_of(path, offset, size)), "<u2")
+        return depth_in_meters(depth.reshape(shape), view.units_per_meter)
     ending = path.suffix.lower()
     if ending == ".png":
         depth = depth_in_meters(read_index_image(path, "depth", (16,)), view.units_per_meter)
@@ -499,16 +511,6 @@ def read_depth_of(view):
                              f"{depth.shape}")
         depth = np.where(confidence > 0, depth, 0)
     return depth
-
-
-@functools.lru_cache
-def sens_depth_size(path):
-    """(H, W) of the depth images of a .sens file."""
-    with open(path, "rb") as file:
-        _, length = struct.unpack("<IQ", file.read(12))
-        file.seek(length, 1)
-        width, height = SENS_HEAD.unpack(file.read(SENS_HEAD.size))[68:70]
-    return height, width
 
 
 def main(argv=None):

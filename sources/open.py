@@ -3,24 +3,28 @@
 
 A new data set is a class that gives frame dicts, and one line in `open_frames`.
 
-Imports sources.rooms and sources.scannet.
+Imports sources.captures, sources.rooms, sources.scannet and support.lens.
 """
 from pathlib import Path
 
+from sources.captures import CaptureFrames, Options
 from sources.rooms import RoomFrames
 from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from support.lens import undistort
 
 
 def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None, labels=True,
-                unlisted=False, rooms=(32, 4)):
+                unlisted=False, rooms=(32, 4), format=None, pose=None, depth_scale=None):
     """The frames that `data` names -> a source, whose class_names are empty if labels are not read.
 
-    data: a folder in ScanNet's exported 2D layout, or "rooms" (built in). Your own data set gets a line.
+    data: a folder in ScanNet's exported 2D layout, of frame-* files, or of captures (see captures.py), or
+    "rooms" (built in). Your own data set gets a line.
     split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms "train",
     "val" or "test".
     classes: a class list, as a file or {id: name}; None: data/classes.txt.
     label_map: path of scannetv2-labels.combined.tsv, if the class list holds NYU40's ids (ScanNet20).
-    intrinsics: (3, 3) in pixels; `data` is then a folder of frame-* files, which have no labels.
+    intrinsics: (3, 3) in pixels, of frame-* files and of captures that do not tell them.
+    format, pose, depth_scale: how a capture is read, if not as its layout says; see captures.py.
     labels: True: needed; None: read if there is a class list; False: not read.
     unlisted: ids that the class list lacks become classes "id N", after the first `num_listed` classes.
     rooms: numbers of rooms and of frames per room.
@@ -29,10 +33,15 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
     """
     if data == "rooms":
         return RoomFrames(split or "train", *rooms)
-    if intrinsics is not None:
-        if labels:
-            raise ValueError(f"{data}: folders of frame-* files (--intrinsics) have no labels")
+    kind = kind_of(Path(data), format)
+    if kind != "scannet" and labels:
+        raise ValueError(f"{data}: frame-* files and captures have no labels, and they are needed here")
+    if kind == "frame-*":
+        if intrinsics is None:
+            raise ValueError(f"{data}: frame-* files need --intrinsics FX,FY,CX,CY")
         return PosedFrames(data, intrinsics, split)
+    if kind == "capture":
+        return CaptureFrames(data, format, Options(intrinsics, pose, depth_scale), split, undistort)
     if not has_classes(data, classes, labels):
         return ScanNetFrames(data, None, split)
 
@@ -49,17 +58,28 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
     return frames
 
 
-def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True):
+def kind_of(folder, format=None):
+    """Which reader a folder is for: "scannet", "frame-*" or "capture". format: insists on a capture."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"frame folder {folder} does not exist")
+    if format is None and any(folder.glob("*/color")) and any(folder.glob("*/pose")):
+        return "scannet"
+    is_posed = any(folder.glob("frame-*.color.*")) or any(folder.glob("*/frame-*.color.*"))
+    return "frame-*" if format is None and is_posed else "capture"
+
+
+def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True, normals=False):
     """Whole scans of ScanNet in a folder, and their views, the frames in `data` -> (scans, frames).
 
     split, classes: as in `open_frames`. The class list holds NYU40's ids, or those of the label map
     (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list and
     every scan is annotated; False: not read. If they are not needed, either all scans or none have an axis
-    alignment (the test split has none).
+    alignment (the test split has none). normals: scans also hold the normals of their meshes.
     """
     frames = ScanNetFrames(data, None, split)
+    options = dict(split=split, normals=normals)
     if labels:
-        return ScanNetScenes(scans, read_classes(data, classes), split, label_map), frames
+        return ScanNetScenes(scans, read_classes(data, classes), label_map=label_map, **options), frames
 
     names = ScanNetScenes(scans, None, split, align=False).names
     texts = [Path(scans) / name / f"{name}.txt" for name in names]
@@ -70,8 +90,8 @@ def open_scans(scans, data, split=None, classes=None, label_map=None, labels=Tru
     annotated = all(text.with_suffix(".aggregation.json").is_file() for text in texts)
     if annotated and has_classes(data, classes, labels):
         known = read_classes(data, classes)
-        return ScanNetScenes(scans, known, split, label_map, align=all(aligned)), frames
-    return ScanNetScenes(scans, None, split, align=all(aligned)), frames
+        return ScanNetScenes(scans, known, label_map=label_map, align=all(aligned), **options), frames
+    return ScanNetScenes(scans, None, align=all(aligned), **options), frames
 
 
 def has_classes(data, classes, labels):

@@ -1,66 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""RGB-D frames and scans in files: ScanNet (Dai et al. 2017) as its tools write it, and folders of posed frames.
+"""RGB-D frames and scans in files: ScanNet (Dai et al. 2017) as its tools write it, and posed frames.
 
-`ScanNetFrames` reads the 2D layout that ScanNet's exporter writes, to which many other data sets are converted.
-`PosedFrames` reads unlabelled folders of frame-*.color, depth and pose files, such as 7-Scenes. `ScanNetScenes` reads
-mesh, labels, instances and oversegmentation of whole scans. All are sequences that read a file when they are indexed,
-and name missing files at construction. Class lists are text files, see `load_classes`.
+`ScanNetFrames` reads the 2D layout of ScanNet's exporter, to which many data sets are converted, and
+that of its small download scannet_frames_25k; `PosedFrames` unlabeled folders of frame-*.color, depth and
+pose files, such as 7-Scenes; `ScanNetScenes` mesh, labels, instances and oversegmentation of whole scans.
+All read a file when they are indexed, and name missing files when they are made.
 
-A file that cannot be read as what it should be is a ValueError or FileNotFoundError that names it. Sizes are bounded
-before memory is taken.
-
-Imports numpy, PIL.
+Imports numpy, PIL and support.files.
 """
 import csv
 import io
-import json
 import os
 import re
-import stat
+import warnings
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 50_000_000  # of an image
-MAX_SHIFT = 1e8  # metres; UTM and earth-centred coordinates stay below 1.1e7
-# bytes of a file; what is made of one takes less than 1 GiB
-MAX_IMAGE = 2 ** 28
-MAX_MESH = 2 ** 27
-MAX_JSON = 2 ** 25
-MAX_SPLIT = 2 ** 24
-MAX_LIST = 2 ** 22
-MAX_MATRIX = 2 ** 16
+from support.files import (as_matrix, as_pose, check_intrinsics, check_principal_point, image_size,
+                           read_bytes, read_color, read_depth, read_index_image, read_intrinsics,
+                           read_json, read_pose, read_text)
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def read_bytes(path, field, limit):
-    """The content of a regular file. FileNotFoundError if there is none, ValueError if it has over `limit` bytes."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{field} {path} does not exist") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise FileNotFoundError(f"{field} {path} is not a file")
-    if status.st_size > limit:
-        raise ValueError(f"{path}: {field} has {status.st_size:,} bytes, more than {limit:,}")
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def read_text(path, field, limit=MAX_LIST):
-    """The content of a UTF-8 text file, without a byte order mark."""
-    try:
-        return read_bytes(path, field, limit).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {field} is not UTF-8 text: {error}") from None
+# --------------------------------------------------------------------------------------------- classes
 
 
 def load_classes(path):
-    """Class list with one "id name" pair per line -> {id: name}; the name `unlabeled` becomes None = ignored.
+    """Class list with one "id name" pair per line -> {id: name}, where None means ignored.
 
-    Ids that share a name are one class. With the line "* unlabeled", ids that are not listed are ignored, too.
+    Ids that share a name are one class. With a line "* unlabeled", ids that are not listed are ignored.
     """
     classes = {}
     for number, line in enumerate(read_text(path, "class list").splitlines(), 1):
@@ -68,189 +38,121 @@ def load_classes(path):
             continue
         key, _, name = line.strip().partition(" ")
         name = name.strip()
-        is_id = key.isdecimal() and len(key) <= 18  # fits 64 bits
-        if not name or not name.isprintable() or not (is_id or (key == "*" and name == "unlabeled")):
+        is_id = key.isdecimal() and len(key) < 10
+        if not name or not is_id and (key, name) != ("*", "unlabeled"):
             raise ValueError(f'{path} line {number}: expected "id name" or "* unlabeled", got {line!r}')
-        key = key if key == "*" else int(key)
+        key = int(key) if is_id else key
         if key in classes:
             raise ValueError(f"{path} line {number}: id {key} is listed twice")
-        classes[key] = None if name == "unlabeled" else name
+        classes[key] = None if is_ignored(key, name) else name
+        if classes[key] is None and name != "unlabeled":
+            warnings.warn(f"{path}: {name!r} (id {key}) is ignored, like 'unlabeled'")
     if not any(classes.values()):
         raise ValueError(f"class list {path} names no class")
     return classes
 
 
-class ClassTable:
-    """{id: name or None} -> `names`, K class names in order of first appearance, and a map of ids to their indices.
+def is_ignored(key, name):
+    """Whether a name of a class list stands for pixels without a label."""
+    name = name.lower()
+    is_void = name in ("void", "ignore", "unannotated") and key in (0, 255)
+    return is_void or name in ("unlabeled", "unlabelled")
 
-    Called with integers >= 0 of any shape, it gives int32 of that shape: 0..K-1, -1 = ignored, -2 = not listed.
+
+class ClassTable:
+    """A class list (a file, {id: name or None}, or None: empty), and a map of its ids to class indices.
+
+    Called with integers >= 0 of any shape, it gives int32: 0..K-1, -1 = ignored, -2 = not listed.
+    Attributes: names (K) in order of appearance, ids (K), the first of each class, classes: the list.
     """
 
     def __init__(self, classes):
+        if not isinstance(classes, dict):
+            classes = {} if classes is None else load_classes(classes)
+        self.classes = classes
+        first = {}  # name: id
         for key, name in classes.items():
-            is_id = type(key) is int and key >= 0
-            if not (is_id or (key == "*" and name is None)) or not (name is None or (isinstance(name, str) and name)):
-                raise ValueError(f'a class list maps ids >= 0 to names or None, or "*" to None, got {key!r}: {name!r}')
-        self.names = list(dict.fromkeys(name for name in classes.values() if name is not None))
-        self.ids = [next(key for key in classes if classes[key] == name) for name in self.names]  # the first of each
-        index = {None: -1, **{name: i for i, name in enumerate(self.names)}}
+            if name is not None:
+                first.setdefault(name, key)
+        self.names, self.ids = list(first), list(first.values())
+        index = {None: -1, **{name: number for number, name in enumerate(first)}}
+        known = sorted((key, index[name]) for key, name in classes.items() if key != "*")
+        self._known = np.array(known or [(-1, -1)], np.int64).T  # ids, indices
         self._other = -1 if "*" in classes else -2
-        self._small = np.full(2 ** 16, self._other, np.int32)  # images hold no more than 16 bits
-        self._large = {key: index[name] for key, name in classes.items() if key != "*" and key >= 2 ** 16}
-        for key, name in classes.items():
-            if key != "*" and key < 2 ** 16:
-                self._small[key] = index[name]
+        self._small = self._find(np.arange(2 ** 16))  # images hold no more than 16 bits
 
     def __call__(self, ids):
-        result = self._small.take(ids, mode="clip")
-        large = ids >= 2 ** 16 if ids.dtype.itemsize > 2 else np.zeros(1, bool)
-        if large.any():
-            values, inverse = np.unique(ids[large], return_inverse=True)
-            result[large] = np.array([self._large.get(value, self._other) for value in values.tolist()])[inverse]
+        return self._small[ids] if ids.dtype.itemsize < 4 else self._find(ids)
+
+    def indices(self, ids, path):
+        """The same for ids that were read from a file; ValueError if one is not listed."""
+        result = self(ids)
+        if result.min() < -1:
+            raise ValueError(f"{path}: label {ids[result < -1][0]} is not in the class list")
         return result
 
+    def _find(self, ids):
+        known, index = self._known
+        place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+        return np.where(known[place] == ids, index[place], self._other).astype(np.int32)
 
-def read_matrix(path, field, shapes):
-    """Whitespace-separated text file -> float64 matrix of one of `shapes`."""
-    rows = [line.split() for line in read_text(path, f"{field} file", MAX_MATRIX).splitlines() if line.strip()]
+
+def read_label_map(path, source, target):
+    """Two columns of scannetv2-labels.combined.tsv -> {source: target}, with whole numbers as int.
+
+    ("raw_category", "id") gives the id of an annotation's label; ("id", "nyu40id") translates label images.
+    """
+    label_map = {}
     try:
-        matrix = np.array(rows, dtype=np.float64)
-    except ValueError as error:
-        raise ValueError(f"{path}: {field} is not a matrix of numbers: {error}") from None
-    if matrix.shape not in shapes:
-        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {' or '.join(map(str, shapes))}")
-    return matrix
+        for row in csv.DictReader(io.StringIO(read_text(path, "label map")), delimiter="\t"):
+            key = row[source]
+            if row[target]:
+                label_map[int(key) if key.isdecimal() else key] = int(row[target])
+    except (csv.Error, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no table with names or whole numbers in columns {source} and "
+                         f"{target}: {error}") from None
+    if min(label_map.values(), default=-1) < 0:
+        raise ValueError(f"{path}: no number, or one below 0, in column {target}")
+    return label_map
 
 
-def check_intrinsics(matrix, path, field):
-    """ValueError if (3, 3) is no pinhole matrix in pixels: focal lengths of 1 to 1e6, the rest up to 1e6."""
-    focal = matrix[[0, 1], [0, 1]]
-    has_zeros = matrix[1, 0] == 0 and (matrix[2] == [0, 0, 1]).all()
-    if not (np.isfinite(matrix).all() and has_zeros and focal.min() > 0):
-        raise ValueError(f"{path}: {field} is not a pinhole matrix [[fx, s, cx], [0, fy, cy], [0, 0, 1]]: "
-                         f"{matrix.tolist()}")
-    if focal.min() < 1 or np.abs(matrix).max() > 1e6:
-        raise ValueError(f"{path}: {field} is not in pixels: {matrix.tolist()}")
+def frame_classes(classes, label_map=None):
+    """Class list {id: name} for label images of ScanNet's exporter, which hold ids of its label table.
+
+    label_map: path of scannetv2-labels.combined.tsv, if the list's ids are NYU40's (ScanNet20) and not the
+    table's (ScanNet200). The classes keep their order; ids that are not listed are then ignored.
+    """
+    if label_map is None:
+        return classes
+    nyu40 = read_label_map(label_map, "id", "nyu40id")
+    of_table = {"*": None}
+    for own, name in classes.items():
+        of_table |= {key: name for key in sorted(nyu40) if nyu40[key] == own}
+    return of_table
 
 
-def read_intrinsics(path, field):
-    """3 x 3 or 4 x 4 text file -> (3, 3) float64 pinhole intrinsics."""
-    matrix = read_matrix(path, field, [(3, 3), (4, 4)])[:3, :3]
-    check_intrinsics(matrix, path, field)
-    return matrix
-
-
-def check_principal_point(intrinsics, size, path):
-    """ValueError if the principal point is farther from an image of size (H, W) than two images."""
-    for c, extent in zip(intrinsics[:2, 2], size[::-1]):
-        if not -2 * extent <= c <= 3 * extent:
-            raise ValueError(f"{path}: the principal point {intrinsics[:2, 2].tolist()} is far outside of the images "
-                             f"of {size[1]} x {size[0]} pixels")
-
-
-def check_rigid(matrix, path, field):
-    """ValueError if (4, 4) is not [[R, t], [0, 1]] with det R = 1 and |t| <= MAX_SHIFT."""
-    turn, shift = matrix[:3, :3], matrix[:3, 3]
-    is_rigid = np.abs(turn).max() < 2 and np.abs(turn @ turn.T - np.eye(3)).max() <= 0.01 \
-        and np.abs(matrix[3] - [0, 0, 0, 1]).max() <= 1e-6
-    if not is_rigid:
-        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: {matrix.tolist()}")
-    if np.linalg.det(turn) < 0:
-        raise ValueError(f"{path}: {field} is mirrored, det R = -1: {matrix.tolist()}")
-    if np.abs(shift).max() > MAX_SHIFT:
-        raise ValueError(f"{path}: {field} shifts by more than {MAX_SHIFT:.0e} m: {shift.tolist()}")
-
-
-def read_pose(path):
-    """Text file of a camera-to-world matrix -> (4, 4) float64, or None if the pose is lost (inf or NaN)."""
-    pose = read_matrix(path, "pose", [(4, 4)])
-    if not np.isfinite(pose).all():
-        return None
-    check_rigid(pose, path, "pose")
-    return pose
-
-
-# ------------------------------------------------------------------------------------------------------------ images
-
-
-def decode_image(content, path, field, formats):
-    """Bytes of an image file -> PIL image, verified and decoded to the last byte."""
-    try:
-        image = Image.open(io.BytesIO(content), formats=formats)
-        size = image.size
-        if size[0] * size[1] <= MAX_PIXELS:
-            image.verify()  # checksums, most of which decoding ignores; afterwards the image must be opened anew
-            image = Image.open(io.BytesIO(content), formats=formats)
-            image.load()
-    except Exception as error:  # Pillow has no common base for what broken files raise
-        raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"{path}: {field} image has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}")
-    return image
-
-
-def image_size(path, field, formats=("JPEG", "PNG")):
-    """(H, W) of an image file, from its header."""
-    try:
-        with Image.open(path, formats=formats) as image:
-            return image.size[::-1]
-    except Exception as error:
-        raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
-
-
-def read_color(path):
-    """JPEG or PNG file with 8 bits per channel -> (H, W, 3) uint8 RGB."""
-    image = decode_image(read_bytes(path, "colour image", MAX_IMAGE), path, "colour", ("JPEG", "PNG"))
-    if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-        raise ValueError(f"{path}: colour image has mode {image.mode}, expected RGB, grey or a palette of 8 bits")
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def read_index_image(path, field, bits=(8, 16)):
-    """PNG with one unsigned integer per pixel: greyscale of `bits` or, if 8 bits are allowed, a palette -> (H, W)."""
-    content = read_bytes(path, f"{field} image", MAX_IMAGE)
-    image = decode_image(content, path, field, ("PNG",))
-    depth, kind = content[24], content[25]  # of IHDR; Pillow's mode does not tell 4-bit greyscale, which it rescales
-    is_grey = kind == 0 and depth in bits
-    is_palette = kind == 3 and 8 in bits
-    if content[12:16] != b"IHDR" or not (is_grey or is_palette):
-        words = {0: "greyscale", 2: "RGB", 3: "a palette", 4: "greyscale with alpha", 6: "RGBA"}
-        raise ValueError(f"{path}: {depth}-bit {field} image of {words.get(kind, 'unknown kind')}, expected greyscale "
-                         f"of {' or '.join(map(str, bits))} bits")
-    return np.asarray(image)
-
-
-# ------------------------------------------------------------------------------------------------------------ frames
+# ---------------------------------------------------------------------------------------------- splits
 
 
 def natural_key(name):
     """Sort key that puts "frame-2" before "frame-10"."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def read_split(path):
-    """File with one `scene` or `scene/frame` per line -> list of pairs (scene, frame); frame "": all of the scene.
-
-    Both are names inside the data folder, never paths out of it.
-    """
-    lines = read_text(path, "split file", MAX_SPLIT).splitlines()
-    entries = [line.strip() for line in lines if line.strip()]
-    if not entries:
+    """File with one `scene` or `scene/frame` per line -> pairs (scene, frame); frame "": the scene."""
+    lines = [line.strip() for line in read_text(path, "split file").splitlines()]
+    pairs = [tuple(line.removesuffix("/").partition("/")[::2]) for line in lines if line]
+    if not pairs:
         raise ValueError(f"split file {path} is empty")
-    pairs = []
-    for entry in entries:
-        parts = entry.removesuffix("/").split("/")
-        are_names = all(part not in ("", ".", "..") and len(part.encode()) < 240 for part in parts)
-        if len(parts) > 2 or not are_names or not entry.isprintable() or "\\" in entry:
-            raise ValueError(f"split file {path}: {entry[:240]!r} is not the name of a scene or scene/frame")
-        pairs.append((parts[0], parts[1] if len(parts) == 2 else ""))
     return pairs
 
 
 def check_splits(sources, kinds=("label-filt", "instance-filt")):
-    """ValueError if two splits share a frame (or scan), or if some of their scenes have a folder that others lack.
+    """ValueError if two splits share a frame (or scan), or some scenes have a folder that others lack.
 
-    sources: one source of frames or scans per split. kinds: folders of ScanNetFrames that all scenes have, or none.
+    sources: one source of frames or scans per split. kinds: folders that all scenes have, or none.
     """
     found = {}  # name: title of its source
     for source in sources:
@@ -263,468 +165,441 @@ def check_splits(sources, kinds=("label-filt", "instance-filt")):
         has = {}
         for source in sources:
             for folder, present in getattr(source, "folders", {}).items():
-                has[folder / kind] = kind in present
-        if any(has.values()) and not all(has.values()):
-            lacking = next(folder for folder in has if not has[folder])
-            having = next(folder for folder in has if has[folder])
-            raise ValueError(f"{lacking} does not exist, but {having} does: all scenes need it, or none")
+                has[folder] = kind in present
+        if len(set(has.values())) == 2:
+            lacking, having = min(has, key=has.get), max(has, key=has.get)
+            raise ValueError(f"{lacking / kind} does not exist, but {having / kind} does: all scenes need "
+                             "it, or none")
 
 
-def color_images(folder, pattern):
-    """{stem: path} of the images in a folder whose names match `pattern` (stem).suffix; two of one stem: ValueError."""
-    colors = {}
-    for path in folder.iterdir():
-        match = re.fullmatch(pattern, path.name, re.IGNORECASE)
-        if not match:
-            continue
-        if match[1] in colors:
-            raise ValueError(f"{path} and {colors[match[1]].name} are two images of one frame")
-        colors[match[1]] = path
-    if not colors:
-        raise ValueError(f"{folder}: no colour image (.jpg, .jpeg or .png) in it")
-    return colors
+# ---------------------------------------------------------------------------------------------- frames
 
 
-class FrameFolders:
-    """What sources of frames (see data.py) in scene folders share; ScanNetFrames and PosedFrames complete it.
+class Scene(NamedTuple):
+    """What the frames of a scene share."""
 
-    Attributes: names ["scene/frame"], num_skipped (frames whose pose is lost: inf or NaN), title (split or root).
+    folder: Path
+    colors: dict    # stem: path of the color image
+    paths: dict     # "pose", "depth" and, if they are read, "label" and "instance": as PATHS
+    missing: dict   # stem: a file that its frame lacks
+    matrices: dict  # "color intrinsics", ...: a matrix
+    cameras: list   # files that these were read from
+    sizes: dict     # "color", "depth": (H, W) of the first image, and its path
+
+    def path(self, kind, stem):
+        folder, ending = self.paths[kind]
+        return self.folder / folder / (stem + ending)
+
+
+class ScanNetFrames:
+    """A source of frames (see data.py) in ScanNet's exported 2D layout, read when indexed.
+
+    root/<scene>/{color/<n>.jpg|png, depth/<n>.png (uint16 millimeters, 0 and 65535 = none), pose/<n>.txt
+    (camera to world), intrinsic/intrinsic_{color,depth}.txt} and optionally label-filt/<n>.png,
+    instance-filt/<n>.png (0 = none) and intrinsic/extrinsic_{color,depth}.txt. In scannet_frames_25k these
+    are label, instance and intrinsics_{color,depth}.txt. The color images of a scene have one size, and its
+    depth images, because they share the scene's intrinsics.
+
+    An extrinsic maps a camera to the device, whose pose the pose file then is: "the mapping to base frame
+    in a multi-view setup (typically it's depth to color; and the color extrinsic is the identity)", says
+    sensorData.h of ScanNet's SensReader. In ScanNet itself both are the identity.
+
+    classes: a file for `load_classes` or its result; None: labels and instances are not read.
+    split: a file with one `scene` or `scene/frame` per line; None: all frames.
+
+    Attributes: names ["scene/frame"], class_names and class_ids (K), num_skipped (frames whose pose is
+    lost: inf or NaN), left_out {what was not taken, in words: how many}, folders {scene folder: which of
+    label-filt and instance-filt it has}, title (split or root).
     """
 
-    class_names = ()
+    COLORS = "color"  # folder of the color images in that of a scene
+    COLOR = r"(.+)\.(?:jpg|jpeg|png)"  # their names
+    OTHERS = r".+"  # other names there that count as left out
+    PATHS = {"pose": ("pose", ".txt"), "depth": ("depth", ".png")}  # folder, and what follows the stem
 
-    def __init__(self, root, split):
+    def __init__(self, root, classes, split=None):
         self.root = Path(root)
         self.title = str(split or root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"frame folder {self.root} does not exist")
-        self.names = []
+        self._labeled = classes is not None
+        self._table = ClassTable(classes)
+        self.class_names = self._table.names
+        self.class_ids = self._table.ids
+        self.settings = repr(self._table.classes)  # with the files, all that the frames depend on
+        self.folders = {}
+        self.left_out = Counter()
         self.num_skipped = 0
-        self._scenes, self._poses, self._colors = {}, [], []  # by scene, by frame, by frame
-        pairs = [(scene, "") for scene in self._all_scenes()] if split is None else read_split(split)
-        for scene in dict.fromkeys(scene for scene, _ in pairs):
-            if not self._has_scene(scene):
-                raise FileNotFoundError(f"split file {split}: {self.root} has no scene {scene!r} with colour images")
-        for scene, frame in pairs:
+        self.names, self._poses, self._scenes = [], [], {}
+        folders = self._list_scenes()
+        pairs = [(scene, "") for scene in sorted(folders, key=natural_key)]
+        for scene, frame in pairs if split is None else read_split(split):
+            if scene not in folders:
+                raise FileNotFoundError(f"split file {split}: no scene {scene!r} with color images in "
+                                        f"{self.root}")
             if scene not in self._scenes:
-                self._scenes[scene] = self._open_scene(scene)
-            colors = self._scenes[scene]["colors"]
+                self._scenes[scene] = self._open_scene(folders[scene])
+            colors = self._scenes[scene].colors
             if frame and frame not in colors:
-                raise FileNotFoundError(f"split file {split}: scene {scene!r} has no colour image of frame {frame!r}")
+                raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene "
+                                        f"{scene!r}")
             for stem in [frame] if frame else sorted(colors, key=natural_key):
                 self._add_frame(scene, stem)
-        if len(set(self.names)) < len(self.names):
-            twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise ValueError(f"{split}: frame {twice} is named more than once")
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{split}: frame {twice[0]} is named more than once")
         if not self.names:
             raise ValueError(f"{self.title}: no frame left ({self.num_skipped} skipped for a lost pose)")
 
-    def _add_frame(self, scene, stem):
-        color = self._scenes[scene]["colors"][stem]
-        missing = self._scenes[scene]["missing"].get(stem)
-        if missing is not None:
-            raise FileNotFoundError(f"{missing} does not exist, but {color} does")
-        pose = read_pose(self._path(scene, stem, "pose"))
+    def _list_scenes(self):
+        """{name: folder} of all scenes."""
+        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
+        scenes = {name: path for name, path in folders.items() if (path / self.COLORS).is_dir()}
+        if not scenes:
+            raise ValueError(f"{self.root}: no <scene>/color folder in it")
+        if len(folders) > len(scenes):
+            self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
+        return scenes
+
+    def _open_scene(self, folder):
+        colors = {}
+        for path in sorted((folder / self.COLORS).iterdir()):
+            match = re.fullmatch(self.COLOR, path.name, re.IGNORECASE)
+            if path.name.startswith("."):
+                self.left_out["dot files"] += 1
+            elif match and match[1] in colors:
+                raise ValueError(f"{path} and {colors[match[1]].name} are two images of one frame")
+            elif match:
+                colors[match[1]] = path
+            elif re.fullmatch(self.OTHERS, path.name):
+                self.left_out["files with other endings than .jpg, .jpeg and .png"] += 1
+        if not colors:
+            raise ValueError(f"{folder / self.COLORS}: no color image (.jpg, .jpeg or .png) in it")
+
+        is_small = (folder / "intrinsics_color.txt").is_file()  # scannet_frames_25k
+        paths = dict(self.PATHS)
+        for kind in ("label", "instance") if self._labeled else ():
+            name = kind if is_small else f"{kind}-filt"
+            if (folder / name).is_dir():
+                paths[kind] = name, ".png"
+        self.folders[folder] = [f"{kind}-filt" for kind in paths if kind not in self.PATHS]
+        scene = Scene(folder, colors, paths, {}, *self._read_cameras(folder, is_small), {})
+        for kind, (name, ending) in paths.items():
+            path = folder / name
+            present = set(os.listdir(path)) if path.is_dir() else ()  # faster than one look-up per file
+            missing = (stem for stem in colors if stem + ending not in present)
+            scene.missing.update((stem, scene.path(kind, stem)) for stem in missing)
+        return scene
+
+    def _read_cameras(self, folder, is_small):
+        """Matrices by name, and the files that they are read from."""
+        matrices, files = {}, []
+        intrinsics = "intrinsics_{}.txt" if is_small else "intrinsic/intrinsic_{}.txt"
+        for kind in ("color", "depth"):
+            for field, pattern, read in (("intrinsics", intrinsics, read_intrinsics),
+                                         ("extrinsics", "intrinsic/extrinsic_{}.txt", read_pose)):
+                path = folder / pattern.format(kind)
+                if path.is_file() or (kind, field) == ("color", "intrinsics"):
+                    matrices[f"{kind} {field}"] = read(path, f"{kind} {field}")
+                    files.append(path)
+        if any(matrix is None for matrix in matrices.values()):
+            raise ValueError(f"{folder}/intrinsic: extrinsics hold inf or NaN")
+        return matrices, files
+
+    def _add_frame(self, name, stem):
+        scene = self._scenes[name]
+        if stem in scene.missing:
+            raise FileNotFoundError(f"{scene.missing[stem]} does not exist, but {scene.colors[stem]} does")
+        if not scene.sizes:
+            for kind, path in (("color", scene.colors[stem]), ("depth", scene.path("depth", stem))):
+                size = image_size(path, kind)
+                scene.sizes[kind] = size, path
+                if f"{kind} intrinsics" in scene.matrices:
+                    where = f"{scene.folder}: {kind} intrinsics"
+                    check_principal_point(scene.matrices[f"{kind} intrinsics"], size, where)
+        pose = read_pose(scene.path("pose", stem))
         if pose is None:
             self.num_skipped += 1
-            return
-        self.names.append(f"{scene}/{stem}")
-        self._poses.append(pose)
-        self._colors.append(color)
+        else:
+            self.names.append(f"{name}/{stem}")
+            self._poses.append(pose)
 
     def __len__(self):
         return len(self.names)
 
-    def color(self, index):
-        """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
-        return read_color(self._colors[index])
-
-
-def missing_files(folder, names):
-    """Of {stem: file name in folder}, the paths that do not exist, by stem."""
-    present = set(os.listdir(folder)) if folder.is_dir() else set()  # faster than one look-up per file
-    return {stem: folder / name for stem, name in names.items() if name not in present}
-
-
-class ScanNetFrames(FrameFolders):
-    """A source of frames (see data.py) in ScanNet's exported 2D layout, read when indexed.
-
-    root/<scene>/{color/<n>.jpg|png, depth/<n>.png (uint16 millimetres), pose/<n>.txt (camera to world),
-    intrinsic/intrinsic_{color,depth}.txt} and optionally {label-filt,instance-filt}/<n>.png (0 = no instance). The
-    colour images of a scene have one size, and its depth images, because they share the scene's intrinsics.
-    classes: a file for `load_classes` or its result; None: labels and instances are not read.
-    split: a file with one `scene` or `scene/frame` per line; None: all frames.
-
-    Attributes: names ["scene/frame"], class_names (K), num_skipped (frames whose pose is lost: inf or NaN), folders
-    {scene folder: which of label-filt and instance-filt it has}.
-    """
-
-    def __init__(self, root, classes, split=None):
-        self._labelled = classes is not None
-        self.folders = {}
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"frame folder {root} does not exist")
-        if not self._labelled:
-            classes = {}
-        elif not isinstance(classes, dict):
-            classes = load_classes(classes)
-        self._table = ClassTable(classes)
-        self.class_names = self._table.names
-        self.class_ids = self._table.ids
-        self.settings = repr(classes)  # with the files, all that the frames depend on
-        super().__init__(root, split)
-
-    def _all_scenes(self):
-        scenes = sorted((path.parent.name for path in self.root.glob("*/color")), key=natural_key)
-        if not scenes:
-            hint = "; for its frame-* files give --intrinsics" if any(self.root.glob("**/frame-*.pose.txt")) else ""
-            raise ValueError(f"{self.root}: no <scene>/color folder in it{hint}")
-        return scenes
-
-    def _has_scene(self, scene):
-        return (self.root / scene / "color").is_dir()
-
-    def _path(self, scene, stem, kind):
-        return f"{self.root}/{scene}/{kind}/{stem}.{'txt' if kind == 'pose' else 'png'}"
-
-    def _open_scene(self, scene):
-        """What the frames of a scene share: colour images and missing files by stem, intrinsics, sizes (H, W)."""
-        folder = self.root / scene
-        colors = color_images(folder / "color", r"(.+)\.(?:jpg|jpeg|png)")
-        kinds = [kind for kind in ("label-filt", "instance-filt") if self._labelled and (folder / kind).is_dir()]
-        self.folders[folder] = kinds
-        missing = missing_files(folder / "pose", {stem: f"{stem}.txt" for stem in colors})
-        for kind in ("depth", *kinds):
-            missing |= missing_files(folder / kind, {stem: f"{stem}.png" for stem in colors})
-        paths = {kind: folder / "intrinsic" / f"intrinsic_{kind}.txt" for kind in ("color", "depth")}
-        info = {"colors": colors, "missing": missing, "kinds": kinds, "intrinsics_paths": paths,
-                "intrinsics": read_intrinsics(paths["color"], "colour intrinsics"), "depth_intrinsics": None}
-        if paths["depth"].is_file():
-            info["depth_intrinsics"] = read_intrinsics(paths["depth"], "depth intrinsics")
-        whole = colors.keys() - missing
-        if whole:
-            first = min(whole, key=natural_key)
-            info["first"] = {"color": colors[first], "depth": folder / "depth" / f"{first}.png"}
-            info["sizes"] = {"color": image_size(colors[first], "colour"),
-                             "depth": image_size(info["first"]["depth"], "depth", ("PNG",))}
-            check_principal_point(info["intrinsics"], info["sizes"]["color"], paths["color"])
-            if info["depth_intrinsics"] is not None:
-                check_principal_point(info["depth_intrinsics"], info["sizes"]["depth"], paths["depth"])
-        return info
+    def _scene_of(self, index):
+        name, stem = self.names[index].split("/")
+        return self._scenes[name], stem
 
     def files(self, index):
         """Paths of all files that a frame is read from."""
-        scene, stem = self.names[index].split("/")
-        info = self._scenes[scene]
-        paths = [self._path(scene, stem, kind) for kind in ("depth", *info["kinds"])]
-        paths += [str(self._colors[index]), self._path(scene, stem, "pose"), str(info["intrinsics_paths"]["color"])]
-        return paths + [str(info["intrinsics_paths"]["depth"])] * (info["depth_intrinsics"] is not None)
+        scene, stem = self._scene_of(index)
+        paths = [scene.path(kind, stem) for kind in scene.paths]
+        return list(map(str, (scene.colors[stem], *paths, *scene.cameras)))
+
+    def color(self, index):
+        """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
+        scene, stem = self._scene_of(index)
+        return read_color(scene.colors[stem])
 
     def __getitem__(self, index):
-        name = self.names[index]
-        scene, stem = name.split("/")
-        info = self._scenes[scene]
-        path = self._path(scene, stem, "depth")
+        scene, stem = self._scene_of(index)
+        path = scene.path("depth", stem)
         color = self.color(index)
-        depth = read_index_image(path, "depth", (16,))
-        depth_intrinsics = info["depth_intrinsics"]
-        if depth_intrinsics is None:
-            if depth.shape != color.shape[:2]:
-                raise ValueError(f"{path}: depth has size {depth.shape}, colour has size {color.shape[:2]}, and "
-                                 f"{info['intrinsics_paths']['depth']} does not exist")
-            depth_intrinsics = info["intrinsics"]
-        self._check_size(info, "color", color, self._colors[index])
-        self._check_size(info, "depth", depth, path)
-        frame = {"name": name, "color": color, "depth": depth.astype(np.float32) * np.float32(0.001),
-                 "label": None, "instance": None, "world2cam": np.linalg.inv(self._poses[index]),
-                 "intrinsics": info["intrinsics"], "depth_intrinsics": depth_intrinsics}
-        for kind in info["kinds"]:
-            field = kind.removesuffix("-filt")
-            frame[field] = self._read_ids(self._path(scene, stem, kind), field, color.shape[:2], depth.shape)
+        depth = read_depth(path)
+        intrinsics = scene.matrices["color intrinsics"]
+        if "depth intrinsics" not in scene.matrices and depth.shape != color.shape[:2]:
+            raise ValueError(f"{path}: depth has size {depth.shape}, color has size {color.shape[:2]}, and "
+                             "depth has no intrinsics of its own (intrinsic_depth.txt)")
+        for kind, image, file in (("color", color, scene.colors[stem]), ("depth", depth, path)):
+            size, first = scene.sizes[kind]
+            if image.shape[:2] != size:
+                raise ValueError(f"{file}: the {kind} image has size {image.shape[:2]}, but {first.name} "
+                                 f"has {size}, and the intrinsics of the scene fit one size alone")
+        pose = self._poses[index]
+        color_pose = pose @ scene.matrices.get("color extrinsics", np.eye(4))
+        depth_pose = pose @ scene.matrices.get("depth extrinsics", np.eye(4))
+        frame = {"name": self.names[index], "color": color, "depth": depth, "label": None,
+                 "instance": None, "world2cam": np.linalg.inv(color_pose), "intrinsics": intrinsics,
+                 "depth_intrinsics": scene.matrices.get("depth intrinsics", intrinsics)}
+        if not np.array_equal(color_pose, depth_pose):
+            frame["depth_world2cam"] = np.linalg.inv(depth_pose)
+        for kind in scene.paths.keys() - self.PATHS:
+            path = scene.path(kind, stem)
+            ids = read_index_image(path, kind)
+            if ids.shape not in (color.shape[:2], depth.shape):
+                raise ValueError(f"{path}: {kind} has size {ids.shape}, neither the color image's "
+                                 f"{color.shape[:2]} nor the depth image's {depth.shape}")
+            if kind == "label":
+                frame["label"] = self._table.indices(ids, path)
+            else:
+                frame["instance"] = np.where(ids > 0, ids.astype(np.int32), -1)
         return frame
 
-    def _check_size(self, info, kind, image, path):
-        """ValueError if an image is not of the size that the scene's intrinsics belong to: its first image's."""
-        size = info["sizes"][kind]
-        if image.shape[:2] != size:
-            raise ValueError(f"{path}: the {kind} image has size {image.shape[:2]}, but {info['first'][kind].name} has "
-                             f"{size}, and the intrinsics of the scene fit one size alone")
 
-    def _read_ids(self, path, field, color_size, depth_size):
-        """Label or instance image -> (H, W) int32, -1 = none."""
-        ids = read_index_image(path, field)
-        if ids.shape not in (color_size, depth_size):
-            raise ValueError(f"{path}: {field} has size {ids.shape}, neither the colour image's {color_size} nor the "
-                             f"depth image's {depth_size}")
-        if field == "instance":
-            return np.where(ids > 0, ids.astype(np.int32), -1)
-        label = self._table(ids)
-        if label.min() < -1:
-            raise ValueError(f"{path}: label {ids[label < -1][0]} is not in the class list")
-        return label
+class PosedFrames(ScanNetFrames):
+    """A source of unlabeled frames (see data.py) in folders such as those of 7-Scenes, read when indexed.
 
-
-class PosedFrames(FrameFolders):
-    """A source of unlabelled frames (see data.py) in folders such as those of 7-Scenes, read when indexed.
-
-    root/[<scene>/]frame-<n>{.color.jpg|png, .depth.png (uint16 millimetres, 0 and 65535 = none), .pose.txt (camera to
-    world)}; frames directly in root are one scene with root's name. In 7-Scenes a scene is a folder of sequences.
-    intrinsics: (3, 3) of both images of all frames, or a text file of it. 7-Scenes: f 585, c 320 240. Its depth is not
-    registered to the colour images: near objects are off by some pixels.
-    split: a file with one `scene` or `scene/frame-<n>` per line; None: all frames.
-
-    Attributes: names ["scene/frame-<n>"], num_skipped (frames whose pose is lost: inf or NaN).
+    root/[<scene>/]frame-<n>{.color.jpg|png, .depth.png (uint16 millimeters, 0 and 65535 = none), .pose.txt
+    (camera to world)}; frames directly in root are one scene with root's name.
+    intrinsics: (3, 3) of both images of all frames, or a text file of it. 7-Scenes: f 585, c 320 240; its
+    depth is not registered to the color images: near objects are off by some pixels.
+    split, attributes: as in `ScanNetFrames`.
     """
 
-    PATTERN = r"(frame-\d+)\.color\.(?:jpg|jpeg|png)"
+    COLORS = ""
+    COLOR = r"(frame-\d+)\.color\.(?:jpg|jpeg|png)"
+    OTHERS = r"frame-\d+\.color\..*"
+    PATHS = {"pose": ("", ".pose.txt"), "depth": ("", ".depth.png")}
 
     def __init__(self, root, intrinsics, split=None):
-        self._intrinsics_path = None
+        self._cameras = []
         if isinstance(intrinsics, (str, Path)):
-            self._intrinsics_path = str(intrinsics)
+            self._cameras = [Path(intrinsics)]
             intrinsics = read_intrinsics(intrinsics, "intrinsics")
-        self.intrinsics = np.array(intrinsics, np.float64)
-        if self.intrinsics.shape != (3, 3):
-            raise ValueError(f"intrinsics have shape {self.intrinsics.shape}, expected (3, 3)")
+        self.intrinsics = as_matrix(intrinsics, root, "intrinsics", [(3, 3)])
         check_intrinsics(self.intrinsics, root, "intrinsics")
+        super().__init__(root, None, split)
         self.settings = repr(self.intrinsics.tolist())
-        self._is_scene = any(Path(root).glob("frame-*.color.*"))
-        super().__init__(root, split)
 
-    def _folder(self, scene):
-        return self.root if self._is_scene else self.root / scene
-
-    def _all_scenes(self):
-        if self._is_scene:
-            return [self.root.resolve().name]
-        scenes = sorted({path.parent.name for path in self.root.glob("*/frame-*.color.*")}, key=natural_key)
+    def _list_scenes(self):
+        if any(self.root.glob("frame-*.color.*")):
+            return {self.root.resolve().name: self.root}
+        scenes = {path.parent.name: path.parent for path in self.root.glob("*/frame-*.color.*")}
         if not scenes:
             raise ValueError(f"{self.root}: neither frame-*.color.* nor <scene>/frame-*.color.* in it")
         return scenes
 
-    def _has_scene(self, scene):
-        if self._is_scene:
-            return scene == self.root.resolve().name
-        return any((self.root / scene).glob("frame-*.color.*"))
-
-    def _path(self, scene, stem, kind):
-        return f"{self._folder(scene)}/{stem}.{kind}.{'txt' if kind == 'pose' else 'png'}"
-
-    def _open_scene(self, scene):
-        """Colour images and missing files by stem."""
-        folder = self._folder(scene)
-        colors = color_images(folder, self.PATTERN)
-        missing = missing_files(folder, {stem: f"{stem}.depth.png" for stem in colors})
-        return {"colors": colors, "missing": missing | missing_files(folder, {s: f"{s}.pose.txt" for s in colors})}
-
-    def files(self, index):
-        """Paths of all files that a frame is read from."""
-        scene, stem = self.names[index].split("/")
-        paths = [str(self._colors[index]), self._path(scene, stem, "depth"), self._path(scene, stem, "pose")]
-        return paths + [self._intrinsics_path] * (self._intrinsics_path is not None)
-
-    def __getitem__(self, index):
-        name = self.names[index]
-        path = self._path(*name.split("/"), "depth")
-        color = self.color(index)
-        depth = read_index_image(path, "depth", (16,))
-        if depth.shape != color.shape[:2]:
-            raise ValueError(f"{path}: depth has size {depth.shape}, colour has size {color.shape[:2]}, but they share "
-                             "their intrinsics")
-        check_principal_point(self.intrinsics, depth.shape, path)
-        depth = np.where(depth == 65535, 0, depth)
-        return {"name": name, "color": color, "depth": depth.astype(np.float32) * np.float32(0.001), "label": None,
-                "instance": None, "world2cam": np.linalg.inv(self._poses[index]), "intrinsics": self.intrinsics,
-                "depth_intrinsics": self.intrinsics}
+    def _read_cameras(self, folder, is_small):
+        return {"color intrinsics": self.intrinsics}, self._cameras
 
 
-# ------------------------------------------------------------------------------------------------------------- scans
+def write_frames(frames, root):
+    """Writes a source of frames in ScanNet's exported layout -> its class list {id: name or None}.
 
-PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
-             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
-             "float32": "f4", "float64": "f8"}
+    Depth is rounded to millimeters. ValueError if a camera changes within a scene, which has one file of it.
+    """
+    for index in range(len(frames)):
+        frame = frames[index]
+        scene, stem = frame["name"].split("/")
+        millimeters = np.rint(frame["depth"] * 1000)
+        images = {f"color/{stem}.jpg": frame["color"],
+                  f"depth/{stem}.png": np.where(millimeters < 65535, millimeters, 0).astype(np.uint16)}
+        for kind in ("label", "instance"):
+            if frame.get(kind) is not None:
+                images[f"{kind}-filt/{stem}.png"] = (frame[kind] + 1).astype(np.uint16)  # 0 = none
+        extrinsics = np.eye(4)
+        if "depth_world2cam" in frame:
+            extrinsics = frame["world2cam"] @ np.linalg.inv(frame["depth_world2cam"])
+        matrices = {f"pose/{stem}.txt": np.linalg.inv(frame["world2cam"]),
+                    "intrinsic/intrinsic_color.txt": frame["intrinsics"],
+                    "intrinsic/intrinsic_depth.txt": frame["depth_intrinsics"],
+                    "intrinsic/extrinsic_depth.txt": extrinsics}
+        for name, content in {**images, **matrices}.items():
+            path = Path(root) / scene / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name in images:
+                Image.fromarray(content).save(path, quality=95)
+            elif path.exists() and not np.allclose(np.loadtxt(path), content, atol=1e-6):
+                raise ValueError(f"{path}: {frame['name']} has another camera than the frames before it")
+            else:
+                np.savetxt(path, content)
+    return {0: None, **dict(enumerate(getattr(frames, "class_names", ()), 1))}
+
+
+# ----------------------------------------------------------------------------------------------- scans
+
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",
+             "float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2",
+             "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"}
+WHOLE = ("u1", "u2", "u4", "i1", "i2", "i4")
 GEOMETRY = {**dict.fromkeys("xyz", ("f4", "f8")), **dict.fromkeys(("red", "green", "blue"), ("u1",))}
 
 
 def read_ply_vertices(path, fields):
-    """Vertices of a binary PLY file -> structured array (P,) with at least `fields`, {name: allowed types}."""
-    content = read_bytes(path, "mesh", MAX_MESH)
+    """Vertices of a binary PLY file -> structured array (P,) with at least `fields`, {name: types}."""
+    content = read_bytes(path, "mesh")
     head, mark, _ = content[:2 ** 16].partition(b"end_header\n")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    if not mark or lines[:1] != [["ply"]] or ["format", "binary_little_endian", "1.0"] not in lines:
-        raise ValueError(f"{path} is not a binary_little_endian PLY file")
-    elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]] + [len(lines)]
-    words = lines[elements[0]] if len(elements) > 1 else []
-    if words[1:2] != ["vertex"]:
-        raise ValueError(f"{path}: the first element of the mesh is not `vertex`")
-    if len(words) != 3 or not words[2].isdecimal() or not 0 < len(words[2]) < 10 or int(words[2]) == 0:
-        raise ValueError(f"{path}: {' '.join(words)!r} is no number of vertices")
-    count = int(words[2])
-    properties = [line for line in lines[elements[0]:elements[1]] if line[:1] == ["property"]]
-    if any(len(line) != 3 or line[1] not in PLY_TYPES for line in properties):
-        raise ValueError(f"{path}: vertices have properties other than plain numbers")
-    kinds = {name: PLY_TYPES[kind] for _, kind, name in properties}
-    missing = fields.keys() - kinds
-    if missing:
-        raise ValueError(f"{path}: vertices have no property {', '.join(sorted(missing))}, only {', '.join(kinds)}")
-    if len(kinds) < len(properties):
-        raise ValueError(f"{path}: two properties have one name: {', '.join(line[2] for line in properties)}")
+    text = re.sub(r"(comment|obj_info).*\n", "", head.decode("ascii", "replace"))
+    match = re.match(r"ply\nformat binary_little_endian 1.0\n"
+                     r"element vertex (\d{1,9})\n((?:property \w+ \S+\n)+)(?:element|\Z)", text)
+    if not mark or not match:
+        raise ValueError(f"{path} is not a binary_little_endian PLY file that begins with its vertices")
+    count = int(match[1])
+    properties = [line.split()[1:] for line in match[2].splitlines()]
+    types = {name: PLY_TYPES.get(word) for word, name in properties}
+    if len(types) < len(properties) or None in types.values() or count == 0:
+        raise ValueError(f"{path}: {count} vertices with properties {properties}, not plain numbers")
     for name, allowed in fields.items():
-        if kinds[name] not in allowed:
-            raise ValueError(f"{path}: property {name} has type {kinds[name]}, expected {' or '.join(allowed)}")
-    dtype = np.dtype([(name, "<" + kind) for name, kind in kinds.items()])
+        if types.get(name) not in allowed:
+            raise ValueError(f"{path}: vertices have no property {name} of type {allowed}, but {types}")
+    dtype = np.dtype([(name, f"<{kind}") for name, kind in types.items()])
     start = len(head) + len(mark)
     if len(content) - start < count * dtype.itemsize:
-        raise ValueError(f"{path} is truncated: {count} vertices of {dtype.itemsize} bytes, {len(content) - start} "
-                         "bytes left")
+        raise ValueError(f"{path} is truncated: {count} vertices of {dtype.itemsize} bytes, "
+                         f"{len(content) - start} bytes left")
     return np.frombuffer(content, dtype, count, start)
 
 
+def read_ply_triangles(path):
+    """Triangles of a binary PLY file that ends with its faces -> (F, 3) int64 indices of vertices.
+
+    Raises ValueError for a file without faces, or with others than triangles.
+    """
+    content = read_bytes(path, "mesh")
+    head = content[:2 ** 16].partition(b"end_header\n")[0]
+    match = re.search(rb"element face (\d{1,9})\nproperty list u(?:char|int8) u?int(?:32)? vertex_ind\w+\n$", head)
+    count = int(match[1]) if match else 0
+    dtype = np.dtype([("corners", "u1"), ("vertices", "<u4", 3)])
+    if count * dtype.itemsize > len(content):
+        raise ValueError(f"{path} is truncated: {count} faces")
+    faces = np.frombuffer(content, dtype, count, len(content) - count * dtype.itemsize)
+    if count == 0 or (faces["corners"] != 3).any():
+        raise ValueError(f"{path} has no normals: it does not end with triangles, a list of vertex_indices each")
+    return faces["vertices"].astype(np.int64)
+
+
+def vertex_normals(points, triangles):
+    """Unit normals (P, 3) float32 of a mesh, the mean of its faces by area; 0 at a vertex without face.
+
+    points (P, 3); triangles (F, 3) indices, counter-clockwise seen from outside.
+    """
+    a, b, c = points[triangles].astype(np.float64).transpose(1, 0, 2)
+    faces = np.cross(b - a, c - a)  # (F, 3), twice the area long
+    corners = triangles.ravel()
+    total = [np.bincount(corners, np.repeat(axis, 3), len(points)) for axis in faces.T]
+    normals = np.stack(total, 1)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)
+
+
 def read_axis_alignment(path):
-    """<scene>.txt -> (4, 4) float64 that moves the scan's walls parallel to x and y and its floor to z = 0."""
+    """<scene>.txt -> (4, 4) float64 that turns the scan's walls parallel to x and y, its floor to z = 0."""
     for line in read_text(path, "scan description").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "axisAlignment":
-            try:
-                matrix = np.array(value.split(), np.float64)
-            except ValueError as error:
-                raise ValueError(f"{path}: axisAlignment: {error}") from None
-            if matrix.size != 16 or not np.isfinite(matrix).all():
-                raise ValueError(f"{path}: axisAlignment has {np.isfinite(matrix).sum()} finite numbers, expected 16")
-            matrix = matrix.reshape(4, 4)
-            check_rigid(matrix, path, "axisAlignment")
+            matrix = as_pose(value.split(), path, "axisAlignment")
+            if matrix is None:
+                raise ValueError(f"{path}: axisAlignment is not finite")
             return matrix
     raise ValueError(f"{path} has no axisAlignment (scans of the test split have none: align=False)")
 
 
-def read_json(path, field):
-    """The list `field` of a JSON file that holds one object."""
-    try:
-        content = json.loads(read_text(path, "annotation", MAX_JSON))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or field not in content:
-        raise ValueError(f"{path} has no entry {field}")
-    if not isinstance(content[field], list):
-        raise ValueError(f"{path}: {field} is no list")
-    return content[field]
-
-
 def whole_numbers(values, path, field):
-    """List of whole numbers from 0 to 2^31 - 1 -> int64 array (n,)."""
-    are_ints = isinstance(values, list) and not set(map(type, values)) - {int}
-    if not are_ints or min(values, default=0) < 0 or max(values, default=0) >= 2 ** 31:
-        raise ValueError(f"{path}: {field} is not a list of whole numbers from 0 to 2^31 - 1")
-    return np.array(values, np.int64)
+    """List of whole numbers >= 0 -> int64 array (n,)."""
+    try:
+        numbers = np.array(values)
+        if numbers.ndim != 1 or numbers.size and (numbers.dtype != np.int64 or numbers.min() < 0):
+            raise ValueError(f"shape {numbers.shape} of {numbers.dtype}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {field} is not a list of whole numbers >= 0: {error}") from None
+    return numbers.astype(np.int64)
 
 
 def read_groups(path):
     """.aggregation.json -> objects of a scan, as tuples (objectId, label, segments (n,) int64).
 
-    An object that is listed again with the same segments and label, as in scene0217_00 of ScanNet, is left out.
+    An object that is listed again with the same segments and label, as in scene0217_00, is left out.
     """
-    groups, seen = [], set()
-    for number, group in enumerate(read_json(path, "segGroups")):
-        field = f"segGroups[{number}]"
+    groups = {}
+    listed = read_json(path, "annotation").get("segGroups")
+    for group in listed if isinstance(listed, list) else [None]:
         if not isinstance(group, dict) or not {"segments", "objectId", "label"} <= group.keys():
-            raise ValueError(f"{path}: {field} lacks segments, objectId or label")
-        segments = whole_numbers(group["segments"], path, f"{field}.segments")
-        object_id, = whole_numbers([group["objectId"]], path, f"{field}.objectId")
-        if not isinstance(group["label"], str):
-            raise ValueError(f"{path}: {field}.label is no text")
-        key = group["label"], segments.tobytes()
-        if key not in seen:
-            groups.append((object_id, group["label"], segments))
-            seen.add(key)
-    return groups
-
-
-def read_label_map(path, source, target):
-    """Two columns of scannetv2-labels.combined.tsv -> {source: target}, with whole numbers as int.
-
-    ("raw_category", "id") gives the id of an annotation's label; ("id", "nyu40id") maps ids of label images to NYU40.
-    """
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path, "label map"), newline=""), delimiter="\t"))
-    except csv.Error as error:
-        raise ValueError(f"{path} is no table: {error}") from None
-    if not rows or not {source, target} <= rows[0].keys():
-        raise ValueError(f"{path} is no table with columns {source} and {target}")
-    label_map = {}
-    for number, row in enumerate(rows, 2):
-        key, value = row[source], row[target]
-        if not value:
-            continue
-        if not key or not value.isdecimal() or len(value) > 18:
-            raise ValueError(f"{path} row {number}: {source} {key!r} and {target} {value!r}, expected a name or id and "
-                             "a whole number")
-        label_map[int(key) if key.isdecimal() and len(key) <= 18 else key] = int(value)
-    return label_map
-
-
-def remap_classes(classes, label_map):
-    """Class list {id: name} and label map {other id: id} -> class list {other id: name}; unlisted ids are ignored."""
-    order = list(classes)  # of the names, also in the result
-    known = sorted((order.index(value), key) for key, value in label_map.items() if value in classes)
-    return {**{key: classes[order[place]] for place, key in known}, "*": None}
-
-
-def frame_classes(classes, label_map=None):
-    """Class list {id: name} for label images of ScanNet's exporter, whose ids are those of its label table.
-
-    classes: a class list {id: name}. label_map: path of scannetv2-labels.combined.tsv, if the ids of that list are
-    NYU40's (ScanNet20); ScanNet200's are the table's.
-    """
-    if label_map is None:
-        return classes
-    return remap_classes(classes, read_label_map(label_map, "id", "nyu40id"))
+            raise ValueError(f"{path}: no segGroups, or one without segments, objectId or label")
+        object_id, = whole_numbers([group["objectId"]], path, "objectId")
+        segments = whole_numbers(group["segments"], path, "segments of a group")
+        key = str(group["label"]), segments.tobytes()
+        groups.setdefault(key, (object_id, str(group["label"]), segments))
+    return list(groups.values())
 
 
 class ScanNetScenes:
     """Whole scans of ScanNet, read when indexed: what data.SceneDataset takes.
 
-    A scan is a dict: name, points (P, 3) float32 metres in the world of the camera poses, colors (P, 3) float32 in
-    [0, 1], alignment (4, 4) float64 (identity if align=False) and, if `classes` is given, labels and instances (P,)
-    int64 with -1 = none and superpoints (P,) int64 from the mesh's oversegmentation.
+    A scan is a dict: name, points (P, 3) float32 meters in the world of the camera poses, colors (P, 3)
+    float32 in [0, 1], alignment (4, 4) float64 (identity if align=False) and, if `classes` is given, labels
+    and instances (P,) int64 with -1 = none and superpoints (P,) int64 of the mesh's oversegmentation.
 
-    root/<scene>/<scene>{_vh_clean_2.ply, .txt} and, for labels, {_vh_clean_2.0.010000.segs.json, .aggregation.json,
-    _vh_clean_2.labels.ply}.
-    classes: a file for `load_classes` or its result. Its ids are those of NYU40, as in labels.ply (ScanNet20).
-    label_map: path of scannetv2-labels.combined.tsv. The ids are then that table's, found by the annotated names
-    (ScanNet200).
+    root/<scene>/<scene>{_vh_clean_2.ply, .txt} and, for labels, {_vh_clean_2.0.010000.segs.json,
+    .aggregation.json, _vh_clean_2.labels.ply}.
+    classes: a file for `load_classes` or its result, with ids of NYU40, as in labels.ply (ScanNet20).
+    label_map: path of scannetv2-labels.combined.tsv. The ids are then that table's, found by the annotated
+    names (ScanNet200).
     split: a file with one `scene` (or `scene/frame`) per line; None: all scans.
+    normals: scans also hold normals (P, 3) float32, from the faces of the mesh.
 
-    Attributes: names ["scene"], class_names (K), title (split or root).
+    Attributes: names ["scene"], class_names and class_ids (K), left_out {what was not taken: how many},
+    title (split or root).
     """
 
-    def __init__(self, root, classes, split=None, label_map=None, align=True):
+    def __init__(self, root, classes, split=None, label_map=None, align=True, normals=False):
         self.root = Path(root)
         self.title = str(split or root)
         self.align = align
-        self._labelled = classes is not None
+        self.normals = normals
         if not self.root.is_dir():
             raise FileNotFoundError(f"scan folder {self.root} does not exist")
-        if not isinstance(classes, dict):
-            classes = load_classes(classes) if self._labelled else {}
         self._table = ClassTable(classes)
-        self.class_names = self._table.names
-        self.class_ids = self._table.ids
+        self.class_names, self.class_ids = self._table.names, self._table.ids
         self._label_map = None if label_map is None else read_label_map(label_map, "raw_category", "id")
-        self.settings = repr((classes, self._label_map, align))  # with the files, all that the scans depend on
-        if split is None:
-            self.names = sorted(path.parent.name for path in self.root.glob("*/*_vh_clean_2.ply"))
-        else:
+        self.settings = repr((self._table.classes, self._label_map, align, normals))
+        self._suffixes = ["_vh_clean_2.ply"] + [".txt"] * align
+        self._labeled = classes is not None
+        if self._labeled:
+            self._suffixes += ["_vh_clean_2.0.010000.segs.json", ".aggregation.json"]
+            self._suffixes += ["_vh_clean_2.labels.ply"] * (label_map is None)
+        meshes = list(self.root.glob("*/*_vh_clean_2.ply"))
+        present = {path.parent.name for path in meshes if path.name.startswith(path.parent.name)}
+        self.left_out = +Counter({"meshes not named as their folder": len(meshes) - len(present)})
+        self.names = sorted(present)
+        if split is not None:
             self.names = list(dict.fromkeys(scene for scene, _ in read_split(split)))
+        for name in self.names:
+            for suffix in self._suffixes:
+                if name not in present or not self._path(name, suffix).is_file():
+                    raise FileNotFoundError(f"{self._path(name, suffix)} does not exist")
         if not self.names:
             raise ValueError(f"{self.root}: no scan in it")
-        self._suffixes = ["_vh_clean_2.ply"] + [".txt"] * align
-        if self._labelled:
-            self._suffixes += ["_vh_clean_2.0.010000.segs.json", ".aggregation.json"]
-            self._suffixes += ["_vh_clean_2.labels.ply"] * (self._label_map is None)
-        for index in range(len(self.names)):
-            for path in self.files(index):
-                if not path.is_file():
-                    raise FileNotFoundError(f"{path} does not exist")
 
     def files(self, index):
         """Paths of all files that a scan is read from."""
@@ -740,41 +615,45 @@ class ScanNetScenes:
         name = self.names[index]
         path = self._path(name, "_vh_clean_2.ply")
         mesh = read_ply_vertices(path, GEOMETRY)
-        scan = {"name": name, "points": np.stack([mesh["x"], mesh["y"], mesh["z"]], 1).astype(np.float32),
-                "colors": np.stack([mesh["red"], mesh["green"], mesh["blue"]], 1).astype(np.float32) / 255,
-                "alignment": read_axis_alignment(self._path(name, ".txt")) if self.align else np.eye(4)}
-        if not (np.abs(scan["points"]) <= MAX_SHIFT).all():  # NaN is not
-            raise ValueError(f"{path}: vertices are not finite, or beyond {MAX_SHIFT:.0e} m")
-        if not self._labelled:
+        points = np.stack([mesh[axis] for axis in "xyz"], 1).astype(np.float32)
+        colors = np.stack([mesh[channel] for channel in ("red", "green", "blue")], 1).astype(np.float32)
+        scan = {"name": name, "points": points, "colors": colors / 255, "alignment": np.eye(4)}
+        if self.align:
+            scan["alignment"] = read_axis_alignment(self._path(name, ".txt"))
+        if not (np.abs(points) < 1e8).all():  # also NaN
+            raise ValueError(f"{path}: vertices are not finite, or beyond 1e8 m")
+        if self.normals:
+            triangles = read_ply_triangles(path)
+            if triangles.max() >= len(points):
+                raise ValueError(f"{path}: a face has vertex {triangles.max()} of {len(points)}")
+            scan["normals"] = vertex_normals(points, triangles)
+        if not self._labeled:
             return scan
         ids, instances, segments = self._read_annotation(name, len(mesh))
+        path = self._path(name, ".aggregation.json")
         if self._label_map is None:
             path = self._path(name, "_vh_clean_2.labels.ply")
-            ids = read_ply_vertices(path, {"label": ("u1", "u2", "u4", "i1", "i2", "i4")})["label"].astype(np.int64)
+            ids = read_ply_vertices(path, {"label": WHOLE})["label"].astype(np.int64)
             if len(ids) != len(mesh) or ids.min() < 0:
-                raise ValueError(f"{path} has {len(ids)} vertices with labels from {ids.min()}, expected labels >= 0 "
-                                 f"of the {len(mesh)} vertices of the mesh")
-        else:
-            path = self._path(name, ".aggregation.json")
-        labels = self._table(ids).astype(np.int64)
-        if labels.min() < -1:
-            raise ValueError(f"{path}: label {ids[labels < -1][0]} is not in the class list")
+                raise ValueError(f"{path} has {len(ids)} vertices with labels from {ids.min()}, expected "
+                                 f"labels >= 0 of the {len(mesh)} vertices of the mesh")
+        labels = self._table.indices(ids, path).astype(np.int64)
         return {**scan, "labels": labels, "instances": instances, "superpoints": segments}
 
     def _read_annotation(self, name, count):
-        """Ids (0 without a label map), instances and segments, each (count,) int64; segments are numbered from 0."""
+        """Ids (0 without a label map), instances and segments, numbered from 0; each (count,) int64."""
         path = self._path(name, "_vh_clean_2.0.010000.segs.json")
-        segment_ids, segments = np.unique(whole_numbers(read_json(path, "segIndices"), path, "segIndices"),
-                                          return_inverse=True)
+        numbers = whole_numbers(read_json(path, "annotation").get("segIndices"), path, "segIndices")
+        segment_ids, segments = np.unique(numbers, return_inverse=True)
         if len(segments) != count:
-            raise ValueError(f"{path}: segIndices has {len(segments)} entries, the mesh has {count} vertices")
+            raise ValueError(f"{path}: segIndices has {len(segments)} entries, the mesh {count} vertices")
         path = self._path(name, ".aggregation.json")
         ids = np.zeros(len(segment_ids), np.int64)  # per segment
         instances = np.full(len(segment_ids), -1)
         for object_id, label, own in read_groups(path):
             unknown = np.setdiff1d(own, segment_ids)
             if len(unknown):
-                raise ValueError(f"{path}: object {object_id} has segment {unknown[0]}, which segs.json lacks")
+                raise ValueError(f"{path}: object {object_id} has segment {unknown[0]}, not in segs.json")
             place = np.searchsorted(segment_ids, own)
             if len(np.unique(place)) < len(place) or (instances[place] >= 0).any():
                 raise ValueError(f"{path}: object {object_id} has a segment that is listed twice")

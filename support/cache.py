@@ -1,44 +1,44 @@
 # SPDX-License-Identifier: MIT
-"""Results that are computed once and kept on disk, found by the content of what they were computed from.
+"""Results that are computed once and kept on disk, found by the content that they were computed from.
 
-`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an image, and
-`SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a string that names what
-computed the entries) has a subfolder of its own.
+`Store` keeps bytes. `FeatureCache` keeps the fp16 features that a frozen image encoder gives for an
+image, and `SuperpointCache` the oversegmentation of a frame. All may share one folder: each owner (a
+string that names what computed the entries) has a subfolder of its own.
 
-An entry is <folder>/<hash of owner>/<xx>/<key>. It begins with a magic number, the owner, its key and a checksum of all
-of it, so an entry that is truncated, altered or foreign is never used. Entries are written under a unique temporary
-name and moved into place, so any number of processes may write at once, and a killed process leaves no broken entry.
+An entry is <folder>/<hash of owner>/<xx>/<key>. It begins with a magic number, the owner, its key and a
+checksum of all of it, so an entry that is truncated, altered or foreign is never used. Entries are
+moved into place as whole files, so any number of processes may write at once, and a kill leaves no
+broken entry.
 
-fp16 keeps a value x to 2^-11 |x| (below 2^-14 to 2^-25), and a token or pooled feature to 2^-11 of its norm. Projected
-and normalised, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm. The encoder itself should run in
-fp32 when it fills a cache: fp16 autocast costs 1.3e-3 of a token's norm and bf16 1.0e-2, and it runs only once.
+fp16 keeps a value x to 2^-11 |x| (below 2^-14 to 2^-25), and a token or pooled feature to 2^-11 of its
+norm. Projected and normalized, a cell of ViT-B-16 with random weights changes by 2.4e-4 of its norm.
+The encoder itself should run in fp32 when it fills a cache: it runs only once, and fp16 autocast costs
+1.3e-3 of a token's norm, bf16 1.0e-2.
 
-Imports torch, numpy, tqdm.
+Imports torch, numpy, tqdm and support.files.
 """
 import contextlib
-import ctypes
-import errno
 import hashlib
 import math
 import os
 import shutil
-import signal
 import struct
-import sys
 import tempfile
 import time
-import uuid
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 from tqdm import tqdm
+
+from support.files import write_whole
 
 MAGIC = b"BFSTORE1"
 HEADER = struct.Struct("<8s16s16s")  # magic, hash of owner, key; a crc32 of header and content follows
-PAUSES = (1, 2, 4)  # seconds until a full disk is tried again
+DAY = 24 * 3600  # seconds
 
 
 def content_key(*parts):
@@ -57,19 +57,28 @@ def content_key(*parts):
 class Store:
     """Entries of bytes in a folder, found by a key of 16 bytes.
 
-    folder: where they are kept; None: a temporary folder, deleted with this object (but not with its copies).
-    owner: names all that the entries depend on besides what the keys are hashes of, such as program and settings.
+    folder: where they are kept; None: a temporary folder, deleted with this object, not with its
+    copies. A folder that cannot be written is read, and new entries go to a temporary one.
+    owner: names what the entries depend on besides what the keys are hashes of: program, settings.
+
+    Attributes: folder, of new entries; is_temporary, whether it is deleted with this object.
     """
 
     def __init__(self, folder, owner):
-        self._temporary = tempfile.TemporaryDirectory(prefix="store-") if folder is None else None
         self._owner_hash = content_key(owner)
-        self.folder = Path(folder or self._temporary.name) / self._owner_hash.hex()
+        name = self._owner_hash.hex()
+        self._folders = [] if folder is None else [Path(folder) / name]
+        self._temporary = None
+        if folder is None or not is_writable(Path(folder), name):
+            self._temporary = tempfile.TemporaryDirectory(prefix="store-")
+            self._folders.append(Path(self._temporary.name))
+        self.folder = self._folders[-1]
+        self.is_temporary = self._temporary is not None
         self._unfinished = self.folder / "tmp"
-        self._unfinished.mkdir(parents=True, exist_ok=True)
+        self._unfinished.mkdir(exist_ok=True)
         for path in self._unfinished.iterdir():
-            with contextlib.suppress(OSError):  # another process sweeps, too, or the folder is read-only
-                if path.stat().st_mtime < time.time() - 24 * 3600:
+            with contextlib.suppress(OSError):  # another process sweeps, too
+                if path.stat().st_mtime < time.time() - DAY:
                     path.unlink()
         if not (self.folder / "owner.txt").exists():  # for people who look into the folder
             self._write(self.folder / "owner.txt", owner.encode())
@@ -77,66 +86,68 @@ class Store:
     def __getstate__(self):  # a copy in a worker must not delete the folder
         return {**self.__dict__, "_temporary": None}
 
-    @property
-    def is_temporary(self):
-        """Whether the folder is deleted with this object."""
-        return self._temporary is not None
-
     def get(self, key):
-        """The content (n,) of an entry as a writable uint8 array, or None; a damaged entry is deleted."""
-        path = self.path(key)
-        try:
-            entry = np.fromfile(path, np.uint8)
-        except FileNotFoundError:
-            return None
-        header = HEADER.pack(MAGIC, self._owner_hash, key)
-        start = HEADER.size + 4
-        content = entry[start:]
-        checksum = zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
-        if len(entry) < start or entry[:start].tobytes() != header + checksum:
-            path.unlink(missing_ok=True)
-            return None
-        return content
+        """The content (n,) of an entry as a writable uint8 array, or None; what is damaged is deleted."""
+        for path in self._paths(key):
+            with contextlib.suppress(FileNotFoundError):
+                entry = np.fromfile(path, np.uint8)
+                content = entry[HEADER.size + 4:]
+                if entry[:HEADER.size + 4].tobytes() == self._head(key, content):
+                    return content
+                with contextlib.suppress(OSError):  # in a folder that is only read it stays
+                    path.unlink()
+        return None
 
     def put(self, key, content):
-        """Writes an entry, replacing an older one."""
-        header = HEADER.pack(MAGIC, self._owner_hash, key)
-        checksum = zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
-        self._write(self.path(key), header + checksum + content)
+        """Writes an entry, replacing an older one. OSError if the disk is full."""
+        path = self.path(key)
+        path.parent.mkdir(exist_ok=True)
+        self._write(path, self._head(key, content) + content)
+
+    def keep(self, key, content):
+        """`put` of what can be computed again: that a disk takes nothing is only warned of."""
+        try:
+            self.put(key, content)
+        except OSError as error:
+            warnings.warn(f"{self.folder} takes no new entries: {error.strerror}")
 
     def size(self, key):
         """Bytes of an entry's content, or None if there is no entry; the content is not checked."""
-        try:
-            return os.stat(self.path(key)).st_size - HEADER.size - 4
-        except FileNotFoundError:
-            return None
+        for path in self._paths(key):
+            with contextlib.suppress(FileNotFoundError):
+                return path.stat().st_size - HEADER.size - 4
+        return None
 
     def path(self, key):
-        """Where an entry lies."""
-        return self.folder / key.hex()[:2] / key.hex()
+        """Where a new entry is written."""
+        return self._paths(key)[-1]
+
+    def _paths(self, key):
+        return [folder / key.hex()[:2] / key.hex() for folder in self._folders]
+
+    def _head(self, key, content):
+        header = HEADER.pack(MAGIC, self._owner_hash, key)
+        return header + zlib.crc32(content, zlib.crc32(header)).to_bytes(4, "little")
 
     def _write(self, path, content):
-        """Moves a whole file into place, or leaves nothing; a full disk is tried again after each of PAUSES."""
-        temporary = self._unfinished / uuid.uuid4().hex
-        for pause in (*PAUSES, None):
-            try:
-                temporary.write_bytes(content)
-                path.parent.mkdir(exist_ok=True)
-                os.replace(temporary, path)
-                return
-            except BaseException as error:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                if not isinstance(error, OSError):
-                    raise
-                is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if not is_full or pause is None:
-                    left = f", {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB free" if is_full else ""
-                    raise OSError(error.errno, f"{error.strerror}{left}", str(path)) from error
-            time.sleep(pause)
+        write_whole(path, lambda file: file.write(content), self._unfinished, sync=False)
 
 
-# ---------------------------------------------------------------------------------------------------------- features
+def is_writable(cache, name):
+    """Whether the folder `name` of a cache, which is made if need be, can be written; if not, warns."""
+    try:
+        (cache / name / "tmp").mkdir(parents=True, exist_ok=True)
+        if os.access(cache / name / "tmp", os.W_OK):
+            return True
+        reason = "no permission, or a disk that is only read"
+    except OSError as error:
+        reason = error.strerror
+    warnings.warn(f"cache {cache} cannot be written ({reason}): its entries are used, and those that it lacks "
+                  "are kept in a temporary folder, for this run alone")
+    return False
+
+
+# -------------------------------------------------------------------------------------------- features
 
 
 def image_key(image):
@@ -152,8 +163,7 @@ def to_tensor(image):
 
 
 def pack_features(tensors):
-    """Any number of float16 tensors of any shapes -> bytes: their number, then ndim and shape of each, then the values.
-    """
+    """Float16 tensors of any shapes -> bytes: their number, ndim and shape of each, then the values."""
     numbers = [len(tensors)]
     for tensor in tensors:
         numbers += [tensor.dim(), *tensor.shape]
@@ -162,7 +172,7 @@ def pack_features(tensors):
 
 
 def unpack_features(content):
-    """The bytes of `pack_features`, as a writable uint8 array -> tuple of float16 tensors that share its memory."""
+    """What `pack_features` made, a writable uint8 array -> float16 tensors that share its memory."""
     numbers = content[:len(content) // 4 * 4].view("<u4")
     shapes = []
     at = 1
@@ -175,45 +185,50 @@ def unpack_features(content):
 
 
 class FeatureCache:
-    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads; workers may call `get`.
+    """Features of a frozen image encoder: `build` encodes what is missing, `get` reads, also in workers.
 
-    folder: see `Store`. owner: names all that the features depend on besides the image: model, a fingerprint of the
-    weights, precision, and which features.
-    encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as tokens
-        (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
-    batch_size, workers: for `build`.
+    folder: see `Store`. owner: names all that the features depend on besides the image: model, a
+    fingerprint of the weights, precision, and which features.
+    encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as
+    tokens (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
+    batch_size, workers, worker_init_fn: of the loaders of `build`.
     """
 
-    def __init__(self, folder, owner, encode, batch_size=32, workers=0):
+    def __init__(self, folder, owner, encode, batch_size=32, workers=0, worker_init_fn=None):
         self.store = Store(folder, f"image feature tensors: {owner}")
         self.encode = encode
         self.batch_size = batch_size
         self.workers = workers
+        self.worker_init_fn = worker_init_fn
 
     def __getstate__(self):  # a worker reads: it needs no encoder
         return {**self.__dict__, "encode": None}
 
     def get(self, image):
-        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without their batch dimension.
+        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without batch
+        dimension.
 
-        Raises ValueError if the image has no whole entry.
+        An image without a whole entry is encoded now. ValueError in a loader's worker, which cannot.
         """
         key = image_key(image)
         content = self.store.get(key)
         if content is None:
-            raise ValueError(f"an image has no usable features in {self.store.path(key)}; run build again")
+            if self.encode is None or get_worker_info() is not None:
+                raise ValueError(f"no usable features of an image in {self.store.path(key)}; run build again")
+            entry, = self._features([image])
+            self.store.keep(key, entry)
+            content = np.frombuffer(bytearray(entry), np.uint8)
         return unpack_features(content)
 
     def build(self, images, rank=0, world_size=1):
-        """Checks the entries of all images and encodes those that are missing or damaged. Returns how many.
+        """Checks the entries of all images, encodes what is missing or damaged, and returns how many.
 
-        images: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.images_only`. Each of world_size
-        processes takes its share; let all of them finish before the first `get`. If images.signature(indices) gives
-        bytes that change whenever these images may have changed, the keys of the share are remembered under it, and the
-        next call reads no image: it only looks whether the entries exist at their full size.
+        images: sequence of (H, W, 3) uint8 of one size, such as `PointDataset.images_only`. Each of
+        world_size processes takes its share; let all of them finish before the first `get`. If
+        images.signature(indices) gives bytes that change whenever these images may have changed, the
+        keys of the share are remembered under it, and the next call reads no image: it only looks
+        whether the entries exist at their full size.
         """
-        if world_size > 1 and self.store.is_temporary:
-            raise ValueError(f"{world_size} processes cannot share a temporary folder: name one")
         share = range(rank, len(images), world_size)
         if not share:
             return 0
@@ -222,9 +237,9 @@ class FeatureCache:
         known = None if memory is None else self.store.get(memory)
 
         if known is None:
-            loader = DataLoader(Subset(CheckedImages(self.store, images), share), batch_size=None,
-                                num_workers=self.workers, generator=torch.Generator())
-            keys, whole = zip(*tqdm(loader, "checking features", unit="img", disable=rank > 0))
+            checked = Subset(CheckedImages(self.store, images), share)
+            loader = self._loader(checked, batch_size=None)
+            keys, whole = zip(*tqdm(loader, "checking features", unit="img", disable=rank > 0 or None))
         else:
             size = int.from_bytes(known[:8], "little")
             keys = [key.tobytes() for key in known[8:].reshape(-1, 16)]
@@ -233,41 +248,49 @@ class FeatureCache:
         for index, key, is_whole in zip(share, keys, whole):
             if not is_whole:
                 todo.setdefault(key, index)
+        if todo and world_size > 1 and self.store.is_temporary:
+            raise ValueError(f"{len(todo)} images have no features yet, and {world_size} processes cannot "
+                             "share a temporary folder: name one that can be written")
         if todo:
             self._encode(Subset(images, list(todo.values())), rank)
         if known is None and memory is not None:
-            self.store.put(memory, self.store.size(keys[0]).to_bytes(8, "little") + b"".join(keys))
+            size = self.store.size(keys[0])
+            self.store.put(memory, size.to_bytes(8, "little") + b"".join(keys))
         return len(todo)
+
+    def _loader(self, images, **options):
+        return DataLoader(images, num_workers=self.workers, worker_init_fn=self.worker_init_fn,
+                          generator=torch.Generator(), **options)
 
     def _encode(self, images, rank):
         """Encodes images and writes their entries."""
-        loader = DataLoader(images, self.batch_size, num_workers=self.workers, collate_fn=list,
-                            worker_init_fn=end_with_parent, generator=torch.Generator())
-        with tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0) as bar:
-            for batch in loader:
-                entries = self._features(batch)
-                if bar.n == 0:
-                    self._announce(len(images), len(entries[0]), rank)
-                for image, entry in zip(batch, entries):
-                    self.store.put(image_key(image), entry)
-                bar.update(len(batch))
+        loader = self._loader(images, batch_size=self.batch_size, collate_fn=list)
+        bar = tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0 or None)
+        for number, batch in enumerate(loader):
+            entries = self._features(batch)
+            if number == 0:
+                self._announce(len(images) * len(entries[0]), len(images), rank)
+            for image, entry in zip(batch, entries):
+                self.store.put(image_key(image), entry)
+            bar.update(len(batch))
+        bar.close()
 
-    def _announce(self, count, entry_size, rank):
-        """Says how much disk the features need; ValueError if there is less."""
-        folder = self.store.folder
-        size = count * entry_size
-        free = shutil.disk_usage(folder).free
+    def _announce(self, size, count, rank):
+        """Says how many bytes of the disk the features take; ValueError if there are less."""
+        free = shutil.disk_usage(self.store.folder).free
+        text = f"features of {count} images need {size / 2**30:.2f} GiB, {self.store.folder} has " \
+               f"{free / 2**30:.2f} GiB left"
         if size > free:
-            raise ValueError(f"features of {count} images need {size / 2**30:.2f} GiB, {folder} has "
-                             f"{free / 2**30:.2f} GiB left")
+            raise ValueError(text)
         if rank == 0:
-            tqdm.write(f"encoding {count} images: {size / 2**30:.2f} GiB in {folder}, {free / 2**30:.1f} GiB free")
+            tqdm.write(text)
 
     @torch.no_grad()
     def _features(self, batch):
         """Images -> the contents of their entries."""
         features = self.encode(torch.stack([to_tensor(image) for image in batch]))
-        if not isinstance(features, tuple) or not features or any(len(tensor) != len(batch) for tensor in features):
+        sizes = {len(tensor) for tensor in features}
+        if not isinstance(features, tuple) or sizes != {len(batch)}:
             shapes = [tuple(tensor.shape) for tensor in features]
             raise ValueError(f"encode must return a tuple of tensors (B, ...) for B = {len(batch)}, got a "
                              f"{type(features).__name__} of shapes {shapes}")
@@ -275,15 +298,6 @@ class FeatureCache:
         if not all(tensor.isfinite().all() for tensor in features):
             raise ValueError("encode returned features that are not finite in fp16")
         return [pack_features(of_image) for of_image in zip(*features)]
-
-
-def end_with_parent(worker_id):
-    """worker_init_fn of a DataLoader: on Linux a worker is killed when its process ends, however that ends.
-
-    Images fill the pipe, and a worker would otherwise wait forever for somebody to read it.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class CheckedImages(Dataset):
@@ -301,14 +315,14 @@ class CheckedImages(Dataset):
         return key, self.store.get(key) is not None
 
 
-# ------------------------------------------------------------------------------------------------------- superpoints
+# ----------------------------------------------------------------------------------------- superpoints
 
 
 class SuperpointCache:
-    """An oversegmentation, computed once per frame: the first process that needs it leaves it for all others.
+    """An oversegmentation, computed once per frame, by the first process that needs it.
 
-    folder: see `Store`. oversegment: (depth (H, W), colors (H, W, 3), intrinsics (3, 3)) -> (H, W) integers.
-    owner: names the method, its version and its settings.
+    oversegment: (depth (H, W), colors (H, W, 3), intrinsics (3, 3)) -> (H, W) integers.
+    folder: see `Store`. owner: names the method, its version and its settings.
     """
 
     def __init__(self, folder, oversegment, owner):
@@ -323,5 +337,5 @@ class SuperpointCache:
         if content is not None:
             return np.frombuffer(zlib.decompress(content), "<i4").reshape(depth.shape).astype(np.int64)
         segments = self.oversegment(depth, colors, intrinsics)
-        self.store.put(key, zlib.compress(segments.astype("<i4").tobytes(), 1))
+        self.store.keep(key, zlib.compress(segments.astype("<i4").tobytes(), 1))
         return segments

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Labelled frames merged into one cloud per scene, and the files that clouds are written to.
+"""Labeled frames merged into one cloud per scene, and the files that clouds are written to.
 
-    merger = SceneMerger(num_classes)
+    merger = SceneMerger(num_classes, voxel_size=0.02)
     merger.add(result)                       for every frame of a scene, in any order
     cloud = merger.cloud()
     write_ply("scene.ply", cloud["points"], cloud["colors"], {"label": cloud["labels"]})
@@ -13,59 +13,60 @@ import re
 import numpy as np
 import torch
 
-MERGE_VOXEL = 0.02  # metres
+ONE = 2 ** 14    # 1 in fixed point: int32 holds 131,071 votes
+OVERLAP = 0.5    # of two instances that join
+HALF = 2 ** 20   # cells of the grid from the origin to its end, along each axis
+STRIDES = np.array([4 * HALF ** 2, 2 * HALF, 1])  # of the key of a cell
 
 
 class SceneMerger:
-    """The frames of a scene, merged on a voxel grid: memory grows with the scene's surface, not with its frames.
+    """The frames of a scene, merged on a voxel grid: memory grows with its surface, not with the frames.
 
-    A frame gives one vote to each voxel that it sees: the mean of its points there, and the instance and true label of
-    the first of them. Votes are added in fixed point, so the sums, and with them the labels, do not depend on the order
-    of the frames. The instance of a voxel, and its true label, are majority votes (Boyer and Moore 1981). An instance of
-    a frame joins the instance of the scene with the same class that it overlaps most, if they share more than `overlap`
-    of the smaller one's voxels that the frame sees; others that it overlaps as much join, too.
+    A frame gives one vote to each voxel that it sees: the mean of its points there, and the instance and
+    true label of the first of them. Votes are added in fixed point, so the sums, and with them the
+    labels, do not depend on the order of the frames. The instance of a voxel and its true label are
+    majority votes (Boyer and Moore 1981). An instance of a frame joins the instance of the scene with the
+    same class that it overlaps most, if they share more than half of the smaller one's voxels that the
+    frame sees; other instances that it overlaps so much join, too.
     """
 
-    ONE = 2 ** 14  # fixed-point 1: int32 holds 131,071 votes
-
-    def __init__(self, num_classes, voxel_size=MERGE_VOXEL, overlap=0.5):
+    def __init__(self, num_classes, voxel_size):
         self.num_classes = num_classes
-        self.voxel_size = voxel_size
-        self.overlap = overlap
-        self.keys = np.empty(0, np.int64)          # (M,) sorted
-        self.sums = None                           # (M, F) int32; the last column counts votes
-        self.owner = np.empty((0, 2), np.int64)    # (M, 2) instance of the scene and its lead
-        self.truth = np.empty((0, 2), np.int64)    # (M, 2) true label and instance as one number, and its lead
-        self.labels = np.empty(0, np.int64)        # (S,) class of each instance of the scene
-        self.scores = np.empty((0, 2))             # (S, 2) sum of the scores of its parts, and their number
+        self.voxel_size = voxel_size             # meters
+        self.keys = np.empty(0, np.int64)        # (M,) sorted, one per voxel
+        self.sums = None                         # (M, F) int32, see `voxel_means`
+        self.owner = np.empty((0, 2), np.int64)  # (M, 2) instance of the scene, and its lead
+        self.truth = np.empty((0, 2), np.int64)  # (M, 2) true label and instance in one, and its lead
+        self.labels = np.empty(0, np.int64)      # (S,) class of each instance of the scene
+        self.scores = np.empty((0, 2))           # (S, 2) sum of the scores of its parts, their number
 
     def add(self, result):
-        """Adds a result of `predict_sample`."""
-        position = result["points"].cpu().double().numpy() / self.voxel_size
+        """Adds the points of a frame, as `predict_sample` gives them."""
+        points = result["points"].cpu().double().numpy()
+        position = points / self.voxel_size
         cell = np.floor(position)
-        if len(cell) and not np.abs(cell).max() < 2 ** 20:
-            raise ValueError(f"points lie up to {np.abs(position).max() * self.voxel_size:.3g} m from the origin, too "
-                             f"far for voxels of {self.voxel_size} m: are the poses in metres?")
-        keys = (cell.astype(np.int64) + 2 ** 20) @ np.array([2 ** 42, 2 ** 21, 1])
-        keys, first, voxel = np.unique(keys, return_index=True, return_inverse=True)
-        device = result["points"].device
-        fields = [torch.from_numpy((position - cell).astype(np.float32)).to(device), result["colors"],
-                  result["gate"][:, None], result["probabilities"]]
-        fields += [result["cosines"]] if "cosines" in result else []
-        fields = torch.cat([field.float() for field in fields], 1)  # (n, F)
-        total = fields.new_zeros(len(keys), fields.shape[1]).index_add_(0, torch.from_numpy(voxel).to(device), fields)
-        mean = total.cpu().numpy() / np.bincount(voxel)[:, None]  # (m, F)
-        votes = np.concatenate([np.rint(mean * self.ONE), np.ones((len(keys), 1))], 1).astype(np.int32)
+        if len(cell) and not np.abs(cell).max() < HALF:
+            raise ValueError(f"points lie up to {np.abs(points).max():.3g} m from the origin, too far "
+                             f"for voxels of {self.voxel_size} m: are the poses in meters?")
+        offset = position - cell
+        cell = cell.astype(np.int64) + HALF
+        keys, first, voxel = np.unique(cell @ STRIDES, return_index=True, return_inverse=True)
+        means = voxel_means(result, offset, voxel)
 
-        rows = self._rows(keys, votes.shape[1])
-        self.sums[rows] += votes
-        truth, instance = (result[key].cpu().numpy()[first] for key in ("truth", "truth_instances"))
-        vote(self.truth, rows, np.where(truth >= 0, truth * 2 ** 32 + instance + 1, -1))
+        rows = self.find_rows(keys, means.shape[1])
+        self.sums[rows] += np.rint(means * ONE).astype(np.int32)
+        truth = result["truth"].cpu().numpy()[first]
+        instance = result["truth_instances"].cpu().numpy()[first]
+        code = truth * 2 ** 32 + instance + 1
+        code = np.where(truth >= 0, code, -1)
+        vote(self.truth, rows, code)
         if "instances" in result:
-            self._join(rows, result["instances"].cpu().numpy()[first], result["instance_labels"].cpu().numpy(),
-                       result["scores"].cpu().numpy())
+            instances = result["instances"].cpu().numpy()[first]
+            labels = result["instance_labels"].cpu().numpy()
+            scores = result["scores"].cpu().numpy()
+            self.add_instances(rows, instances, labels, scores)
 
-    def _rows(self, keys, width):
+    def find_rows(self, keys, width):
         """Row of each voxel; new voxels get new rows."""
         if self.sums is None:
             self.sums = np.empty((0, width), np.int32)
@@ -73,76 +74,114 @@ class SceneMerger:
         is_new = np.append(self.keys, -1)[place] != keys
         if is_new.any():
             place = place[is_new]
+            self.keys = np.insert(self.keys, place, keys[is_new])
             self.sums = np.insert(self.sums, place, 0, axis=0)
             self.owner = np.insert(self.owner, place, [-1, 0], axis=0)
             self.truth = np.insert(self.truth, place, [-1, 0], axis=0)
-            self.keys = np.insert(self.keys, place, keys[is_new])
         return np.searchsorted(self.keys, keys)
 
-    def _join(self, rows, instances, labels, scores):
-        """Instances of a frame, (m,) per voxel with -1 = none, labels and scores (R,) -> votes for those of the scene."""
+    def add_instances(self, rows, instances, labels, scores):
+        """Instances of a frame vote: (m,) per voxel with -1 = none, labels and scores (R,)."""
         R, S = len(labels), len(self.labels)
-        owner = self.owner[rows, 0]
-        both = (instances >= 0) & (owner >= 0)
-        shared = np.bincount(instances[both] * S + owner[both], minlength=R * S).reshape(R, S)
-        size = np.bincount(instances + 1, minlength=R + 1)[1:]
-        seen = np.bincount(owner + 1, minlength=S + 1)[1:]
-        smaller = np.minimum(size[:, None], seen).clip(1)
-        shared[(shared <= self.overlap * smaller) | (labels[:, None] != self.labels)] = 0
+        owner = self.owner[:, 0]
+        counts = np.zeros((R + 1, S + 1), np.int64)  # row and column -1: of no instance
+        np.add.at(counts, (instances, owner[rows]), 1)
+        shared = counts[:R, :S]
+        size = counts[:R].sum(1)
+        seen = counts[:, :S].sum(0)
+        joins = labels[:, None] == self.labels
+        joins &= shared > OVERLAP * np.minimum(size[:, None], seen)
 
-        number = np.arange(S + R)  # what becomes of the scene's instances and of the frame's
+        number = np.arange(S + R)  # what becomes of the instances of the scene and of the frame
         for r in np.flatnonzero(size):
-            found = np.unique(number[:S][shared[r] > 0])
-            target = number[shared[r].argmax()] if len(found) else S + r
+            found = np.unique(number[:S][joins[r]])
+            target = S + r
+            if len(found):
+                most = np.argmax(shared[r] * joins[r])
+                target = number[most]
             number[np.isin(number, found)] = target
             number[S + r] = target
-        score = np.concatenate([self.scores, np.stack([scores, np.ones(R)], 1)])
-        self.owner[:, 0] = np.append(number, -1)[self.owner[:, 0]]
-        vote(self.owner, rows, np.append(number[S:], -1)[instances])
+        owner[:] = renumber(owner, number)
+        vote(self.owner, rows, renumber(instances, number[S:]))
 
-        # those that own a voxel stay
-        alive = np.bincount(self.owner[:, 0] + 1, minlength=S + R + 1)[1:] > 0
+        scores = np.stack([scores, np.ones(R)], 1)
+        scores[size == 0] = 0
         total = np.zeros((S + R, 2))
-        np.add.at(total, number, np.where(np.append(np.ones(S, bool), size > 0)[:, None], score, 0))
-        self.labels = np.concatenate([self.labels, labels])[alive]
-        self.scores = total[alive]
-        self.owner[:, 0] = np.append(np.where(alive, alive.cumsum() - 1, -1), -1)[self.owner[:, 0]]
+        np.add.at(total, number, np.concatenate([self.scores, scores]))
+        kept = count(owner, S + R) > 0
+        self.labels = np.concatenate([self.labels, labels])[kept]
+        self.scores = total[kept]
+        owner[:] = renumber(owner, kept.cumsum() - 1)
 
     def cloud(self, min_points=1, queries=None):
         """The merged scene, a dict of arrays with one row per voxel, in order of position.
 
-        points (M, 3) metres, colors (M, 3) in [0, 1], labels (M,), confidence (M,), gate (M,), instances (M,) numbered
-        from 0 with the best first, -1 = none, instance_labels and scores (R,), truth and truth_instances (M,), and
-        queries (M, Q) if there are any. Instances with fewer than min_points voxels are left out.
+        points (M, 3) meters, colors (M, 3) in [0, 1], labels (M,), confidence (M,), gate (M,), instances
+        (M,) numbered from 0 with the best first, -1 = none, instance_labels and scores (R,), truth and
+        truth_instances (M,), and queries (M, Q) if there are any. Instances with fewer than min_points
+        voxels are left out.
         """
-        count = self.sums[:, -1:]
-        K = self.num_classes
-        cell = np.stack([self.keys >> 42, self.keys >> 21 & 2 ** 21 - 1, self.keys & 2 ** 21 - 1], 1) - 2 ** 20
-        mean = self.sums[:, :7] / (count * self.ONE)
-        likely = self.sums[:, 7:7 + K]
-        cloud = {"points": (cell + mean[:, :3]) * self.voxel_size, "colors": mean[:, 3:6], "gate": mean[:, 6],
-                 "labels": likely.argmax(1), "confidence": likely.max(1) / (count[:, 0] * self.ONE)}
-        if queries is not None:
-            cosines = torch.from_numpy((self.sums[:, 7 + K:-1] / (count * self.ONE)).astype(np.float32))
-            cloud["queries"] = queries.probabilities(cosines).numpy()
+        means = self.sums / self.sums[:, -1:]
+        limits = [3, 6, 7, 7 + self.num_classes, -1]
+        offset, colors, gate, likely, cosines, _ = np.split(means, limits, 1)
+        cell = self.keys[:, None] // STRIDES % (2 * HALF) - HALF
         truth = self.truth[:, 0]
-        cloud["truth"] = truth >> 32  # -1 stays
-        cloud["truth_instances"] = np.where(truth >= 0, truth % 2 ** 32 - 1, -1)
-
-        sizes = np.bincount(self.owner[:, 0] + 1, minlength=len(self.labels) + 1)[1:]
+        owner = self.owner[:, 0]
         score = self.scores[:, 0] / self.scores[:, 1]
         best = np.argsort(-score, kind="stable")
-        best = best[sizes[best] >= min_points]
-        number = np.full(len(self.labels) + 1, -1)
+        best = best[count(owner, len(score))[best] >= min_points]
+        number = np.full(len(score), -1)
         number[best] = np.arange(len(best))
-        cloud["instances"] = number[self.owner[:, 0]]
-        return {**cloud, "instance_labels": self.labels[best], "scores": score[best]}
+        cloud = {
+            "points": (cell + offset) * self.voxel_size,
+            "colors": colors,
+            "gate": gate[:, 0],
+            "labels": likely.argmax(1),
+            "confidence": likely.max(1),
+            "truth": truth >> 32,  # -1 stays
+            "truth_instances": np.where(truth < 0, -1, truth % 2 ** 32 - 1),
+            "instances": renumber(owner, number),
+            "instance_labels": self.labels[best],
+            "scores": score[best]}
+        if queries is not None:
+            cosines = torch.from_numpy(cosines.astype(np.float32))
+            cloud["queries"] = queries.probabilities(cosines).numpy()
+        return cloud
+
+
+def voxel_means(result, offset, voxel):
+    """Means of offset, color, gate, probabilities, cosines and 1 over the points of each voxel: (m, F)."""
+    device = result["points"].device
+    offset = torch.from_numpy(offset).float().to(device)
+    fields = [offset]
+    fields += [result["colors"], result["gate"][:, None]]
+    fields += [result["probabilities"]]
+    if "cosines" in result:
+        fields += [result["cosines"]]
+    fields += [torch.ones_like(offset[:, :1])]
+    fields = torch.cat([field.float() for field in fields], 1)  # (n, F)
+    sizes = np.bincount(voxel)
+    sums = fields.new_zeros(len(sizes), fields.shape[1])
+    voxel = torch.from_numpy(voxel).to(device)
+    sums.index_add_(0, voxel, fields)
+    return sums.cpu().numpy() / sizes[:, None]
+
+
+def renumber(codes, numbers):
+    """codes (m,) -> numbers[codes]; -1 stays."""
+    return np.append(numbers, -1)[codes]
+
+
+def count(codes, size):
+    """How often each of `size` codes occurs in codes (m,), where -1 is none."""
+    return np.bincount(codes + 1, minlength=size + 1)[1:]
 
 
 def vote(table, rows, codes):
     """One vote per row of table (M, 2), its code and its lead: codes (m,) integers, -1 abstains."""
     held, lead = table[rows].T
-    lead = np.where(codes < 0, lead, np.where(codes == held, lead + 1, lead - 1))
+    change = np.where(codes == held, 1, -1)
+    lead = lead + np.where(codes < 0, 0, change)
     table[rows, 0] = np.where(lead < 0, codes, held)
     table[rows, 1] = np.abs(lead)
 
@@ -151,41 +190,49 @@ def vote(table, rows, codes):
 
 
 def write_ply(path, points, colors, scalars, comments=()):
-    """A binary little-endian PLY file: points (M, 3), colors (M, 3) in [0, 1], scalars {name: (M,)} as float32."""
-    fields = [(axis, "<f4") for axis in "xyz"] + [(color, "u1") for color in ("red", "green", "blue")]
-    vertices = np.empty(len(points), fields + [(f"scalar_{name}", "<f4") for name in scalars])
-    columns = [*points.T, *(colors * 255).round().T, *scalars.values()]
-    for name, column in zip(vertices.dtype.names, columns):
+    """A binary PLY file: points (M, 3), colors (M, 3) in [0, 1], scalars {name: (M,)} as float32."""
+    kinds = dict.fromkeys("xyz", "float")
+    kinds |= dict.fromkeys(["red", "green", "blue"], "uchar")
+    kinds |= {f"scalar_{name}": "float" for name in scalars}
+    types = {"float": "<f4", "uchar": "u1"}
+    fields = [(name, types[kind]) for name, kind in kinds.items()]
+    vertices = np.empty(len(points), fields)
+    colors = (colors * 255).round()
+    columns = [*points.T, *colors.T, *scalars.values()]
+    for name, column in zip(kinds, columns):
         vertices[name] = column
-    kinds = {"f": "float", "u": "uchar"}
-    header = ["ply", "format binary_little_endian 1.0", *(f"comment {' '.join(text.split())}" for text in comments),
-              f"element vertex {len(points)}",
-              *(f"property {kinds[vertices.dtype[name].kind]} {name}" for name in vertices.dtype.names), "end_header\n"]
+    header = ["ply", "format binary_little_endian 1.0"]
+    header += [f"comment {' '.join(text.split())}" for text in comments]
+    header += [f"element vertex {len(points)}"]
+    header += [f"property {kind} {name}" for name, kind in kinds.items()]
+    header += ["end_header\n"]
     with open(path, "wb") as file:
         file.write("\n".join(header).encode("ascii", "replace"))
         file.write(vertices.tobytes())
 
 
 def write_submission(folder, scan, labels, scene, benchmark_ids):
-    """The files of ScanNet's benchmarks for one scan: folder/semantic/<scan>.txt and folder/instance/<scan>.txt.
+    """The files of ScanNet's benchmarks for one scan: semantic/<scan>.txt, instance/<scan>.txt.
 
-    labels (P,), index of the class per vertex; scene: masks (R, P), labels (R,), scores (R,), or None; all NumPy arrays.
-    benchmark_ids (K,): see `benchmark_ids`. Masks of fewer than 100 vertices are skipped.
+    labels (P,), index of the class per vertex; scene: masks (R, P), labels (R,), scores (R,), or None;
+    all NumPy arrays. benchmark_ids (K,): id of each class there. Masks of fewer than 100 vertices are
+    skipped.
     """
     if re.search(r"\s", scan):
         raise ValueError(f"scan {scan!r}: the benchmark allows no spaces in names")
-    (folder / "semantic").mkdir(parents=True, exist_ok=True)
-    (folder / "semantic" / f"{scan}.txt").write_text("".join(f"{label}\n" for label in benchmark_ids[labels].tolist()))
+    semantic, instance = folder / "semantic", folder / "instance"
+    semantic.mkdir(parents=True, exist_ok=True)
+    ids = benchmark_ids[labels].tolist()
+    (semantic / f"{scan}.txt").write_text("".join(f"{number}\n" for number in ids))
     if scene is None:
         return
-    (folder / "instance" / "predicted_masks").mkdir(parents=True, exist_ok=True)
+    (instance / "predicted_masks").mkdir(parents=True, exist_ok=True)
     lines = []
-    for i, (mask, label, score) in enumerate(zip(scene["masks"], scene["labels"], scene["scores"].tolist())):
+    for i, mask in enumerate(scene["masks"]):
         if mask.sum() < 100:
             continue
         name = f"predicted_masks/{scan}_{i:03d}.txt"
-        rows = np.full((len(mask), 2), ord("\n"), np.uint8)
-        rows[:, 0] = ord("0") + mask
-        (folder / "instance" / name).write_bytes(rows.tobytes())
-        lines.append(f"{name} {benchmark_ids[label]} {score!r}\n")
-    (folder / "instance" / f"{scan}.txt").write_text("".join(lines))
+        text = np.where(mask, b"1\n", b"0\n")
+        (instance / name).write_bytes(text.tobytes())
+        lines.append(f"{name} {benchmark_ids[scene['labels'][i]]} {scene['scores'][i].item()!r}\n")
+    (instance / f"{scan}.txt").write_text("".join(lines))

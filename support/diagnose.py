@@ -256,8 +256,18 @@ class NonFiniteGuard:
             if now:
                 torch._foreach_copy_(now, before)
 
-    def good_step(self):
-        self.bad_in_a_row = 0
+    def end_step(self, finite, searches, micro_batches, losses, facts):
+        """What follows a step -> whether it was skipped because fp16 searches for its loss scale.
+
+        finite: its loss and gradient; searches: not finite, but that is expected; all else as in `bad_step`.
+        """
+        if finite:
+            self.bad_in_a_row = 0
+        elif searches:
+            self.skip_step()
+        else:
+            self.bad_step(micro_batches, losses, facts)
+        return not finite and searches
 
     def bad_step(self, micro_batches, losses, facts):
         """Names and saves the cause of a step that was not finite; raises FloatingPointError after too

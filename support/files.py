@@ -27,10 +27,9 @@ FOLDER = 0x10  # attribute of an entry of a zip file
 def write_whole(path, write, folder=None, sync=True):
     """Calls write(file) on a new file, which then takes the name `path`.
 
-    Whenever that is interrupted, the old file stays or the whole new one is there. OSError if it cannot be written;
-    nothing is left of it then.
-    folder: where the unfinished file lies, on the same disk; None: beside `path`.
-    sync: waits for the disk. Otherwise a power cut may leave the new name on an empty file.
+    Whenever that is interrupted, the old file or the whole new one is there. If it fails, OSError names
+    `path`, and nothing is left. folder: where the unfinished file lies, by default beside `path`.
+    sync: waits for the disk; otherwise a power cut may leave the new name on an empty file.
     """
     path = Path(path)
     temporary = Path(folder or path.parent) / f"{path.name}.{uuid.uuid4().hex}.tmp"
@@ -42,7 +41,8 @@ def write_whole(path, write, folder=None, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        fault = error if isinstance(error, OSError) else error.__context__  # torch.save hides what the file raised
+        # torch.save hides what the file raised
+        fault = error if isinstance(error, OSError) else error.__context__
         if not isinstance(fault, OSError):
             raise
         text = fault.strerror
@@ -62,13 +62,18 @@ def read_bytes(path, field):
 
     field: what the file holds, in words for errors, here and below.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{field} {path} {'is not a file' if path.exists() else 'does not exist'}")
-    size = path.stat().st_size
+    check_exists(path, field)
+    size = os.path.getsize(path)
     if size > MAX_BYTES:
         raise ValueError(f"{path}: {field} has {size:,} bytes, more than {MAX_BYTES:,}")
-    return path.read_bytes()
+    return Path(path).read_bytes()
+
+
+def check_exists(path, field):
+    """FileNotFoundError if there is no such file."""
+    if not os.path.isfile(path):
+        reason = "is not a file" if os.path.exists(path) else "does not exist"
+        raise FileNotFoundError(f"{field} {path} {reason}")
 
 
 def read_text(path, field):
@@ -104,12 +109,13 @@ def as_matrix(values, path, field, shapes):
     is_row = matrix.size == max(matrix.shape)
     shape = next((shape for shape in shapes if is_row and matrix.size == shape[0] * shape[1]), None)
     if shape is None:
-        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {' or '.join(map(str, shapes))}")
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {expected}")
     return matrix.reshape(shape)
 
 
 def as_pose(values, path, field="pose"):
-    """[R t] as 3 or 4 rows, or 12 or 16 numbers -> rigid (4, 4) float64; None if it is lost (inf or NaN)."""
+    """[R t] as 3 or 4 rows, 12 or 16 numbers -> rigid (4, 4) float64; None if it is lost (inf or NaN)."""
     pose = as_matrix(values, path, field, [(4, 4), (3, 4)])
     if not np.isfinite(pose).all():
         return None
@@ -162,7 +168,8 @@ def check_rigid(matrix, path, field):
     turn = matrix[:3, :3]
     last_row = np.abs(matrix[3] - [0, 0, 0, 1]).max()
     if np.abs(turn).max() > 2 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or last_row > 1e-6:
-        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: {matrix.tolist()}")
+        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: "
+                         f"{matrix.tolist()}")
     if np.linalg.det(turn) < 0:
         raise ValueError(f"{path}: {field} is mirrored, det R = -1: {matrix.tolist()}")
 
@@ -182,7 +189,8 @@ def image_size(path, field, formats=("JPEG", "PNG")):
 def decode_image(content, path, field, formats):
     """Bytes of an image file -> PIL image, verified and decoded to the last byte."""
     try:
-        Image.open(io.BytesIO(content), formats=formats).verify()  # checksums, most of which decoding ignores
+        image = Image.open(io.BytesIO(content), formats=formats)
+        image.verify()  # checksums, most of which decoding ignores
         image = Image.open(io.BytesIO(content), formats=formats)
         image.load()
     except Exception as error:  # Pillow has no common base for what broken files raise
@@ -191,8 +199,9 @@ def decode_image(content, path, field, formats):
 
 
 def png_header(content):
-    """(bits per channel, color type) of a PNG. Pillow's mode tells neither 16-bit RGB nor 4-bit grayscale, which it
-    scales to 8 bits; (8, None) for other formats.
+    """(bits per channel, color type) of a PNG; (8, None) for other formats.
+
+    Pillow's mode tells neither 16-bit RGB nor 4-bit grayscale, both of which it makes 8-bit.
     """
     return (content[24], content[25]) if content[12:16] == b"IHDR" else (8, None)
 
@@ -201,11 +210,12 @@ def decode_color(content, path):
     """Bytes of a JPEG or PNG with 8 bits per channel -> (H, W, 3) uint8 RGB."""
     image = decode_image(content, path, "color", ("JPEG", "PNG"))
     if png_header(content)[0] == 16:
-        largest = int(np.asarray(image).max())
-        used = largest.bit_length() + 8 * (not image.mode.startswith("I"))  # of RGB, Pillow keeps the upper 8 bits
-        raise ValueError(f"{path}: the color image has 16 bits per channel, of which {used} are in use; save it with 8")
+        used = int(np.asarray(image).max()).bit_length()
+        used += 0 if image.mode.startswith("I") else 8  # of RGB, Pillow keeps the upper 8 bits
+        raise ValueError(f"{path}: the color image has 16 bits per channel, of which {used} are in use: save "
+                         "it with 8")
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-        raise ValueError(f"{path}: the color image has mode {image.mode}, expected RGB, gray or a palette of 8 bits")
+        raise ValueError(f"{path}: the color image has mode {image.mode}, expected RGB, gray or a palette")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -215,7 +225,7 @@ def read_color(path):
 
 
 def read_index_image(path, field, bits=(8, 16)):
-    """PNG file of grayscale with `bits` or, if 8 bits are allowed, a palette -> (H, W) unsigned integers."""
+    """PNG file of grayscale with `bits` or, if 8 is among them, a palette -> (H, W) unsigned integers."""
     content = read_bytes(path, f"{field} image")
     image = decode_image(content, path, field, ("PNG",))
     depth, kind = png_header(content)
@@ -223,18 +233,18 @@ def read_index_image(path, field, bits=(8, 16)):
     is_palette = kind == 3 and 8 in bits
     if not (is_gray or is_palette):
         kinds = {0: "grayscale", 2: "RGB", 3: "a palette", 4: "grayscale with alpha", 6: "RGBA"}
-        raise ValueError(f"{path}: {depth}-bit {field} image of {kinds.get(kind, 'unknown kind')}, expected grayscale "
-                         f"of {' or '.join(map(str, bits))} bits")
+        raise ValueError(f"{path}: {depth}-bit {field} image of {kinds.get(kind, 'unknown kind')}, expected "
+                         f"grayscale of {' or '.join(map(str, bits))} bits")
     return np.asarray(image)
 
 
 def read_depth(path, units_per_meter=1000):
-    """16-bit PNG file of depth along the optical axis -> (H, W) float32 meters, see `depth_in_meters`."""
+    """16-bit PNG file of depth along the optical axis -> (H, W) float32, see `depth_in_meters`."""
     return depth_in_meters(read_index_image(path, "depth", (16,)), units_per_meter)
 
 
 def depth_in_meters(depth, units_per_meter):
-    """(H, W) uint16 -> (H, W) float32 meters, 0 = no reading. Sensors write 0 or 65535 where they have none."""
+    """(H, W) uint16 -> (H, W) float32 meters, 0 = no reading, for which files have 0 or 65535."""
     known = np.where(depth == 65535, 0, depth)
     return known.astype(np.float32) * np.float32(1 / units_per_meter)
 
@@ -245,20 +255,24 @@ def depth_in_meters(depth, units_per_meter):
 def check_torch_file(path):
     """FileNotFoundError or ValueError if a file is not what torch.save writes, with every checksum right.
 
-    torch.load looks at no checksum, unpacks compressed entries to any size, takes an entry that is marked as a folder
-    for empty and hands out whatever its memory holds, and runs TorchScript (constants.pkl).
+    torch.load looks at no checksum, unpacks compressed entries to any size, hands out memory that nobody has
+    written for an entry that is marked as a folder, and runs TorchScript (constants.pkl).
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"checkpoint {path} {'is not a file' if os.path.exists(path) else 'does not exist'}")
+    check_exists(path, "checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                is_folder = entry.external_attr & FOLDER
-                is_script = entry.filename.endswith("/constants.pkl")
-                if entry.compress_type != zipfile.ZIP_STORED or is_folder or is_script:
-                    raise ValueError(f"torch.save writes no entry such as {entry.filename}")
-            damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"the checksum of its entry {damaged} is wrong")
+            strange = [entry.filename for entry in archive.infolist() if is_strange(entry)]
+            damaged = strange or archive.testzip()
     except Exception as error:  # zipfile raises many kinds
-        raise ValueError(f"{path}: not a checkpoint (a zip file of torch.save), truncated, or damaged: {error}") from error
+        raise ValueError(f"{path}: not a checkpoint (a zip file of torch.save), truncated, or damaged: "
+                         f"{error}") from error
+    if strange:
+        raise ValueError(f"{path}: not a checkpoint, torch.save writes no entry such as {strange[0]}")
+    if damaged:
+        raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
+
+
+def is_strange(entry):
+    """Whether an entry of a zip file is none of torch.save's."""
+    is_script = entry.filename.endswith("/constants.pkl")
+    return entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & FOLDER or is_script

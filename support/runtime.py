@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -113,6 +114,42 @@ def configure_device(device, deterministic=False):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+def busy_cores(seconds=0.5):
+    """How many of the machine's cores are at work meanwhile; on other systems than Linux, its load average."""
+    if not os.path.exists("/proc/stat"):
+        return os.getloadavg()[0]
+
+    def jiffies():
+        with open("/proc/stat") as file:
+            user, nice, system, idle, wait, *_ = map(int, file.readline().split()[1:])
+        return user + nice + system, idle + wait
+
+    busy_before, idle_before = jiffies()
+    time.sleep(seconds)
+    busy, idle = jiffies()
+    total = busy + idle - busy_before - idle_before
+    return (busy - busy_before) / max(total, 1) * os.cpu_count()
+
+
+def choose_threads(workers=0, before=None):
+    """Sets how many threads torch computes with on a CPU -> a line about it; OMP_NUM_THREADS overrules.
+
+    A pool whose threads wait for cores that others use is many times slower than fewer threads, so these are the
+    cores that are free at the start, without one per loader on larger machines. before: the number of a run that is
+    resumed, with which it stays bit-exact.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return f"CPU threads: {torch.get_num_threads()}, by OMP_NUM_THREADS"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    busy = busy_cores()
+    free = cores - round(busy)
+    if cores > 4:
+        free -= workers
+    torch.set_num_threads(before or max(1, free))
+    reason = "as before" if before else f"{cores} cores, {busy:.1f} of them busy with other work"
+    return f"CPU threads: {torch.get_num_threads()} ({reason}; OMP_NUM_THREADS overrules)"
+
+
 def keep_buffers():
     """Makes glibc keep the memory of large buffers for the next ones; without glibc it does nothing.
 
@@ -161,12 +198,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_args(self, args=None, namespace=None):
-        """argparse's, which also refuses an empty text, as an unset variable of a shell script gives it."""
-        parsed = super().parse_args(args, namespace)
-        for name, value in vars(parsed).items():
-            if value == "" or value == Path(""):
-                self.error(f"--{name.replace('_', '-')} is empty")
-        return parsed
+        """argparse's, which also refuses an empty text, as an unset variable of a script gives it."""
+        words = ["", *(sys.argv[1:] if args is None else args)]
+        for option, word in zip(words, words[1:]):
+            if word == "" or word.startswith("--") and word.endswith("="):
+                self.error(f"{word.rstrip('=') or option or 'an argument'} is empty")
+        return super().parse_args(args, namespace)
 
 
 def number_in(kind, low, high=math.inf, open_low=False):

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Puts the repository root on the import path; fixtures of several test files."""
-import functools
+"""One thread for all, and fixtures of several test files."""
 import os
-import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import helpers
+
 # Tensors as small as these only wait for a thread pool, and forever in a fork of this process, which has no pool of
 # its own. Code under test, such as bench, must not start one either.
 torch.set_num_threads(1)
@@ -27,18 +23,9 @@ def no_fsync():
 
 
 @pytest.fixture
-def tmp_path(tmp_path, request):
-    """pytest's own, deleted after a test that passed: all together would fill 6 GB."""
-    failed = request.session.testsfailed
-    yield tmp_path
-    if request.session.testsfailed == failed:
-        shutil.rmtree(tmp_path, ignore_errors=True)  # a thread of TensorBoard may still write there
-
-
-@pytest.fixture
 def shared():
     """The folder with real frames and reference figures beside the repository; without it the test is skipped."""
-    folder = ROOT.parent / "shared"
+    folder = helpers.ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"needs the real frames and reference figures in {folder.name}/ beside the repository")
     return folder
@@ -50,17 +37,12 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def render_once():
-    """`rooms.frames` that renders the rooms of most runs once."""
-    from sources import rooms
-    return functools.lru_cache(rooms.frames)
-
-
 @pytest.fixture
-def quick_runs(monkeypatch, render_once):
+def quick_runs(monkeypatch):
     """For tests of whole runs: no room is rendered twice, and no images are drawn for TensorBoard."""
-    monkeypatch.setattr("sources.rooms.frames", render_once)
+    for split, rooms in (("train", 2), ("val", 1)):
+        helpers.rendered(split, rooms, 2, 0, (240, 320))  # now, and not in every fork
+    monkeypatch.setattr("sources.rooms.frames", helpers.rendered)
     monkeypatch.setattr("train.visualize", lambda *args: None)
 
 
@@ -68,6 +50,5 @@ def quick_runs(monkeypatch, render_once):
 def trained(tmp_path_factory):
     """A run of two epochs with everything on: its folder and final metrics."""
     import train
-    from helpers import CLIP_ON, small
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train.main(small(folder, *CLIP_ON))
+    return folder, train.main(helpers.small(folder, *helpers.CLIP_ON))

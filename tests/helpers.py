@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Builders shared by several test files: a camera, tiny data sets on disk, rooms in ScanNet's layout."""
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,8 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sources import rooms
+from sources.scannet import write_frames
 from support.checkpoint import lock_folder
 
+ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
 POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
@@ -31,37 +35,29 @@ def intrinsics_of(size, focal=1.1):
     return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
 
 
-def project(points, intrinsics, world2cam):
-    """Independent pinhole: points (n, 3) -> (u, v) (n, 2) and depth (n,), in float64."""
-    camera = np.asarray(points, np.float64) @ world2cam[:3, :3].T + world2cam[:3, 3]
-    image = camera @ np.asarray(intrinsics, np.float64).T
-    return image[:, :2] / image[:, 2:], camera[:, 2]
-
-
 def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
-    """A tiny ScanNet export. Colour holds its own pixel position: red = column, green = row, blue = frame."""
+    """A tiny ScanNet export. Color holds its own pixel position: red = column, green = row, blue = frame."""
     rng = np.random.default_rng(0)
-    for scene in range(scenes):
-        folder = root / f"scene{scene:04d}_00"
-        for kind in ("color", "depth", "pose", "intrinsic") + (("label-filt", "instance-filt") if labels else ()):
-            (folder / kind).mkdir(parents=True)
-        for name, size in (("color", color_size), ("depth", depth_size)):
-            matrix = np.eye(4)
-            matrix[:3, :3] = intrinsics_of(size)
-            np.savetxt(folder / "intrinsic" / f"intrinsic_{name}.txt", matrix)
-        height, width = color_size
-        for frame in range(frames):
-            row, column = np.mgrid[:height, :width]
-            color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
-            Image.fromarray(color.astype(np.uint8)).save(folder / "color" / f"{frame}.{suffix}")
-            depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
-            depth[::5] = 0
-            Image.fromarray(depth).save(folder / "depth" / f"{frame}.png")
-            np.savetxt(folder / "pose" / f"{frame}.txt", POSE)
-            if labels:
-                label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
-                Image.fromarray(label.astype(np.uint16)).save(folder / "label-filt" / f"{frame}.png")
-                Image.fromarray((row * 3 // height).astype(np.uint8)).save(folder / "instance-filt" / f"{frame}.png")
+    height, width = color_size
+    row, column = np.mgrid[:height, :width]
+    for scene, frame in itertools.product(range(scenes), range(frames)):
+        color = np.stack([column * 255 // width, row * 255 // height, np.full_like(row, 10 * frame)], 2)
+        depth = rng.integers(1000, 3000, depth_size).astype(np.uint16)
+        depth[::5] = 0
+        images = {f"color/{frame}.{suffix}": color.astype(np.uint8), f"depth/{frame}.png": depth}
+        if labels:
+            label = np.choose((column * 4 // width) % 4, [0, 1, 2, 40])
+            images |= {f"label-filt/{frame}.png": label.astype(np.uint16),
+                       f"instance-filt/{frame}.png": (row * 3 // height).astype(np.uint8)}
+        matrices = {f"pose/{frame}.txt": POSE, "intrinsic/intrinsic_color.txt": intrinsics_of(color_size),
+                    "intrinsic/intrinsic_depth.txt": intrinsics_of(depth_size)}
+        for name, content in (images | matrices).items():
+            path = root / f"scene{scene:04d}_00" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name in images:
+                Image.fromarray(content).save(path)
+            else:
+                np.savetxt(path, content)
     return root
 
 
@@ -101,24 +97,12 @@ def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 32
     The last frame is the validation split; all rooms but its own are the training split.
     """
     frames = rooms.RoomFrames("train", num_rooms, frames_per_room, size=size)
-    for index, name in enumerate(frames.names):
-        frame = frames[index]
-        scene, stem = folder / name.split("/")[0], name.split("/")[1]
-        for kind in ("color", "depth", "pose", "intrinsic", "label-filt", "instance-filt"):
-            (scene / kind).mkdir(parents=True, exist_ok=True)
-        images = {"color": frame["color"], "depth": (frame["depth"] * 1000).astype(np.uint16),
-                  "label-filt": (frame["label"] + 1).astype(np.uint8),
-                  "instance-filt": np.maximum(frame["instance"], 0).astype(np.uint8)}
-        for kind, image in images.items():
-            Image.fromarray(image).save(scene / kind / f"{stem}.png")
-        np.savetxt(scene / "pose" / f"{stem}.txt", np.linalg.inv(frame["world2cam"]))
-        np.savetxt(scene / "intrinsic" / "intrinsic_color.txt", frame["intrinsics"])
-        np.savetxt(scene / "intrinsic" / "intrinsic_depth.txt", frame["depth_intrinsics"])
-    names = ["unlabeled", *frames.class_names]
-    (folder / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
-    scenes = list(dict.fromkeys(name.split("/")[0] for name in frames.names))
-    (folder / "train.txt").write_text("".join(f"{scene}\n" for scene in scenes[:-1]))
-    (folder / "val.txt").write_text(f"{frames.names[-1]}\n")
+    camera = {key: frames[0][key] for key in ("intrinsics", "depth_intrinsics")}  # that of all, one of a scene is needed
+    write_frames([{**frame, **camera} for frame in frames], folder)
+    classes = [f"{i} {name}" for i, name in enumerate(["unlabeled", *frames.class_names])]
+    scenes = sorted({name.split("/")[0] for name in frames.names})
+    for name, lines in (("classes", classes), ("train", scenes[:-1]), ("val", frames.names[-1:])):
+        (folder / f"{name}.txt").write_text("\n".join(lines))
     return ["--data", str(folder), "--train-split", str(folder / "train.txt"), "--val-split", str(folder / "val.txt")]
 
 
@@ -128,15 +112,15 @@ open_clip.add_model_config(Path(__file__).parent / "data" / "ViT-Tiny-32.json")
 TOWER = "ViT-Tiny-32"  # two blocks of width 128
 SHARED_CACHE = tempfile.TemporaryDirectory(prefix="bifusion-tests-")  # superpoints and features of the rooms, made once
 CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
+rendered = functools.lru_cache(rooms.frames)
 
 
 def small(folder, *more):
     """Arguments of a run of a few seconds in `folder`."""
-    return ["--rooms", "2", "--frames-per-room", "2", "--num-points", "1000", "--voxel-size", "0.15", "--batch-size",
-            "2", "--image-size", "96,128", "--clip-model", TOWER, "--clip-pretrained", "none", "--workers", "0",
-            "--epochs", "2", "--eval-every", "2", "--log-every", "1", "--superpoints", "24",
-            "--min-instance-points", "20", "--cache", SHARED_CACHE.name, "--runs", str(folder / "runs"),
-            "--device", "cpu", *more]
+    options = ("--rooms 2 --frames-per-room 2 --num-points 1000 --voxel-size 0.15 --batch-size 2 --image-size 96,128 "
+               "--clip-pretrained none --workers 0 --epochs 2 --eval-every 2 --log-every 1 --superpoints 24 "
+               "--min-instance-points 20 --device cpu").split()
+    return [*options, "--clip-model", TOWER, "--cache", SHARED_CACHE.name, "--runs", str(folder / "runs"), *more]
 
 
 def last_checkpoint(folder, name="last.pt"):
@@ -158,18 +142,7 @@ def scalars(folder):
     return events
 
 
-def in_process(function, *arguments):
-    """What a function returns in another process."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def try_lock(folder):
-    try:
-        lock_folder(folder)
-    except ValueError as error:
-        return str(error)
-    return "locked"
+# ---------------------------------------------------------------------------------------------- processes
 
 
 class Forked:
@@ -195,6 +168,32 @@ class Forked:
         for file in self.printed:
             file.seek(0)
         return self.process.exitcode, *(file.read() for file in self.printed)
+
+
+def run_in_folder(code, folder):
+    """Runs lines of Python as in a new interpreter in a folder -> exit status, stdout, stderr."""
+    def run():
+        own = {"sources", "support", "bench", *(path.stem for path in ROOT.glob("*.py"))}
+        for name in list(sys.modules):
+            if name.split(".")[0] in own:
+                del sys.modules[name]
+        os.chdir(folder)
+        sys.path[:] = ["", *(path for path in sys.path if path and not Path(path).is_relative_to(ROOT))]
+        exec(code, {})
+
+    return Forked(run).wait()
+
+
+def try_lock(folder):
+    """What `lock_folder` says to another process: an error, or "locked"."""
+    def attempt():
+        try:
+            lock_folder(folder)
+            print("locked")
+        except ValueError as error:
+            print(error)
+
+    return Forked(attempt).wait()[1].strip()
 
 
 def in_two_processes(function):

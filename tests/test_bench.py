@@ -28,7 +28,7 @@ from bench import timing
 from bench.__main__ import COMMANDS, main, parse_args
 from data import PointDataset
 from sources.rooms import RoomFrames
-from support.visualize import palette
+from support.visualize import label_colors
 from sources.scannet import ScanNetFrames
 from sparse_unet import VoxelGrid, sparse_conv
 
@@ -63,7 +63,7 @@ def test_bad_options_are_refused(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "picture"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"gpu", "speedrun", "meaning", "picture"}))
 def test_a_figure_without_matplotlib_is_refused_before_anything_is_measured(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = importlib.import_module(f"bench.{command}")
@@ -165,7 +165,7 @@ def test_the_candidates_of_a_step_differ_in_what_they_are_named_after(setup):
 
 
 def test_the_loaders_compared_draw_from_the_same_points(tmp_path):
-    classes = bench.loader.write_frames(tmp_path, RoomFrames("train", 1, 1, size=(48, 64)))
+    classes = bench.loader.write_frames(RoomFrames("train", 1, 1, size=(48, 64)), tmp_path)
     frames = ScanNetFrames(tmp_path, classes)
     size = (24, 32)
     ours = PointDataset(frames, 10 ** 6, size)[0]
@@ -182,7 +182,7 @@ def test_the_loaders_compared_draw_from_the_same_points(tmp_path):
 
 def test_frames_that_are_written_are_read_back(tmp_path):
     source = RoomFrames("train", 1, 1, size=(48, 64))
-    frames = ScanNetFrames(tmp_path, bench.loader.write_frames(tmp_path, source))
+    frames = ScanNetFrames(tmp_path, bench.loader.write_frames(source, tmp_path))
     assert frames.class_names == source.class_names and frames.names == source.names
     assert np.array_equal(frames[0]["label"], source[0]["label"])
     instance = source[0]["instance"]  # written as instance + 1, because 0 = none there
@@ -205,7 +205,7 @@ def test_the_convolutions_compared_give_the_same_features():
     torch.manual_seed(0)
     coords = bench.sparse.room_cloud(500, 1.0)
     assert len(coords.unique(dim=0)) == 500
-    feats, kernel, kernel_map = torch.randn(500, 16), torch.randn(27, 16, 8), VoxelGrid(coords).neighbours(3)
+    feats, kernel, kernel_map = torch.randn(500, 16), torch.randn(27, 16, 8), VoxelGrid(coords).neighbors(3)
     expected = sparse_conv(feats, kernel, kernel_map)
     torch.testing.assert_close(bench.sparse.one_product(feats, kernel, kernel_map), expected, rtol=1e-4, atol=1e-4)
 
@@ -219,7 +219,7 @@ def test_the_samplers_compared_give_the_same_features():
 
 
 def test_a_denser_scan_of_the_same_number_of_voxels_has_more_neighbours():
-    pairs = [len(VoxelGrid(bench.sparse.room_cloud(500, density)).neighbours(3).pairs[0]) for density in (0.35, 3.5)]
+    pairs = [len(VoxelGrid(bench.sparse.room_cloud(500, density)).neighbors(3).pairs[0]) for density in (0.35, 3.5)]
     assert pairs[1] > 2 * pairs[0]
 
 
@@ -237,7 +237,7 @@ def test_sample_runs_in_small(capsys):
 
 
 def test_loader_runs_in_small(capsys):
-    panels = bench.loader.run(parse_args(["loader", "--repeats", "2"]), 1, 1, (48, 64), 50)
+    panels = bench.loader.run(parse_args(["loader", "--repeats", "2"]), 1, (48, 64), 50)
     assert "augmented" in capsys.readouterr().out and len(panels["frames per second and worker"]) == 4
 
 
@@ -260,7 +260,7 @@ def test_a_cloud_is_drawn_in_the_colours_of_its_classes_without_its_ceiling(tmp_
     main(["picture", "--cloud", str(tmp_path / "x.ply"), "--out", str(tmp_path / "x.png")])
     image = np.asarray(Image.open(tmp_path / "x.png"))[:400]
     for panel, expected in zip(np.split(image, 3, 1), ({(128, 128, 128)}, {tuple(c) for c in (
-            palette(3)[[0, 2]] * 255).round().int().tolist()}, {(102, 102, 102)})):
+            label_colors(torch.tensor([0, 2])) * 255).round().int().tolist()}, {(102, 102, 102)})):
         shown = {tuple(int(x) for x in color) for color in panel.reshape(-1, 3)} - {(255, 255, 255)}
         assert shown == expected
 

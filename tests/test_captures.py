@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import depth_to_color, pixel_fields, undistort
+from data import depth_to_color, pixel_fields
 from sources.captures import CaptureFrames, Options
 from sources.rooms import RoomFrames
+from support.lens import undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
 K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Two processes on gloo do what one does with both their rows. Functions named `*_in_each` run in both at once."""
 import copy
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -22,12 +22,10 @@ TINY = dict(out_channels=8, planes=(8,) * 8, layers=(1,) * 8)
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Two processes, kept for the whole file because starting them takes seconds
+# ---------------------------------------------------------------------------------------------- two processes
 
 
 def join(rank, port, timeout):
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     assert setup("cpu", timeout=timeout) == (rank, 2, torch.device("cpu"))
@@ -48,8 +46,7 @@ def start(target, *args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])  # imported once for all processes of this file
+    context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     for rank in range(2):
         mine, theirs = context.Pipe()
@@ -62,6 +59,8 @@ def start(target, *args):
 
 
 class Pair:
+    """Two processes that run what they are told, for the whole file."""
+
     def __init__(self):
         self.processes = None
 
@@ -112,8 +111,7 @@ def close(actual, expected, tolerance):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Batch normalization
+# ---------------------------------------------------------------------------------------------- batch normalization
 
 
 def random_norm(channels, dtype=torch.float32, momentum=0.1):
@@ -123,6 +121,22 @@ def random_norm(channels, dtype=torch.float32, momentum=0.1):
     return norm
 
 
+def same_step(norm, reference, rows, mine, dtype, tolerance):
+    """A step of a norm with the rows `mine`, one slice per process, is that of the reference with all."""
+    weights = torch.randn(len(rows), norm.num_features)
+    x = rows[mine].to(dtype, copy=True).requires_grad_()
+    whole = rows.to(reference.weight.dtype, copy=True).requires_grad_()
+    out, expected = norm(x), reference(whole)
+    assert out.dtype == dtype
+    (out.tanh() * weights[mine]).sum().backward()
+    (expected.tanh() * weights).sum().backward()
+    close(out, expected[mine], tolerance)
+    close(x.grad, whole.grad[mine], tolerance)
+    for own, other in zip(norm.parameters(), reference.parameters()):
+        close(total(own.grad), other.grad, tolerance)
+        own.grad = other.grad = None
+
+
 def norm_in_each(rank, dtype, tolerance, splits):
     torch.manual_seed(0)
     reference = random_norm(6, torch.float64)
@@ -130,19 +144,8 @@ def norm_in_each(rank, dtype, tolerance, splits):
     synchronize_batch_norm(norm)
     assert type(norm) is SyncedBatchNorm
     for first, second in splits:
-        rows, weights = torch.randn(2, first + second, 6) * torch.rand(6).exp() + torch.randn(6)
-        mine = slice(0, first) if rank == 0 else slice(first, None)
-        x = rows[mine].to(dtype, copy=True).requires_grad_()
-        whole = rows.double().requires_grad_()
-        out, expected = norm(x), reference(whole)
-        assert out.dtype == dtype
-        (out.tanh() * weights[mine]).sum().backward()
-        (expected.tanh() * weights).sum().backward()
-        close(out, expected[mine], tolerance)
-        close(x.grad, whole.grad[mine], tolerance)
-        for own, other in zip(norm.parameters(), reference.parameters()):
-            close(total(own.grad), other.grad, tolerance)
-            own.grad = other.grad = None
+        rows = torch.randn(first + second, 6) * torch.rand(6).exp() + torch.randn(6)
+        same_step(norm, reference, rows, slice(0, first) if rank == 0 else slice(first, None), dtype, tolerance)
         for own, other in zip(norm.buffers(), reference.buffers()):
             close(own, other, tolerance)
             assert torch.equal(total(own), own * 2)  # bit-exact on both processes
@@ -155,23 +158,12 @@ def test_norm_of_two_processes_is_batch_norm_of_their_rows_over_several_steps(pa
 
 def few_rows_in_each(rank):
     torch.manual_seed(0)
-    norm = BatchNorm(4, 0.1)
-    norm.bn = random_norm(4)
+    norm = random_norm(4)
     norm(torch.randn(50, 4) * 2 + 1)
-    before = copy.deepcopy(norm.state_dict())
-    reference = copy.deepcopy(norm)
+    before, reference = copy.deepcopy(norm.state_dict()), copy.deepcopy(norm).eval()
     synchronize_batch_norm(norm)
-    for rows in (1, 0):
-        whole = torch.randn(rows, 4, requires_grad=True)
-        x = whole.detach()[:rows * (1 - rank)].requires_grad_()  # the row is process 0's
-        out, expected = norm(x), reference(whole)
-        out.square().sum().backward()
-        expected.square().sum().backward()
-        close(out, expected[:len(x)], 1e-6)
-        close(x.grad, whole.grad[:len(x)], 1e-6)
-        for own, other in zip(norm.parameters(), reference.parameters()):
-            close(total(own.grad), other.grad, 1e-6)
-            own.grad = other.grad = None
+    for rows in (1, 0):  # the row is process 0's
+        same_step(norm, reference, torch.randn(rows, 4), slice(0, rows * (1 - rank)), torch.float32, 1e-6)
         assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 
@@ -275,8 +267,7 @@ def test_norm_in_one_process_is_batch_norm_and_its_gradient_is_right():
             norm(bad)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Training
+# ---------------------------------------------------------------------------------------------- training
 
 
 def masked_loss(out, target, labelled):
@@ -405,8 +396,7 @@ def test_gathered_objects_stand_in_order_of_rank(pair):
     pair(gather_in_each)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Processes
+# ---------------------------------------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("environment, message", [

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from data import PointDataset
 from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
-from helpers import TOWER, Forked, checkpoint, last_checkpoint, small
+from helpers import ROOT, TOWER, checkpoint, last_checkpoint, run_in_folder, small
 from model import Segmenter, batches_for, instance_logits, load_model
 from sources.rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder
@@ -169,6 +167,8 @@ class ChannelGate(torch.nn.Module):
 class Toy(torch.nn.Module):
     """A backbone of one layer."""
 
+    out_channels = 96
+
     def __init__(self):
         super().__init__()
         self.mlp = torch.nn.Linear(6, 96)
@@ -225,17 +225,16 @@ def test_a_checkpoint_of_another_gate_is_refused_by_name(tmp_path, samples, monk
 
 def test_loading_needs_no_tensorboard(baseline):
     """The front of a notebook: the package that only training needs is not imported."""
-    def notebook():
-        root = Path(train.__file__).parent
-        own = {path.stem for path in root.glob("*.py")}
-        for name in list(sys.modules):
-            if name.split(".")[0] in own | {"sources", "support"} or "tensorboard" in name:
-                del sys.modules[name]
-        sys.modules["tensorboard"] = sys.modules["torch.utils.tensorboard"] = None  # importing them raises
-        from model import load_model
-        import predict  # noqa: F401
-        assert not load_model(last_checkpoint(baseline))[0].training
-    status, _, errors = Forked(notebook).wait()
+    code = f"""
+import sys
+for name in [name for name in sys.modules if "tensorboard" in name]:
+    del sys.modules[name]
+sys.modules["tensorboard"] = sys.modules["torch.utils.tensorboard"] = None  # importing them raises
+from model import load_model
+import predict
+assert not load_model({str(last_checkpoint(baseline))!r})[0].training
+"""
+    status, _, errors = run_in_folder(code, ROOT)
     assert status == 0, errors
 
 

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The README and docs: snippets run as printed, commands parse, and what they name exists."""
-import os
 import re
 import shlex
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
 import train
-from helpers import Forked, last_checkpoint, small, write_rooms_as_scannet
+from helpers import ROOT, last_checkpoint, run_in_folder, small, write_rooms_as_scannet
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SNIPPETS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
 ALONE = []  # (the module of ours that a snippet imports, snippet)
@@ -26,24 +22,10 @@ def test_the_readme_can_be_finished():
     assert len(PAGES["README.md"].splitlines()) <= 200
 
 
-def run_snippet(snippet, folder):
-    """Runs lines of Python as in a new interpreter in a folder -> exit status, stdout, stderr."""
-    def run():
-        own = {ROOT, ROOT / "sources", ROOT / "support"}
-        for name, module in list(sys.modules.items()):
-            if Path(getattr(module, "__file__", None) or "/").parent in own:
-                del sys.modules[name]
-        os.chdir(folder)
-        sys.path[:] = ["", *(path for path in sys.path if path and not path.startswith(str(ROOT)))]
-        exec(snippet, {})
-
-    return Forked(run).wait()
-
-
 @pytest.mark.parametrize("module, snippet", ALONE, ids=[module for module, _ in ALONE])
 def test_a_snippet_runs_beside_the_one_file_that_it_imports(module, snippet, tmp_path):
     shutil.copy(ROOT / f"{module}.py", tmp_path)
-    status, _, errors = run_snippet(snippet, tmp_path)
+    status, _, errors = run_in_folder(snippet, tmp_path)
     assert status == 0, errors
 
 
@@ -51,7 +33,7 @@ def test_the_notebook_lines_run_on_a_trained_network(tmp_path):
     train.main(small(tmp_path, *write_rooms_as_scannet(tmp_path / "DATA", 2, 1, (60, 80)), "--epochs", "1"))
     snippet, = re.findall(r"```python\n(from model.*?)```", PAGES["README.md"], re.S)
     snippet = snippet.replace("runs/NAME/best.pt", str(last_checkpoint(tmp_path))).replace('"DATA"', f'"{tmp_path}/DATA"')
-    status, printed, errors = run_snippet(snippet, ROOT)
+    status, printed, errors = run_in_folder(snippet, ROOT)
     assert status == 0 and printed.count("(60, 80)") == 2, errors
 
 

@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Each module file can be copied out: alone in an empty folder it imports, and the four main ones run."""
-import json
+"""Files can be copied out: alone in an empty folder each imports, and the main ones run. No import runs in a circle."""
+import ast
+import graphlib
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, run_in_folder
+
+FILES = {str(path.relative_to(ROOT)): path for folder in (".", "sources", "support", "bench")
+         for path in sorted((ROOT / folder).glob("*.py"))}
+JOINING = ("train.py", "model.py", "predict.py", "check.py", "evaluate.py", "sources/open.py")  # import siblings
+GUARD = "support/files.py"  # goes along with what reads or writes files
+ALONE = [name for name in FILES if name not in JOINING and not name.startswith("bench/")]
 EXAMPLES = {
-    "encoder": """
+    "encoder.py": """
 import torch
 from encoder import Enhanced2DEncoder
-encoder = Enhanced2DEncoder("ViT-S-16-alt", None, image_size=(32, 48))
-spatial, global_ = encoder(torch.rand(1, 3, 32, 48))
-assert spatial.shape == (1, 256, 2, 3) and global_.shape == (1, 256)
+encoder = Enhanced2DEncoder("ViT-S-32-alt", None, image_size=(32, 96))
+spatial, global_ = encoder(torch.rand(1, 3, 32, 96))
+assert spatial.shape == (1, 256, 1, 3) and global_.shape == (1, 256)
 """,
-    "sparse_unet": """
+    "sparse_unet.py": """
 import torch
 from sparse_unet import Res16UNet34C
 coords = torch.unique(torch.cat([torch.zeros(60, 1), torch.randint(0, 9, (60, 3))], 1).int(), dim=0)
 with torch.no_grad():
     assert Res16UNet34C(in_channels=3).eval()(coords, torch.rand(len(coords), 3)).shape == (len(coords), 96)
 """,
-    "fusion": """
+    "fusion.py": """
 import torch
 from fusion import apply_transform, project_to_image, sample_features, FusionGate
 points = torch.rand(5, 3) + torch.tensor([0, 0, 1.0])
@@ -34,60 +39,51 @@ feat_2d = sample_features(torch.rand(1, 8, 3, 4), uv, (48, 64), torch.zeros(5, d
 fused, alpha = FusionGate(8)(torch.rand(5, 8), feat_2d, depth > 0)
 assert fused.shape == (5, 8) and alpha.shape == (5, 1)
 """,
-    "losses": """
+    "losses.py": """
 import torch
 from losses import ClipConsCriterion
 feat = torch.randn(6, 8, requires_grad=True)
 loss, counts = ClipConsCriterion()(feat, torch.randn(2, 8), batch=torch.arange(6) % 2)
 loss.backward()
 assert feat.grad.any()
-""",
-    **dict.fromkeys(["decoder", "metrics", "superpoints", "data"], ""),
-    **dict.fromkeys(["sources/rooms", "sources/scannet"], ""),
-    **dict.fromkeys([f"support/{name}" for name in ("cache", "checkpoint", "clouds", "diagnose", "distributed", "runlog",
-                                                    "visualize")], ""),
-}
-# One interpreter for all, because most of the time goes into importing torch. A file meets no sibling: its folder holds
-# nothing else, and what was imported before it is forgotten.
-DRIVER = """
-import importlib, json, sys, traceback
-results = {}
-for name, (folder, example) in json.load(sys.stdin).items():
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(name)
-        assert module.__file__.startswith(folder), module.__file__
-        exec(example, {})
-        results[name] = "ran"
-    except Exception:
-        results[name] = traceback.format_exc()
-    sys.path.remove(folder)
-    sys.modules.pop(name, None)
-print("RESULTS" + json.dumps(results))
-"""
+"""}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    jobs = {}
-    for name, example in EXAMPLES.items():
-        folder = tmp_path_factory.mktemp(Path(name).name)
-        shutil.copy(ROOT / f"{name}.py", folder)
-        jobs[Path(name).name] = str(folder), example
-    empty = tmp_path_factory.mktemp("empty")
-    run = subprocess.run([sys.executable, "-E", "-c", DRIVER], input=json.dumps(jobs), text=True, capture_output=True,
-                         cwd=empty)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.rpartition("RESULTS")[2])
+def imports(name, everywhere=False):
+    """The files of ours that a file imports when it is loaded, or everywhere in it."""
+    tree = ast.parse(FILES[name].read_text())
+    modules = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {f"{module.replace('.', '/')}.py" for module in modules} & FILES.keys()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_file_copied_alone_into_an_empty_folder_imports_and_runs(results, name):
-    assert results[Path(name).name] == "ran", results[Path(name).name]
+def test_imports_form_no_circle_and_no_arrow_points_back_up():
+    graph = {name: imports(name, everywhere=True) for name in FILES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+    for name, imported in graph.items():
+        folders = {Path(other).parent.name for other in imported}
+        allowed = {"sources": {"sources", "support"}, "support": {"support"}, "bench": {"", "sources", "support", "bench"}}
+        assert folders <= allowed.get(Path(name).parent.name, {"", "sources", "support"}), f"{name} imports {imported}"
 
 
-def test_the_harness_does_not_find_siblings(tmp_path):
-    (tmp_path / "alone.py").write_text("import losses")
-    run = subprocess.run([sys.executable, "-E", "-c", DRIVER], input=json.dumps({"alone": (str(tmp_path), "")}),
-                         text=True, capture_output=True, cwd=tmp_path)
-    assert "No module named 'losses'" in json.loads(run.stdout.rpartition("RESULTS")[2])["alone"]
+@pytest.mark.parametrize("name", ALONE)
+def test_a_file_copied_alone_into_an_empty_folder_imports_and_runs(name, tmp_path):
+    copied = {name, *imports(name)}
+    assert copied <= {name, GUARD}
+    for other in copied:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        shutil.copy(FILES[other], tmp_path / other)
+    module = name.removesuffix(".py").replace("/", ".")
+    code = f"import {module}\nassert {module}.__file__.startswith({str(tmp_path)!r})\n"
+    status, _, errors = run_in_folder(code + EXAMPLES.get(name, ""), tmp_path)
+    assert status == 0, errors
+
+
+def test_in_an_empty_folder_no_sibling_is_found(tmp_path):
+    status, _, errors = run_in_folder("import losses", tmp_path)
+    assert status == 1 and "No module named 'losses'" in errors

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Questions in words: how likely each point is what a query names.
+
+    queries = TextQueries(tower, "chair, red sofa | couch, something to sit on")
+
+Templates and neutral names: as in the evaluation of OpenScene (Peng et al., CVPR 2023) and of CLIP itself.
+
+Imports torch.
+"""
+import re
+
+import torch
+from torch.nn import functional as F
+
+TEMPLATES = ("a {} in a scene", "a photo of a {}.", "a photo of the {}.", "a photo of a {} in a room.",
+             "a photo of the large {}.", "a photo of the small {}.", "there is a {} in the scene.")
+NEUTRAL = ("object", "things", "stuff", "texture")  # compete with the queries: one alone means something, too
+TEXT_SCALE = 40.0
+
+
+def parse_queries(text):
+    """"chair, red sofa | couch" -> [["chair"], ["red sofa", "couch"]]: queries, each with its names."""
+    queries = [[name.strip() for name in query.split("|")] for query in text.split(",")]
+    for names in queries:
+        if "" in names:
+            raise ValueError(f"--text {text!r}: an empty name; write queries as \"chair, red sofa | couch\"")
+    fields = field_names(queries)
+    for field in fields:
+        if fields.count(field) > 1 or field in ("label", "instance", "confidence", "gate"):
+            raise ValueError(f"--text {text!r}: the field scalar_{field} of a PLY file would be written twice")
+    return queries
+
+
+def field_names(queries):
+    """Names of the PLY fields of queries: their first names, or query_1 and so on for other scripts
+    than ASCII.
+    """
+    names = [re.sub(r"\W+", "_", names[0]).strip("_") for names in queries]
+    return [name if name.isascii() and name else f"query_{number}" for number, name in enumerate(names, 1)]
+
+
+class TextQueries:
+    """Queries in words, compared with CLIP's dense features or with the network's fused ones.
+
+    encoder_2d: an Enhanced2DEncoder. queries: text for `parse_queries`, or its result. source: "clip": the dense
+    features of CLIP itself; "fused": the network's, which only a trained consistency loss ties to text. attention:
+    of the dense features, see `encoder.last_block`; None: the tower's default.
+    A name is the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times its
+    cosines with all names, NEUTRAL ones included; a query gets the largest probability among its names.
+    """
+
+    def __init__(self, encoder_2d, queries, source="clip", attention=None):
+        if encoder_2d is None:
+            raise ValueError("text queries need a network with a CLIP tower, and this one was trained with --no-clip")
+        self.names = parse_queries(queries) if isinstance(queries, str) else queries
+        self.source = source
+        self.attention = attention
+        names = [*sum(self.names, []), *NEUTRAL]  # T
+        prompts = [template.format(name) for name in names for template in TEMPLATES]
+        embedding = F.normalize(encoder_2d.encode_prompts(prompts).float(), dim=1)
+        mean = embedding.unflatten(0, (len(names), -1)).mean(1)
+        self.embedding = F.normalize(mean, dim=1)  # (T, E)
+        if source == "fused":
+            self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
+
+    def encode(self, encoder_2d, images):
+        """Images (V, 3, H, W) -> the tower's tokens, pooled and, if these queries need them, dense features."""
+        if self.source == "fused":
+            return encoder_2d.encode(images)
+        if self.attention is None:
+            return encoder_2d.encode_with_dense(images)
+        return encoder_2d.encode_with_dense(images, self.attention)
+
+    def cosines(self, fusion, batch, feat_fusion, dense=None):
+        """Cosines (N, T) of the points of one sample with all names; with "clip" they are 0 if no view
+        sees a point.
+
+        feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's
+        views. A point takes the interpolated cosines of the cells around it: that needs T channels per
+        point instead of E.
+        """
+        if self.source == "fused":
+            return F.normalize(feat_fusion.float(), dim=1) @ self.embedding.T
+        maps = torch.einsum("vehw,te->vthw", dense, self.embedding)
+        return fusion.sample(batch, fusion.encoder_2d.image_size, [maps])[1][0]
+
+    def probabilities(self, cosines):
+        """Cosines (N, T) -> the probability of each query (N, Q); 0 for cosines of 0."""
+        likely = (TEXT_SCALE * cosines).softmax(1) * cosines.any(1, keepdim=True)
+        columns = likely.split([*map(len, self.names), len(NEUTRAL)], 1)[:-1]
+        return torch.stack([column.amax(1) for column in columns], 1)
+
+    def described(self):
+        """What a score of these queries depends on, as a dict."""
+        return {"names": self.names, "neutral": NEUTRAL, "templates": TEMPLATES}

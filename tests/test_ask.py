@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""predict.py without a network and on captures: questions to CLIP alone, a live loop, clouds of any size of scene."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import predict
+from helpers import ROOT, TOWER, last_checkpoint, write_rooms_as_scannet
+from model import load_model
+from sources.rooms import RoomFrames
+from test_captures import write_redwood
+
+CLIP = ["--clip-model", TOWER, "--clip-pretrained", "none", "--image-size", "96,128", "--device", "cpu"]
+
+
+def test_clip_alone_answers_per_pixel_and_per_voxel(tmp_path):
+    (tmp_path / "capture").mkdir()
+    write_redwood(tmp_path / "capture")
+    out = tmp_path / "out"
+    summary = predict.main(["--data", str(tmp_path / "capture"), "--out", str(out), "--text", "chair, sofa | couch",
+                            *CLIP])
+    names = {path.name for path in (out / "capture" / "label").iterdir()}
+    assert names == {f"{i:06d}.png" for i in range(4)} and (out / "capture.ply").read_bytes()[:3] == b"ply"
+    assert b"scalar_sofa" in (out / "capture.ply").read_bytes()[:2000]
+    assert summary["queries"]["names"] == [["chair"], ["sofa", "couch"]] and summary["frames"] == 4
+    assert summary["rotation_to_z_up"] == np.eye(3).tolist() and json.loads((out / "summary.json").read_text())
+
+
+def test_a_class_list_is_asked_for_and_scored(tmp_path):
+    write_rooms_as_scannet(tmp_path / "rooms", 1, 2, (60, 80))
+    classes = tmp_path / "rooms" / "classes.txt"
+    summary = predict.main(["--data", str(tmp_path / "rooms"), "--out", str(tmp_path / "out"), "--classes", str(classes),
+                            "--attention", "identity", *CLIP])
+    assert set(summary["scores"]) == {"every pixel", "merged scenes"}
+    assert [names[0] for names in summary["queries"]["names"]] == list(RoomFrames("train", 1, 1).class_names)
+    assert 0 <= summary["scores"]["every pixel"]["miou"] <= 1
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "--text or --classes"), (["--text", "a", "--scans", "s"], "--text or --classes"),
+    (["--text", "a", "--text-from", "fused"], "--text or --classes"), (["--attention", "identity"], "need --text")])
+def test_what_clip_alone_cannot_answer_is_said(options, message, capsys):
+    with pytest.raises(SystemExit):
+        predict.parse_args(["--data", "d", "--out", "o", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_frames_of_a_camera_are_labeled_one_by_one_and_instances_persist(trained, capsys):
+    text = (ROOT / "docs" / "predict.md").read_text()
+    snippet, = (code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "def live" in code)
+    scope = {}
+    exec(snippet, scope)
+    model, class_names, config = load_model(last_checkpoint(trained[0]), "cpu")
+    rooms = RoomFrames("val", 1, 2)
+    blank = {**rooms[0], "name": "val0000/blank", "depth": np.zeros_like(rooms[0]["depth"])}
+    camera = (frame for frame in (rooms[0], blank, rooms[1]))
+    first, second = scope["live"](model, class_names, config, camera)
+    assert [first[0]["name"], second[0]["name"]] == rooms.names
+    assert len(second[1]["points"]) > len(first[1]["points"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("distance, focal, expected", [(0.8, 1067, 0.002), (2.5, 290, 0.01724), (8, 100, 0.02)])
+def test_the_voxels_of_a_cloud_are_those_of_its_scene(distance, focal, expected):
+    frame = {"depth": np.full((4, 4), distance), "depth_intrinsics": np.diag([focal, focal, 1.0])}
+    assert predict.cloud_voxel(frame) == pytest.approx(expected, rel=1e-3)
+    assert predict.cloud_voxel({**frame, "depth": np.zeros((4, 4))}) == 0.02
+
+
+def test_a_frame_without_depth_gets_no_label_and_stops_nothing(trained, tmp_path):
+    model, _, config = load_model(last_checkpoint(trained[0]), "cpu")
+    frame = RoomFrames("val", 1, 1)[0]
+    result, = predict.predict_frames(model, [{**frame, "depth": np.zeros_like(frame["depth"])}], config)
+    assert result["points"] is None and (result["labels"] == -1).all()
+    assert torch.equal(torch.as_tensor(result["labels"].shape), torch.as_tensor(frame["depth"].shape))

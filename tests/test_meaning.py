@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""bench/meaning.py: crops and captions, the tower found by its folder, trainings that are not repeated."""
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train
+from bench import meaning
+from encoder import Enhanced2DEncoder
+from losses import ClipConsCriterion
+from sources.rooms import CLASSES, RoomFrames
+
+
+@pytest.fixture(scope="module")
+def crops():
+    """Objects of two rooms."""
+    return meaning.Crops(RoomFrames("train", 2, 1, seed=meaning.ROOM_SEED))
+
+
+def test_a_crop_shows_its_object_and_its_caption_names_it(crops):
+    for kind, objects in enumerate(crops.objects):
+        for index, pixels, word in objects:
+            crop = crops.cut((index, pixels, word))
+            assert crop.shape == (meaning.CROP, meaning.CROP, 3) and crop.dtype == np.uint8
+            assert word in meaning.COLORS
+    images, captions = crops.batch(32, np.random.default_rng(0))
+    assert images.shape == (32, 3, meaning.CROP, meaning.CROP)
+    assert 0 <= images.min() and images.max() <= 1
+    known = [name for name, objects in zip(CLASSES, crops.objects) if objects]
+    for caption in captions:
+        assert any(name in caption for name in known), caption
+
+
+def test_a_tower_is_found_by_its_folder_and_the_same_seed_gives_the_same_weights(tmp_path):
+    image = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    tokens = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        meaning.train_tower(folder, rooms=1, steps=2, batch_size=4)
+        tokens.append(meaning.named_tower(folder, "own", 96).encode(image)[0])
+    assert torch.equal(*tokens)
+    random = Enhanced2DEncoder(f"local-dir:{folder}", None, image_size=96)
+    assert not torch.equal(tokens[0], random.encode(image)[0])
+    assert 0 <= meaning.zero_shot(folder, rooms=1, most=1) <= 1
+
+
+def test_a_centered_target_is_the_target_less_its_mean():
+    feat, clip, mean = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    loss, counts = meaning.CenteredCriterion(mean[0], variant="cosine")(feat, clip + mean[0])
+    expected, _ = ClipConsCriterion(1.0, variant="cosine")(feat, clip)
+    assert torch.allclose(loss, expected, atol=1e-5) and counts[0] == 20
+
+
+def test_a_text_head_reads_off_the_nearest_name_and_is_not_trained():
+    names = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    head = meaning.TextHead(names)
+    assert head(7.0 * names).argmax(1).tolist() == [0, 1, 2, 3]
+    assert not any(p.requires_grad for p in head.parameters())
+
+
+def test_labels_are_hidden_in_all_rooms_but_the_first():
+    frames = meaning.HiddenLabels(RoomFrames("train", 2, meaning.FRAMES_PER_ROOM, size=(24, 32)), 1)
+    known = [(frames[index]["label"] >= 0).any() for index in range(len(frames))]
+    assert known == [True] * meaning.FRAMES_PER_ROOM + [False] * meaning.FRAMES_PER_ROOM
+
+
+def test_a_training_on_few_rooms_can_be_validated_on_more():
+    options = "--rooms 1 --val-rooms 2 --frames-per-room 1 --no-clip --no-instances".split()
+    train_set, val_set, _, _ = train.build_datasets(train.parse_args(options))
+    assert (len(train_set), len(val_set)) == (1, 2)
+    assert train.parse_args(["--rooms", "8"]).val_rooms == 3
+
+
+def test_a_finished_training_is_not_repeated_and_all_stand_in_the_table(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def training_run(argv, data, name, tower):
+        seed = argv[argv.index("--seed") + 1]
+        calls.append((data, name, seed))
+        return {"miou": 0.25, "fused": 0.125, "3d": 0.5, "cpu_seconds": 0}
+
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "open_clip_config.json").write_text(json.dumps(meaning.TOWER_CONFIG))
+    (tower / meaning.WEIGHTS).write_bytes(b"trained")
+    (tmp_path / "meaning.json").write_text(json.dumps({"zero_shot": 0.5, "text": {"naclip": [0.1, 0.2]}}))
+    monkeypatch.setattr(meaning, "training_run", training_run)
+    monkeypatch.setattr(meaning, "named_tower", lambda *_: None)
+    args = Namespace(tower=str(tower), out=str(tmp_path), device="cpu", seeds=1)
+    meaning.run(args)
+    rows = len(calls)
+    args.seeds = 2
+    meaning.run(args)
+    assert len(calls) == 2 * rows == len(set(calls))
+    table = capsys.readouterr().out
+    assert "| isolated | 0.250 ± 0.000 (2) | 0.125 ± 0.000 (2) | 0.500 ± 0.000 (2) |" in table
+    (tower / meaning.WEIGHTS).write_bytes(b"trained again")
+    meaning.run(args)
+    assert len(calls) == 4 * rows
