@@ -26,11 +26,10 @@ from PIL import Image, ImageDraw
 from data import AXES, check_frame, depth_to_color, frame_names, pixel_fields, unproject, up_rotation
 from sources.open import open_frames
 from sources.scannet import natural_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, fit, look_up, make_views, project, sample,
-                                  small_depth, small_gray)
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, fit, look_up, make_views,
+                                  project, sample, small_depth, small_gray)
 from support.runtime import Parser, checked_by, positive_int, run_command
 
-HINT = 0.5  # log units per pair by which an alternative that does not fit shows that something is wrong
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
 VOID = r"(un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no label|invalid)"
@@ -59,6 +58,7 @@ FIXES = {
     "focal length": "Correct the intrinsics, or scale them as the images were.",
     "cropped images": "Subtract from the principal point what was cut off on the left and above.",
     "depth along the ray": "Divide depth by the length of the ray (x/z, y/z, 1) of its pixel.",
+    "inverse depth": "Store depth, not its inverse or a disparity.",
     "color images turned": "Turn the color images as the depth images lie.",
     "color images mirrored": "Flip the color images.",
     "depth and color shifted in time": "Pair the two series of images by time stamp.",
@@ -74,9 +74,10 @@ FIXES = {
     "label folders": "Write DATA/classes.txt or pass --classes, and give every scene its label-filt.",
     "frames in both splits": "Remove them from one of the split files.",
 }
-UNITS = {5: "5000 units per meter, as TUM writes", 4: "4000 units per meter, as Matterport3D writes",
-         6.5535: "6553.5 units per meter, as in NICE-SLAM's Replica", 10: "10,000 units per meter",
-         0.1: "100 units per meter", 0.01: "10 units per meter", 0.001: "one unit per meter"}
+UNITS = {  # factors of the translations, which poses or depth in another unit ask for
+    0.001: "millimeters", 0.01: "centimeters", 5: "5000 units per meter, as TUM writes",
+    4: "4000 units per meter, as Matterport3D writes", 6.5535: "6553.5 units per meter, as in NICE-SLAM's Replica",
+    10: "10,000 units per meter", 0.1: "100 units per meter"}
 
 
 class Row(NamedTuple):
@@ -155,8 +156,57 @@ def depth_rows(frames):
     elif not 0.05 < median < 100:
         rows.append(wrong("units of depth", f"The median depth is {median:.3f} m."))
     else:
-        rows.append(Row("depth", "ok", f"the median depth is {median:.2f} m"))
+        rows += flat_rows(frames) or [Row("depth", "ok", f"the median depth is {median:.2f} m")]
     return frames, rows
+
+
+def smooth_points(frame):
+    """Camera points (h, w, 3) of a frame, means of blocks on a grid of about 40 columns; NaN = unknown."""
+    depth, intrinsics = small_depth(frame, 320)
+    k = max(1, depth.shape[1] // 40)
+    height, width = (size // k for size in depth.shape)
+    depth = depth[:height * k, :width * k]
+    v, u = np.indices(depth.shape)
+    points = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T * depth[..., None]
+    known = (depth > 0).reshape(height, k, width, k, 1).sum((1, 3))
+    return points.reshape(height, k, width, k, 3).sum((1, 3)) / np.where(known > k * k / 2, known, np.nan)
+
+
+def flatness(frame):
+    """How flat the two largest planes of a frame are if depth is z, the length of the ray, or 1 / z.
+
+    A plane's 1 / z is affine in x / z and y / z. -> mean log of the relative error of 1 / z (3,), or None.
+    """
+    points = smooth_points(frame).reshape(-1, 3)
+    points = points[np.isfinite(points).all(1)]
+    if len(points) < 100:
+        return None
+    rays = points / points[:, 2:]
+    rng = np.random.default_rng(0)
+    triples = rng.integers(len(points), size=(600, 3))
+    extent = np.abs(np.diff(rays[triples], axis=1)[..., :2]).max((1, 2))
+    triples = triples[np.argsort(extent)[:150]]  # close together, so that many lie on one surface
+    triples = triples[np.abs(np.linalg.det(rays[triples])) > 1e-5]
+    costs = []
+    for inverse in (1 / points[:, 2], np.linalg.norm(rays, axis=1) / points[:, 2], points[:, 2]):
+        planes = np.linalg.solve(rays[triples], inverse[triples][..., None])
+        error = np.abs((rays @ planes)[..., 0] / inverse - 1)
+        error = np.log(np.clip(error, 0.001, 0.05))
+        best = error[error.mean(1).argmin()]
+        costs.append(np.minimum(error, best).mean(1).min())
+    return np.array(costs)
+
+
+def flat_rows(frames):
+    """A fault if surfaces are flat in most images only if depth is something else than z."""
+    costs = [flatness(frame) for frame in frames[:48:4]] or [None]
+    costs = np.array([one for one in costs if one is not None]).reshape(-1, 3)
+    for column, fault, words in ((1, "depth along the ray", "depth were the length of the ray"),
+                                 (2, "inverse depth", "depth were 1 / z")):
+        gains = costs[:, 0] - costs[:, column]
+        if len(gains) > 2 and gains.mean() > MARGIN and (gains > 0).mean() > 0.8 and costs[:, column].mean() < -4.4:
+            return [wrong(fault, f"In {(gains > 0).sum()} of {len(gains)} images flat surfaces would be flat if {words}.")]
+    return []
 
 
 def color_rows(frames):
@@ -233,7 +283,7 @@ def still_rows(runs, judge):
         poses = np.array([frame["world2cam"] for frame in run])
         if len(run) > 2 and np.ptp(poses, axis=0).max() < 1e-6:
             equal.append(run[0]["name"].split("/")[0])
-    if not equal or np.nanmean(judge.still.color_cost) < np.log(0.02):
+    if not equal or judge.still.costs[1].mean() < np.log(0.02):
         return []
     words = f"All poses of {len(equal)} of {len(runs)} sampled scenes are equal, but the images are not: " \
         f"{', '.join(equal[:3])}."
@@ -263,18 +313,19 @@ def describe_centers(frame, fault):
     return f"The principal point is the center of {u:.0f} x {v:.0f} pixels; the {image} image has {width} x {height}."
 
 
-def unit_row(found, frames, confirmed):
-    """The Row of translations and depths that differ by a factor: which side is wrong, if one is known to be."""
+def unit_row(found, judge, confirmed, median):
+    """The Row of translations and depths that differ by a factor: which side is wrong, if that is known."""
     factor = float(np.exp(found.x))  # of the translations; depth times 1 / factor fits as well
-    median = np.median(np.concatenate([known_depth(frame)[::64] for frame in frames]))
     words = f"{confirmed}; with translations times {factor:.4g}, or depth times {1 / factor:.4g}, it is {found.share:.0%}"
-    close = 0.25 if found.gain < 3 else 0.06  # frames that hardly move tell the factor less exactly
-    for unit, name in ((0.001, "millimeters"), (0.01, "centimeters")):
-        if abs(np.log(factor / unit)) < close and 0.1 < median < 30:
-            return wrong("units of poses", f"{words}: the poses are in {name}, factor {unit}.")
-    nearest = min(UNITS, key=lambda unit: abs(np.log(factor / unit)))
-    if abs(np.log(factor / nearest)) < close:
-        return wrong("units of depth", f"{words}: as of {UNITS[nearest]}.")
+    less = [judge.weigh_scale(found.x + step).gain for step in (-0.14, 0.14)]
+    exact = max(less) < found.gain - 0.1  # not so if the camera hardly moves
+    for unit, words_of_unit in UNITS.items():
+        gain = judge.weigh_scale(np.log(unit)).gain
+        near = abs(np.log(factor / unit)) < (0.06 if exact else 0.3) and gain > found.gain - 0.15
+        if near and unit < 0.1 < median < 30:
+            return wrong("units of poses", f"{words}: the poses are in {words_of_unit}, factor {unit}.")
+        if near and exact and unit >= 0.1:
+            return wrong("units of depth", f"{words}: as of {words_of_unit}.")
     return wrong("units", f"{words}.")
 
 
@@ -295,14 +346,15 @@ def pose_rows(runs, up="z", num_pairs=96, num_points=300):
     fitting = [one for one in tried if one.fits]
     most = max((one.gain for one in fitting), default=0)
     found = next((one for one in fitting if one.gain > most - 0.1), None)
-    helping = max((one for one in tried if one.helps), key=lambda one: one.gain, default=None)
+    helping = any(one.helps for one in tried)
     still = judge.still.share() >= CLEAN and judge.given.cost() - judge.still.cost() > MARGIN
     mirrored = (np.linalg.det([frame["world2cam"][:3, :3] for frame in frames]) < 0).sum()
 
     if mirrored and not (found and found.fault == "mirrored"):
         rows.append(wrong("mirrored", f"{mirrored} of {len(frames)} rotations have determinant -1."))
-    elif found and found.fault == "scale":
-        rows.append(unit_row(found, frames, confirmed))
+    elif found and found.fault == "units":
+        median = np.median(views.depth[views.depth > 0])
+        rows.append(unit_row(found, judge, confirmed, median))
     elif found:
         words = f"{confirmed}; with {found.words} it is {found.share:.0%}, and a pair fits better by {found.gain:.1f} log units."
         if "intrinsics" in found.fault:
@@ -325,7 +377,7 @@ def pose_rows(runs, up="z", num_pairs=96, num_points=300):
 def unconfirmed_rows(judge, frames, confirmed, helping):
     """A fault if the frames contradict each other and no alternative fits."""
     given = judge.given
-    if given.share() >= CLEAN and (helping is None or helping.gain < HINT):
+    if given.share() >= CLEAN and (not helping):
         return []
     shares = []
     for place in range(len(frames)):
@@ -352,15 +404,8 @@ def untested_row(fault, own, rows):
 
 
 def normals_of(frame):
-    """World normals (n, 3), towards the camera, of a grid of about 40 columns of smoothed points."""
-    depth, intrinsics = small_depth(frame, 320)
-    k = max(1, depth.shape[1] // 40)
-    height, width = (size // k for size in depth.shape)
-    depth = depth[:height * k, :width * k]
-    v, u = np.indices(depth.shape)
-    points = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T * depth[..., None]
-    known = (depth > 0).reshape(height, k, width, k, 1).sum((1, 3))
-    points = points.reshape(height, k, width, k, 3).sum((1, 3)) / np.where(known > k * k / 2, known, np.nan)
+    """World normals (n, 3) of smoothed points, towards the camera."""
+    points = smooth_points(frame)
     normals = np.cross(points[2:, 1:-1] - points[:-2, 1:-1], points[1:-1, 2:] - points[1:-1, :-2])
     normals *= -np.sign((normals * points[1:-1, 1:-1]).sum(-1, keepdims=True))
     normals = normals[np.isfinite(normals).all(-1)]
