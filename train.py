@@ -342,7 +342,8 @@ def check_cameras(dataset, store, args):
     if key is not None and store.get(key) is not None:
         return
     frames = getattr(dataset.frames, "source", dataset.frames)  # as the files have them, not turned upright
-    faults = [f"{fault}: {words}" for fault, words in quick_check(frames, args.up)]
+    faults = [f"{fault}: {words}" for fault, verdict, words in quick_check(frames, args.up)
+              if verdict == "WRONG"]
     if faults:
         raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` tells more; "
                          "--no-check insists")
