@@ -203,7 +203,7 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     encoder_3d = PointEncoder(config["voxel_size"], in_channels, width, color_mean, color_std,
                               BACKBONES[config["backbone"]], **options)
     # another gate: pass gate=MyGate(256); another backbone: a line of BACKBONES, or a module as encoder_3d
-    fusion = BiFusionEncoder(tower, encoder_3d, dim_3d=encoder_3d.out_channels)
+    fusion = BiFusionEncoder(tower, encoder_3d, dim_3d=getattr(encoder_3d, "out_channels", 96))
     decoder = None
     if instances:
         size = dict(embed_dim=128, ffn=512) if config["backbone"] == "small" else {}
