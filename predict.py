@@ -416,8 +416,9 @@ def warn_of_faults(args, frames, up):
     """What the quick part of check.py finds in somebody's frames."""
     if args.data == "rooms":
         return
-    for fault, words in quick_check(frames, up):
-        warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
+    for fault, verdict, words in quick_check(frames, up):
+        if verdict == "WRONG":
+            warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
 
 
 def write_classes(path, ids, class_names):

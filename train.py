@@ -121,6 +121,8 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
         "and 0.5 with --no-clip")
+    add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the 3D encoder sees "
+        "two samples of a batch as one scene (Mix3D)")
     add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
         "that the semantic loss spreads over all classes")
     add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
@@ -340,7 +342,8 @@ def check_cameras(dataset, store, args):
     if key is not None and store.get(key) is not None:
         return
     frames = getattr(dataset.frames, "source", dataset.frames)  # as the files have them, not turned upright
-    faults = [f"{fault}: {words}" for fault, words in quick_check(frames, args.up)]
+    faults = [f"{fault}: {words}" for fault, verdict, words in quick_check(frames, args.up)
+              if verdict == "WRONG"]
     if faults:
         raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` tells more; "
                          "--no-check insists")
@@ -439,9 +442,8 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
         target = out["clip_dense"] if dense_target else out["clip_global"]
         batch_idx = None if dense_target else batch["batch"]
         # random draws of a step depend on its samples alone, so that they can repeat
-        generator = torch.Generator(device).manual_seed(batch["seed"][0])
-        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"],
-                                                 generator)
+        seed = batch["seed"][0]
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], seed)
     return out, terms, counts
 
 
@@ -675,7 +677,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     if tower is not None and args.clip_blocks == 0 and cache_folder(args):
         cache_features(tower, used_sets, args, device, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True))
+    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True, mix=args.mix))
     val_share = range(rank, len(val_set), world_size)
     val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
     score = partial(evaluate, model, val_loader, args.min_instance_points, amp_dtype, world_size)

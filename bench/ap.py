@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench ap`: ScanNet's AP of 100 scenes of 100,000 points with 100 predictions each, 3,000 points large.
+"""`python -m bench ap`: ScanNet's AP of 100 scenes of 100,000 points with 100 predictions each.
 
-Imports metrics, bench.timing and torch.
+Imports torch, bench.timing and metrics.
 """
 import time
 
@@ -12,7 +12,7 @@ from metrics import evaluate_instances
 
 
 def random_scenes(count, points, predictions, seed=0):
-    """Ground truth [(points,)] and predictions as `evaluate_instances` takes them: 40 instances of 18 classes."""
+    """Ground truth [(points,)] and predictions for `evaluate_instances`: 40 instances of 18 classes."""
     g = torch.Generator().manual_seed(seed)
     truth, predicted = [], []
     for _ in range(count):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench picture`: truth beside prediction on held-back frames of the built-in rooms, as in the README; with
---cloud FILE.ply, a merged cloud of predict.py from above: colours, classes and instances.
+"""`python -m bench picture`: image, truth and prediction of held-back frames of the built-in rooms, as in
+the README; with --cloud FILE.ply, a merged cloud of predict.py from above: colors, classes, instances.
 
-Imports model, predict, rooms, runlog and scannet.
+Imports model, predict, sources.rooms, sources.scannet and support.visualize.
 """
 import re
 from pathlib import Path
@@ -13,77 +13,97 @@ from PIL import Image, ImageDraw, ImageFont
 from model import load_model
 from predict import predict_frames
 from sources.rooms import RoomFrames
-from support.visualize import label_images
 from sources.scannet import read_ply_vertices
+from support.visualize import label_images
 
-LEGEND_ROW = 24  # pixels
+COLUMNS = 8  # of the legend
+ROW = 24  # pixels
 
 
-def legend(class_names, colors, width, columns=8):
-    """The colour of every class beside its name -> (rows * LEGEND_ROW, width, 3) uint8."""
-    rows = -(-len(class_names) // columns)
-    image = Image.new("RGB", (width, rows * LEGEND_ROW), "white")
+def legend(class_names, width):
+    """The color of each class beside its name -> (H, width, 3) uint8."""
+    height = -(-len(class_names) // COLUMNS) * ROW
+    colors = label_images(np.arange(len(class_names)))
+    image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(14)
     for i, name in enumerate(class_names):
-        x = i % columns * (width // columns) + 4
-        y = i // columns * LEGEND_ROW + 5
-        draw.rectangle([x, y, x + 14, y + 14], fill=tuple(int(c) for c in colors[i]))
+        row, column = divmod(i, COLUMNS)
+        x = column * (width // COLUMNS) + 4
+        y = row * ROW + 5
+        fill = tuple(colors[i].tolist())
+        draw.rectangle([x, y, x + 14, y + 14], fill=fill)
         draw.text((x + 20, y - 2), name, fill="black", font=font)
     return np.asarray(image)
 
 
 def from_above(points, colors, size=(400, 460)):
-    """points (N, 3) metres with z up, colors (N, 3) uint8 -> (H, W, 3) uint8, seen obliquely and without perspective."""
-    azimuth, tilt = np.radians(35), np.radians(35)
-    right = np.array([np.cos(azimuth), np.sin(azimuth), 0])
-    up = np.array([-np.sin(azimuth) * np.cos(tilt), np.cos(azimuth) * np.cos(tilt), np.sin(tilt)])
+    """points (N, 3) meters with z up, colors (N, 3) uint8 -> (H, W, 3) uint8, an oblique parallel view."""
+    angle = np.radians(35)
+    c, s = np.cos(angle), np.sin(angle)
+    right = np.array([c, s, 0])
+    up = np.array([-s * c, c * c, s])
     towards = np.cross(right, up)  # the eye
-    u, v = points @ right, -points @ up
     height, width = size
+    u = points @ right
+    v = -points @ up
+    u -= (u.min() + u.max()) / 2
+    v -= (v.min() + v.max()) / 2
     scale = 0.96 * min(width / np.ptp(u), height / np.ptp(v))
-    u = ((u - (u.min() + u.max()) / 2) * scale + width / 2).astype(int)
-    v = ((v - (v.min() + v.max()) / 2) * scale + height / 2).astype(int)
+    u = (u * scale + width / 2).astype(int)
+    v = (v * scale + height / 2).astype(int)
     image = np.full((height, width, 3), 255, np.uint8)
     order = np.argsort(points @ towards)  # near points are painted last
-    for dy, dx in np.ndindex(2, 2):
-        image[np.clip(v[order] + dy, 0, height - 1), np.clip(u[order] + dx, 0, width - 1)] = colors[order]
+    for dv, du in np.ndindex(2, 2):
+        column = np.clip(u + du, 0, width - 1)
+        row = np.clip(v + dv, 0, height - 1)
+        image[row[order], column[order]] = colors[order]
     return image
 
 
 def draw_cloud(path):
-    """Colours, classes and instances of a cloud of predict.py, without its ceiling, and a legend."""
-    fields = {name: ("f4",) for name in ("x", "y", "z", "scalar_label", "scalar_instance")}
-    cloud = read_ply_vertices(path, fields | {name: ("u1",) for name in ("red", "green", "blue")})
-    head = Path(path).read_bytes().partition(b"end_header")[0].decode()
-    classes = {int(number): name for number, name in re.findall(r"^comment class (\d+) (.*)$", head, re.M)}
-    names = [classes[number] for number in sorted(classes)]
-    index = {number: i for i, number in enumerate(sorted(classes))}
+    """Colors, classes and instances of a cloud of predict.py, without its ceiling, and a legend."""
+    fields = dict.fromkeys(["x", "y", "z", "scalar_label", "scalar_instance"], ("<f4",))
+    fields |= dict.fromkeys(["red", "green", "blue"], ("u1",))
+    cloud = read_ply_vertices(path, fields)
+    header, _, _ = Path(path).read_bytes().partition(b"end_header")
+    found = re.findall(r"^comment class (\d+) (.*)$", header.decode(), re.M)
+    classes = {int(number): name for number, name in found}
+    numbers = sorted(classes)
+    names = [classes[number] for number in numbers]
+    index = {number: i for i, number in enumerate(numbers)}
     labels = np.array([index.get(int(number), -1) for number in cloud["scalar_label"]])
-    shown = labels != (names.index("ceiling") if "ceiling" in names else len(names))
-    cloud, labels = cloud[shown], labels[shown]
-    instances = cloud["scalar_instance"].astype(np.int64) - 1  # 0 is none
+    if "ceiling" in names:
+        shown = labels != names.index("ceiling")
+        cloud = cloud[shown]
+        labels = labels[shown]
 
+    channels = ("red", "green", "blue")
     points = np.stack([cloud[axis] for axis in "xyz"], 1)
-    colors = np.stack([cloud[channel] for channel in ("red", "green", "blue")], 1)
-    panels = [from_above(points, c) for c in (colors, label_images(labels), label_images(instances))]
-    image = np.concatenate(panels, 1)
-    return np.concatenate([image, legend(names, label_images(np.arange(len(names))), image.shape[1])])
+    colors = np.stack([cloud[channel] for channel in channels], 1)
+    instances = cloud["scalar_instance"].astype(np.int64) - 1  # 0 is none
+    panels = [colors, label_images(labels), label_images(instances)]
+    image = np.concatenate([from_above(points, panel) for panel in panels], 1)
+    return np.concatenate([image, legend(names, image.shape[1])])
 
 
 def run(args):
-    """Image, truth and prediction of two validation frames, one frame per row, and a legend; or a cloud."""
-    out = args.out or f"docs/{'cloud' if args.cloud else 'prediction'}.png"
+    """Writes image, truth and prediction of validation frames, one row per frame, or a cloud; a legend."""
     if args.cloud:
+        out = args.out or "docs/cloud.png"
         Image.fromarray(draw_cloud(args.cloud)).save(out, optimize=True)
         print(f"{args.cloud}: {out}")
         return
+    out = args.out or "docs/prediction.png"
     model, class_names, config = load_model(args.checkpoint, args.device)
-    colors = label_images(np.arange(len(class_names)))
-    frames = RoomFrames("val", 12, 1)
-    frames = [frames[i] for i in args.frames]
-    rows = [np.concatenate([frame["color"], label_images(frame["label"]), label_images(result["labels"])], 1)
-            for frame, result in zip(frames, predict_frames(model, frames, config))]
-    picture = np.concatenate([*rows, legend(class_names, colors, rows[0].shape[1])])
-    Image.fromarray(picture).save(out, optimize=True)
-    print(f"image, truth and prediction of {', '.join(frame['name'] for frame in frames)}: {out}")
+    source = RoomFrames("val", 12, 1)
+    frames = [source[i] for i in args.frames]
+    rows = []
+    for frame, result in zip(frames, predict_frames(model, frames, config)):
+        panels = [frame["color"]]
+        panels += [label_images(labels) for labels in (frame["label"], result["labels"])]
+        rows.append(np.concatenate(panels, 1))
+    image = np.concatenate([*rows, legend(class_names, rows[0].shape[1])])
+    Image.fromarray(image).save(out, optimize=True)
+    names = ", ".join(frame["name"] for frame in frames)
+    print(f"image, truth and prediction of {names}: {out}")

@@ -1,45 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""clouds.py: a merged scene does not depend on the order of its frames, and files that others can read."""
+"""support/clouds.py: a merged scene does not depend on the order of its frames, and files that others can read."""
 import numpy as np
 import pytest
 import torch
 
-from support import clouds
 from metrics import evaluate_instances, evaluate_semantics
+from sources.scannet import read_ply_vertices
+from support.clouds import SceneMerger, write_ply, write_submission
 
 K = 4
 
 
-def frame(seed, n=3000, shift=0.0):
+def frame(seed, n=3000):
     """What `predict_sample` gives for points of a wall with three objects; objects and classes depend on x alone."""
     rng = np.random.default_rng(seed)
-    points = rng.uniform([0, 0, 0], [3, 1, 0.01], (n, 3)) + [shift, 0, 0]
+    points = rng.uniform([0, 0, 0], [3, 1, 0.01], (n, 3))
     thing = np.floor(points[:, 0]).astype(np.int64)
-    likely = torch.from_numpy(rng.dirichlet(np.ones(K), n)).float()
-    order = {value: i for i, value in enumerate(rng.permutation(np.unique(thing)))}  # instances have any numbers
-    instances = np.vectorize(order.get)(thing)
-    classes = [next(t % 2 for t, i in order.items() if i == number) for number in range(len(order))]
-    return {"points": torch.from_numpy(points).float(), "colors": torch.from_numpy(rng.random((n, 3))).float(),
-            "gate": torch.from_numpy(rng.random(n)).float(), "probabilities": likely, "labels": likely.argmax(1),
-            "truth": torch.from_numpy(thing % 2), "truth_instances": torch.from_numpy(thing),
-            "instances": torch.from_numpy(instances), "instance_labels": torch.tensor(classes),
-            "scores": torch.from_numpy(rng.uniform(0.5, 1, len(classes))).float()}
+    likely = rng.dirichlet(np.ones(K), n).astype(np.float32)
+    number = rng.permutation(3)  # instances have any numbers
+    result = {"points": points.astype(np.float32), "colors": rng.random((n, 3)), "gate": rng.random(n),
+              "probabilities": likely, "truth": thing % 2, "truth_instances": thing, "instances": number[thing],
+              "instance_labels": np.argsort(number) % 2, "scores": rng.uniform(0.5, 1, 3)}
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in result.items()}
 
 
 def merged(frames):
-    merger = clouds.SceneMerger(K, voxel_size=0.05)
+    merger = SceneMerger(K, voxel_size=0.05)
     for one in frames:
         merger.add(one)
     return merger, merger.cloud()
 
 
-def test_the_order_of_frames_changes_no_label_no_colour_and_no_confidence():
+def test_the_order_of_frames_changes_no_label_no_color_and_no_confidence_and_memory_follows_the_surface():
     frames = [frame(seed) for seed in range(6)]
-    _, one = merged(frames)
+    merger, one = merged(frames)
     for order in ([5, 4, 3, 2, 1, 0], [2, 0, 5, 1, 4, 3]):
-        _, other = merged([frames[i] for i in order])
+        again, other = merged([frames[i] for i in order])
         for name in ("points", "colors", "labels", "confidence", "gate"):
             assert np.array_equal(one[name], other[name]), name
+    again.add(frames[0])
+    assert len(again.keys) == len(merger.keys) and again.sums.nbytes == merger.sums.nbytes
 
 
 def test_a_voxel_holds_the_mean_of_what_its_frames_voted():
@@ -52,16 +52,15 @@ def test_a_voxel_holds_the_mean_of_what_its_frames_voted():
             inside = (cells == cell).all(1)
             votes.setdefault(tuple(cell), []).append(one["probabilities"].numpy()[inside].mean(0))
     expected = {cell: np.mean(vote, 0) for cell, vote in votes.items()}
-    cells = np.floor(cloud["points"] / 0.05 + 1e-9).astype(int)
-    assert len(cells) == len(expected)
-    found = [expected[tuple(cell)] for cell in cells]
+    assert len(cloud["points"]) == len(expected)
+    found = [expected[tuple(cell)] for cell in np.floor(cloud["points"] / 0.05 + 1e-9).astype(int)]
     np.testing.assert_allclose(cloud["confidence"], np.max(found, 1), atol=1e-3)
     sure = np.sort(found, 1)[:, -1] - np.sort(found, 1)[:, -2] > 1e-3
     assert np.array_equal(cloud["labels"][sure], np.argmax(found, 1)[sure])
 
 
 def test_instances_of_frames_become_those_of_the_scene_whatever_their_numbers():
-    _, cloud = merged([frame(seed, shift=0.0) for seed in range(5)])
+    _, cloud = merged([frame(seed) for seed in range(5)])
     inner = np.abs(cloud["points"][:, 0] - np.round(cloud["points"][:, 0])) > 0.06  # off the borders of objects
     thing = np.floor(cloud["points"][:, 0]).astype(int)
     owners = [set(cloud["instances"][inner & (thing == t)]) for t in range(3)]
@@ -70,66 +69,31 @@ def test_instances_of_frames_become_those_of_the_scene_whatever_their_numbers():
     assert np.array_equal(cloud["truth_instances"][inner], thing[inner])
 
 
-def test_memory_follows_the_surface_not_the_number_of_frames():
-    few, _ = merged([frame(seed) for seed in range(3)])
-    many, _ = merged([frame(seed % 3) for seed in range(30)])
-    assert len(many.keys) == len(few.keys) and many.sums.nbytes == few.sums.nbytes
-
-
 def test_points_far_away_are_refused():
     one = frame(0, n=5)
     one["points"] += 1e6
-    with pytest.raises(ValueError, match="are the poses in metres"):
-        clouds.SceneMerger(K).add(one)
+    with pytest.raises(ValueError, match="are the poses in meters"):
+        merged([one])
 
 
-def read_ply(path):
-    """A reader of its own: header lines, then packed little-endian vertices."""
-    head, body = path.read_bytes().split(b"end_header\n", 1)
-    lines = head.decode().splitlines()
-    assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
-    kinds = {"float": "<f4", "uchar": "u1"}
-    fields = [(line.split()[2], kinds[line.split()[1]]) for line in lines if line.startswith("property")]
-    count, = (int(line.split()[2]) for line in lines if line.startswith("element vertex"))
-    return lines, np.frombuffer(body, fields, count)
-
-
-def test_a_ply_file_holds_positions_colours_and_every_field(tmp_path):
+def test_a_ply_file_holds_positions_colors_and_every_field(tmp_path):
     rng = np.random.default_rng(0)
-    points, colors, label = rng.normal(size=(50, 3)), rng.random((50, 3)), np.arange(50) + 2 ** 20
-    clouds.write_ply(tmp_path / "x.ply", points, colors, {"label": label, "red_sofa": colors[:, 0]}, ["class 1 a\nwall"])
-    lines, vertices = read_ply(tmp_path / "x.ply")
-    assert "comment class 1 a wall" in lines
-    np.testing.assert_allclose(np.stack([vertices[axis] for axis in "xyz"], 1), points, rtol=1e-6)
-    assert np.array_equal(np.stack([vertices[c] for c in ("red", "green", "blue")], 1), (colors * 255).round())
-    assert np.array_equal(vertices["scalar_label"], label)  # float32 holds ids below 2^24 exactly
-    np.testing.assert_allclose(vertices["scalar_red_sofa"], colors[:, 0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("package", ["plyfile", "trimesh", "open3d"])
-def test_a_ply_file_opens_in_other_programs_with_every_field(package, tmp_path):
-    """These packages are no requirement: pip install plyfile trimesh open3d."""
-    reader = pytest.importorskip(package)
-    torch.manual_seed(0)
-    points, colors = torch.rand(50, 3), torch.rand(50, 3)
-    fields = {name: torch.randint(0, 1000, (50,)) for name in ("label", "instance", "confidence", "gate", "red_sofa")}
+    points, colors = rng.normal(size=(50, 3)).astype(np.float32), rng.random((50, 3))
+    scalars = {"label": np.arange(50) + 2 ** 20, "red_sofa": colors[:, 0].astype(np.float32)}  # ids below 2^24
     path = tmp_path / "x.ply"
-    clouds.write_ply(path, points, colors, fields, ["class 1 a wall"])
-    if package == "plyfile":
-        vertices = reader.PlyData.read(path)["vertex"]
-        found = {name: vertices[f"scalar_{name}"] for name in fields}
-        found_points = np.stack([vertices[axis] for axis in "xyz"], 1)
-    elif package == "trimesh":
-        cloud = reader.load(path, process=False)
-        found_points = cloud.vertices
-        data = cloud.metadata["_ply_raw"]["vertex"]["data"]
-        found = {name: data[f"scalar_{name}"] for name in fields}
-    else:
-        cloud = reader.t.io.read_point_cloud(str(path))
-        found_points = cloud.point.positions.numpy()
-        found = {name: cloud.point[f"scalar_{name}"].numpy() for name in fields}
-    assert np.array_equal(np.asarray(found_points, np.float32), points.numpy())
-    assert all(np.array_equal(np.ravel(found[name]), fields[name].numpy()) for name in fields)
+    write_ply(path, points, colors, scalars, ["class 1 a\nwall"])
+    assert b"\ncomment class 1 a wall\n" in path.read_bytes()
+    floats = dict.fromkeys(["x", "y", "z", "scalar_label", "scalar_red_sofa"], ("<f4",))
+    readers = [read_ply_vertices(path, floats | dict.fromkeys(["red", "green", "blue"], ("u1",)))]
+    try:
+        from plyfile import PlyData  # no requirement
+        readers.append(PlyData.read(path)["vertex"])
+    except ImportError:
+        pass
+    for vertices in readers:
+        assert np.array_equal(np.stack([vertices[axis] for axis in "xyz"], 1), points)
+        assert np.array_equal(np.stack([vertices[c] for c in ("red", "green", "blue")], 1), (colors * 255).round())
+        assert all(np.array_equal(vertices[f"scalar_{name}"], values) for name, values in scalars.items())
 
 
 def test_submission_files_read_back_score_as_what_was_written(tmp_path):
@@ -140,28 +104,26 @@ def test_submission_files_read_back_score_as_what_was_written(tmp_path):
     labels = np.where(rng.random(n) < 0.8, truth, rng.integers(0, K, n))
     masks = np.stack([(np.arange(n) // 150 == i) & (rng.random(n) < 0.9) for i in range(6)] + [np.arange(n) < 50])
     scene = {"masks": masks, "labels": np.append(truth[::150], 0), "scores": rng.random(7).astype(np.float32)}
-    clouds.write_submission(tmp_path, "scene0000_00", labels, scene, ids)
+    write_submission(tmp_path, "scene0000_00", labels, scene, ids)
 
     read = np.array([int(line) for line in (tmp_path / "semantic" / "scene0000_00.txt").read_text().splitlines()])
     assert np.array_equal(read, ids[labels])
     lines = (tmp_path / "instance" / "scene0000_00.txt").read_text().splitlines()
     assert len(lines) == 6  # the mask of 50 vertices is skipped
-    found = {"masks": [], "labels": [], "scores": []}
-    for line in lines:
-        path, label, score = line.split(" ")
-        assert path.startswith("predicted_masks/") and ".." not in path
-        found["masks"].append([int(x) for x in (tmp_path / "instance" / path).read_text().split()])
-        found["labels"].append(int(label))
-        found["scores"].append(float(score))
-    found = {key: np.array(values, bool if key == "masks" else None) for key, values in found.items()}
+    paths, kinds, scores = zip(*(line.split(" ") for line in lines))
+    assert all(path.startswith("predicted_masks/") and ".." not in path for path in paths)
+    found = [[int(x) for x in (tmp_path / "instance" / path).read_text().split("\n")[:-1]] for path in paths]
+    assert np.array_equal(found, masks[:6])
+    assert np.array_equal([int(kind) for kind in kinds], ids[scene["labels"][:6]])
+    assert np.array_equal([float(score) for score in scores], scene["scores"][:6])
+
+    files = {"masks": np.array(found, bool), "labels": np.array(kinds, int), "scores": np.array(scores, float)}
     truth_ids = ids[truth] * 1000 + np.arange(n) // 150
-    memory = {"masks": masks, "labels": ids[scene["labels"]], "scores": scene["scores"].astype(float)}
-    assert (evaluate_instances([found], [truth_ids], ids.tolist())["ap"]
-            == evaluate_instances([memory], [truth_ids], ids.tolist())["ap"] > 0.3)
-    assert (evaluate_semantics([read], [ids[truth]], ids.tolist())["miou"]
-            == evaluate_semantics([labels], [truth], range(K))["miou"])
+    assert evaluate_instances([files], [truth_ids], ids.tolist())["ap50"] == pytest.approx(1, abs=1e-12)
+    assert evaluate_semantics([read], [ids[truth]], ids.tolist())["miou"] == pytest.approx(
+        evaluate_semantics([labels], [truth], range(K))["miou"], abs=1e-12)
 
 
 def test_a_scan_with_a_space_in_its_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no spaces"):
-        clouds.write_submission(tmp_path, "a b", np.zeros(3, int), None, np.arange(3))
+        write_submission(tmp_path, "a b", np.zeros(3, int), None, np.arange(3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""support/diagnose.py: figures against closed forms and plain formulas; NaN put into a run has to be found where it was put."""
+"""support/diagnose.py: figures against closed forms and plain formulas; NaN put into a run is found where it was put."""
 import itertools
 import math
 import os
@@ -18,73 +18,66 @@ pytestmark = [pytest.mark.usefixtures("quick_runs"),
               pytest.mark.filterwarnings("ignore:Error detected in")]  # anomaly detection prints what it stops at
 
 
-# --------------------------------------------------------------------------------------------------- effective rank
+# ---------------------------------------------------------------------------------------------- effective rank
+
+
+def rank(feats):
+    return diagnose.effective_rank(feats).item()
 
 
 @pytest.mark.parametrize("n, c", [(2, 3), (5, 8), (64, 64), (40, 7)])
 def test_effective_rank_of_equal_singular_values_is_their_number(n, c):
-    """Rows +-e_i have mean 0 and c equal singular values; n orthonormal rows, centred, have n - 1 of them."""
-    both = torch.cat([torch.eye(c), -torch.eye(c)])
-    assert diagnose.effective_rank(both).item() == pytest.approx(c, rel=1e-5)
+    """Rows +-e_i have mean 0 and c equal singular values; n orthonormal rows, centered, have n - 1 of them."""
+    assert rank(torch.cat([torch.eye(c), -torch.eye(c)])) == pytest.approx(c, rel=1e-5)
     if n <= c:
         rows = torch.linalg.qr(torch.randn(c, n, dtype=torch.float64))[0].T
-        assert diagnose.effective_rank(rows).item() == pytest.approx(n - 1, rel=1e-5)
+        assert rank(rows) == pytest.approx(n - 1, rel=1e-5)
 
 
-def test_effective_rank_of_two_unequal_directions_is_exp_of_their_entropy():
-    for big in (1.0, 3.0, 1e3):
-        rows = torch.tensor([[big, 0.0, 0.0], [-big, 0, 0], [0, 1, 0], [0, -1, 0]])
-        p = big / (big + 1)
-        entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-        assert diagnose.effective_rank(rows).item() == pytest.approx(math.exp(entropy), rel=1e-5)
+@pytest.mark.parametrize("big", [1.0, 3.0, 1e3])
+def test_effective_rank_of_two_directions_is_exp_of_their_entropy_and_of_one_direction_1(big):
+    rows = torch.tensor([[big, 0.0, 0.0], [-big, 0, 0], [0, 1, 0], [0, -1, 0]])
+    p = big / (big + 1)
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert rank(rows) == pytest.approx(math.exp(entropy), rel=1e-5)
+    line = big * torch.randn(50, 1) * torch.randn(1, 20) + torch.randn(20)
+    for rows in (line, torch.full((30, 20), 0.3), torch.randn(1, 20), torch.zeros(7, 20), torch.zeros(0, 20)):
+        assert rank(rows) == pytest.approx(1, abs=1e-3)
 
 
-def test_effective_rank_of_one_direction_is_one():
+def test_effective_rank_is_that_of_numpys_singular_values_and_sees_a_lost_direction_alone():
     torch.manual_seed(0)
-    line = torch.randn(50, 1) * torch.randn(1, 20) + torch.randn(20)
-    assert diagnose.effective_rank(line).item() == pytest.approx(1, abs=1e-3)
-    for rows in (torch.full((30, 20), 0.3), torch.randn(1, 20), torch.zeros(7, 20), torch.zeros(0, 20)):
-        assert diagnose.effective_rank(rows).item() == pytest.approx(1, abs=1e-3)
-
-
-def test_effective_rank_agrees_with_numpys_singular_values():
-    torch.manual_seed(0)
-    feats = torch.randn(200, 32) @ torch.randn(32, 32) + 5
+    feats = torch.randn(300, 24) @ torch.randn(24, 24) + 5
     values = np.linalg.svd(feats.double().numpy() - feats.double().numpy().mean(0), compute_uv=False)
     share = values / values.sum()
-    assert diagnose.effective_rank(feats).item() == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-5)
-
-
-def test_effective_rank_is_blind_to_scale_shift_rotation_and_order_but_not_to_a_lost_direction():
-    torch.manual_seed(0)
-    feats = torch.randn(300, 24)
-    own = diagnose.effective_rank(feats).item()
+    own = rank(feats)
+    assert own == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-5)
     turn = torch.linalg.qr(torch.randn(24, 24))[0]
-    for other in (feats * 1e-4, feats * 1e15, feats + 3, feats @ turn, feats[torch.randperm(300)], feats.half()):
-        assert diagnose.effective_rank(other).item() == pytest.approx(own, rel=1e-3)
+    for other in (feats * 1e-4, feats * 1e15, feats + 3, feats @ turn, feats[torch.randperm(300)]):
+        assert rank(other) == pytest.approx(own, rel=1e-3)
     flat = feats.clone()
     flat[:, 12:] = 0
-    assert diagnose.effective_rank(flat).item() < 12 < own
+    assert rank(flat) < 12 < own
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_features_that_are_not_finite_are_reported_not_fatal(bad):
-    feats = torch.randn(9, 4)
-    feats[3, 1] = bad
-    assert diagnose.effective_rank(feats).isnan()
-    out = {"feat_fusion": feats, "valid": torch.ones(9, dtype=torch.bool), "clip_global": None}
-    assert diagnose.fusion_statistics(out, None)["effective_rank"].isnan()
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 129])
+def test_no_more_rows_than_allowed_enter_the_rank(n):
+    assert min(n, 32) <= len(diagnose.every_kth_row(torch.zeros(n, 3), 64)) <= 64
 
 
-# --------------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------------------- statistics
+
+MEANS = ("valid_share", "gate_mean", "gate_std", "clip_cosine")
 
 
 def output(n=500, dtype=torch.float32, share=0.6):
+    """An output of the fusion with a share of seen points, and the scenes of the points."""
     generator = torch.Generator().manual_seed(1)
     valid = torch.rand(n, generator=generator) < share
-    return {"feat_fusion": torch.randn(n, 16, generator=generator).to(dtype).requires_grad_(),
-            "clip_global": torch.randn(3, 16, generator=generator).to(dtype), "valid": valid,
-            "alpha": (torch.rand(n, 1, generator=generator) * valid[:, None]).to(dtype)}, torch.arange(n) * 3 // n
+    alpha = torch.rand(n, 1, generator=generator) * valid[:, None]
+    feats, clip = torch.randn(n, 16, generator=generator), torch.randn(3, 16, generator=generator)
+    return {"feat_fusion": feats.to(dtype).requires_grad_(), "clip_global": clip.to(dtype), "valid": valid,
+            "alpha": alpha.to(dtype)}, torch.arange(n) * 3 // n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,40 +88,22 @@ def test_statistics_are_those_of_plain_formulas_over_the_seen_points(dtype):
     feats, clip, alpha = (out[key].detach().double().numpy() for key in ("feat_fusion", "clip_global", "alpha"))
     gates, target = alpha[valid, 0], clip[batch_idx.numpy()]
     cosine = (feats * target).sum(1) / np.linalg.norm(feats, axis=1) / np.linalg.norm(target, axis=1)
-    expected = {"valid_share": valid.mean(), "gate_mean": gates.mean(), "gate_std": gates.std(),
-                "clip_cosine": cosine[valid].mean()}
-    for name, value in expected.items():
+    for name, value in zip(MEANS, (valid.mean(), gates.mean(), gates.std(), cosine[valid].mean())):
         assert stats[name].item() == pytest.approx(value, rel=1e-4), name
-    assert stats.keys() == {*expected, "effective_rank"}
+    assert stats.keys() == {*MEANS, "effective_rank"}
     assert all(value.dim() == 0 and not value.requires_grad for value in stats.values())
 
 
-def test_statistics_without_a_seen_point_are_zero_and_finite():
-    out, batch_idx = output(share=-1)
-    stats = diagnose.fusion_statistics(out, batch_idx)
-    assert all(stats[name] == 0 for name in ("valid_share", "gate_mean", "gate_std", "clip_cosine"))
-    assert stats["effective_rank"].isfinite()
-
-
-def test_an_unseen_point_has_no_influence_whatever_it_holds():
+def test_an_unseen_point_has_no_influence_whatever_it_holds_and_is_reported_if_not_finite():
     out, batch_idx = output()
     changed = {**out, "feat_fusion": out["feat_fusion"].detach().clone()}
     changed["feat_fusion"][~out["valid"]] = math.nan
     own, other = (diagnose.fusion_statistics(o, batch_idx) for o in (out, changed))
-    assert all(own[name] == other[name] for name in ("valid_share", "gate_mean", "gate_std", "clip_cosine"))
-
-
-def test_the_baseline_has_a_rank_alone():
-    out, batch_idx = output()
-    assert diagnose.fusion_statistics({**out, "clip_global": None}, batch_idx).keys() == {"effective_rank"}
-
-
-@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 127, 129])
-def test_no_more_rows_than_allowed_enter_the_rank(n):
-    assert min(n, 32) <= len(diagnose.every_kth_row(torch.zeros(n, 3), 64)) <= 64
-
-
-# --------------------------------------------------------------------------------------------------- terms
+    assert all(own[name] == other[name] for name in MEANS) and other["effective_rank"].isnan()
+    nothing_seen = diagnose.fusion_statistics(*output(share=-1))
+    assert all(nothing_seen[name] == 0 for name in MEANS) and nothing_seen["effective_rank"].isfinite()
+    baseline = diagnose.fusion_statistics({**out, "clip_global": None}, batch_idx)
+    assert baseline.keys() == {"effective_rank"}
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 50])
@@ -162,7 +137,7 @@ def test_term_statistics_equal_the_gradients_of_known_terms(scale):
     assert diagnose.term_statistics({"a": (a * feats).sum()}, moved)["drift"].item() == pytest.approx(2, rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- where it broke
+# ---------------------------------------------------------------------------------------------- where it broke
 
 
 class Tiny(torch.nn.Module):
@@ -243,7 +218,7 @@ def test_a_loss_scale_that_overflows_is_named():
     assert "loss scale of 131072" in findings[0]
 
 
-# --------------------------------------------------------------------------------------------------- the guard in a run
+# ---------------------------------------------------------------------------------------------- the guard in a run
 
 
 def broken_batches(monkeypatch, breaks, when=(1,)):
@@ -319,17 +294,6 @@ def test_nan_in_one_image_is_named_skipped_and_replayed(tmp_path, monkeypatch, c
     assert train.main(["--replay", str(path), "--device", "cpu"]) == []
 
 
-def test_nan_in_one_colour_is_named_and_the_running_statistics_stay_clean(tmp_path, monkeypatch, capsys):
-    broken_batches(monkeypatch, lambda batch: batch["features"][400].fill_(math.nan))
-    train.main(small(tmp_path, *RUN))
-    path, findings = one_bad_step(tmp_path)
-    batch = torch.load(path, weights_only=True)["batch"]
-    assert f"field 'features' of sample {batch['name'][1]} holds 3 values" in findings[0]
-    assert "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
-    printed, message = replayed(path, capsys)
-    assert all(finding in printed for finding in findings) and "nan" in message
-
-
 def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
     """Weights, statistics and counters as the next batch finds them are those that the broken one found."""
     build, models, states = train.build_model, [], []
@@ -347,14 +311,16 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
     assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
-def test_a_compiled_network_is_searched_uncompiled(tmp_path, monkeypatch):
+def test_nan_in_one_color_is_named_in_a_compiled_network_too(tmp_path, monkeypatch):
+    torch.compiler.reset()  # graphs of other tests count towards its limit
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
     broken_batches(monkeypatch, lambda batch: batch["features"][400].fill_(math.nan))
-    torch.compiler.reset()  # graphs of other tests count towards its limit
     train.main(small(tmp_path, *RUN, "--no-clip", "--compile"))
-    _, findings = one_bad_step(tmp_path)
-    assert "field 'features'" in findings[0] and "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
+    path, findings = one_bad_step(tmp_path)
+    batch = torch.load(path, weights_only=True)["batch"]
+    assert f"field 'features' of sample {batch['name'][1]} holds 3 values" in findings[0]
+    assert "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
 
 
 def test_a_norm_that_overflows_is_an_alarm_although_every_gradient_is_finite(tmp_path, monkeypatch):

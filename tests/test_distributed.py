@@ -121,6 +121,22 @@ def random_norm(channels, dtype=torch.float32, momentum=0.1):
     return norm
 
 
+def same_step(norm, reference, rows, mine, dtype, tolerance):
+    """A step of a norm with the rows `mine`, one slice per process, is that of the reference with all."""
+    weights = torch.randn(len(rows), norm.num_features)
+    x = rows[mine].to(dtype, copy=True).requires_grad_()
+    whole = rows.to(reference.weight.dtype, copy=True).requires_grad_()
+    out, expected = norm(x), reference(whole)
+    assert out.dtype == dtype
+    (out.tanh() * weights[mine]).sum().backward()
+    (expected.tanh() * weights).sum().backward()
+    close(out, expected[mine], tolerance)
+    close(x.grad, whole.grad[mine], tolerance)
+    for own, other in zip(norm.parameters(), reference.parameters()):
+        close(total(own.grad), other.grad, tolerance)
+        own.grad = other.grad = None
+
+
 def norm_in_each(rank, dtype, tolerance, splits):
     torch.manual_seed(0)
     reference = random_norm(6, torch.float64)
@@ -128,19 +144,8 @@ def norm_in_each(rank, dtype, tolerance, splits):
     synchronize_batch_norm(norm)
     assert type(norm) is SyncedBatchNorm
     for first, second in splits:
-        rows, weights = torch.randn(2, first + second, 6) * torch.rand(6).exp() + torch.randn(6)
-        mine = slice(0, first) if rank == 0 else slice(first, None)
-        x = rows[mine].to(dtype, copy=True).requires_grad_()
-        whole = rows.double().requires_grad_()
-        out, expected = norm(x), reference(whole)
-        assert out.dtype == dtype
-        (out.tanh() * weights[mine]).sum().backward()
-        (expected.tanh() * weights).sum().backward()
-        close(out, expected[mine], tolerance)
-        close(x.grad, whole.grad[mine], tolerance)
-        for own, other in zip(norm.parameters(), reference.parameters()):
-            close(total(own.grad), other.grad, tolerance)
-            own.grad = other.grad = None
+        rows = torch.randn(first + second, 6) * torch.rand(6).exp() + torch.randn(6)
+        same_step(norm, reference, rows, slice(0, first) if rank == 0 else slice(first, None), dtype, tolerance)
         for own, other in zip(norm.buffers(), reference.buffers()):
             close(own, other, tolerance)
             assert torch.equal(total(own), own * 2)  # bit-exact on both processes
@@ -153,23 +158,12 @@ def test_norm_of_two_processes_is_batch_norm_of_their_rows_over_several_steps(pa
 
 def few_rows_in_each(rank):
     torch.manual_seed(0)
-    norm = BatchNorm(4, 0.1)
-    norm.bn = random_norm(4)
+    norm = random_norm(4)
     norm(torch.randn(50, 4) * 2 + 1)
-    before = copy.deepcopy(norm.state_dict())
-    reference = copy.deepcopy(norm)
+    before, reference = copy.deepcopy(norm.state_dict()), copy.deepcopy(norm).eval()
     synchronize_batch_norm(norm)
-    for rows in (1, 0):
-        whole = torch.randn(rows, 4, requires_grad=True)
-        x = whole.detach()[:rows * (1 - rank)].requires_grad_()  # the row is process 0's
-        out, expected = norm(x), reference(whole)
-        out.square().sum().backward()
-        expected.square().sum().backward()
-        close(out, expected[:len(x)], 1e-6)
-        close(x.grad, whole.grad[:len(x)], 1e-6)
-        for own, other in zip(norm.parameters(), reference.parameters()):
-            close(total(own.grad), other.grad, 1e-6)
-            own.grad = other.grad = None
+    for rows in (1, 0):  # the row is process 0's
+        same_step(norm, reference, torch.randn(rows, 4), slice(0, rows * (1 - rank)), torch.float32, 1e-6)
         assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 

@@ -167,6 +167,8 @@ class ChannelGate(torch.nn.Module):
 class Toy(torch.nn.Module):
     """A backbone of one layer."""
 
+    out_channels = 96
+
     def __init__(self):
         super().__init__()
         self.mlp = torch.nn.Linear(6, 96)
