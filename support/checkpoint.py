@@ -40,8 +40,8 @@ def new_folder(path):
 
 
 def goes_on_in_place(path):
-    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, so that nothing
-    else is written over. path: None for a new run.
+    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, so that
+    nothing else is written over. path: None for a new run.
     """
     path = Path(path or "")
     return path.name == "last.pt" and (path.parent / "lock").exists()
