@@ -80,8 +80,7 @@ def test_prediction_does_not_depend_on_other_frames_and_leaves_the_model_as_it_w
 
 def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode(loaded):
     model, class_names, config = loaded
-    few = {**config, "rooms": 2, "val_rooms": 1, "cache": "none"}
-    _, dataset, _, _ = train.build_datasets(train.parse_args([], defaults=few))
+    _, dataset, _, _ = train.build_datasets(train.parse_args([], defaults={**config, "rooms": 2, "cache": "none"}))
     loader = DataLoader(dataset, 3, collate_fn=collate)
     model.train()
     metrics = predict.evaluate(model, loader, config["min_instance_points"])
