@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Looks a data set over before anybody trains on it, and says what is wrong and how to mend it (docs/check.md).
+"""Looks a data set over before anybody trains on it, and says what is wrong and how to fix it.
 
-    python check.py DATA                         a folder in ScanNet's exported 2D layout, or `rooms` (built in)
+    python check.py DATA                        a folder in ScanNet's exported 2D layout, or `rooms` (built in)
     python check.py DATA --train-split train.txt --val-split val.txt --up=-y --picture check.png
-    python check.py DATA --intrinsics 585,585,320,240            a folder of frame-* files
+    python check.py DATA --intrinsics 585,585,320,240           a folder of frame-* files
 
-Depth is reprojected into other frames of its scene, with the cameras as given and under alternatives: poses inverted,
-other axes, other units, the pose of the next frame, and so on. A fault is named if its alternative explains the data
-clearly better. What the sampled frames cannot decide is "not tested". The exit code is 1 if something is wrong.
+Depth is reprojected into other frames of its scene, with the cameras as given and under alternatives: poses
+inverted, other axes, another unit, the pose of the next frame, and so on (support/reprojection.py). A fault is
+named if its alternative explains the frames as well as clean ones are explained; if none does, "no known cause
+fits". What the sampled frames cannot decide is "not tested". The exit status is 1 if something is wrong.
+docs/check.md has the list of faults and what was measured.
 
-Imports numpy, PIL, and of this repository data and sources.
+Imports numpy, PIL, and of this repository data, sources and support.
 """
 import argparse
 import itertools
-import sys
+import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -21,35 +23,62 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import depth_to_color, pixel_fields, resize_intrinsics, unproject
+from data import AXES, check_frame, depth_to_color, frame_names, pixel_fields, unproject, up_rotation
+from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, fit, look_up, make_views,
+                                  project, sample, small_depth, small_gray)
+from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 
-AXES = {sign + "xyz"[axis]: (-1 if sign else 1) * np.eye(3)[axis] for sign in ("", "-") for axis in range(3)}
-MARGIN = 0.15  # log units by which an alternative must explain a pair better; on clean sets none gains 0.01
-MIN_PAIRS = 3  # overlapping pairs that a test needs
-MENDS = {
-    "unreadable": "Correct the file that the message names.",
+TILT = 12  # degrees between the stated and the found up direction
+SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
+VOID = r"(un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no label|invalid)"
+MULTIPLY = "Multiply every camera-to-world matrix from the right by the matrix of these axes"
+FIXES = {
+    "refused": "Training refuses it, too.",
+    "no depth": "Depth is needed in some frames at least.",
+    "8-bit depth": "Export 16-bit PNG with 1000 units per meter; what 8 bits lost cannot be restored.",
+    "normalized depth": "Export depth in one unit, without stretching every image to its own range.",
+    "far plane": "Store 0 where there is no reading.",
+    "units of depth": "Store depth with 1000 units per meter.",
+    "units of poses": "Multiply the translations of the poses by this factor, so that they are meters.",
+    "units": "Scale the poses (structure from motion has no unit), or the depth, whichever is not in meters.",
+    "colors": "Export the images again.",
+    "equal poses": "Export the pose of every frame.",
     "pose inverted": "The files hold world-to-camera matrices: store their inverses (camera to world).",
+    "pose half inverted": "A camera-to-world matrix is [R, t] with t the camera's place in the world.",
+    "quaternion order": "Read the quaternions in this order.",
     "OpenGL axes": "Multiply every camera-to-world matrix from the right by diag(1, -1, -1, 1).",
-    "camera axes": "Multiply every camera-to-world matrix from the right by the diagonal matrix of these signs.",
-    "mirrored poses": "Rotations need determinant 1: undo the mirror S, by pose S, S pose or S pose S.",
-    "millimetres in poses": "Multiply the translations of the poses by this factor, so that they are metres.",
-    "depth scale": "Store depth with 1000 units per metre.",
-    "frames without depth": "Take them out of the split, or out of the folder.",
-    "8-bit depth": "Export depth as 16-bit PNG with 1000 units per metre; what 8 bits lost cannot be restored.",
-    "colour intrinsics": "Rescale intrinsic_color.txt to the size of the colour images.",
+    "camera axes": f"{MULTIPLY}; if the images lie on their side or head, turn them instead.",
+    "images turned": "Turn the images, label images too (or turn the cameras about their axes).",
+    "mirrored": "Undo the mirror S of the poses, by pose S, S pose or S pose S, or flip the images.",
+    "color intrinsics": "Rescale intrinsic_color.txt to the size of the color images.",
     "depth intrinsics": "Rescale intrinsic_depth.txt to the size of the depth images.",
     "intrinsics of both": "Rescale intrinsic_color.txt and intrinsic_depth.txt to the sizes of the images.",
-    "depth and colour shifted in time": "Pair the two series of images by time stamp.",
+    "focal length": "Correct the intrinsics, or scale them as the images were.",
+    "cropped images": "Subtract from the principal point what was cut off on the left and above.",
+    "depth along the ray": "Divide depth by the length of the ray (x/z, y/z, 1) of its pixel.",
+    "inverse depth": "Store depth, not its inverse or a disparity.",
+    "color images turned": "Turn the color images as the depth images lie.",
+    "color images mirrored": "Flip the color images.",
+    "depth and color shifted in time": "Pair the two series of images by time stamp.",
     "poses off by one frame": "Pair poses and images by time stamp.",
+    "depth and color cameras": "Register depth to the color camera (with the extrinsics of the two), or export "
+                               "registered depth.",
     "unconfirmed": "Look at --picture, and at where poses, intrinsics and depth come from.",
-    "up axis": "Pass the right axis as --up (a negative one as --up=-y).",
+    "up axis": "Pass the up direction as --up, with an equals sign.",
     "label ids": "Correct the class list, or renumber the label images.",
-    "instance ids": "Write one id per object and 0 for none.",
+    "void class": "Name it `unlabeled` in the class list.",
+    "resized labels": "Resize label images with nearest-neighbor interpolation.",
+    "instance ids": "Write one id per object, from 1 on, and 0 for none.",
     "label folders": "Write DATA/classes.txt or pass --classes, and give every scene its label-filt.",
     "frames in both splits": "Remove them from one of the split files.",
 }
+UNITS = {  # factors of the translations, which poses or depth in another unit ask for
+    0.001: "millimeters", 0.01: "centimeters", 5: "5000 units per meter, as TUM writes",
+    4: "4000 units per meter, as Matterport3D writes", 6.5535: "6553.5 units per meter, as in NICE-SLAM's Replica",
+    10: "10,000 units per meter", 0.1: "100 units per meter"}
 
 
 class Row(NamedTuple):
@@ -60,260 +89,327 @@ class Row(NamedTuple):
 
 
 def wrong(fault, words):
-    """The Row of a fault: what was seen, and its mend."""
-    return Row(fault, "WRONG", f"{words} {MENDS[fault]}")
+    """The Row of a fault: what was seen, and its fix."""
+    return Row(fault, "WRONG", f"{words} {FIXES[fault]}")
 
 
-def unreadable(error):
-    """The rows of a data set that a reader refuses."""
-    return [wrong("unreadable", f"{error}. Nothing else was tested.")]
+def is_wrong(rows):
+    """Whether one of some rows is a fault."""
+    return any(row.verdict == "WRONG" for row in rows)
 
 
-# --------------------------------------------------------------------------------------------------- pairs of frames
-
-
-def project(points, world2cam, intrinsics):
-    """World points (n, 3) -> pixels (2, n), far outside if a point is not in front of the camera, and depth (n,)."""
-    camera = world2cam[:3, :3] @ points.T + world2cam[:3, 3:]
-    front = camera[2] > 1e-6
-    uv = (intrinsics @ (camera / np.where(front, camera[2], 1)))[:2]
-    return np.where(front, np.clip(uv, -1e6, 1e6), -1e6), camera[2]
-
-
-def reproject(a, b, num_points=1500):
-    """About num_points pixels of frame a's depth, seen from frame b.
-
-    Returns world points (n, 3), their depth (n,) from b, and the depth (n,) that b has there, 0 = unknown or outside.
-    """
-    height, width = a["depth"].shape
-    step = max(1, int(np.sqrt(height * width / num_points)))
-    v, u = np.mgrid[step // 2:height:step, step // 2:width:step].reshape(2, -1)
-    z = a["depth"][v, u]
-    u, v, z = (values[(z > 0) & np.isfinite(z)] for values in (u, v, z))
-    points = unproject(np.stack([u, v], 1), z, a["depth_intrinsics"], a["world2cam"])
-    uv, predicted = project(points, b["world2cam"], b["depth_intrinsics"])
-    x, y = np.rint(uv).astype(np.int64)
-    inside = (x >= 0) & (x < b["depth"].shape[1]) & (y >= 0) & (y < b["depth"].shape[0])
-    seen = np.where(inside, b["depth"][y * inside, x * inside], 0)
-    return points, predicted, np.where(np.isfinite(seen), seen, 0)
-
-
-def agrees(predicted, seen):
-    """Whether depths (n,) are the same within max(5 cm, 2 %)."""
-    return np.abs(predicted - seen) < np.maximum(0.05, 0.02 * seen)
-
-
-def gray_at(points, frame):
-    """What frame's colour image (its green channel) shows at world points: bilinear samples (n,), NaN outside."""
-    image = frame["color"][..., 1]
-    uv, _ = project(points, frame["world2cam"], frame["intrinsics"])
-    size = np.array(image.shape[::-1])[:, None]
-    inside = ((uv >= 0) & (uv <= size - 1)).all(0)
-    corner = np.clip(uv.astype(np.int64), 0, size - 2)
-    value = np.where(inside, 0.0, np.nan)
-    for dx, dy in np.ndindex(2, 2):
-        weight = 1 - np.abs(uv - corner - [[dx], [dy]])
-        value += image[corner[1] + dy, corner[0] + dx] * weight[0] * weight[1]
-    return value
-
-
-def compare(a, b):
-    """How well frame a, moved into frame b, fits what b shows: (overlap, share that agrees, depth cost, colour cost).
-
-    Overlap is the share of points that fall on known depth; less than a tenth gets the worst costs. The depth cost is
-    the mean log of the relative error, clipped to 0.0005 .. 0.1. The colour cost is log(1 - correlation), over points
-    that are not hidden. Neither depends on the scale of a scene.
-    """
-    points, predicted, seen = reproject(a, b)
-    on_depth = np.flatnonzero(seen)
-    overlap = len(on_depth) / max(len(seen), 1)
-    if len(on_depth) < 50 or overlap < 0.1:
-        return overlap, 0.0, np.log(0.1), 0.0
-    points, predicted, seen = points[on_depth], predicted[on_depth], seen[on_depth]
-    depth_cost = np.log(np.clip(np.abs(predicted - seen) / seen, 0.0005, 0.1)).mean()
-    gray_a, gray_b = gray_at(points, a), gray_at(points, b)
-    use = np.isfinite(gray_a) & np.isfinite(gray_b) & (predicted < 1.1 * seen)
-    color_cost = 0.0
-    if use.sum() >= 50 and np.ptp(gray_a[use]) > 0 and np.ptp(gray_b[use]) > 0:
-        color_cost = np.log(np.clip(1 - np.corrcoef(gray_a[use], gray_b[use])[0, 1], 0.005, 1))
-    return overlap, agrees(predicted, seen).mean(), depth_cost, color_cost
-
-
-def compare_runs(runs):
-    """`compare` for all pairs within each run of frames -> (P, 4), NaN if one of the two is missing."""
-    pairs = [pair for run in runs for pair in itertools.combinations(run, 2)]
-    table = [compare(a, b) if a and b else (np.nan,) * 4 for a, b in pairs]
-    return np.array(table).reshape(-1, 4)
-
-
-def confirmed_share(table):
-    """Share of points that agree, over the pairs that overlap by a tenth; 0 without any."""
-    table = table[table[:, 0] >= 0.1]
-    return (table[:, 0] * table[:, 1]).sum() / max(table[:, 0].sum(), 1e-9)
-
-
-# ------------------------------------------------------------------------------------------------------- alternatives
-
-
-def with_poses(change):
-    """An alternative: run -> run with other world2cam (4, 4)."""
-    return lambda run: [{**frame, "world2cam": change(frame["world2cam"])} for frame in run]
-
-
-def with_neighbour(keys, offset):
-    """An alternative: fields taken from the next (1) or previous (-1) frame; None at the end of a run."""
-    def change(run):
-        shifted = run[1:] + [None] if offset > 0 else [None] + run[:-1]
-        return [other and {**frame, **{key: other[key] for key in keys}} for frame, other in zip(run, shifted)]
-    return change
-
-
-def alternatives():
-    """Yields (fault, words, function run -> run)."""
-    yield "pose inverted", "inverted poses", with_poses(np.linalg.inv)
-    for signs in itertools.product((1, -1), repeat=3):
-        if signs != (1, 1, 1):
-            fault = "camera axes" if np.prod(signs) > 0 else "mirrored poses"
-            fault = "OpenGL axes" if signs == (1, -1, -1) else fault
-            yield fault, f"camera axes times {signs}", with_poses(np.diag([*signs, 1.0]).__matmul__)
-    # A factor on depth is tested as its inverse on the translations, which gives the same relative errors.
-    scales = [("millimetres in poses", "translations", scale, scale) for scale in (0.001, 0.01)]
-    scales += [("depth scale", "depth", scale, 1 / scale) for scale in (0.001, 0.01, 0.1, 0.2, 0.25, 4, 5, 10)]
-    for fault, what, scale, factor in scales:
-        matrix = np.ones((4, 4))
-        matrix[:3, 3] = factor
-        yield fault, f"{what} times {scale}", with_poses(matrix.__mul__)
-    for offset, which in ((1, "next"), (-1, "previous")):
-        for fault, what, keys in (("poses off by one frame", "pose", ["world2cam"]),
-                                  ("depth and colour shifted in time", "depth", ["depth", "depth_intrinsics"]),
-                                  ("depth and colour shifted in time", "colour", ["color", "intrinsics"])):
-            yield fault, f"the {what} of the {which} frame", with_neighbour(keys, offset)
-
-
-class Weighed(NamedTuple):
-    """An alternative against what is given; neither better nor worse: the pairs cannot tell."""
-    fault: str
-    words: str
-    gain: float = 0.0  # log units by which it explains a pair better
-    cost: float = 0.0  # of the pairs that overlap under it
-    share: float = 0.0  # of points that agree under the alternative
-    better: bool = False
-    worse: bool = False
-
-
-def weigh(fault, words, given, other):
-    """Tables (P, 4) of `compare_runs` for what is given and for an alternative, over pairs in which either overlaps."""
-    use = np.isfinite(other[:, 0]) & (np.fmax(given[:, 0], other[:, 0]) >= 0.1)
-    if use.sum() < MIN_PAIRS:
-        return Weighed(fault, words)
-    parts = given[use, 2:] - other[use, 2:]  # (pairs, depth and colour)
-    gains = parts.sum(1)
-    share = confirmed_share(other[use])
-    overlapping = other[use & (other[:, 0] >= 0.1)]
-    better = (len(overlapping) >= MIN_PAIRS and share > 0.4 and parts.mean(0).min() > -0.05
-              and gains.mean() > MARGIN and gains.clip(min=0).sum() > -3 * gains.clip(max=0).sum())
-    cost = overlapping[:, 2:].sum(1).mean() if better else 0.0
-    return Weighed(fault, words, gains.mean(), cost, share, better, gains.mean() < -0.05)
-
-
-def intrinsics_rows(runs):
-    """Principal points against the images' centres -> (runs, with rescaled intrinsics if they are wrong, rows)."""
-    frames = list(itertools.chain(*runs))
-    off = []
-    for image, field in (("color", "intrinsics"), ("depth", "depth_intrinsics")):
-        centres = [(frame[field][:2, 2] + 0.5) / frame[image].shape[1::-1] for frame in frames]
-        if np.abs(np.median(centres, 0) - 0.5).max() > 0.15:
-            off.append((image, field))
-    if not off:
-        return runs, [Row("intrinsics", "ok", "principal points are near the centres of the images")]
-    mended = [[dict(frame) for frame in run] for run in runs]
-    for frame, (image, field) in itertools.product(itertools.chain(*mended), off):
-        u, v = frame[field][:2, 2]
-        frame[field] = resize_intrinsics(frame[field], (2 * v + 1, 2 * u + 1), frame[image].shape)
-    if weigh("", "", compare_runs(runs), compare_runs(mended)).worse:
-        return runs, [Row("intrinsics", "ok", "principal points are off the centres, but neighbours confirm them")]
-    image, field = off[0]
-    u, v = 2 * frames[0][field][:2, 2] + 1
-    height, width = frames[0][image].shape[:2]
-    fault = "intrinsics of both" if len(off) == 2 else {"color": "colour", "depth": "depth"}[image] + " intrinsics"
-    words = f"The principal point is the centre of {u:.0f} x {v:.0f} pixels; the {image} image has {width} x {height}."
-    return mended, [wrong(fault, words)]
-
-
-def pose_rows(runs, quick=False):
-    """What reprojection says about runs of frames. quick: alternatives only if neighbours do not confirm the frames."""
-    runs, rows = intrinsics_rows(runs)
-    given = compare_runs(runs)
-    share, num_pairs = confirmed_share(given), (given[:, 0] >= 0.1).sum()
-    confirmed = f"{share:.0%} of the points are confirmed by a neighbour ({num_pairs} overlapping pairs)"
-    tried = []
-    if not quick or num_pairs < MIN_PAIRS or share < 0.2:
-        tried = [weigh(fault, words, given, compare_runs([change(run) for run in runs]))
-                 for fault, words, change in alternatives()]
-    found = min((one for one in tried if one.better), key=lambda one: one.cost, default=None)
-    rotations = [frame["world2cam"][:3, :3] for frame in itertools.chain(*runs)]
-    mirrored = (np.linalg.det(rotations) < 0).sum()
-    if mirrored and (not found or found.fault != "mirrored poses"):
-        rows.append(wrong("mirrored poses", f"{mirrored} of {len(rotations)} rotations have determinant -1."))
-    if found:
-        rows.append(wrong(found.fault, f"{confirmed}; with {found.words} it is {found.share:.0%}, and depth and colour "
-                          f"fit better by {found.gain:.1f} log units per pair."))
-    elif num_pairs >= MIN_PAIRS and share < 0.2:
-        rows.append(wrong("unconfirmed", f"Only {confirmed}, and no alternative explains why."))
-    else:
-        rows.append(Row("neighbours", "ok" if num_pairs >= MIN_PAIRS else "not tested", confirmed))
-    for fault in sorted({one.fault for one in tried} - {row.test for row in rows}):
-        own = [one for one in tried if one.fault == fault]
-        if found or not all(one.worse for one in own):
-            reason = f"first mend: {found.fault}" if found else "too little overlap or motion to tell"
-            rows.append(Row(fault, "not tested", reason))
-        else:
-            rows.append(Row(fault, "ok", f"explains a pair worse by {-max(one.gain for one in own):.2f} log units"))
-    return rows
-
-
-# -------------------------------------------------------------------------------------------------- depth and up axis
+# ------------------------------------------------------------------------------------------ depth and color alone
 
 
 def known_depth(frame):
-    """Metres (n,) of the pixels whose depth is known."""
+    """Meters (n,) of the pixels whose depth is known."""
     return frame["depth"][(frame["depth"] > 0) & np.isfinite(frame["depth"])]
 
 
-def empty_rows(frames):
-    """Frames of which no pixel has depth: a training that takes its points from them would refuse them."""
-    empty = [frame["name"] for frame in frames if len(known_depth(frame)) == 0]
-    if not empty:
-        return []
-    return [wrong("frames without depth", f"No pixel of {len(empty)} of {len(frames)} sampled frames has depth: "
-                  f"{', '.join(empty[:3])}.")]
+def without_value(frame, value):
+    """A frame in which a value of depth means unknown."""
+    return {**frame, "depth": np.where(frame["depth"] == value, 0, frame["depth"]).astype(np.float32)}
+
+
+def find_filler(frames):
+    """A value that many pixels of several images hold, and hardly any other value near it -> (value, shares (F,))."""
+    depth = np.concatenate([known_depth(frame)[::7] for frame in frames])
+    values, counts = np.unique(depth, return_counts=True)
+    most = counts.argmax()
+    near = np.delete(counts[max(0, most - 10):most + 11], min(most, 10))
+    shares = np.array([(frame["depth"] == values[most]).mean() for frame in frames])
+    common = (shares > 0.005).sum() >= max(2, 0.2 * len(frames)) and shares.mean() > 0.002
+    return (values[most], shares) if common and counts[most] > 20 * np.median(near) else (None, shares)
 
 
 def depth_rows(frames):
-    """Rows about the values of depth images alone: their number and their median."""
+    """What the values of depth images tell -> (frames with known depth, without fillers, rows)."""
+    rows = []
+    empty = [frame["name"] for frame in frames if len(known_depth(frame)) == 0]
+    frames = [frame for frame in frames if frame["name"] not in empty]
+    if not frames:
+        return [], [wrong("no depth", "No pixel of the sampled frames has depth.")]
+    if empty:
+        rows = [Row("frames without depth", "note", f"{len(empty)} of the sample, skipped: {', '.join(empty[:3])}")]
+
+    for _ in range(3):
+        value, shares = find_filler(frames)
+        if value is None:
+            break
+        words = f"{(shares > 0.005).sum()} of {len(frames)} depth images hold {value:.6g} m in many pixels, " \
+            f"{shares.mean():.1%} of all ({frames[shares.argmax()]['name']}: {shares.max():.1%})."
+        rows.append(wrong("far plane", words))
+        frames = [frame for frame in (without_value(frame, value) for frame in frames) if len(known_depth(frame))]
+        if not frames:
+            return [], rows
+
     known = [known_depth(frame) for frame in frames]
     values = np.unique(np.concatenate([depth[::4] for depth in known]))
-    if len(values) == 0:
-        return [wrong("depth scale", "No pixel of the sampled frames has depth.")]
     median = np.median(np.concatenate([depth[::64] for depth in known]))
     coarse = np.diff(values).min(initial=values[-1]) > values[-1] / 260  # at most 256 levels
-    if coarse and (len(values) >= 20 or values[-1] < 0.256):
-        return [wrong("8-bit depth", f"Depth has only {len(values)} values, with median {median:.3f} m.")]
-    if not 0.05 < median < 100:
-        return [wrong("depth scale", f"The median depth is {median:.3f} m.")]
-    return [Row("depth", "ok", f"the median depth is {median:.2f} m")]
+    ends = np.array([(depth.min(), depth.max()) for depth in known])
+    same_top = len(frames) > 2 and (ends[:, 1] == np.median(ends[:, 1])).mean() > 0.9
+    if same_top and np.median(ends[:, 0]) < 0.02 * ends[:, 1].max():
+        words = f"Every depth image reaches from nearly 0 to {np.median(ends[:, 1]):.6g} m."
+        rows.append(wrong("normalized depth", words))
+    elif coarse and (len(values) >= 20 or values[-1] < 0.256):
+        rows.append(wrong("8-bit depth", f"Depth has only {len(values)} values, with median {median:.3f} m."))
+    elif not 0.05 < median < 100:
+        rows.append(wrong("units of depth", f"The median depth is {median:.3f} m."))
+    else:
+        rows += flat_rows(frames) or [Row("depth", "ok", f"the median depth is {median:.2f} m")]
+    return frames, rows
+
+
+def smooth_points(frame):
+    """Camera points (h, w, 3) of a frame, means of blocks on a grid of about 40 columns; NaN = unknown."""
+    depth, intrinsics = small_depth(frame, 320)
+    k = max(1, depth.shape[1] // 40)
+    height, width = (size // k for size in depth.shape)
+    depth = depth[:height * k, :width * k]
+    v, u = np.indices(depth.shape)
+    points = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T * depth[..., None]
+    known = (depth > 0).reshape(height, k, width, k, 1).sum((1, 3))
+    return points.reshape(height, k, width, k, 3).sum((1, 3)) / np.where(known > k * k / 2, known, np.nan)
+
+
+def flatness(frame):
+    """How flat the two largest planes of a frame are if depth is z, the length of the ray, or 1 / z.
+
+    A plane's 1 / z is affine in x / z and y / z. -> mean log of the relative error of 1 / z (3,), or None.
+    """
+    points = smooth_points(frame).reshape(-1, 3)
+    points = points[np.isfinite(points).all(1)]
+    if len(points) < 100:
+        return None
+    rays = points / points[:, 2:]
+    rng = np.random.default_rng(0)
+    triples = rng.integers(len(points), size=(600, 3))
+    extent = np.abs(np.diff(rays[triples], axis=1)[..., :2]).max((1, 2))
+    triples = triples[np.argsort(extent)[:150]]  # close together, so that many lie on one surface
+    triples = triples[np.abs(np.linalg.det(rays[triples])) > 1e-5]
+    costs = []
+    for inverse in (1 / points[:, 2], np.linalg.norm(rays, axis=1) / points[:, 2], points[:, 2]):
+        planes = np.linalg.solve(rays[triples], inverse[triples][..., None])
+        error = np.abs((rays @ planes)[..., 0] / inverse - 1)
+        error = np.log(np.clip(error, 0.001, 0.05))
+        best = error[error.mean(1).argmin()]
+        costs.append(np.minimum(error, best).mean(1).min())
+    return np.array(costs)
+
+
+def flat_rows(frames):
+    """A fault if surfaces are flat in most images only if depth is something else than z."""
+    costs = [flatness(frame) for frame in frames[:48:4]] or [None]
+    costs = np.array([one for one in costs if one is not None]).reshape(-1, 3)
+    for column, fault, words in ((1, "depth along the ray", "depth were the length of the ray"),
+                                 (2, "inverse depth", "depth were 1 / z")):
+        gains = costs[:, 0] - costs[:, column]
+        if len(gains) > 2 and gains.mean() > MARGIN and (gains > 0).mean() > 0.8 and costs[:, column].mean() < -4.4:
+            return [wrong(fault, f"In {(gains > 0).sum()} of {len(gains)} images flat surfaces would be flat if {words}.")]
+    return []
+
+
+def color_rows(frames):
+    """Means of the channels, and images that cannot be right."""
+    means = np.array([frame["color"].mean((0, 1)) for frame in frames])
+    ranges = np.array([np.subtract(*np.percentile(frame["color"][::4, ::4], (99, 1))) for frame in frames])
+    words = "mean red {:.0f}, green {:.0f}, blue {:.0f} of 255".format(*means.mean(0))
+    flat = (ranges < 8) | (means.max(1) < 5) | (means.min(1) > 250)
+    if flat.mean() > 0.5:
+        return [wrong("colors", f"{flat.sum()} of {len(flat)} color images are black, white or of one color: {words}.")]
+    if means[:, 2].mean() > 1.1 * means[:, 0].mean():
+        words += "; bluish: if wood and skin look blue, red and blue are swapped"
+    return [Row("colors", "note", words + f"; {flat.sum()} images of one color" * bool(flat.sum()))]
+
+
+# ------------------------------------------------------------------------------------------- cameras and alignment
+
+
+def edge_maps(frame, width=160):
+    """Where depth jumps and how steep the color image is there, both (h, w) on the grid of a small depth image."""
+    depth, depth_intrinsics = small_depth(frame, width)
+    gray, intrinsics = small_gray(frame, width)
+    v, u = np.indices(depth.shape).reshape(2, -1)
+    uv = (intrinsics @ np.linalg.inv(depth_intrinsics) @ np.stack([u, v, np.ones_like(u)]))[:2]
+    seen = sample(gray[None], np.zeros(1, np.int64), uv[None])[0].reshape(depth.shape)
+    steep = np.nan_to_num(np.log1p(np.hypot(*np.gradient(seen))))
+    log_depth = np.log(np.where(depth > 0, depth, np.nan))
+    jumps = np.fmax(*np.abs(np.gradient(log_depth))) > 0.02
+    return jumps.astype(float), steep
+
+
+def edge_correlation(frames):
+    """Correlation of depth edges with color edges -> array (2 m + 1, 2 m + 1) over shifts of the color image, in
+    1/160 of the width, from -m to m = 32; the mean over frames.
+    """
+    total = np.zeros((65, 65))
+    for frame in frames:
+        jumps, steep = (image - image.mean() for image in edge_maps(frame))
+        scale = jumps.std() * steep.std() * jumps.size
+        if scale > 0:
+            size = [2 * extent + 128 for extent in jumps.shape]
+            spectrum = np.fft.rfft2(jumps, size).conj() * np.fft.rfft2(steep, size)
+            shifted = np.fft.irfft2(spectrum, size) / scale
+            total += np.roll(shifted, (32, 32), (0, 1))[:65, :65]
+    return total / len(frames)
+
+
+def alignment_rows(frames):
+    """Whether color edges lie on depth edges: they do not if depth belongs to another camera than color."""
+    halves = [edge_correlation(frames[start::2]) for start in (0, 1)] if len(frames) >= 4 else []
+    peaks = [np.array(np.unravel_index(half.argmax(), half.shape)) - 32 for half in halves]
+    if not halves or np.abs(peaks[0] - peaks[1]).max() > 2:
+        return [Row("depth and color cameras", "not tested", "too few edges to tell")]
+    both = sum(halves)
+    score = (both.max() - both.mean()) / both.std()
+    dv, du = np.array(np.unravel_index(both.argmax(), both.shape)) - 32
+    if score < 5:
+        return [Row("depth and color cameras", "not tested", "too few edges to tell")]
+    if max(abs(du), abs(dv)) < 2 or both.max() < 1.5 * both[31:34, 31:34].max():
+        return [Row("depth and color cameras", "ok", "color edges lie on depth edges")]
+    shift = np.hypot(du, dv) / 160
+    focal = np.median([frame["intrinsics"][0, 0] / frame["color"].shape[1] for frame in frames])
+    median = np.median(np.concatenate([known_depth(frame)[::64] for frame in frames]))
+    words = f"Color edges lie {abs(du) / 1.6:.1f} % of the width to the {'right' if du > 0 else 'left'} and " \
+        f"{abs(dv) / 1.6:.1f} % {'below' if dv > 0 else 'above'} depth edges, as from a color camera turned by " \
+        f"{np.degrees(np.arctan(shift / focal)):.1f} degrees, or {1000 * shift / focal * median:.0f} mm beside."
+    return [wrong("depth and color cameras", words)]
+
+
+def still_rows(runs, judge):
+    """A fault if all poses of a scene are equal although its images are not."""
+    equal = []
+    for run in runs:
+        poses = np.array([frame["world2cam"] for frame in run])
+        if len(run) > 2 and np.ptp(poses, axis=0).max() < 1e-6:
+            equal.append(run[0]["name"].split("/")[0])
+    if not equal or judge.still.costs[1].mean() < np.log(0.02):
+        return []
+    words = f"All poses of {len(equal)} of {len(runs)} sampled scenes are equal, but the images are not: " \
+        f"{', '.join(equal[:3])}."
+    return [wrong("equal poses", words)]
+
+
+def center_rows(runs):
+    """A fault if principal points are far from the centers of the images, for frames that do not overlap."""
+    off = []
+    for image, field, fault in (("color", "intrinsics", "color intrinsics"),
+                                ("depth", "depth_intrinsics", "depth intrinsics")):
+        frames = list(itertools.chain(*runs))
+        centers = [(frame[field][:2, 2] + 0.5) / frame[image].shape[1::-1] for frame in frames]
+        if np.abs(np.median(centers, 0) - 0.5).max() > 0.2:
+            off.append(fault)
+    if not off:
+        return []
+    fault = "intrinsics of both" if len(off) > 1 else off[0]
+    return [wrong(fault, describe_centers(runs[0][0], fault))]
+
+
+def describe_centers(frame, fault):
+    """For which size of images the intrinsics were made, and what size they have."""
+    image, field = ("color", "intrinsics") if fault == "color intrinsics" else ("depth", "depth_intrinsics")
+    u, v = 2 * frame[field][:2, 2] + 1
+    height, width = frame[image].shape[:2]
+    return f"The principal point is the center of {u:.0f} x {v:.0f} pixels; the {image} image has {width} x {height}."
+
+
+def unit_row(found, judge, confirmed, median):
+    """The Row of translations and depths that differ by a factor: which side is wrong, if that is known."""
+    factor = float(np.exp(found.x))  # of the translations; depth times 1 / factor fits as well
+    words = f"{confirmed}; with translations times {factor:.4g}, or depth times {1 / factor:.4g}, it is {found.share:.0%}"
+    less = [judge.weigh_scale(found.x + step).gain for step in (-0.14, 0.14)]
+    exact = max(less) < found.gain - 0.1  # not so if the camera hardly moves
+    for unit, words_of_unit in UNITS.items():
+        gain = judge.weigh_scale(np.log(unit)).gain
+        near = abs(np.log(factor / unit)) < (0.06 if exact else 0.3) and gain > found.gain - 0.15
+        if near and unit < 0.1 < median < 30:
+            return wrong("units of poses", f"{words}: the poses are in {words_of_unit}, factor {unit}.")
+        if near and exact and unit >= 0.1:
+            return wrong("units of depth", f"{words}: as of {words_of_unit}.")
+    return wrong("units", f"{words}.")
+
+
+def pose_rows(runs, up="z", num_pairs=96, num_points=300):
+    """What reprojection between the frames of runs tells -> rows, a fault first."""
+    views, pairs = make_views(runs)
+    frames = list(itertools.chain(*runs))
+    if len(pairs) > num_pairs:
+        pairs = pairs[np.linspace(0, len(pairs) - 1, num_pairs).round().astype(int)]
+    judge = Judge(views, pairs, num_points)
+    share, count = judge.given.share(), judge.overlapping()
+    confirmed = f"{share:.0%} of the points are confirmed by a neighbor ({count} overlapping pairs)"
+    rows = still_rows(runs, judge)
+    if rows:
+        return rows
+    upright = np.mean([-frame["world2cam"][1, :3] @ up_rotation(up)[2] for frame in frames]) > 0.3
+    tried = judge.weigh_all(upright)
+    fitting = [one for one in tried if one.fits]
+    most = max((one.gain for one in fitting), default=0)
+    found = next((one for one in fitting if one.gain > most - 0.1), None)
+    helping = any(one.helps for one in tried)
+    still = judge.still.share() >= CLEAN and judge.given.cost() - judge.still.cost() > MARGIN
+    mirrored = (np.linalg.det([frame["world2cam"][:3, :3] for frame in frames]) < 0).sum()
+
+    if mirrored and not (found and found.fault == "mirrored"):
+        rows.append(wrong("mirrored", f"{mirrored} of {len(frames)} rotations have determinant -1."))
+    elif found and found.fault == "units":
+        median = np.median(views.depth[views.depth > 0])
+        rows.append(unit_row(found, judge, confirmed, median))
+    elif found:
+        words = f"{confirmed}; with {found.words} it is {found.share:.0%}, and a pair fits better by {found.gain:.1f} log units."
+        if "intrinsics" in found.fault:
+            words += f" {describe_centers(frames[0], found.fault)}"
+        rows.append(wrong(found.fault, words))
+    elif count < MIN_PAIRS:
+        rows += center_rows(runs)
+    if not is_wrong(rows):
+        rows += alignment_rows(frames)
+    if not is_wrong(rows) and count >= MIN_PAIRS and not still:
+        rows += unconfirmed_rows(judge, frames, confirmed, helping)
+    if still:
+        rows.append(Row("noise of poses", "note", "poses that do not move explain the frames better than their own"))
+    if not is_wrong(rows):
+        rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", confirmed))
+    return rows + [untested_row(fault, [one for one in tried if one.fault == fault], rows)
+                   for fault in sorted({one.fault for one in tried} - {row.test for row in rows})]
+
+
+def unconfirmed_rows(judge, frames, confirmed, helping):
+    """A fault if the frames contradict each other and no alternative fits."""
+    given = judge.given
+    if given.share() >= CLEAN and (not helping):
+        return []
+    shares = []
+    for place in range(len(frames)):
+        own = (judge.pairs == place).any(1) & (given.overlap >= OVERLAP)
+        shares.append(given.share(own) if own.any() else 1)
+    worst = int(np.argmin(shares))
+    words = f"{confirmed}, where clean captures reach {CLEAN:.0%}; of {frames[worst]['name']} {shares[worst]:.0%}."
+    if given.share() >= CLEAN:
+        words = f"{confirmed}, but other readings of the frames fit better, though none fits well."
+    return [wrong("unconfirmed", f"{words} No known cause fits.")]
+
+
+def untested_row(fault, own, rows):
+    """The Row of a fault that was not found: all its alternatives explain the frames worse, or cannot be told."""
+    first = next((row.test for row in rows if row.verdict == "WRONG"), None)
+    if first:
+        return Row(fault, "not tested", f"first fix: {first}")
+    if not all(one.worse for one in own):
+        return Row(fault, "not tested", "too little overlap or motion to tell")
+    return Row(fault, "ok", f"explains a pair worse by {-max(one.gain for one in own):.2f} log units")
+
+
+# -------------------------------------------------------------------------------------------- up axis
 
 
 def normals_of(frame):
-    """World normals (n, 3), towards the camera, on a grid of 80 columns of depth pixels."""
-    step = max(2, frame["depth"].shape[1] // 80)
-    depth = frame["depth"][::step, ::step].astype(np.float64)
-    v, u = step * np.indices(depth.shape)
-    grid = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(frame["depth_intrinsics"]).T * depth[..., None]
-    middle, right, below = grid[:-1, :-1], grid[:-1, 1:], grid[1:, :-1]
-    known = (depth[:-1, :-1] > 0) & (depth[:-1, 1:] > 0) & (depth[1:, :-1] > 0)
-    normals = np.cross(below - middle, right - middle)[known]
-    normals *= -np.sign((normals * middle[known]).sum(1, keepdims=True))
+    """World normals (n, 3) of smoothed points, towards the camera."""
+    points = smooth_points(frame)
+    normals = np.cross(points[2:, 1:-1] - points[:-2, 1:-1], points[1:-1, 2:] - points[1:-1, :-2])
+    normals *= -np.sign((normals * points[1:-1, 1:-1]).sum(-1, keepdims=True))
+    normals = normals[np.isfinite(normals).all(-1)]
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
     return normals @ frame["world2cam"][:3, :3]
 
@@ -323,89 +419,134 @@ def world_up(frames):
     cameras = -np.mean([frame["world2cam"][1, :3] for frame in frames], 0)
     normals = np.concatenate([normals_of(frame) for frame in frames])
     near = normals[normals @ cameras > 0.6 * np.linalg.norm(cameras)]
-    if np.linalg.norm(cameras) < 0.5 or len(near) < 100:
+    if np.linalg.norm(cameras) < 0.5 or len(near) < 30:
         return np.zeros(3)
-    votes = near[::len(near) // 100] @ near.T > 0.985  # within 10 degrees
-    up = near[votes[votes.sum(1).argmax()]].sum(0)
-    return up / np.linalg.norm(up) if votes.sum(1).max() > 0.03 * len(normals) else np.zeros(3)
+    votes = near[::len(near) // 100 + 1] @ near.T > 0.985  # within 10 degrees
+    up = near[votes[votes.sum(1).argmax()]].mean(0)
+    up = near[near @ up > 0.985 * np.linalg.norm(up)].sum(0)
+    return up / np.linalg.norm(up) if votes.sum(1).max() > 0.05 * len(normals) else np.zeros(3)
 
 
 def up_rows(runs, up):
-    """The axis that the scenes agree on, beside the stated one -> rows, and the world's up (3,) or None."""
+    """The direction that the scenes agree on, beside the stated one -> rows, and the world's up (3,) or None."""
     found = [one for one in map(world_up, runs) if one.any()]
     mean = np.mean(found or [np.zeros(3)], 0)
-    axis = max(AXES, key=lambda name: AXES[name] @ mean)
-    if AXES[axis] @ mean < 0.94:  # 20 degrees
+    if np.linalg.norm(mean) < 0.94:  # 20 degrees
         return [Row("up axis", "not tested", "cameras and surfaces do not tell it")], None
-    words = f"cameras and surfaces say {axis}, --up says {up}"
-    return [Row("up axis", "ok", words) if axis == up else wrong("up axis", f"{words}.")], mean
+    mean /= np.linalg.norm(mean)
+    stated = up_rotation(up)[2]
+    angle = np.degrees(np.arccos(np.clip(mean @ stated, -1, 1)))
+    words = f"cameras and surfaces say ({mean[0]:.2f}, {mean[1]:.2f}, {mean[2]:.2f}), {angle:.0f} degrees from --up {up}"
+    if angle < TILT:
+        return [Row("up axis", "ok", words)], mean
+    axis = max(AXES, key=lambda name: AXES[name] @ mean)
+    name = axis if AXES[axis] @ mean > np.cos(np.radians(TILT)) else ",".join(f"{x:.3f}" for x in mean)
+    return [wrong("up axis", f"{words}: --up={name}.")], mean
 
 
-# ------------------------------------------------------------------------------------------------- labels and splits
+# ---------------------------------------------------------------------------------------------- labels and splits
 
 
-def read_labels(source, num_names, num_frames):
-    """Frames spread over a source -> pixels per label (num_names + 1,), ignored first, and a dict of arrays per frame.
+class Labels(NamedTuple):
+    """What a sample of a source's label images holds."""
+    counts: np.ndarray  # (1 + K,) pixels per class, ignored ones first
+    fields: list  # per frame, `data.pixel_fields` of every eighth pixel, and its scene; instances only if it has some
+    borders: np.ndarray  # number of borders between two classes, and of those with a third class on the border
 
-    These are `data.pixel_fields` of every eighth pixel, with the frame's scene, and without instances if it has none.
-    """
-    counts, fields = np.zeros(num_names + 1, np.int64), []
+
+def third_classes(label):
+    """Pixels (2,) of a label image between two classes, and those of them that hold a third one."""
+    borders = np.zeros(2, np.int64)
+    for image in (label, label.T):
+        before, middle, after = image[:-4], image[2:-2], image[4:]
+        border = (before != after) & (before >= 0) & (after >= 0) & (middle >= 0)
+        borders += border.sum(), (border & (middle != before) & (middle != after)).sum()
+    return borders
+
+
+def read_labels(source, num_frames):
+    """Frames spread over a source -> Labels."""
+    labels = Labels(np.zeros(len(class_names(source)) + 1, np.int64), [], np.zeros(2, np.int64))
     for index in np.linspace(0, len(source) - 1, min(len(source), num_frames)).round().astype(int):
         frame = source[index]
-        if frame.get("label") is not None:
-            counts += np.bincount(frame["label"].ravel() + 1, minlength=num_names + 1)
-            fields.append(pixel_fields(frame, *(pixels[::8] for pixels in depth_to_color(frame))))
-            fields[-1]["scene"] = frame["name"].split("/")[0]
-            if frame.get("instance") is None:
-                del fields[-1]["instances"]
-    return counts, fields
+        if frame.get("label") is None:
+            continue
+        labels.counts[:] += np.bincount(frame["label"].ravel() + 1, minlength=len(labels.counts))
+        labels.borders[:] += third_classes(frame["label"])
+        known, seen = (pixels[::8] for pixels in depth_to_color(frame))
+        fields = pixel_fields(frame, known, seen)
+        fields["scene"] = frame["name"].split("/")[0]
+        if frame.get("instance") is None:
+            del fields["instances"]
+        labels.fields.append(fields)
+    return labels
 
 
-def label_rows(counts, fields, names, num_classes, up):
-    """Label ids, from what `read_labels` gives. names: of all labels; those from num_classes on are not listed.
+def class_names(source):
+    """The names of a source's classes; if it has none, of as many as can occur."""
+    return list(getattr(source, "class_names", ())) or [f"class {i}" for i in range(1000)]
+
+
+def below_floor(fields, names, up):
+    """Mean share of a frame's points that lie 20 cm below the middle of what is called floor; 0 without any."""
+    below = []
+    for own in fields if up is not None and "floor" in names else ():
+        floor = own["labels"] == names.index("floor")
+        if floor.mean() > 0.01:
+            height = own["points"] @ up
+            below.append((height < np.median(height[floor]) - 0.2).mean())
+    return np.mean(below) if below else 0
+
+
+def label_rows(labels, names, num_listed, up):
+    """Label ids. names: of all classes; those from num_listed on are not in the class list.
 
     up: the world's up (3,), or None if it is unknown.
     """
-    if not fields:
+    if not labels.fields:
         return [Row("label ids", "not tested", "the frames have no labels")]
-    ignored, *shares = counts / counts.sum()
-    order = [i for i in np.argsort(-counts[1:], kind="stable") if shares[i] > 0]
+    ignored, *shares = labels.counts / labels.counts.sum()
+    order = [i for i in np.argsort(-labels.counts[1:], kind="stable") if shares[i] > 0]
     words = ", ".join([f"ignored {ignored:.0%}"] + [f"{names[i]} {shares[i]:.0%}" for i in order[:8]])
     rows = [Row("labels", "note", words)]
-    below = []  # per frame, the share of its points that lie 20 cm below the middle of its floor
-    for points, labels in ((own["points"], own["labels"]) for own in fields):
-        floor = labels == names.index("floor") if up is not None and "floor" in names else np.zeros(1, bool)
-        if floor.mean() > 0.01:
-            height = points @ up
-            below.append((height < np.median(height[floor]) - 0.2).mean())
-    outside = [names[i] for i in order if i >= num_classes]
+    void = [names[i] for i in order if re.fullmatch(VOID, names[i].strip().lower())]
+    if void:
+        rows.append(wrong("void class", f"The class {void[0]!r} would be trained and scored."))
+
+    border, third = labels.borders
+    outside = [names[i] for i in order if i >= num_listed]
+    below = below_floor(labels.fields, names, up)
+    if third > 0.2 * border:
+        words = f"On {third / border:.0%} of the borders between two classes lies a thin line of a third one."
+        return rows + [wrong("resized labels", words)]
     if outside:
-        words = f"{sum(shares[num_classes:]):.1%} of the pixels have ids that the class list lacks"
-        rows.append(wrong("label ids", f"{words}: {', '.join(outside[:8])}."))
-    elif below and np.mean(below) > 0.2:
-        words = f"{np.mean(below):.0%} of the points lie below what the class list calls floor"
-        rows.append(wrong("label ids", f"{words}: ids are shifted or permuted."))
-    else:
-        rows.append(Row("label ids", "ok", f"{len(order)} of {num_classes} classes occur"))
-    return rows
+        words = f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list lacks"
+        return rows + [wrong("label ids", f"{words}: {', '.join(outside[:8])}.")]
+    if below > 0.2:
+        words = f"{below:.0%} of the points lie below what the class list calls floor"
+        return rows + [wrong("label ids", f"{words}: ids are shifted or permuted.")]
+    return rows + [Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur")]
 
 
 def instance_rows(fields, names):
-    """Whether instance ids separate objects, from what `read_labels` gives."""
+    """Whether instance ids separate objects, from the fields of `read_labels`."""
     fields = [own for own in fields if "instances" in own]
     if not fields:
         return [Row("instance ids", "not tested", "the frames have no instances")]
     triples = []  # (label, instance, pixels) per frame
     for own in fields:
-        both = (own["labels"] >= 0) & (own["instances"] >= 0)
-        pairs, counts = np.unique(own["labels"][both] << 32 | own["instances"][both], return_counts=True)
-        triples.append(np.column_stack([pairs >> 32, pairs & (1 << 32) - 1, counts]))
-    labels, instances, counts = np.concatenate(triples).T
+        labelled = own["labels"] >= 0
+        pairs = np.stack([own["labels"], own["instances"]], 1)[labelled]
+        pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+        triples.append(np.column_stack([pairs, counts]))
+    every = np.concatenate(triples)
+    labels, instances, counts = every[every[:, 1] >= 0].T
     if len(counts) == 0:
         return [wrong("instance ids", "No labelled pixel has an instance.")]
+
     mixed = 0  # pixels whose instance belongs, in their frame, mostly to another class
     for triple in triples:
-        for instance in np.unique(triple[:, 1]):
+        for instance in np.unique(triple[triple[:, 1] >= 0, 1]):
             pixels = triple[triple[:, 1] == instance, 2]
             mixed += pixels.sum() - pixels.max()
     words = f"{mixed / counts.sum():.1%} of the pixels have an instance that is mostly of another class"
@@ -415,23 +556,47 @@ def instance_rows(fields, names):
     one_to_one = len(set(zip(labels, instances))) == len(set(labels)) == len(set(instances))
     if stuff and one_to_one and len({own["scene"] for own in fields}) > 1:
         return [wrong("instance ids", "Each class has the same instance id in all scenes: they are the labels again.")]
+    lost = lost_instances(every, names)
+    if lost:
+        return [wrong("instance ids", f"{lost}: objects with id 0 are taken for none.")]
     return [Row("instance ids", "ok", words)]
 
 
+def lost_instances(triples, names):
+    """Words about pixels that lack an instance although their class has some, or "" if there are few of them."""
+    without, total = np.zeros((2, len(names)))
+    np.add.at(total, triples[:, 0], triples[:, 2])
+    none = triples[triples[:, 1] < 0]
+    np.add.at(without, none[:, 0], none[:, 2])
+    things = (without < 0.5 * total)
+    share = without[things].sum() / max(total[things].sum(), 1)
+    if share > 0.01:
+        return f"{share:.1%} of the pixels of classes with instances have none"
+    empty = [i for i in np.flatnonzero((without == total) & (total > 0)) if names[i] not in ("wall", "floor", "ceiling")]
+    if len(empty) == 1 and things.sum() >= 5:
+        return f"No pixel of {names[empty[0]]} has an instance, but those of {things.sum()} other classes have"
+    return ""
+
+
 def folder_rows(sources):
-    """Scenes whose labels training would miss: without label-filt beside others that have it, or without class list."""
+    """Files that were left out, and scenes whose labels training would miss."""
+    rows = []
     has = {}  # scene folder: label-filt is there
     for source in sources:
         has |= {folder: (folder / "label-filt").is_dir() for folder in getattr(source, "folders", ())}
+        left_out = dict(getattr(source, "left_out", {}))
+        if getattr(source, "num_skipped", 0):
+            left_out["frames with a lost pose"] = source.num_skipped
+        if left_out:
+            words = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            rows.append(Row("left out", "note", f"{getattr(source, 'title', '')}: {words}".lstrip(": ")))
     lacking = [str(folder) for folder, labelled in has.items() if not labelled]
-    if not any(has.values()):
-        return []
-    if not any(getattr(source, "class_names", ()) for source in sources):
-        return [wrong("label folders", "There are label-filt folders, but no class list.")]
-    if lacking:
-        return [wrong("label folders", f"{len(lacking)} of {len(has)} scenes have no label-filt: "
-                      f"{', '.join(lacking[:3])}.")]
-    return []
+    if any(has.values()) and not any(getattr(source, "class_names", ()) for source in sources):
+        rows.append(wrong("label folders", "There are label-filt folders, but no class list."))
+    elif any(has.values()) and lacking:
+        rows.append(wrong("label folders", f"{len(lacking)} of {len(has)} scenes have no label-filt: "
+                          f"{', '.join(lacking[:3])}."))
+    return rows
 
 
 def split_rows(names, occurring):
@@ -449,114 +614,90 @@ def split_rows(names, occurring):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- running
+# ----------------------------------------------------------------------------------------------------------- running
 
 
-def contact_sheet(runs, path):
-    """Writes an image with a tile per run: two of its frames that are far apart, but see much of the same."""
-    tiles = []
-    for run in [run for run in runs if len(run) > 1][:12]:
-        overlap = {(i, j): compare(run[i], run[j])[0] for i, j in itertools.combinations(range(len(run)), 2)}
-        pairs = [pair for pair in overlap if overlap[pair] >= 0.7 * max(overlap.values())]
-        i, j = max(pairs, key=lambda pair: pair[1] - pair[0])
-        tiles.append(draw_pair(run[i], run[j]))
-    width, height = (max((tile.size[axis] for tile in tiles), default=1) + 10 for axis in range(2))
-    sheet = Image.new("RGB", (min(3, max(1, len(tiles))) * width, max(1, -(-len(tiles) // 3)) * height), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (number % 3 * width, number // 3 * height))
-    sheet.save(path)
-
-
-def draw_pair(a, b):
-    """Tile: frame b, darkened, with points of frame a in it, coloured by how far b's depth is from theirs."""
-    points, predicted, seen = reproject(a, b, 900)
-    uv, _ = project(points, b["world2cam"], b["intrinsics"])
-    error = np.abs(predicted - seen) / np.maximum(seen, 1e-9)
-    redness = np.clip(np.log(np.maximum(error, 1e-9) / 0.002) / np.log(25), 0, 1)  # of 0.2 % .. 5 %
-    colors = 255 * np.clip(np.stack([2 * redness, 2 - 2 * redness, 0 * redness], 1), 0, 1)
-    colors[seen == 0] = 200
-    height, width = b["color"].shape[:2]
-    image = Image.fromarray(b["color"] // 2 + 20).resize((480, round(480 * height / width)))
-    draw = ImageDraw.Draw(image)
-    for (u, v), color in zip(uv.T * 480 / width, colors.astype(int).tolist()):
-        draw.ellipse((u - 2, v - 2, u + 2, v + 2), fill=tuple(color))
-    tile = Image.new("RGB", (480, image.height + 30), "white")
-    tile.paste(image, (0, 30))
-    caption = f"points of {a['name']} in {b['name']}: {compare(a, b)[1]:.0%} agree\n" \
-        "depth error: green 0.2 %, yellow 1 %, red 5 % and more; grey: no depth"
-    ImageDraw.Draw(tile).text((2, 0), caption, fill="black")
-    return tile
-
-
-def names_of(source):
-    """The names of a source's frames, which are read if it has no list of them."""
-    return source.names if hasattr(source, "names") else [source[i]["name"] for i in range(len(source))]
-
-
-def sample_runs(names, num_frames, length):
-    """Runs of at most `length` consecutive frames of a scene, spread evenly over a source -> lists of positions."""
+def sample_runs(names, num_frames):
+    """Runs of up to 8 frames of a scene, close and far in time, spread over a source -> lists of positions."""
+    length = min(len(SPACING), num_frames)
     chunks = []
     for _, scene in itertools.groupby(range(len(names)), lambda i: names[i].split("/")[0]):
         scene = list(scene)
-        chunks += [scene[i:i + length] for i in range(0, len(scene), length)]
+        span = len(SPACING) if len(names) <= num_frames else SPACING[-1] + 1
+        chunks += [scene[start:start + span] for start in range(0, len(scene), span)]
     chunks = [chunk for chunk in chunks if len(chunk) > 1] or chunks
+    chunks = [[chunk[i] for i in sorted(spread(len(chunk))[:length])] for chunk in chunks]
     count = max(1, min(len(chunks), num_frames * len(chunks) // sum(map(len, chunks))))
     return [chunks[i] for i in np.linspace(0, len(chunks) - 1, count).round().astype(int)]
 
 
-def read_runs(sources, num_frames, length):
-    """`sample_runs` of all sources together -> lists of frames without labels."""
-    places = {name: (source, i) for source in sources for i, name in enumerate(names_of(source))}
+def spread(count):
+    """The numbers below count, those of SPACING first."""
+    return [i for i in dict.fromkeys((*SPACING, *range(SPACING[-1]))) if i < count]
+
+
+def read_runs(sources, num_frames):
+    """`sample_runs` of all sources together -> lists of frames without labels, each with its position."""
+    places = {name: (source, i) for source in sources for i, name in enumerate(frame_names(source))}
     names = sorted(places, key=natural_key)
     runs = []
-    for run in sample_runs(names, num_frames, length):
-        frames = [source[i] for source, i in (places[names[position]] for position in run)]
-        runs.append([{**frame, "label": None, "instance": None} for frame in frames])
+    for run in sample_runs(names, num_frames):
+        frames = []
+        for position in run:
+            source, i = places[names[position]]
+            frames.append({**source[i], "label": None, "instance": None, "position": position})
+        runs.append(frames)
     return runs
 
 
-def geometry_rows(runs, up="z", quick=False):
-    """Everything that runs of consecutive frames tell without labels -> rows, and the world's up (3,) or None."""
-    rows = depth_rows([frame for run in runs for frame in run])
-    if rows[0].verdict == "ok":
-        rows += pose_rows(runs, quick)
-    fault = next((row.test for row in rows if row.verdict == "WRONG"), None)
-    if fault:
-        untested = ["up axis"] if len(rows) > 1 else ["poses and intrinsics", "up axis"]
-        return rows + [Row(test, "not tested", f"first mend: {fault}") for test in untested], None
+def geometry_rows(runs, up="z", num_pairs=96, num_points=300):
+    """What runs of frames tell without labels -> rows, and the world's up (3,) or None. Training refuses faults."""
+    frames = list(itertools.chain(*runs))
+    try:
+        for frame in frames:
+            check_frame(frame)
+    except ValueError as error:
+        return [wrong("refused", f"{error}.")], None
+    frames, rows = depth_rows(frames)
+    rows += color_rows(frames) if frames else []
+    kept = {frame["name"]: frame for frame in frames}
+    runs = [[kept[frame["name"]] for frame in run if frame["name"] in kept] for run in runs]
+    runs = [run for run in runs if run]
+    if is_wrong(row for row in rows if row.test != "far plane"):
+        return rows + [Row("poses and intrinsics", "not tested", "fix this first")], None
+    rows += pose_rows(runs, up, num_pairs, num_points)
+    if is_wrong(row for row in rows if row.test != "far plane"):
+        return rows + [Row("up axis", "not tested", "fix this first")], None
     found, mean = up_rows(runs, up)
-    if quick and found[0].verdict == "WRONG":  # wrong poses look like another up axis if the camera hardly moves
-        return geometry_rows(runs, up)
     return rows + found, mean
 
 
-def quick_check(frames, up="z", num_pairs=24):
-    """What cannot be right in a sample of a source of frames (see data.py) -> list of (fault, words).
+def quick_check(frames, up="z"):
+    """The part of `inspect` that training and prediction run on a sample of a source of frames -> list of Row.
 
-    Reads about 2/3 num_pairs frames. up: a key of AXES. Tests median depth, principal point, determinant of the
-    rotation, share of points that a neighbouring frame confirms (with alternatives if it is low), and up axis.
+    Reads at most 24 frames. A row whose verdict is "WRONG" is a fault, and "not tested" what the sample cannot tell.
     """
-    rows, _ = geometry_rows(read_runs([frames], num_pairs * 2 // 3, 4), up, quick=True)
-    return [(row.test, row.words) for row in rows if row.verdict == "WRONG"]
+    return geometry_rows(read_runs([frames], 24), up, num_pairs=40, num_points=200)[0]
 
 
-def inspect(sources, num_classes=1000, up="z", num_frames=48, picture=None):
-    """All tests on {title: source of frames}, a source per split -> rows. num_classes: see `label_rows`."""
-    names = getattr(next(iter(sources.values())), "class_names", [f"class {i}" for i in range(1000)])
-    try:
-        runs = read_runs(sources.values(), num_frames, min(8, num_frames))
-        labels = {title: read_labels(source, len(names), num_frames) for title, source in sources.items()}
-    except (FileNotFoundError, ValueError) as error:  # what a reader refuses is a finding, too
-        return unreadable(error)
+def inspect(sources, up="z", num_frames=48, picture=None):
+    """All tests on {title: source of frames}, a source per split -> rows.
+
+    A source's `num_listed` classes are in its class list, all if it has no such attribute.
+    """
+    first = next(iter(sources.values()))
+    names = class_names(first)
+    runs = read_runs(sources.values(), num_frames)
+    labels = {title: read_labels(source, num_frames) for title, source in sources.items()}
     if picture:
         contact_sheet(runs, picture)
     rows, world = geometry_rows(runs, up)
-    counts = sum(counts for counts, _ in labels.values())
-    fields = list(itertools.chain(*(fields for _, fields in labels.values())))
-    rows += label_rows(counts, fields, names, num_classes, world) + instance_rows(fields, names)
-    rows += empty_rows(list(itertools.chain(*runs))) + folder_rows(sources.values())
-    occurring = {title: {names[i] for i in np.flatnonzero(counts[1:])} for title, (counts, _) in labels.items()}
-    return rows + split_rows({title: names_of(source) for title, source in sources.items()}, occurring)
+    fields = list(itertools.chain(*(own.fields for own in labels.values())))
+    merged = Labels(sum(own.counts for own in labels.values()), fields, sum(own.borders for own in labels.values()))
+    rows += label_rows(merged, names, getattr(first, "num_listed", len(names)), world)
+    rows += instance_rows(fields, names) + folder_rows(sources.values())
+    occurring = {title: {names[i] for i in np.flatnonzero(own.counts[1:])} for title, own in labels.items()}
+    return rows + split_rows({title: frame_names(source) for title, source in sources.items()}, occurring)
 
 
 def open_sources(args):
@@ -565,8 +706,12 @@ def open_sources(args):
     if args.data == "rooms":
         splits = ["train", "val"]
     options = {"classes": args.classes, "intrinsics": args.intrinsics, "labels": None, "unlisted": True,
-               "rooms": (8, 4)}
-    return {str(split or args.data): open_frames(args.data, split, **options) for split in splits}
+               "rooms": (8, 4), "format": args.format, "pose": args.pose, "depth_scale": args.depth_scale}
+    sources = {str(split or args.data): open_frames(args.data, split, **options) for split in splits}
+    for source in sources.values():
+        if hasattr(source, "description"):
+            print(source.description)
+    return sources
 
 
 def pinhole(text):
@@ -578,42 +723,90 @@ def pinhole(text):
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
+# ------------------------------------------------------------------------------------------------------- the picture
+
+
+def contact_sheet(runs, path):
+    """Writes an image with a tile per run: two of its frames that are far apart, but see much of the same."""
+    tiles = []
+    for run in [run for run in runs if len(run) > 1][:12]:
+        views, pairs = make_views([run])
+        result = fit(views, pairs)
+        far = np.abs(np.diff(pairs))[:, 0] * (result.overlap >= 0.7 * result.overlap.max())
+        place = far.argmax()
+        a, b = (run[i] for i in pairs[place])
+        tiles.append(draw_pair(a, b, result.share(np.arange(len(pairs)) == place)))
+    width, height = (max((tile.size[axis] for tile in tiles), default=1) + 10 for axis in range(2))
+    sheet = Image.new("RGB", (min(3, max(1, len(tiles))) * width, max(1, -(-len(tiles) // 3)) * height), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % 3 * width, number // 3 * height))
+    sheet.save(path)
+
+
+def draw_pair(a, b, share):
+    """Tile: frame b, darkened, with points of frame a in it, colored by how far b's depth is from theirs."""
+    depth, intrinsics = small_depth(a, 40)
+    v, u = np.nonzero(depth)
+    points = unproject(np.stack([u, v], 1), depth[v, u], intrinsics, a["world2cam"])
+    points = (points @ b["world2cam"][:3, :3].T + b["world2cam"][:3, 3]).T[None]
+    uv, predicted = project(b["depth_intrinsics"], points)
+    seen = look_up(b["depth"][None], np.zeros(1, np.int64), uv, 0)[0][0]
+    error = np.abs(predicted[0] - seen) / np.maximum(seen, 1e-9)
+    redness = np.clip(np.log(np.maximum(error, 1e-9) / 0.002) / np.log(25), 0, 1)  # of 0.2 % .. 5 %
+    colors = 255 * np.clip(np.stack([2 * redness, 2 - 2 * redness, 0 * redness], 1), 0, 1)
+    colors[seen == 0] = 200
+    height, width = b["color"].shape[:2]
+    image = Image.fromarray(b["color"] // 2 + 20).resize((480, round(480 * height / width)))
+    draw = ImageDraw.Draw(image)
+    places = project(b["intrinsics"], points)[0][0].T * 480 / width
+    for (x, y), color in zip(places, colors.astype(int).tolist()):
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tuple(color))
+    tile = Image.new("RGB", (480, image.height + 30), "white")
+    tile.paste(image, (0, 30))
+    caption = f"points of {a['name']} in {b['name']}: {share:.0%} confirmed\n" \
+        "depth error: green 0.2 %, yellow 1 %, red 5 % and more; gray: no depth"
+    ImageDraw.Draw(tile).text((2, 0), caption, fill="black")
+    return tile
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
 def main(argv=None):
-    """The command; returns its exit code, 1 if something is wrong."""
-    parser = argparse.ArgumentParser("check.py", description="Says what is wrong with a data set.")
-    parser.add_argument("data", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
-    parser.add_argument("--split", nargs="+", default=[], help="files with one scene or scene/frame per line; not "
-                        "given: all frames")
+    """The command; returns its exit status, 1 if something is wrong."""
+    parser = Parser("check.py", "Says what is wrong with a data set.")
+    parser.add_argument("data", help="'rooms' (built in), a folder in ScanNet's exported 2D layout, or a capture")
+    parser.add_argument("--split", nargs="+", default=[], help="files with one scene or scene/frame per line; "
+                        "not given: all frames")
     parser.add_argument("--train-split", help="likewise")
     parser.add_argument("--val-split", help="likewise")
     parser.add_argument("--classes", help="class list, one 'id name' pair per line; not given: DATA/classes.txt")
-    parser.add_argument("--up", choices=AXES, default="z", help="the world's up axis; negative ones as --up=-y")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="DATA is a folder of frame-*.color.*,"
-                        " .depth.png and .pose.txt, whose images have these, in pixels")
-    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of reprojected points")
-    parser.add_argument("--frames", type=int, default=48, help="frames that are read for the poses, and as many per "
-                        "split for the labels")
+    parser.add_argument("--up", type=checked_by(up_rotation), default="z", help="the world's up: an axis, "
+                        "negative ones as --up=-y, or a vector, --up=0,-0.9,0.1")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color images, for "
+                        "frame-* files and captures that do not tell them")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture, see docs/captures.md")
+    parser.add_argument("--pose", choices=POSES, help="direction and quaternion order of a capture")
+    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of reprojected "
+                        "points")
+    parser.add_argument("--frames", type=positive_int, default=48, help="frames that are read for the poses, and "
+                        "as many per split for the labels")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    if args.frames < 1:
-        parser.error(f"--frames must be at least 1, got {args.frames}")
     if args.picture and (args.picture.suffix != ".png" or not args.picture.absolute().parent.is_dir()):
         parser.error(f"--picture {args.picture}: expected the name of a .png file in a folder that exists")
     if args.data == "rooms" and (args.split or args.train_split or args.val_split or args.classes
                                  or args.intrinsics is not None):
         parser.error("the built-in rooms take no splits, --classes or --intrinsics")
-    try:
-        sources = open_sources(args)
-    except (FileNotFoundError, ValueError) as error:
-        rows = unreadable(error)
-    else:
-        rows = inspect(sources, getattr(next(iter(sources.values())), "num_listed", 1000), args.up, args.frames, args.picture)
+    rows = inspect(open_sources(args), args.up, args.frames, args.picture)
     for row in sorted(rows, key=lambda row: row.verdict == "WRONG"):
-        print(textwrap.fill(f"{row.verdict:<11} {row.test:<33} {row.words}", 120, subsequent_indent=46 * " ",
-                            break_long_words=False, break_on_hyphens=False))
+        text = f"{row.verdict:<11} {row.test:<33} {row.words}"
+        print(textwrap.fill(text, 120, subsequent_indent=46 * " ", break_long_words=False, break_on_hyphens=False))
     count = sum(row.verdict == "WRONG" for row in rows)
     print(f"\n{count} {'thing is' if count == 1 else 'things are'} wrong." if count else "\nNothing wrong was found.")
     return int(count > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

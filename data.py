@@ -614,7 +614,8 @@ class PointDataset(Dataset):
         if self.superpoints is not None and owner is None:
             return None
         settings = (type(self).__name__, self.num_points, self.image_size, self.num_views, self.augment,
-                    self.color, self.images, self.seed, int(self._epoch), self.voxel_size, owner, self.normals)
+                    self.color, self.images, self.seed, int(self._epoch), self.voxel_size, owner,
+                    self.normals)
         return files_digest(self._sources(indices), *settings)
 
     def __getitem__(self, index):
@@ -824,6 +825,27 @@ def collate(samples, cell=None):
         index, owner = superpoint_index(segments, batch["batch"])
         batch |= {"point_to_superpoint": index, "superpoint_batch": owner}
     return batch
+
+
+def mix_scenes(batch, share):
+    """Mix3D of Nekrasov et al., 3DV 2021: the 3D encoder sees two samples of a batch as one scene.
+
+    share: the probability that samples 0 and 1, 2 and 3, ... are mixed, drawn from their seeds. Returns the
+    batch with "scene" (N,) int64, the scene of each point for the 3D encoder, and with "coords" that move
+    the second half of a pair to the center of the first. Points, cameras, images and all else stay those
+    of each sample.
+    """
+    seeds = batch["seed"]
+    scene_of = list(range(len(seeds)))
+    coords = batch["coords"].clone()
+    for first in range(0, len(seeds) - 1, 2):
+        rng = np.random.default_rng(seeds[first:first + 2])
+        if rng.random() < share:
+            scene_of[first + 1] = first
+            left, right = (batch["batch"] == sample for sample in (first, first + 1))
+            coords[right] += coords[left].mean(0) - coords[right].mean(0)
+    _, scene = torch.tensor(scene_of).unique(return_inverse=True)
+    return {**batch, "coords": coords, "scene": scene[batch["batch"]]}
 
 
 def to_device(value, device):

@@ -148,18 +148,21 @@ def usable_rows(feat_fusion, clip_feat, batch=None, valid=None):
     return used, wanted & ~used, used if batch is None else clip_finite
 
 
-def draw_negatives(candidates, count, generator=None):
+def draw_negatives(candidates, count, seed=None):
     """Draws `count` of T rows without repetition, candidates (T,) bool before the rest -> (count,) int64.
 
     Sorts random numbers, because listing the candidates would wait for the device.
     """
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(candidates.device).manual_seed(seed)
     order = torch.rand(candidates.shape, device=candidates.device, generator=generator)
     return order.where(candidates, -1).topk(count).indices
 
 
 def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="sigmoid",
                      temperature=TEMPERATURE_FLOOR, gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1,
-                     negatives=None, generator=None, world_mean=None):
+                     negatives=None, seed=None, world_mean=None):
     """Mean over the usable rows of a loss of cos, the cosine of a fused feature with its CLIP target.
 
     variant: "sigmoid", -log sigmoid(cos / temperature); "cosine", 1 - cos; or "infonce", half the
@@ -170,9 +173,9 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
     clamp: both features are clamped to +-clamp, entry by entry, before the norm; None: not. An entry
         beyond it gets no gradient.
     negatives (M,) int64: rows of clip_feat, for infonce. None: all rows; if they are more than
-        MAX_NEGATIVES, that many usable ones, drawn anew in each call by `generator` (None: the global
-        one). A row skips its own target among them, and every row those that are not usable. Without any
-        negative the loss is 0. Takes memory for a few times N x M numbers.
+        MAX_NEGATIVES, that many usable ones, drawn by the seed (None: by the global generator). A row
+        skips its own target among them, and every row those that are not usable. Without any negative the
+        loss is 0. Takes memory for a few times N x M numbers.
 
     Computes in fp32; float64 stays float64. Returns the loss, a scalar (a zero with a graph if no row is
     usable), and counts (3,) int64: rows used; valid rows left out because they or their target hold NaN
@@ -200,7 +203,7 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
             if negatives is not None:
                 check_ids("negatives", negatives, T)
             elif T > MAX_NEGATIVES:
-                negatives = draw_negatives(targets, MAX_NEGATIVES, generator)
+                negatives = draw_negatives(targets, MAX_NEGATIVES, seed)
             else:
                 negatives = rows
             others = feat @ clip[negatives].T / feat_norm[:, None]  # (N, M)
@@ -273,14 +276,14 @@ class ClipConsCriterion(nn.Module):
         self.variant = variant
         self.world_mean = world_mean
 
-    def forward(self, feat_fusion, clip_feat, batch=None, valid=None, generator=None):
+    def forward(self, feat_fusion, clip_feat, batch=None, valid=None, seed=None):
         """feat_fusion (N, C), clip_feat (N, C), or (B, C) with batch (N,), valid (N,) -> loss, counts.
 
-        The loss is a weighted scalar; counts (3,) of this process and generator: see `clip_consistency`.
+        The loss is a weighted scalar; counts (3,) of this process and seed: see `clip_consistency`.
         """
         loss, counts = clip_consistency(
             feat_fusion, clip_feat, batch, valid, self.variant, self.temperature, self.gradient_flow_ratio,
-            self.clamp, self.norm_floor, generator=generator, world_mean=self.world_mean)
+            self.clamp, self.norm_floor, seed=seed, world_mean=self.world_mean)
         return self.loss_weight * loss, counts
 
 

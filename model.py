@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from data import collate
+from data import collate, mix_scenes
 from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
@@ -108,15 +108,17 @@ def instance_logits(decoded):
     return unpad_scenes(logits, decoded["sizes"])
 
 
-def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
+def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False, mix=0.0):
     """Samples -> a batch with all that a step needs of it alone, so that nothing waits for a GPU later.
 
     cell: None for a network without decoder. Otherwise the superpoints are numbered (see
     `data.collate`), and the batch holds "queries", the result of `decoder.draw_queries`, and
     with_targets also "targets", of `losses.instance_targets`. `Segmenter.batch_options` has the right
-    values.
+    values. mix: see `data.mix_scenes`.
     """
     batch = collate(samples, cell)
+    if mix:
+        batch = mix_scenes(batch, mix)
     if cell is None:
         return batch
     batch["queries"] = draw_queries(batch["superpoint_batch"], batch["seed"], min_query_share)
@@ -126,11 +128,11 @@ def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False):
     return batch
 
 
-def batches_for(model, training):
+def batches_for(model, training, mix=0.0):
     """The collate_fn of a DataLoader for a Segmenter: batches for training steps, or else for
     evaluation.
     """
-    return partial(make_batch, **model.batch_options(training))
+    return partial(make_batch, **model.batch_options(training), mix=mix)
 
 
 # --------------------------------------------------------------------------------- building and loading

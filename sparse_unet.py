@@ -582,7 +582,8 @@ class PointEncoder(nn.Module):
             features = (features - self.color_mean) / self.color_std
         else:
             features = torch.ones_like(features)
-        voxels, point_to_voxel = voxelize(coords, batch["batch"], self.voxel_size)  # (M, 4), (N,)
+        scene = batch.get("scene", batch["batch"])  # see data.mix_scenes
+        voxels, point_to_voxel = voxelize(coords, scene, self.voxel_size)  # (M, 4), (N,)
         feats = voxel_mean(features, point_to_voxel, len(voxels))  # (M, F)
         feats = self.project(self.backbone(voxels, feats))         # (M, out_channels)
         # in float32, also under autocast: the gradient of a voxel is a sum over its points

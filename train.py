@@ -121,6 +121,8 @@ def build_parser():
     add = parser.add_argument_group("loss").add_argument
     add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
         "and 0.5 with --no-clip")
+    add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the 3D encoder sees "
+        "two samples of a batch as one scene (Mix3D)")
     add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
         "that the semantic loss spreads over all classes")
     add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
@@ -330,20 +332,24 @@ def read_every_frame(datasets, args, rank, world_size, console):
             raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label "
                              "of the class list")
         if rank == 0 and not args.no_check:
-            check_cameras(dataset, store, args)
+            check_cameras(dataset, store, args, console)
 
 
-def check_cameras(dataset, store, args):
+def check_cameras(dataset, store, args, console):
     """The quick part of check.py, once for unchanged files."""
     signature = dataset.signature(range(len(dataset)))
     key = content_key("cameras", signature) if store is not None and signature is not None else None
     if key is not None and store.get(key) is not None:
         return
-    frames = getattr(dataset.frames, "source", dataset.frames)  # as the files have them, not turned upright
-    faults = [f"{fault}: {words}" for fault, words in quick_check(frames, args.up)]
+    frames = getattr(dataset.frames, "source", dataset.frames)  # as in the files, not turned upright
+    rows = quick_check(frames, args.up)
+    faults = [f"{row.test}: {row.words}" for row in rows if row.verdict == "WRONG"]
     if faults:
-        raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` tells more; "
-                         "--no-check insists")
+        raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` "
+                         "tells more; --no-check insists")
+    untested = [row.test for row in rows if row.verdict == "not tested"]
+    if untested:
+        console.print(f"a sample of {len(dataset)} samples cannot tell: {', '.join(untested)}")
     if key is not None:
         store.put(key, b"right")
 
@@ -439,9 +445,8 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
         target = out["clip_dense"] if dense_target else out["clip_global"]
         batch_idx = None if dense_target else batch["batch"]
         # random draws of a step depend on its samples alone, so that they can repeat
-        generator = torch.Generator(device).manual_seed(batch["seed"][0])
-        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"],
-                                                 generator)
+        seed = batch["seed"][0]
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], seed)
     return out, terms, counts
 
 
@@ -675,7 +680,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     if tower is not None and args.clip_blocks == 0 and cache_folder(args):
         cache_features(tower, used_sets, args, device, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
-    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True))
+    train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True, mix=args.mix))
     val_share = range(rank, len(val_set), world_size)
     val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
     score = partial(evaluate, model, val_loader, args.min_instance_points, amp_dtype, world_size)

@@ -303,8 +303,8 @@ class CenteredCriterion(ClipConsCriterion):
         super().__init__(1.0, **options)
         self.mean = mean
 
-    def forward(self, feat_fusion, clip_feat, batch=None, valid=None, generator=None):
-        return super().forward(feat_fusion, clip_feat - self.mean, batch, valid, generator)
+    def forward(self, feat_fusion, clip_feat, batch=None, valid=None, seed=None):
+        return super().forward(feat_fusion, clip_feat - self.mean, batch, valid, seed)
 
 
 @torch.no_grad()

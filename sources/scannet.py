@@ -449,11 +449,11 @@ def write_frames(frames, root):
 
 # ----------------------------------------------------------------------------------------------- scans
 
-PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4",
-             "float": "<f4", "double": "<f8", "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2",
-             "int32": "<i4", "uint32": "<u4", "float32": "<f4", "float64": "<f8"}
-WHOLE = ("u1", "<u2", "<u4", "i1", "<i2", "<i4")
-GEOMETRY = {**dict.fromkeys("xyz", ("<f4", "<f8")), **dict.fromkeys(("red", "green", "blue"), ("u1",))}
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",
+             "float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2",
+             "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"}
+WHOLE = ("u1", "u2", "u4", "i1", "i2", "i4")
+GEOMETRY = {**dict.fromkeys("xyz", ("f4", "f8")), **dict.fromkeys(("red", "green", "blue"), ("u1",))}
 
 
 def read_ply_vertices(path, fields):
@@ -462,18 +462,18 @@ def read_ply_vertices(path, fields):
     head, mark, _ = content[:2 ** 16].partition(b"end_header\n")
     text = re.sub(r"(comment|obj_info).*\n", "", head.decode("ascii", "replace"))
     match = re.match(r"ply\nformat binary_little_endian 1.0\n"
-                     r"element vertex (\d{1,9})\n((?:property \w+ \w+\n)+)(?:element|\Z)", text)
+                     r"element vertex (\d{1,9})\n((?:property \w+ \S+\n)+)(?:element|\Z)", text)
     if not mark or not match:
         raise ValueError(f"{path} is not a binary_little_endian PLY file that begins with its vertices")
     count = int(match[1])
     properties = [line.split()[1:] for line in match[2].splitlines()]
-    types = {name: PLY_TYPES.get(word, "O") for word, name in properties}
-    if len(types) < len(properties) or "O" in types.values() or count == 0:
+    types = {name: PLY_TYPES.get(word) for word, name in properties}
+    if len(types) < len(properties) or None in types.values() or count == 0:
         raise ValueError(f"{path}: {count} vertices with properties {properties}, not plain numbers")
     for name, allowed in fields.items():
         if types.get(name) not in allowed:
             raise ValueError(f"{path}: vertices have no property {name} of type {allowed}, but {types}")
-    dtype = np.dtype(list(types.items()))
+    dtype = np.dtype([(name, f"<{kind}") for name, kind in types.items()])
     start = len(head) + len(mark)
     if len(content) - start < count * dtype.itemsize:
         raise ValueError(f"{path} is truncated: {count} vertices of {dtype.itemsize} bytes, "

@@ -137,7 +137,8 @@ def read_backbone(path):
         state = read_tensors(path)
         fields = ("ema_state_dict", "state_dict", "model")
         nested = next((state[key] for key in fields if state.get(key) is not None), state)
-        nested = {**nested, **(state.get("ema") or {})}  # of train.py
+        if "clip_fingerprint" in state:  # of train.py
+            nested = {**nested, **state.get("ema", {})}
         tensors = {key: value for key, value in nested.items() if isinstance(value, torch.Tensor)}
         anchors = [(key, anchor) for key in tensors for anchor in PARTS if f".{key}".endswith(f".{anchor}")]
         if len(anchors) != 1:

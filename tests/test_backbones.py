@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Weights of other projects, the colors that they know, and backbones that are not ours."""
+import functools
 import importlib
 import itertools
 import math
@@ -20,8 +21,8 @@ import train
 from data import PointDataset, collate
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
-from helpers import TOWER, checkpoint, project, small
-from model import load_model
+from helpers import TOWER, checkpoint, small
+from model import BACKBONES, load_model
 from predict import predict_frames
 from sources.rooms import RoomFrames
 from sparse_unet import COLORS, NETWORKS, PLANES, PointEncoder, Res16UNet34C
@@ -160,7 +161,7 @@ def test_a_file_that_is_old_without_a_network_or_absent_is_refused_by_name(tmp_p
     with refused("old.pth: not a checkpoint"):
         load_backbone(tmp_path / "old.pth")
     torch.save([1, {"state_dict": 3}], tmp_path / "list.pth")
-    with refused("list.pth: no checkpoint with a U-Net"):
+    with refused("list.pth: no checkpoint with a known network"):
         load_backbone(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match="absent.pth"):
         load_backbone(tmp_path / "absent.pth")
@@ -222,7 +223,7 @@ def test_the_first_convolution_sees_colors_as_the_weights_know_them(colors):
 
 
 def test_a_run_that_starts_from_a_file_keeps_its_network_and_colors(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(NETWORKS, "minkunet18a", dict(TINY, stem=5))
+    monkeypatch.setitem(BACKBONES, "minkunet18a", functools.partial(Res16UNet34C, **TINY))
     weights = publish(tmp_path / "file.pth", *LAYOUTS["OpenScene"])
     options = ["--lr-3d", "0", "--epochs", "1", "--no-clip", "--no-instances"]
     train.main(small(tmp_path, "--init-3d", str(tmp_path / "file.pth"), *options))
@@ -244,7 +245,7 @@ def test_a_run_that_starts_from_a_file_keeps_its_network_and_colors(tmp_path, ca
     ("unheard_of.", [], "does not tell how these weights saw colors: give --colors signed"),
     ("backbone.", ["--backbone", "small"], "and not small")])
 def test_weights_that_cannot_be_placed_are_refused(prefix, options, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(NETWORKS, "res16unet34c", dict(TINY, stem=5))
+    monkeypatch.setitem(BACKBONES, "res16unet34c", functools.partial(Res16UNet34C, **TINY))
     publish(tmp_path / "file.pth", prefix)
     with refused(message):
         train.main(small(tmp_path, "--init-3d", str(tmp_path / "file.pth"), *options))
@@ -252,7 +253,7 @@ def test_weights_that_cannot_be_placed_are_refused(prefix, options, message, tmp
 
 
 def test_weights_and_scales_of_colors_alone_are_refused_for_points_with_more(tmp_path, monkeypatch):
-    monkeypatch.setitem(NETWORKS, "res16unet34c", dict(TINY, stem=5))
+    monkeypatch.setitem(BACKBONES, "res16unet34c", functools.partial(Res16UNet34C, **TINY))
     monkeypatch.setattr(sources.open, "RoomFrames", WithNormals)
     publish(tmp_path / "file.pth", "backbone.")
     with refused("--colors scannet is for points with 3 features"):
@@ -290,8 +291,9 @@ def test_features_of_a_frame_stand_beside_the_colors_of_its_points():
         sample = PointDataset(source, 500, (64, 96), **options)[0]
         assert sample["features"].shape == (500, 6)
         assert torch.equal(sample["features"][:, :3], plain["features"])
-    uv, _ = project(sample["points"], frame["depth_intrinsics"], frame["world2cam"])
-    u, v = np.rint(uv).astype(int).T
+    camera = sample["points"].double().numpy() @ frame["world2cam"][:3, :3].T + frame["world2cam"][:3, 3]
+    image = camera @ frame["depth_intrinsics"].T
+    u, v = np.rint(image[:, :2] / image[:, 2:]).astype(int).T
     assert np.allclose(sample["features"][:, 3:], frame["features"][v, u], atol=1e-6)
 
 

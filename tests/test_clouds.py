@@ -31,13 +31,15 @@ def merged(frames):
     return merger, merger.cloud()
 
 
-def test_the_order_of_frames_changes_no_label_no_color_and_no_confidence():
+def test_the_order_of_frames_changes_no_label_no_color_and_no_confidence_and_memory_follows_the_surface():
     frames = [frame(seed) for seed in range(6)]
-    _, one = merged(frames)
+    merger, one = merged(frames)
     for order in ([5, 4, 3, 2, 1, 0], [2, 0, 5, 1, 4, 3]):
-        _, other = merged([frames[i] for i in order])
+        again, other = merged([frames[i] for i in order])
         for name in ("points", "colors", "labels", "confidence", "gate"):
             assert np.array_equal(one[name], other[name]), name
+    again.add(frames[0])
+    assert len(again.keys) == len(merger.keys) and again.sums.nbytes == merger.sums.nbytes
 
 
 def test_a_voxel_holds_the_mean_of_what_its_frames_voted():
@@ -65,12 +67,6 @@ def test_instances_of_frames_become_those_of_the_scene_whatever_their_numbers():
     assert all(len(owner) == 1 for owner in owners) and len(set.union(*owners)) == 3
     assert [cloud["instance_labels"][owner.pop()] for owner in owners] == [0, 1, 0]
     assert np.array_equal(cloud["truth_instances"][inner], thing[inner])
-
-
-def test_memory_follows_the_surface_not_the_number_of_frames():
-    few, _ = merged([frame(seed) for seed in range(3)])
-    many, _ = merged([frame(seed % 3) for seed in range(9)])
-    assert len(many.keys) == len(few.keys) and many.sums.nbytes == few.sums.nbytes
 
 
 def test_points_far_away_are_refused():

@@ -114,7 +114,7 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
     others = [None if x is None else x.to(device) for x in (batch, valid)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_NEGATIVES", max_negatives)
-        loss, counts = criterion(feat_in, clip_in, *others, torch.Generator(device).manual_seed(1))
+        loss, counts = criterion(feat_in, clip_in, *others, seed=1)
     loss.backward()
     feat_grad, clip_grad = feat_in.grad.cpu(), None if clip_in.grad is None else clip_in.grad.cpu()
     for before, after in ((feat, feat_in), (clip, clip_in)):
@@ -132,8 +132,7 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
     assert counts.tolist() == [used, int(valid.sum()) - used, touched]
 
     if T > max_negatives:
-        generator = torch.Generator(device).manual_seed(1)
-        negatives = module.draw_negatives(candidates.to(device), max_negatives, generator).cpu()
+        negatives = module.draw_negatives(candidates.to(device), max_negatives, seed=1).cpu()
         assert len(negatives.unique()) == max_negatives
         assert candidates[negatives].sum() == min(max_negatives, int(candidates.sum()))
     is_negative = candidates[negatives] & (negatives != own[usable, None])
@@ -365,8 +364,7 @@ def test_negatives_are_drawn_anew_in_each_call_and_no_more_than_allowed(monkeypa
     assert all(0 in rows and len(rows) in (7, 8) and not rows & set(range(5, 10)) for rows in met)
     assert len(set(met)) > 10
     state = torch.get_rng_state()
-    generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
-    first, again, other = (criterion(feat, clip, batch, generator=generator)[0] for generator in generators)
+    first, again, other = (criterion(feat, clip, batch, seed=seed)[0] for seed in (0, 0, 1))
     assert first == again != other
     criterion(feat, clip[:5], batch)  # few: all of them
     assert torch.equal(state, torch.get_rng_state())  # nothing was drawn by the global generator

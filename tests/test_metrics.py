@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""metrics.py against figures of the official ScanNet evaluator, hand counts, and its own invariances.
+"""metrics.py: figures of the official ScanNet evaluator, hand counts, and invariances.
 
 data/golden_ap: random scenes (ties, sizes around 100 points, void, a class without predictions) and, in expected.json,
 what the official script prints for them; null is NaN. Masks are np.packbits along the points.
@@ -34,28 +34,14 @@ def flat(result):
     return [result["ap"], result["ap50"], result["ap25"], *(v for row in result["per_class"].values() for v in row)]
 
 
-def one_scene(sizes, predictions, label=5, void=0):
-    """Instances of `sizes` points side by side, then `void` points; predictions are (start, stop, score)."""
-    truth = torch.repeat_interleave(torch.arange(len(sizes) + 1), torch.tensor([*sizes, void]))
-    truth = torch.where(truth < len(sizes), label * 1000 + 1 + truth, 0)
-    masks = torch.zeros(len(predictions), len(truth), dtype=torch.bool)
-    for mask, (start, stop, _) in zip(masks, predictions):
-        mask[start:stop] = True
-    return {"masks": masks, "labels": torch.full((len(masks),), label),
-            "scores": torch.tensor([p[2] for p in predictions], dtype=torch.float64)}, truth
-
-
 @pytest.mark.parametrize("case", EXPECTED)
 def test_every_figure_of_the_official_script_is_met(case):
-    result, expected = evaluate_instances(*load(case), IDS), EXPECTED[case]
-    names = ("ap", "ap50%", "ap25%")
-    pairs = list(zip([result["ap"], result["ap50"], result["ap25"]], [expected[f"all_{n}"] for n in
-                                                                      ("ap", "ap_50%", "ap_25%")]))
-    assert expected["classes"].keys() == SCANNET20.keys()
-    for name, figures in expected["classes"].items():
-        pairs += zip(result["per_class"][SCANNET20[name]], (figures[n] for n in names))
-    for ours, official in pairs:
-        assert ours == pytest.approx(math.nan if official is None else official, abs=1e-9, nan_ok=True)
+    expected = EXPECTED[case]
+    official = [expected[key] for key in ("all_ap", "all_ap_50%", "all_ap_25%")]
+    for name in SCANNET20:
+        official += [expected["classes"][name][key] for key in ("ap", "ap50%", "ap25%")]
+    official = [math.nan if figure is None else figure for figure in official]
+    assert flat(evaluate_instances(*load(case), IDS)) == pytest.approx(official, abs=1e-9, nan_ok=True)
 
 
 def test_thresholds_are_those_of_the_official_script():
@@ -75,8 +61,9 @@ def test_figures_do_not_depend_on_order_of_points_scenes_or_container(case):
     assert flat(evaluate_instances(shuffled_p, shuffled_t, IDS)) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_processes_that_pool_their_scenes_get_the_figures_of_one_process():
+def test_processes_that_pool_their_scenes_get_the_figures_of_one_process_and_arguments_stay_as_they_are():
     predictions, truth = load("hard")
+    before = pickle.dumps((predictions, truth))
     parts = [InstanceMeter(IDS), InstanceMeter(IDS)]
     for i, scene in enumerate(zip(predictions, truth)):
         parts[i % 2].update(*scene)
@@ -92,85 +79,53 @@ def test_processes_that_pool_their_scenes_get_the_figures_of_one_process():
     halves[0].confusion += halves[1].confusion
     single = evaluate_semantics([gt.roll(1000) for gt in labels], labels, IDS)
     assert halves[0].compute()["miou"] == pytest.approx(single["miou"], abs=1e-12)
+    assert pickle.dumps((predictions, truth)) == before
 
 
-def test_perfect_prediction_scores_one():
-    prediction, truth = one_scene([150, 200, 300], [(0, 150, .3), (150, 350, .3), (350, 650, .9)])
-    result = evaluate_instances([prediction], [truth], [5, 7])
-    assert (result["ap"], result["ap50"], result["ap25"]) == (1, 1, 1)
-    assert result["per_class"][5] == (1, 1, 1) and all(map(math.isnan, result["per_class"][7]))
+# Instances (points, class) side by side; void points after them; predictions (start, stop, score) of class 5; its AP,
+# AP50 and AP25. A curve has precisions at recalls, weighted with central differences.
+COUNTS = {
+    "perfect": ([(150, 5), (200, 5), (300, 5)], 0, [(0, 150, .3), (150, 350, .3), (350, 650, .9)], (1, 1, 1)),
+    "IoU of the threshold is no match": ([(200, 5)], 0, [(0, 100, .5)], (0, 0, 1)),
+    "IoU above the threshold": ([(200, 5)], 0, [(0, 101, .5)], (1 / 9, 1, 1)),
+    "the lower of two matches is false": (  # hit, false, hit: precision 2/3, 1/2, 1, 1 at recall 1, 1/2, 1/2, 0
+        [(200, 5)] * 2, 0, [(0, 200, .9), (0, 190, .4), (200, 400, .2)], [2 / 3 / 4 + 1 / 2 / 4 + 1 / 4 + 1 / 4] * 3),
+    "whatever their order": (
+        [(200, 5)] * 2, 0, [(0, 200, .4), (0, 190, .9), (200, 400, .2)], [2 / 3 / 4 + 1 / 2 / 4 + 1 / 4 + 1 / 4] * 3),
+    "one prediction serves one instance": ([(200, 5)] * 2, 0, [(100, 300, .5)], (0, 0, 1 / 2)),  # IoU 1/3 with both
+    "a spare one serves the next": (  # hit .9; false .5 on the first instance, hit .5 on the second
+        [(200, 5)] * 2, 0, [(0, 200, .9), (100, 300, .5)], (1 / 2, 1 / 2, 2 / 3 / 4 + 1 / 2 + 1 / 4)),
+    "a void share of the threshold is false": (  # precision 1/2, 0, 1 at recall 1, 0, 0
+        [(200, 5), (100, 7)], 100, [(0, 200, .5), (200, 400, .9)], (1 / 4, 1 / 4, 1)),
+    "on void": ([(200, 5)], 400, [(0, 200, .9), (300, 500, .95)], (1, 1, 1)),
+    "on another class": ([(200, 5), (400, 7)], 0, [(0, 200, .9), (300, 500, .95)], (1 / 4, 1 / 4, 1 / 4)),
+    "small ones do not count": ([(200, 5), (99, 5)], 0, [(0, 200, .5), (100, 199, .9), (200, 299, .9)], (1, 1, 1)),
+    "all ignored, where the script stops": ([(200, 5)], 400, [(300, 500, .9)], (0, 0, 0))}
 
 
-def test_iou_of_exactly_the_threshold_is_no_match():
-    half, truth = one_scene([200], [(0, 100, .5)])  # IoU 0.5
-    assert evaluate_instances([half], [truth], [5])["ap50"] == 0
-    more, truth = one_scene([200], [(0, 101, .5)])
-    assert evaluate_instances([more], [truth], [5])["ap50"] == 1
-
-
-def test_of_two_matches_the_lower_score_is_the_false_positive_whatever_their_order():
-    for scores in ((.9, .4), (.4, .9)):
-        prediction, truth = one_scene([200, 200], [(0, 200, scores[0]), (0, 190, scores[1]), (200, 400, .2)])
-        # Ranked: hit, false positive, hit. Precision 2/3, 1/2, 1, 1 at recall 1, 1/2, 1/2, 0, with central differences.
-        expected = 2 / 3 * .25 + 1 / 2 * .25 + 1 * .25 + 1 * .25
-        assert evaluate_instances([prediction], [truth], [5])["ap50"] == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_prediction_serves_one_instance_and_a_spare_one_may_still_serve_the_next():
-    across = (100, 300, .5)  # half on each of two instances: IoU 1/3
-    alone, truth = one_scene([200, 200], [across])
-    assert evaluate_instances([alone], [truth], [5])["ap25"] == pytest.approx(.5, abs=1e-12)
-    both, truth = one_scene([200, 200], [(0, 200, .9), across])  # hit .9; false .5 on the first, hit .5 on the second
-    expected = 2 / 3 * .25 + 1 * .5 + 1 * .25
-    assert evaluate_instances([both], [truth], [5])["ap25"] == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_void_share_of_exactly_the_threshold_is_a_false_positive():
-    prediction, truth = one_scene([200, 100], [(0, 200, .5), (200, 400, .9)], void=100)
-    truth[200:300] = 7001
-    # False positive, then hit: precision 1/2, 0, 1 at recall 1, 0, 0; for AP25 the void share is above the threshold.
-    result = evaluate_instances([prediction], [truth], [5, 7])["per_class"][5]
-    assert result[1:] == pytest.approx((1 / 2 * .5, 1), abs=1e-12)
-
-
-def test_predictions_on_void_are_neither_hit_nor_miss_up_to_the_threshold():
-    on_void, truth = one_scene([200], [(0, 200, .9), (300, 500, .95)], void=400)
-    assert evaluate_instances([on_void], [truth], [5])["ap50"] == 1
-    on_other, truth = one_scene([200, 400], [(0, 200, .9), (300, 500, .95)])
-    truth[200:] = 7001
-    assert evaluate_instances([on_other], [truth], [5, 7])["per_class"][5][1] < 1
-
-
-def test_small_predictions_are_dropped_and_small_instances_ignored():
-    prediction, truth = one_scene([200, 99], [(0, 200, .5), (100, 199, .9), (200, 299, .9)])
-    result = evaluate_instances([prediction], [truth], [5])
-    assert (result["ap"], result["ap50"]) == (1, 1)
+@pytest.mark.parametrize("instances, void, predictions, expected", COUNTS.values(), ids=COUNTS)
+def test_figures_of_a_scene_are_those_counted_by_hand(instances, void, predictions, expected):
+    truth = np.repeat([label * 1000 + i for i, (_, label) in enumerate(instances)] + [0],
+                      [size for size, _ in instances] + [void])
+    start, stop, scores = np.array(predictions).T
+    point = np.arange(len(truth))
+    scene = {"masks": (point >= start[:, None]) & (point < stop[:, None]), "labels": np.full(len(scores), 5),
+             "scores": scores}
+    result = evaluate_instances([scene], [truth], [5, 7])["per_class"][5]
+    assert result == pytest.approx(expected, abs=1e-12)
 
 
 def test_ground_truth_without_a_prediction_is_zero_and_nothing_at_all_is_nan():
     none = {"masks": np.zeros((0, 300), bool), "labels": np.zeros(0, int), "scores": np.zeros(0)}
-    truth = np.full(300, 5001)
-    assert flat(evaluate_instances([none], [truth], [5])) == [0] * 6
-    assert all(map(math.isnan, flat(evaluate_instances([none], [np.zeros(300, int)], [5]))))
-    assert all(map(math.isnan, flat(evaluate_instances([], [], [5]))))
-    empty = {"masks": np.zeros((0, 0), bool), "labels": np.zeros(0, int), "scores": np.zeros(0)}
-    assert math.isnan(evaluate_instances([empty], [np.zeros(0, int)], [5])["ap"])
+    empty = {**none, "masks": np.zeros((0, 0), bool)}
+    assert flat(evaluate_instances([none], [np.full(300, 5001)], [5])) == [0] * 6
+    for scenes in (([none], [np.zeros(300, int)]), ([], []), ([empty], [np.zeros(0, int)])):
+        assert np.isnan(flat(evaluate_instances(*scenes, [5]))).all()
+    assert math.isnan(evaluate_semantics([np.array([1, 2])], [np.array([-1, -1])], [0, 1, 2])["miou"])
+    assert math.isnan(evaluate_semantics([], [], [0, 1])["miou"])
 
 
-def test_where_the_official_script_stops_with_an_error_the_result_is_zero():
-    ignored, truth = one_scene([200], [(300, 500, .9)], void=400)  # all predictions ignored, no match
-    assert flat(evaluate_instances([ignored], [truth], [5])) == [0] * 6
-
-
-def test_updates_leave_their_arguments_alone():
-    predictions, truth = load("small")
-    before = pickle.dumps((predictions, truth))
-    evaluate_instances(predictions, truth, IDS)
-    evaluate_semantics([gt // 1000 for gt in truth], [gt // 1000 for gt in truth], IDS)
-    assert pickle.dumps((predictions, truth)) == before
-
-
-def test_semantic_iou_equals_a_count_over_sets():
+def test_semantic_iou_equals_a_count_of_pairs():
     generator = torch.Generator().manual_seed(0)
     class_ids = [4, 0, 7, 9, 2]
     truth = [torch.randint(-1, 9, (n,), generator=generator) for n in (500, 1, 300)]  # 9 is never the truth
@@ -178,21 +133,14 @@ def test_semantic_iou_equals_a_count_over_sets():
     guess = [torch.where(torch.rand(len(t), generator=generator) < .5, t, torch.randint(-1, 9, t.shape,
              generator=generator)) for t in truth]
     result = evaluate_semantics(guess, [t.numpy() for t in truth], class_ids)
-    t, p = torch.cat(truth).tolist(), torch.cat(guess).tolist()
-    valid = [i for i in range(len(t)) if t[i] in class_ids]
-    ious = []
-    for c in class_ids:
-        a, b = {i for i in valid if t[i] == c}, {i for i in valid if p[i] == c}
-        ious.append(len(a & b) / len(a | b) if a | b else math.nan)
+    pairs = [(t, p) for t, p in zip(torch.cat(truth).tolist(), torch.cat(guess).tolist()) if t in class_ids]
+    hits = [sum(t == p == c for t, p in pairs) for c in class_ids]
+    union = [sum(c in pair for pair in pairs) for c in class_ids]
+    ious = [h / u if u else math.nan for h, u in zip(hits, union)]
     assert list(result["per_class"]) == class_ids
     assert list(result["per_class"].values()) == pytest.approx(ious, abs=1e-12, nan_ok=True)
     assert ious[2] == 0 and math.isnan(ious[3])  # predicted only: 0; neither: skipped
     assert result["miou"] == pytest.approx(np.nanmean(ious), abs=1e-12)
-
-
-def test_semantics_of_no_valid_point_is_nan():
-    assert math.isnan(evaluate_semantics([np.array([1, 2])], [np.array([-1, -1])], [0, 1, 2])["miou"])
-    assert math.isnan(evaluate_semantics([], [], [0, 1])["miou"])
 
 
 def evaluate_changed(**change):

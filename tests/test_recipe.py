@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a training may add, each part off by default: Lovasz loss, label smoothing, drop path, moving average."""
+"""What a training may add, each part off by default: Lovasz loss, label smoothing, mixed scenes, drop path, moving
+average.
+"""
 import copy
 import math
 from functools import partial
@@ -10,9 +12,12 @@ from torch.nn import functional as F
 
 import model
 import train
+from data import PointDataset, collate, mix_scenes
 from helpers import checkpoint, small
 from losses import SemanticCriterion, lovasz_loss
 from model import load_model
+from sources.rooms import RoomFrames
+from sparse_unet import PointEncoder
 from support.average import MovingAverage
 from support.runtime import StopRequest
 from volt import Volt
@@ -99,6 +104,53 @@ def test_label_smoothing_mixes_in_the_mean_over_all_classes():
     assert torch.isclose(SemanticCriterion()(logits, labels), own)
 
 
+def batch_of_rooms():
+    dataset = PointDataset(RoomFrames("train", 5, 1, size=(24, 32)), 200, (24, 32))
+    return collate([dataset[index] for index in range(5)])
+
+
+def test_mixed_samples_are_one_scene_for_the_encoder_and_apart_for_the_cameras():
+    batch = batch_of_rooms()
+    mixed = mix_scenes(batch, 1.0)
+    assert torch.equal(mixed["scene"], batch["batch"] // 2)
+    changed = {key for key in mixed if mixed[key] is not batch.get(key)}
+    assert changed == {"coords", "scene"}
+    samples = [mixed["batch"] == sample for sample in range(5)]
+    centers = torch.stack([mixed["coords"][own].mean(0) for own in samples])
+    assert torch.allclose(centers[[1, 3]], centers[[0, 2]], atol=1e-4)
+    for own in samples:
+        moved = mixed["coords"][own] - batch["coords"][own]
+        assert torch.allclose(moved, moved[:1].expand_as(moved), atol=1e-5)
+
+    seen = []
+    encoder = PointEncoder(0.1, build=lambda channels: Spy(seen))
+    encoder(mixed)
+    assert seen[0][:, 0].unique().tolist() == [0, 1, 2]
+
+
+def test_mixing_depends_on_the_seeds_of_the_samples_alone():
+    batch = batch_of_rooms()
+    drawn = [mix_scenes({**batch, "seed": [seed] * 5}, 0.5)["scene"].amax().item() for seed in range(20)]
+    again = [mix_scenes({**batch, "seed": [seed] * 5}, 0.5)["scene"].amax().item() for seed in range(20)]
+    assert drawn == again
+    assert len(set(drawn)) > 1
+    assert torch.equal(mix_scenes(batch, 0.0)["scene"], batch["batch"])
+
+
+class Spy(torch.nn.Module):
+    """A network of voxels that keeps their coordinates."""
+
+    out_channels = 96
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, coords, feats):
+        self.seen.append(coords)
+        return feats.new_zeros(len(coords), 96)
+
+
 def test_the_moving_average_is_the_sum_of_its_definition_and_leaves_the_model_alone():
     layer = torch.nn.Linear(3, 2).double()
     average = MovingAverage(layer, 0.9)
@@ -142,7 +194,7 @@ class StopAt(StopRequest):
 def test_every_part_trains_resumes_bit_exactly_and_is_loaded(tmp_path, monkeypatch):
     tiny = partial(Volt, embed_dim=64, num_heads=1, depth=3, out_channels=32)
     monkeypatch.setitem(model.BACKBONES, "volt-small", tiny)
-    parts = "--backbone volt-small --drop-path 0.2 --lovasz 1 --label-smoothing 0.1 --ema 0.99 --no-clip"
+    parts = "--backbone volt-small --drop-path 0.2 --lovasz 1 --label-smoothing 0.1 --ema 0.99 --mix 0.5 --no-clip"
     options = [*parts.split(), "--no-instances"]
     metrics = train.main(small(tmp_path / "whole", *options))
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """sources/rooms.py: exact geometry without noise, honest noise, seeds, splits, contents."""
+import pickle
 from collections import defaultdict
 
 import numpy as np
@@ -94,15 +95,6 @@ def test_what_lies_behind_the_camera_or_around_it_is_not_seen_and_what_reaches_b
     below = render(box_scene([[-9, -9, -2], [9, 9, -1]]), pose, INTRINSICS, SIZE)["depth"][:, 80]
     depth = 140 / np.maximum(np.arange(SIZE[0]) - 61.1, 1e-9)
     np.testing.assert_allclose(below, np.where(depth <= 9, depth, 0), atol=1e-5)
-
-
-def test_renderings_scale_with_the_intrinsics():
-    scene, [(pose, small)] = views(3, 1)
-    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    big = np.linalg.inv(half) @ np.diag([3, 3, 1]) @ half @ INTRINSICS  # every third pixel center coincides
-    large = render(scene, pose, big, (3 * SIZE[0], 3 * SIZE[1]))
-    assert (large["label"][1::3, 1::3] == small["label"]).mean() > 0.999
-    assert np.isclose(large["depth"][1::3, 1::3], small["depth"], atol=1e-3).mean() > 0.999
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -221,27 +213,28 @@ def test_a_source_holds_the_same_frames_at_every_call_and_the_first_ones_whateve
     assert frames("train", 0, 3) == [] and frames("train", 3, 0) == []
 
 
-def test_frames_hold_the_documented_types():
+def test_frames_hold_the_documented_types_and_an_unknown_split_is_named():
     [frame] = frames("test", 1, 1, size=(48, 64))
-    shapes = dict(color=(48, 64, 3), depth=(48, 64), label=(48, 64), instance=(48, 64), world2cam=(4, 4),
-                  intrinsics=(3, 3), depth_intrinsics=(3, 3))
-    types = dict(color=np.uint8, depth=np.float32, label=np.int32, instance=np.int32)
-    assert set(frame) == {"name", *shapes}
-    for key, shape in shapes.items():
-        assert frame[key].shape == shape and frame[key].dtype == types.get(key, np.float64)
+    assert isinstance(frame.pop("name"), str)
+    camera = {"world2cam": ((4, 4), "f8"), "intrinsics": ((3, 3), "f8"), "depth_intrinsics": ((3, 3), "f8")}
+    images = {"color": ((48, 64, 3), "u1"), **{key: ((48, 64), "i4") for key in ("label", "instance")}}
+    assert {key: (value.shape, value.dtype.str[1:]) for key, value in frame.items()} == {
+        **camera, **images, "depth": ((48, 64), "f4")}
     assert frame["label"].min() >= -1 and frame["label"].max() < len(CLASSES) and 0 not in frame["instance"]
     assert np.isfinite(frame["depth"]).all() and frame["depth"].min() >= 0
+    with pytest.raises(ValueError, match="split.*'training'"):
+        frames("training", 1, 1)
 
 
 def test_splits_and_seeds_share_no_room_and_no_camera(monkeypatch):
     seen, names = [], defaultdict(set)
 
-    def record(seed):
+    def recorded(seed):
         scene = make_room(seed)
         seen.append(scene["size"])
         return scene
 
-    monkeypatch.setattr(rooms, "make_room", record)
+    monkeypatch.setattr(rooms, "make_room", recorded)
     for split in rooms.SPLITS:
         for seed in (0, 1, 2**32, 2**32 + 1, 2**64):
             for frame in frames(split, 2, 1, seed=seed, size=(6, 8)):
@@ -279,16 +272,7 @@ def test_holes_say_nothing_of_the_class():
 def test_rendering_leaves_scene_and_camera_as_they_were():
     scene, rng = make_room(2), np.random.default_rng(0)
     poses = [rooms.draw_camera(scene, rng) for _ in range(12)]  # enough to see every kind of surface
-    before = {key: np.copy(value) for key, value in scene.items() if key != "look"}
-    palettes = [np.copy(look.palette) for look in scene["look"]]
+    before = pickle.dumps((scene, poses, INTRINSICS))
     for pose in poses:
-        arguments = pose.copy(), INTRINSICS.copy()
-        render(scene, *arguments, (60, 80), rng)
-        assert np.array_equal(arguments[0], pose) and np.array_equal(arguments[1], INTRINSICS)
-    assert all(np.array_equal(scene[key], value) for key, value in before.items())
-    assert all(np.array_equal(look.palette, palette) for look, palette in zip(scene["look"], palettes))
-
-
-def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match="split.*'training'"):
-        frames("training", 1, 1)
+        render(scene, pose, INTRINSICS, (60, 80), rng)
+    assert pickle.dumps((scene, poses, INTRINSICS)) == before
