@@ -213,7 +213,7 @@ def meshes(folder):
 def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_other(tmp_path, capsys):
     """Frames with labels: the table is that of `train.py --eval`, and the images score as what was in memory."""
     folder = tmp_path / "data"
-    train.main(small(tmp_path, *write_rooms_as_scannet(folder, 2, 2, (60, 80)), "--epochs", "1"))
+    train.main(small(tmp_path, write_rooms_as_scannet(folder, 2, 2, (60, 80)), "--epochs 1"))
     path, out = last_checkpoint(tmp_path), tmp_path / "out"
     capsys.readouterr()
     train.main(["--eval", str(path), *ON_CPU])
