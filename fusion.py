@@ -38,9 +38,9 @@ def check_shapes(**fields):
 def check_values(fits: Tensor, message):
     """Raises ValueError if `fits`, a bool scalar, is false. On CUDA a device assertion, which waits for nothing.
 
-    Not checked while torch.compile, torch.export or a torch.func transform traces: a traced value cannot be read.
+    Not checked while torch.compile or torch.export traces: a traced value cannot be read.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return
     if fits.is_cuda:
         torch._assert_async(fits, message)
@@ -201,68 +201,6 @@ def weighted_rows(rows, index, weight):
                            padding_idx=rows.shape[0])
 
 
-class WeightedRows(torch.autograd.Function):
-    """`weighted_rows` with every derivative, also under torch.func; on a CPU backward takes half the built-in time."""
-
-    @staticmethod
-    def forward(rows, index, weight):
-        return weighted_rows(rows, index, weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, index, weight = ctx.saved_tensors
-        needs_rows, _, needs_weight = ctx.needs_input_grad
-        grad_rows = grad_weight = None
-        if torch.is_grad_enabled():  # a second derivative or a transform: operations that have derivatives themselves
-            rows, index = F.pad(rows, (0, 0, 0, 1)), index.long()
-            if needs_rows:
-                share = (weight[..., None] * grad[:, None]).flatten(0, 1)  # (N * K, C)
-                grad_rows = torch.zeros_like(rows).index_add(0, index.flatten(), share)[:-1]
-            if needs_weight:
-                grad_weight = (grad[:, None] * rows[index]).sum(-1)
-            return grad_rows, None, grad_weight
-        if needs_rows and grad.is_cuda:
-            with torch.enable_grad():
-                rows = rows.detach().requires_grad_()
-                grad_rows, = torch.autograd.grad(weighted_rows(rows, index, weight.detach()), rows, grad)
-        elif needs_rows:  # a bag per row
-            entry, order = index.flatten().sort(stable=True)
-            first = torch.searchsorted(entry, torch.arange(len(rows) + 1, dtype=entry.dtype, device=entry.device))
-            order = order[:first[-1]]  # padding entries sort last
-            grad_rows = F.embedding_bag(order // index.shape[1], grad, first, mode="sum", include_last_offset=True,
-                                        per_sample_weights=weight.flatten()[order])
-        if needs_weight:
-            rows = F.pad(rows, (0, 0, 0, 1))
-            grad_weight = torch.stack([(grad * rows[column]).sum(1) for column in index.unbind(1)], 1)
-        return grad_rows, None, grad_weight
-
-    @staticmethod
-    def jvp(ctx, rows_tangent, _, weight_tangent):
-        rows, index, weight = ctx.saved_tensors
-        terms = []
-        if rows_tangent is not None:
-            terms.append(WeightedRows.apply(rows_tangent, index, weight))
-        if weight_tangent is not None:
-            terms.append(WeightedRows.apply(rows, index, weight_tangent))
-        return sum(terms)
-
-    @staticmethod
-    def vmap(info, in_dims, rows, index, weight):
-        """All problems side by side as one: problem i reads the rows from i * R on."""
-        rows, index, weight = (x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-                               for x, dim in zip((rows, index, weight), in_dims))
-        i, r, _ = rows.shape
-        shift = r * torch.arange(i, device=index.device)[:, None, None]
-        index = (index + shift).where(index < r, i * r)  # (I, N, K)
-        output = WeightedRows.apply(rows.flatten(0, 1), index.flatten(0, 1), weight.flatten(0, 1))
-        return output.unflatten(0, index.shape[:2]), 0
-
-
 def view_cells(uv: Tensor, image_size, map_size, view: Tensor, visible: Tensor):
     """Which cells of I feature maps a point reads, and with what weight: the mean over the views that see it.
 
@@ -285,8 +223,7 @@ def sample_cells(feature_map: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(feature_map.device.type, enabled=False):
         rows = feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (I * Hf * Wf, C)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        function = weighted_rows if torch.compiler.is_compiling() else WeightedRows.apply  # what compiles has no jvp
-        return function(rows, index, weight.to(rows.dtype))
+        return weighted_rows(rows, index, weight.to(rows.dtype))
 
 
 def sample_views(feature_map: Tensor, uv: Tensor, image_size, view: Tensor, visible: Tensor) -> Tensor:
@@ -307,8 +244,7 @@ def sample_features(feature_map: Tensor, uv: Tensor, image_size, batch: Tensor) 
 
     feature_map (B, C, Hf, Wf), uv (N, 2) in pixels of images of image_size (H, W), batch (N,) int64 -> (N, C).
     Equals grid_sample(align_corners=False, padding_mode="border") at 2 (u + 0.5) / W - 1; zero if uv is NaN.
-    Works under torch.func.grad, vmap and jvp, and has second derivatives. Raises ValueError for other shapes, and for
-    batch outside [0, B).
+    Has first derivatives. Raises ValueError for other shapes, and for batch outside [0, B).
     """
     check_shapes(feature_map=(feature_map, "B C Hf Wf"), uv=(uv, "N 2"), batch=(batch, "N"))
     b, _, hf, wf = feature_map.shape

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fusion import (BiFusionEncoder, FusionGate, WeightedRows, apply_transform, bilinear_corners, check_batch,
+from fusion import (BiFusionEncoder, FusionGate, apply_transform, bilinear_corners, check_batch,
                     fold_projection, occluded_mask, project_packed, project_to_image, sample_cells, sample_features,
                     sample_views, transform_packed, view_cells, visible_mask, weighted_rows)
 
@@ -326,15 +326,14 @@ def test_cells_that_no_visible_point_touches_have_no_influence_and_get_no_gradie
     assert gradient.isfinite().all() and torch.equal(gradient > 0, touched)
 
 
-@pytest.mark.parametrize("function", [weighted_rows, WeightedRows.apply])
-def test_weighted_rows_are_a_product_with_a_matrix_in_both_directions(function):
+def test_weighted_rows_are_a_product_with_a_matrix_in_both_directions():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     index = torch.randint(8, (40, 5), generator=generator).int()  # 7: no row
     weight = torch.rand(40, 5, generator=generator, dtype=torch.float64).requires_grad_()
     matrix = torch.zeros(40, 8, dtype=torch.float64).scatter_add(1, index.long(), weight)[:, :7]
     upstream = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    ours, theirs = function(rows, index, weight), matrix @ rows
+    ours, theirs = weighted_rows(rows, index, weight), matrix @ rows
     torch.testing.assert_close(ours, theirs)
     gradients = [torch.autograd.grad((out * upstream).sum(), (rows, weight)) for out in (ours, theirs)]
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -373,52 +372,12 @@ def test_half_precision_maps_are_sampled_in_fp32(dtype):
 # ---------------------------------------------------------------------------------------------- transforms
 
 
-def energies():
-    """The squared features of 6 points of 2 scenes as a function of map, uv and batch: sample_features, grid_sample."""
-    def theirs(feature_map, uv, batch):
-        grid = 2 * (uv + 0.5) / uv.new_tensor([50.0, 40.0]) - 1
-        sampled = F.grid_sample(feature_map, grid[None, None].expand(2, 1, 6, 2), align_corners=False,
-                                padding_mode="border")[:, :, 0]
-        return sampled.permute(0, 2, 1)[batch, torch.arange(6)].square().sum()
-    return lambda feature_map, uv, batch: sample_features(feature_map, uv, (40, 50), batch).square().sum(), theirs
-
-
 def problems(n):
-    """n problems for `energies`."""
+    """n inputs of the sampler."""
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(n, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
     uv = torch.rand(n, 6, 2, generator=generator, dtype=torch.float64) * 40
     return maps, uv, torch.randint(2, (n, 6), generator=generator)
-
-
-@pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)], ids=str)
-def test_sampling_under_vmap_and_vmap_of_grad_equals_a_loop(dims):
-    ours, theirs = energies()
-    inputs = problems(3)
-    mapped = tuple(x if dim == 0 else x[0] for x, dim in zip(inputs, dims))
-    singles = [tuple(x[i] if dim == 0 else x[0] for x, dim in zip(inputs, dims)) for i in range(3)]
-    torch.testing.assert_close(torch.func.vmap(ours, dims)(*mapped), torch.stack([theirs(*x) for x in singles]))
-    gradients = torch.func.vmap(torch.func.grad(ours, (0, 1)), dims)(*mapped)
-    for part in (0, 1):
-        expected = torch.stack([torch.func.grad(theirs, (0, 1))(*x)[part] for x in singles])
-        torch.testing.assert_close(gradients[part], expected)
-
-
-def test_sampling_has_forward_second_and_batched_derivatives():
-    maps, uv, batch = (x[0] for x in problems(1))
-    ours, theirs = (lambda f, x, energy=energy: energy(f, x, batch) for energy in energies())
-    tangents = torch.randn_like(maps), torch.randn_like(uv)
-    slope = sum((g * t).sum() for g, t in zip(torch.func.grad(theirs, (0, 1))(maps, uv), tangents))
-    torch.testing.assert_close(torch.func.jvp(ours, (maps, uv), tangents), (theirs(maps, uv), slope))
-    reverse = torch.func.jacrev(torch.func.grad(theirs, (0, 1)), (0, 1))(maps, uv)
-    torch.testing.assert_close(torch.func.hessian(ours, (0, 1))(maps, uv), reverse)  # forward over reverse
-    inputs = maps.requires_grad_(), uv.requires_grad_()
-
-    def features(feature_map, uv):
-        return sample_features(feature_map, uv, (40, 50), batch)
-    assert torch.autograd.gradcheck(features, inputs, check_forward_ad=True, check_batched_grad=True,
-                                    check_batched_forward_grad=True)
-    assert torch.autograd.gradgradcheck(features, inputs)
 
 
 class Sampler(nn.Module):
