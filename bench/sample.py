@@ -13,14 +13,14 @@ IMAGE_SIZE = (240, 320)
 
 
 def loop_of_grid_sample(feature_map, uv, image_size, batch_idx):
-    """What `sample_features` computes, scene by scene: feature_map (B, C, Hf, Wf), uv (N, 2) sorted by scene."""
+    """`sample_features` scene by scene: feature_map (B, C, Hf, Wf), uv (N, 2) sorted by scene."""
     size = uv.new_tensor([image_size[1], image_size[0]])
     features = []
     for scene in range(len(feature_map)):
         grid = (uv[batch_idx == scene] + 0.5) / size * 2 - 1  # (n, 2)
-        sampled = F.grid_sample(feature_map[scene:scene + 1], grid[None, :, None], align_corners=False,
-                                padding_mode="border")  # (1, C, n, 1)
-        features.append(sampled[0, :, :, 0].T)
+        own_map = feature_map[scene:scene + 1]
+        sampled = F.grid_sample(own_map, grid[None, :, None], align_corners=False, padding_mode="border")
+        features.append(sampled[0, :, :, 0].T)  # (n, C)
     return torch.cat(features)
 
 
@@ -38,8 +38,9 @@ def run(args, scenes=8, points=20_000):
 
     inputs = feature_map, uv, IMAGE_SIZE, batch_idx
     gap = (loop_of_grid_sample(*inputs) - sample_features(*inputs)).abs().max().item()
-    seconds = turns({"loop of grid_sample": lambda: both_passes(loop_of_grid_sample),
-                     "sample_features": lambda: both_passes(sample_features)}, args.repeats, device)
+    candidates = {"loop of grid_sample": lambda: both_passes(loop_of_grid_sample),
+                  "sample_features": lambda: both_passes(sample_features)}
+    seconds = turns(candidates, args.repeats, device)
     milliseconds = {name: spent * 1e3 for name, spent in median(seconds).items()}
     print(f"{scenes} scenes of {points} points, 256 channels, forward and backward, {machine(device)}: "
           f"{milliseconds['sample_features']:.0f} ms, {ratio(seconds, 'sample_features', 'loop of grid_sample')} of "

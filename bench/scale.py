@@ -43,7 +43,8 @@ def given_fusion(points, views):
 
 def scene_of(points, views):
     """A batch of one scene: points of a room of 6 x 6 x 3 m, and cameras in its middle that look around."""
-    xyz = torch.rand(points, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([6.0, 6.0, 3.0])
+    generator = torch.Generator().manual_seed(0)
+    xyz = torch.rand(points, 3, generator=generator) * torch.tensor([6.0, 6.0, 3.0])
     eye = torch.tensor([3.0, 3.0, 1.5])
     world2cam = torch.eye(4).repeat(views, 1, 1)
     for view in range(views):
@@ -52,11 +53,17 @@ def scene_of(points, views):
         rotation = torch.tensor([[c, s, 0], [0, 0, -1], [-s, c, 0]])
         world2cam[view, :3, :3] = rotation
         world2cam[view, :3, 3] = -rotation @ eye
-    intrinsics = torch.tensor([[280.0, 0, 159.5], [0, 280, 119.5], [0, 0, 1]]).repeat(1, views, 1, 1)
-    return {"points": xyz, "coords": xyz, "features": xyz, "batch": torch.zeros(points, dtype=torch.long),
-            "world2cam": world2cam[None], "intrinsics": intrinsics, "depth": torch.full((1, views, H, W), 4.0),
-            "depth_intrinsics": intrinsics, "clip_tokens": torch.zeros(1, views, 1, 1, 1),
-            "clip_pooled": torch.zeros(1, views, 256)}
+    intrinsics = torch.tensor([[280.0, 0, 159.5], [0, 280, 119.5], [0, 0, 1]])
+    intrinsics = intrinsics.repeat(1, views, 1, 1)
+    return {
+        "points": xyz, "coords": xyz, "features": xyz,
+        "batch": torch.zeros(points, dtype=torch.long),
+        "world2cam": world2cam[None],
+        "intrinsics": intrinsics,
+        "depth": torch.full((1, views, H, W), 4.0),
+        "depth_intrinsics": intrinsics,
+        "clip_tokens": torch.zeros(1, views, 1, 1, 1),
+        "clip_pooled": torch.zeros(1, views, 256)}
 
 
 def plain_fusion(fusion, batch):
@@ -66,15 +73,18 @@ def plain_fusion(fusion, batch):
     total = torch.zeros_like(feat_3d)
     count = points.new_zeros(len(points), 1)
     homogeneous = torch.cat([points, torch.ones_like(points[:, :1])], 1)
-    for view, (world2cam, intrinsics) in enumerate(zip(batch["world2cam"][0], batch["intrinsics"][0])):
+    size = points.new_tensor([W, H])
+    cameras = zip(batch["world2cam"][0], batch["intrinsics"][0])
+    for view, (world2cam, intrinsics) in enumerate(cameras):
         pixel = (homogeneous @ world2cam[:3].T) @ intrinsics.T  # (N, 3)
         depth = pixel[:, 2]
-        grid = (pixel[:, :2] / pixel[:, 2:] + 0.5) / pixel.new_tensor([W, H]) * 2 - 1
+        grid = (pixel[:, :2] / pixel[:, 2:] + 0.5) / size * 2 - 1
         surface = F.grid_sample(batch["depth"][:, view:view + 1], grid[None, None], mode="nearest",
                                 align_corners=False)[0, 0, 0]  # (N,)
         in_image = (depth > 0) & (grid.abs() <= 1).all(1)
         seen = (in_image & ((surface == 0) | (depth <= surface + 0.05)))[:, None]
-        feature_map = fusion.norm_2d(fusion.encoder_2d.maps[view].permute(1, 2, 0)).permute(2, 0, 1)
+        feature_map = fusion.encoder_2d.maps[view].permute(1, 2, 0)
+        feature_map = fusion.norm_2d(feature_map).permute(2, 0, 1)
         sampled = F.grid_sample(feature_map[None], grid[None, None], align_corners=False,
                                 padding_mode="border")[0, :, 0].T  # (N, 256)
         total = total + sampled.where(seen, 0)
@@ -100,7 +110,8 @@ def measure(plain, points, backward, device):
             fused.backward(torch.ones_like(fused))
         spent.append(now(device) - start)
         del fused
-    return min(spent), torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
+    return min(spent), peak
 
 
 def run(args):
@@ -122,7 +133,9 @@ def run(args):
             times.append(seconds)
             peaks.append(peak)
             print(f"  {name:38s} {size:8d} points {seconds:8.3f} s  {peak:6.2f} GiB{note}")
-        print(f"  {name:38s} exponents: time {exponent(sizes, times):.3f}, memory {exponent(sizes, peaks):.3f}")
+        growth = f"time {exponent(sizes, times):.3f}, memory {exponent(sizes, peaks):.3f}"
+        print(f"  {name:38s} exponents: {growth}")
         seconds_panel[name] = (sizes, times)
         memory_panel[name] = (sizes, peaks)
-    return {f"seconds by points, {VIEWS} views": seconds_panel, f"GiB by points, {VIEWS} views": memory_panel}
+    return {f"seconds by points, {VIEWS} views": seconds_panel,
+            f"GiB by points, {VIEWS} views": memory_panel}

@@ -5,13 +5,14 @@ The towers are tiny open_clip models of the same classes as the real ones; `ViT-
 """
 import copy
 import importlib.util
+import io
 import json
 import math
 import os
 import re
 import socket
-import time
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -22,9 +23,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import encoder as encoder_module
-from encoder import (
-    ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip, offline_without_network,
-    resize_position_embedding, semi_orthogonal, set_tf32)
+from encoder import (ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip,
+                     offline_without_network, resize_position_embedding, semi_orthogonal, set_tf32)
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
@@ -32,6 +32,7 @@ TOWERS = {
     "tiny-vit": {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT},
     "tiny-vit-quickgelu": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
     "tiny-scaled": {"embed_dim": 32, "vision_cfg": {**VISION, "ls_init_value": 0.3}, "text_cfg": TEXT},
+    "tiny-short": {"embed_dim": 32, "vision_cfg": {**VISION, "layers": 1}, "text_cfg": TEXT},
     "tiny-average": {"embed_dim": 32, "text_cfg": TEXT,
                      "vision_cfg": {**VISION, "pool_type": "avg", "final_ln_after_pool": True}},
     "tiny-attention-pool": {"embed_dim": 32, "text_cfg": TEXT,
@@ -39,12 +40,9 @@ TOWERS = {
     "tiny-timm": {"embed_dim": 192, "text_cfg": TEXT,
                   "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
                                  "timm_pool": "map", "timm_proj": "none", "image_size": 64}},
-    # the class token through one layer, the mean of normalized tokens, the normalized mean of tokens, an MLP
-    **{f"tiny-timm-{kind}": {"embed_dim": 32, "text_cfg": TEXT,
-                             "vision_cfg": {"timm_model_name": model, "timm_pool": pool, "timm_proj": proj,
-                                            "image_size": 160}}
-       for kind, model, pool, proj in (("token", "test_vit", "token", None), ("average", "test_vit", "avg", "linear"),
-                                       ("norm", "test_vit2", "avg", "linear"), ("mlp", "test_vit", "token", "mlp"))},
+    "tiny-timm-average": {"embed_dim": 32, "text_cfg": TEXT,
+                          "vision_cfg": {"timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear",
+                                         "image_size": 160}},
     "tiny-uneven": {"embed_dim": 32, "vision_cfg": {**VISION, "image_size": (66, 75)}, "text_cfg": TEXT},
     "tiny-coca": {"embed_dim": 32, "custom_text": True,
                   "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
@@ -54,9 +52,13 @@ TOWERS = {
                     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
 }
 VITS = [name for name in TOWERS if name not in ("tiny-resnet", "tiny-uneven")]
-
-
 OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+
+
+@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request):
+    """Where the test computes."""
+    return request.param
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,49 +80,44 @@ def checkpoint(towers, tmp_path_factory):
 
 
 def sample_images(encoder, b=2):
-    return torch.rand(b, 3, *encoder.image_size, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(b, 3, *encoder.image_size, generator=torch.Generator().manual_seed(1))
+    return images.to(encoder.global_proj.device)
 
 
-def normalized(images, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD):
+def normalized(images, mean=OPENAI[0], std=OPENAI[1]):
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
 
 
-# ---------------------------------------------------------------------------------------------- features
+def from_file(checkpoint, **options):
+    return Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, **options)
+
+
+# -------------------------------------------------------------------------------- features
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_pooled_equals_open_clips_encode_image(name):
-    encoder = Enhanced2DEncoder(name, None, image_size=64)
+def test_pooled_equals_open_clips_encode_image(device, name):
+    encoder = Enhanced2DEncoder(name, None, image_size=64).to(device)
     images = sample_images(encoder)
     tokens, pooled = encoder.encode(images)
     cfg = encoder.clip.visual.preprocess_cfg
     with torch.no_grad():
         expected = encoder.clip.encode_image(normalized(images, cfg["mean"], cfg["std"]))
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-6)  # of a CoCa: both are normalized
-    assert tokens.shape == (2, encoder.token_dim, *encoder.grid) and encoder.patch == (16, 16)
+    assert tokens.shape[0] == 2 and tokens.shape[2:] == encoder.grid == (4, 4)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("field", ["visual.conv1.weight", "text_projection"])
+@pytest.mark.parametrize("field, bad", [("visual.conv1.weight", math.nan), ("text_projection", math.inf)])
 def test_weights_of_a_file_with_nan_or_inf_are_refused_by_name(checkpoint, tmp_path, field, bad):
     weights = torch.load(checkpoint, weights_only=True)
     weights[field].view(-1)[3] = bad
     torch.save(weights, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=f"bad.pt: field {field} .* holds NaN or inf"):
-        Enhanced2DEncoder("tiny-vit", tmp_path / "bad.pt", mean_std=OPENAI)
-
-
-def test_weights_of_a_file_give_the_features_that_open_clip_gives_with_them(checkpoint):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
-    model = open_clip.create_model("tiny-vit", pretrained=str(checkpoint)).eval()
-    images = sample_images(encoder)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.encode(images)[1], model.encode_image(normalized(images)))
-    assert not torch.equal(encoder.encode(images)[1], Enhanced2DEncoder("tiny-vit", None).encode(images)[1])
+    with pytest.raises(ValueError, match=f"bad.pt: field {field} holds NaN or inf"):
+        from_file(tmp_path / "bad.pt")
 
 
 def test_tokens_are_the_last_blocks_output_after_the_final_norm_in_image_order(checkpoint):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=(32, 96))
+    encoder = from_file(checkpoint, image_size=(32, 96))
     images, seen = sample_images(encoder), []
     hook = encoder.clip.visual.transformer.resblocks[-1].register_forward_hook(lambda *a: seen.append(a[-1]))
     tokens, pooled = encoder.encode(images)
@@ -134,7 +131,7 @@ def test_tokens_are_the_last_blocks_output_after_the_final_norm_in_image_order(c
 
 def test_a_patch_lands_in_its_own_cell(checkpoint):
     """Without attention between patches, only the token under a changed patch changes."""
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=(32, 96))
+    encoder = from_file(checkpoint, image_size=(32, 96))
     for block in encoder.clip.visual.transformer.resblocks:
         nn.init.zeros_(block.attn.out_proj.weight)
     images = sample_images(encoder, 1)
@@ -145,31 +142,18 @@ def test_a_patch_lands_in_its_own_cell(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-timm"])
-def test_an_image_is_encoded_alone_as_in_a_batch(name):
-    encoder = Enhanced2DEncoder(name, None, image_size=64)
+def test_all_ways_to_the_features_agree_alone_and_in_a_batch(name):
+    encoder = Enhanced2DEncoder(name, None, embed_dim=48, image_size=64)
     images = sample_images(encoder, 3)
-    for whole, part in zip(encoder(images), zip(*[encoder(image[None]) for image in images])):
+    spatial, global_ = encoder(images)
+    assert spatial.shape == (3, 48, 4, 4) and global_.shape == (3, 48)
+    assert torch.equal(encoder.forward_spatial(images), spatial)
+    assert torch.equal(encoder.forward_global(images), global_)
+    for whole, part in zip((spatial, global_), zip(*[encoder(image[None]) for image in images])):
         torch.testing.assert_close(whole, torch.cat(part), rtol=1e-4, atol=1e-5)
 
 
-def test_all_ways_to_the_features_agree():
-    encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=48)
-    images = sample_images(encoder)
-    spatial, global_ = encoder(images)
-    assert spatial.shape == (2, 48, 4, 4) and global_.shape == (2, 48)
-    assert torch.equal(encoder.forward_spatial(images), spatial)
-    assert torch.equal(encoder.forward_global(images), global_)
-    assert all(map(torch.equal, encoder.project(*encoder.encode(images)), (spatial, global_)))
-
-
-def test_the_shipped_sizes():
-    encoder = Enhanced2DEncoder("ViT-S-16-alt", None)
-    with torch.no_grad():
-        spatial, global_ = encoder(torch.rand(1, 3, 224, 224))
-    assert spatial.shape == (1, 256, 14, 14) and global_.shape == (1, 256)
-
-
-# ---------------------------------------------------------------------------------------------- dense features
+# -------------------------------------------------------------------------------- dense features
 
 
 def inner(encoder, images):
@@ -251,22 +235,12 @@ def test_the_dense_target_is_the_fixed_map_of_unit_vectors_and_has_no_gradient()
     torch.testing.assert_close(target[1, :, 2, 3], encoder.project_global(dense[1:, :, 2, 3])[0], rtol=1e-2, atol=1e-3)
 
 
-def test_prompts_and_dense_features_share_clips_own_space():
-    encoder = Enhanced2DEncoder("tiny-vit", None)
-    prompts = ["a chair", "a table", "wall"]
-    text = encoder.encode_prompts(prompts)
-    with torch.no_grad():
-        expected = encoder.clip.encode_text(open_clip.get_tokenizer("tiny-vit")(prompts), normalize=True)
-    torch.testing.assert_close(text, expected)
-    assert not text.requires_grad and text.shape[1] == encoder.encode_dense(sample_images(encoder)).shape[1]
-
-
-# ---------------------------------------------------------------------------------------------- image size
+# -------------------------------------------------------------------------------- image size
 
 
 @pytest.mark.parametrize("size", [(96, 96), (32, 32), (48, 80), (32, 128)])  # the last has as many patches as 64 x 64
 def test_position_embedding_is_resized_as_open_clip_does(checkpoint, size):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=size)
+    encoder = from_file(checkpoint, image_size=size)
     grid = (size[0] // 16, size[1] // 16)
     native = torch.load(checkpoint, weights_only=True)["visual.positional_embedding"]
     if grid[0] * grid[1] != 16:
@@ -284,17 +258,6 @@ def test_position_embedding_is_resized_as_open_clip_does(checkpoint, size):
     assert encoder.encode(sample_images(encoder))[0].shape == (2, 64, *grid)
 
 
-def test_a_resized_embedding_keeps_a_constant_and_the_direction_of_a_ramp():
-    row, column = torch.meshgrid(torch.linspace(0, 1, 4), torch.linspace(0, 1, 4), indexing="ij")
-    embedding = torch.cat([torch.full((1, 3), 9.0), torch.stack([torch.ones(16), row.flatten(), column.flatten()], 1)])
-    resized = resize_position_embedding(embedding, (4, 4), (2, 8))
-    assert torch.equal(resized[0], embedding[0])
-    constant, rows, columns = resized[1:].view(2, 8, 3).unbind(-1)
-    torch.testing.assert_close(constant, torch.ones(2, 8))
-    assert (rows.diff(dim=0) > 0.1).all() and rows.diff(dim=1).abs().max() < 1e-5
-    assert columns.diff(dim=1).min() > 0.02 and columns.diff(dim=0).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("size", [(64, 96), (32, 128)])
 def test_timm_towers_take_other_sizes(size):
     encoder = Enhanced2DEncoder("tiny-timm", None, image_size=size)
@@ -305,7 +268,7 @@ def test_timm_towers_take_other_sizes(size):
 def test_the_border_that_the_patches_do_not_cover_is_left_out():
     """As of SO400M at 384: 27 patches of 14 cover 378 pixels."""
     encoder = Enhanced2DEncoder("tiny-uneven", None)
-    assert (encoder.patch, encoder.image_size, encoder.grid) == ((16, 16), (64, 64), (4, 4))
+    assert encoder.image_size == (64, 64) and encoder.grid == (4, 4)
     images = torch.rand(2, 3, 66, 75)
     with torch.no_grad():
         expected = open_clip.create_model("tiny-uneven").eval()
@@ -313,11 +276,11 @@ def test_the_border_that_the_patches_do_not_cover_is_left_out():
         torch.testing.assert_close(encoder.encode(images[..., :64, :64])[1], expected.encode_image(normalized(images)))
 
 
-# ---------------------------------------------------------------------------------------------- frozen
+# -------------------------------------------------------------------------------- frozen
 
 
 def test_frozen_in_every_sense(checkpoint):
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
+    encoder = from_file(checkpoint)
     before = copy.deepcopy(encoder.clip.state_dict())
     assert [name for name, _ in encoder.named_parameters()] == ["spatial_proj.weight", "spatial_proj.bias"]
     assert sorted(encoder.state_dict()) == ["global_proj", "spatial_proj.bias", "spatial_proj.weight"]
@@ -363,27 +326,21 @@ def test_trainable_blocks_get_gradients_and_nothing_else_does(name, k):
     assert not any(m.training for m in encoder.clip.modules())
 
 
-def test_trained_blocks_come_back_with_the_state_dict():
-    encoder = Enhanced2DEncoder("tiny-vit", None, trainable_blocks=1)
-    images = sample_images(encoder)
-    with torch.no_grad():
-        for p in encoder.parameters():
-            p.add_(0.1)
-    other = Enhanced2DEncoder("tiny-vit", None, trainable_blocks=1)
-    assert not torch.equal(other(images)[1], encoder(images)[1])
-    other.load_state_dict(encoder.state_dict())
-    assert all(map(torch.equal, other(images), encoder(images)))
-
-
-def test_trainable_blocks_leave_the_numbers_alone_and_respect_no_grad():
+def test_trainable_blocks_leave_the_numbers_alone_respect_no_grad_and_come_back_with_the_state_dict():
     frozen, freed = (Enhanced2DEncoder("tiny-vit", None, trainable_blocks=k) for k in (0, 3))
     images = sample_images(frozen)
     torch.testing.assert_close(frozen.encode(images), freed.encode(images))
     with torch.no_grad():
         assert not freed.encode(images)[0].requires_grad
+        for p in freed.parameters():
+            p.add_(0.1)
+    other = Enhanced2DEncoder("tiny-vit", None, trainable_blocks=3)
+    assert not torch.equal(other(images)[1], freed(images)[1])
+    other.load_state_dict(freed.state_dict())
+    assert all(map(torch.equal, other(images), freed(images)))
 
 
-# ---------------------------------------------------------------------------------------------- projections
+# -------------------------------------------------------------------------------- projections
 
 
 @pytest.mark.parametrize("rows, cols", [(256, 512), (256, 32), (5, 5), (1, 7)])
@@ -397,46 +354,18 @@ def test_the_global_map_is_semi_orthogonal_and_always_the_same(rows, cols):
     assert torch.equal(matrix, semi_orthogonal(rows, cols))
 
 
-def test_a_map_into_more_dimensions_keeps_all_cosines_and_text_passes_through_the_same_one():
+def test_text_is_clips_own_and_a_map_into_more_dimensions_keeps_its_cosines_with_images():
     encoder = Enhanced2DEncoder("tiny-vit", None, embed_dim=64)
     images, prompts = sample_images(encoder, 3), ["a chair", "a table", "wall", "the ceiling"]
-    tokenizer = open_clip.get_tokenizer("tiny-vit")
     with torch.no_grad():
         image = encoder.clip.encode_image(normalized(images), normalize=True)
-        text = encoder.clip.encode_text(tokenizer(prompts), normalize=True)
-    ours = [nn.functional.normalize(x, dim=1) for x in (encoder.forward_global(images), encoder.encode_text(prompts))]
-    assert encoder.encode_text(prompts).shape == (4, 64)
-    torch.testing.assert_close(ours[0] @ ours[1].T, image @ text.T, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-average"])
-def test_projected_tokens_share_the_space_of_the_global_feature(name):
-    encoder = Enhanced2DEncoder(name, None, embed_dim=64)
-    tokens, pooled = encoder.encode(sample_images(encoder))
-    dense = encoder.project_dense(tokens)
-    expected = encoder.project_global(tokens[1, :, 2, 3] @ encoder.clip.visual.proj)
-    torch.testing.assert_close(dense[1, :, 2, 3], expected, rtol=1e-4, atol=1e-5)
-    assert not dense.requires_grad
-    # what the tower does to its pooled token, the same map does to it
-    with torch.no_grad():
-        class_token = torch.linalg.lstsq(encoder.clip.visual.proj.T, pooled.T).solution.T[:, :, None, None]
-    torch.testing.assert_close(encoder.project_dense(class_token)[..., 0, 0], encoder.project_global(pooled),
-                               rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["tiny-timm-token", "tiny-timm-average", "tiny-timm-norm"])
-@torch.no_grad()
-def test_any_linear_head_takes_a_token_where_the_tower_takes_its_pooled_one(name):
-    encoder = Enhanced2DEncoder(name, None, embed_dim=64)
-    trunk = encoder.clip.visual.trunk
-    for linear in (trunk.head, *encoder.clip.visual.head):
-        if isinstance(linear, nn.Linear) and linear.bias is not None:
-            nn.init.normal_(linear.bias)
-    images = sample_images(encoder)
-    before_head = trunk.pool(trunk.forward_features(normalized(images)))  # (B, D)
-    torch.testing.assert_close(encoder.project_dense(before_head[:, :, None, None])[..., 0, 0],
-                               encoder.forward_global(images), rtol=1e-4, atol=1e-5)
-    assert encoder.project_dense(encoder.encode(images)[0]).shape == (2, 64, 10, 10)
+        text = encoder.clip.encode_text(open_clip.get_tokenizer("tiny-vit")(prompts), normalize=True)
+    torch.testing.assert_close(encoder.encode_prompts(prompts), text)
+    assert not encoder.encode_prompts(prompts).requires_grad
+    mapped = encoder.encode_text(prompts)
+    assert mapped.shape == (4, 64)
+    ours = nn.functional.normalize(encoder.forward_global(images)) @ nn.functional.normalize(mapped).T
+    torch.testing.assert_close(ours, image @ text.T, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -452,7 +381,7 @@ def test_cached_half_precision_features_and_autocast_pass(dtype):
             torch.testing.assert_close(low.float(), full.float(), rtol=0.1, atol=0.1)
 
 
-# ---------------------------------------------------------------------------------------------- weights
+# -------------------------------------------------------------------------------- weights
 
 
 def test_the_random_tower_is_always_the_same_and_leaves_the_global_rng_alone():
@@ -466,42 +395,49 @@ def test_the_random_tower_is_always_the_same_and_leaves_the_global_rng_alone():
 
 
 def test_the_fingerprint_changes_with_all_that_the_features_depend_on(checkpoint):
-    digests = [Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI).fingerprint()]
-    assert Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, embed_dim=8).fingerprint() == digests[0]
+    digests = [from_file(checkpoint).fingerprint()]
+    assert from_file(checkpoint, embed_dim=8).fingerprint() == digests[0]
     digests += [Enhanced2DEncoder("tiny-vit", None).fingerprint(),
                 Enhanced2DEncoder("tiny-vit-quickgelu", checkpoint, mean_std=OPENAI).fingerprint(),
-                Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI, image_size=(32, 128)).fingerprint()]
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
+                from_file(checkpoint, image_size=(32, 128)).fingerprint()]
+    encoder = from_file(checkpoint)
     encoder.model_name = "tiny-vit-quickgelu"  # the same name, weights and size: only the activation differs
     digests.append(encoder.fingerprint())
-    encoder = Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI)
+    encoder = from_file(checkpoint)
     encoder.clip.visual.preprocess_cfg = {**encoder.clip.visual.preprocess_cfg, "mean": (0.5, 0.5, 0.5)}
     digests.append(encoder.fingerprint())
     assert len(set(digests)) == len(digests)
 
 
-@pytest.mark.parametrize("content", ["text", "truncated", "other model", "not weights"])
-def test_a_wrong_checkpoint_file_is_named(tmp_path, checkpoint, content):
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_a_wrong_checkpoint_file_is_named(tmp_path, checkpoint):
     path = tmp_path / "wrong.pt"
-    if content == "text":
-        path.write_text("not a checkpoint")
-    elif content == "truncated":
-        path.write_bytes(checkpoint.read_bytes()[:1000])
-    elif content == "other model":
-        torch.save(nn.Linear(2, 2).state_dict(), path)
-    else:
-        torch.save([1, 2, 3], path)
-    with pytest.raises(ValueError, match=r"wrong\.pt.*tiny-vit"):
-        Enhanced2DEncoder("tiny-vit", path, mean_std=OPENAI)
+    truncated, other = checkpoint.read_bytes()[:1000], saved(nn.Linear(2, 2).state_dict())
+    for content in (b"not a checkpoint", truncated, other, saved([1])):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tiny-vit.*wrong\.pt could not be loaded"):
+            from_file(path)
 
 
-@pytest.mark.parametrize("pretrained, advice", [("openai", "ViT-B-32-quickgelu;"), ("laion2b_e16", "ViT-B-32;")])
-def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch, pretrained, advice):
-    def no_network(name, pretrained=None, **_):
+@pytest.mark.parametrize("pretrained, quick_gelu, file_model", [
+    ("openai", True, "ViT-B-32-quickgelu"), ("laion2b_e16", False, "ViT-B-32")])
+def test_a_tag_sets_the_activation_and_if_it_cannot_be_downloaded_says_what_to_do(
+        monkeypatch, pretrained, quick_gelu, file_model):
+    options = {}
+
+    def no_network(name, **given):
+        options.update(given)
         raise RuntimeError("connection refused")
-    monkeypatch.setattr(encoder_module.open_clip, "create_model", no_network)
-    with pytest.raises(FileNotFoundError, match=f"ViT-B-32/{pretrained}.*connection refused.*{advice}"):
+
+    monkeypatch.setattr(open_clip, "create_model", no_network)
+    with pytest.raises(FileNotFoundError, match=f"ViT-B-32.*{pretrained}.*connection refused.*{file_model};"):
         Enhanced2DEncoder("ViT-B-32", pretrained)
+    assert options == {"pretrained": pretrained, "force_quick_gelu": quick_gelu}
 
 
 def no_route(*_, **__):
@@ -509,16 +445,12 @@ def no_route(*_, **__):
 
 
 def test_without_a_network_the_hub_client_does_not_retry(monkeypatch, tmp_path, caplog):
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(socket, "create_connection", no_route)
     monkeypatch.setattr(encoder_module, "getproxies", dict)
-    before = constants.HF_HUB_OFFLINE
-    start = time.monotonic()
-    with pytest.raises(FileNotFoundError, match="ViT-B-32/laion2b_e16 could not be loaded"):
+    with pytest.raises(FileNotFoundError, match="ViT-B-32.*laion2b_e16 could not be loaded"):
         load_clip("ViT-B-32", "laion2b_e16")
-    assert time.monotonic() - start < 15 and "Retry" not in caplog.text
-    assert constants.HF_HUB_OFFLINE is before
+    assert "Retry" not in caplog.text
 
 
 @pytest.mark.parametrize("connect, proxies, offline", [
@@ -534,23 +466,14 @@ def test_the_hub_client_is_offline_only_if_nothing_else_could_lead_to_the_hub(mo
     assert constants.HF_HUB_OFFLINE is False
 
 
-@pytest.mark.parametrize("pretrained, quick_gelu", [("openai", True), ("laion2b_e16", False)])
-def test_a_tag_is_loaded_with_the_activation_that_it_was_trained_with(monkeypatch, pretrained, quick_gelu):
-    asked = {}
-    monkeypatch.setattr(encoder_module.open_clip, "create_model", lambda name, **options: asked.update(options))
-    load_clip("ViT-B-32", pretrained)
-    assert asked == {"pretrained": pretrained, "force_quick_gelu": quick_gelu}
-
-
-# ---------------------------------------------------------------------------------------------- scaling of images
+# -------------------------------------------------------------------------------- scaling of images
 
 
 def test_a_file_takes_the_scaling_on_which_all_tags_of_its_model_agree(checkpoint):
-    """The file may be any: its content says nothing of mean and std."""
     undecided = set()
     for name in open_clip.list_models():
         configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-        scalings = [{key: config[key] for key in ("mean", "std", "interpolation")} for config in configs]
+        scalings = [{key: config[key] for key in ("mean", "std")} for config in configs]
         try:
             found = image_scaling(name, checkpoint)
         except ValueError as error:
@@ -561,10 +484,10 @@ def test_a_file_takes_the_scaling_on_which_all_tags_of_its_model_agree(checkpoin
     tagged = {name for name in open_clip.list_models() if open_clip.list_pretrained_tags_by_model(name)}
     assert undecided & tagged == {"ViT-L-14"}
     assert image_scaling("ViT-B-16-SigLIP", checkpoint)["mean"] == (0.5, 0.5, 0.5)
-    assert image_scaling("MobileCLIP-B", checkpoint)["interpolation"] == "bilinear"
 
 
-def test_the_caller_may_say_the_scaling_in_numbers_or_by_a_tag(checkpoint):
+def test_the_scaling_may_be_given_in_numbers_or_by_a_tag_and_random_weights_and_tags_need_none(checkpoint):
+    assert image_scaling("tiny-vit", None) == image_scaling("ViT-L-14", "openai") == {}
     assert image_scaling("ViT-L-14", checkpoint, "laion2b_s32b_b82k")["mean"] == (0.5, 0.5, 0.5)
     assert image_scaling("ViT-L-14", checkpoint, "openai")["std"] == open_clip.OPENAI_DATASET_STD
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -573,15 +496,10 @@ def test_the_caller_may_say_the_scaling_in_numbers_or_by_a_tag(checkpoint):
     images = sample_images(encoder)
     with torch.no_grad():
         torch.testing.assert_close(encoder.encode(images)[1], model.encode_image(normalized(images, mean, std)))
-    assert encoder.interpolation == "bicubic"
-    assert encoder.fingerprint() != Enhanced2DEncoder("tiny-vit", checkpoint, mean_std=OPENAI).fingerprint()
+    assert encoder.fingerprint() != from_file(checkpoint).fingerprint()
 
 
-def test_random_weights_and_tags_need_no_scaling():
-    assert image_scaling("tiny-vit", None) == image_scaling("ViT-L-14", "openai") == {}
-
-
-# ---------------------------------------------------------------------------------------------- names with weights
+# -------------------------------------------------------------------------------- names with weights
 
 
 @pytest.fixture
@@ -609,78 +527,67 @@ def test_a_published_folder_brings_its_weights_scaling_and_tokenizer(folder, che
     images = sample_images(same)
     assert all(map(torch.equal, encoder.encode(images), same.encode(images)))
     assert torch.equal(encoder.encode_text(["a chair"]), same.encode_text(["a chair"]))
-    assert encoder.interpolation == "bilinear"
     assert not torch.equal(Enhanced2DEncoder(name, None).encode(images)[1], encoder.encode(images)[1])
+    with pytest.raises(ValueError, match="pretrained must be 'own' or None, got 'openai'"):
+        load_clip(name, "openai")
 
 
-@pytest.mark.parametrize("harm, error, message", [
-    (lambda folder: None, ValueError, "brings its own weights.*'own'.*got 'openai'"),
-    (lambda folder: (folder / "open_clip_config.json").unlink(), FileNotFoundError, "no usable open_clip_config.json"),
-    (lambda folder: (folder / "open_clip_config.json").write_text("{}"), FileNotFoundError, "no usable.*model_cfg"),
-    (lambda folder: (folder / "open_clip_pytorch_model.bin").unlink(), FileNotFoundError, "could not be loaded"),
-    (lambda folder: (folder / "open_clip_pytorch_model.bin").write_text("no"), FileNotFoundError, "could not be loaded"),
-    (lambda folder: (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TOWERS["tiny-vit"]})),
-     ValueError, "must be given as mean_std.*its tags: none")])
-def test_a_folder_that_lacks_something_is_named_with_what_it_lacks(folder, harm, error, message):
-    harm(folder)
-    with pytest.raises(error, match=f"{folder.name}.*{message}|{message}.*{folder.name}|{message}"):
-        Enhanced2DEncoder(f"local-dir:{folder}", "openai" if "openai" in message else "own")
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_pytorch_model.bin"
 
 
-def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("connection refused")
+@pytest.mark.parametrize("file, content, error, message", [
+    (CONFIG, None, FileNotFoundError, "no usable open_clip_config.json"),
+    (CONFIG, "{}", FileNotFoundError, "no usable open_clip_config.json.*model_cfg"),
+    (CONFIG, json.dumps({"model_cfg": TOWERS["tiny-vit"]}), ValueError, "must be given as mean_std.*its tags: none"),
+    (WEIGHTS, None, FileNotFoundError, "could not be loaded"),
+    (WEIGHTS, "no", FileNotFoundError, "could not be loaded")])
+def test_a_folder_that_lacks_something_is_named_with_what_it_lacks(folder, file, content, error, message):
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    with pytest.raises(error) as raised:
+        Enhanced2DEncoder(f"local-dir:{folder}", "own")
+    assert folder.name in str(raised.value) and re.search(message, str(raised.value))
+
+
+def test_a_hub_that_cannot_be_reached_and_a_missing_package_are_named(monkeypatch):
+    def raises(error):
+        def function(*_, **__):
+            raise error
+        return function
+
+    encoder, no_network = Enhanced2DEncoder("tiny-vit", None), raises(OSError("no connection"))
     monkeypatch.setattr(open_clip.pretrained, "download_pretrained_from_hf", no_network)
-    with pytest.raises(FileNotFoundError, match="hf-hub:someone/model.*open_clip_config.json.*connection refused"):
+    with pytest.raises(FileNotFoundError, match="hf-hub:someone/model.*open_clip_config.json.*no connection"):
         Enhanced2DEncoder("hf-hub:someone/model", "own")
-
-
-def test_files_of_another_hub_that_cannot_be_reached_are_named(monkeypatch):
-    """A text tower's config, and a tokenizer, of the transformers package."""
-    def no_network(*_, **__):
-        raise OSError("no connection")
-    encoder = Enhanced2DEncoder("tiny-vit", None)
-    monkeypatch.setattr(open_clip, "get_tokenizer", no_network)
+    monkeypatch.setattr(open_clip, "get_tokenizer", no_network)  # of the transformers package
     with pytest.raises(FileNotFoundError, match="tiny-vit.*tokenizer.*no connection"):
         encoder.encode_prompts(["a chair"])
-    monkeypatch.setattr(open_clip, "create_model", no_network)
+    monkeypatch.setattr(open_clip, "create_model", no_network)  # for the config of a text tower
     with pytest.raises(FileNotFoundError, match="tiny-vit.*no connection"):
         load_clip("tiny-vit", None)
 
-
-def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(open_clip, "get_tokenizer", raises(ModuleNotFoundError(name="transformers")))
+    with pytest.raises(ValueError, match="tiny-vit: its tokenizer needs: pip install transformers"):
+        encoder.encode_prompts(["a chair"])
     monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="roberta-ViT-B-32.*text tower roberta-base needs.*pip install transformers"):
+    with pytest.raises(ValueError, match="roberta-ViT-B-32.*text tower roberta-base needs: pip install transformers"):
         Enhanced2DEncoder("roberta-ViT-B-32", None)
 
-    def no_tokenizer(name):
-        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
-    encoder = Enhanced2DEncoder("tiny-vit", None)
-    monkeypatch.setattr(open_clip, "get_tokenizer", no_tokenizer)
-    with pytest.raises(ValueError, match="tiny-vit: its tokenizer needs the package transformers"):
-        encoder.encode_prompts(["a chair"])
 
-
-# ---------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------- refusals
 
 
 def vit(**options):
     return Enhanced2DEncoder("tiny-vit", None, **options)
 
 
-def dense(name, size=64):
-    encoder = Enhanced2DEncoder(name, None, image_size=size)
-    return encoder.project_dense(encoder.encode(sample_images(encoder))[0])
-
-
 @pytest.mark.parametrize("call, message", [
     (lambda: Enhanced2DEncoder("ViT-B-61", None), "'ViT-B-61'.*ViT-B-16"),
-    (lambda: image_scaling("ViT-L-14", __file__), r"test_encoder\.py.*got None.*openai: mean .0\.48.*82k: mean .0\.5"),
+    (lambda: image_scaling("ViT-L-14", __file__), r"test_encoder\.py.*got None.*openai: .*0\.48.*82k: .*0\.5"),
     (lambda: image_scaling("ViT-L-14", __file__, "laion"), "got 'laion'.*laion400m_e31"),
     (lambda: image_scaling("tiny-vit", __file__), "tag of tiny-vit, got None; its tags: none"),
     *((lambda pair=pair: image_scaling("tiny-vit", None, pair), "3 means and 3 positive")
       for pair in ((0, 0, 0, 1, 1, 1), ((0, 0, 0), (1, 0, 1)), ((0, 0, float("nan")), (1, 1, 1)))),
-    (lambda: Enhanced2DEncoder("tiny-resnet", None), "tiny-resnet.*not a vision transformer"),
+    (lambda: Enhanced2DEncoder("tiny-resnet", None), "tiny-resnet: ModifiedResNet is not a vision transformer"),
     (lambda: Enhanced2DEncoder("ViT-B-32", "missing.pt"), r"missing\.pt.*no such file.*laion400m_e32"),
     *((lambda size=size: vit(image_size=size), r"image_size.*\(16, 16\)")
       for size in (60, (64, 60), 0, (64,), (64, 64, 64), (-64, 64), 8)),
@@ -695,71 +602,13 @@ def dense(name, size=64):
     (lambda: vit().encode_dense(torch.zeros(1, 3, 64, 32)), r"\(B, 3, 64, 64\).*\(1, 3, 64, 32\)"),
     (lambda: vit().encode_prompts("a chair"), "list of at least one string, got 'a chair'"),
     (lambda: vit().encode_text([]), r"list of at least one string, got \[\]"),
-    (lambda: dense("tiny-attention-pool"), "tiny-attention-pool.*linear map.*an attention pool"),
-    (lambda: dense("tiny-timm-mlp", 160), "tiny-timm-mlp.*linear map.*its head is Mlp"),
-    (lambda: dense("tiny-timm"), "tiny-timm.*linear map.*an attention pool")])
+    (lambda: Enhanced2DEncoder("tiny-short", None).encode_dense(torch.zeros(1, 3, 64, 64)), "or a single block")])
 def test_malformed_input_is_named(call, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         call()
 
 
-# ---------------------------------------------------------------------------------------------- towers by name
-
-POOL = "an attention pool"
-TIMM = "timm's"
-TRANSFORMERS = "the package transformers"
-# name: patch, grid, and for dense features, projected tokens and text None or the reason why not (docs/towers.md)
-BY_NAME = {
-    "ViT-B-32-quickgelu": (32, 7, None, None, None),
-    "ViT-B-16-plus-240": (16, 15, None, None, None),
-    "ViT-L-14": (14, 16, None, None, None),
-    "ViT-L-14-CLIPA": (14, 16, None, None, TRANSFORMERS),
-    "EVA02-B-16": (16, 14, TIMM, None, None),
-    "EVA02-L-14-336": (14, 24, TIMM, None, None),
-    "MobileCLIP-B": (16, 14, TIMM, None, None),
-    "MobileCLIP2-L-14": (14, 16, TIMM, None, None),
-    "ViTamin-S": (16, 14, TIMM, None, None),
-    "vit_medium_patch16_gap_256": (16, 16, TIMM, None, None),
-    "vit_relpos_medium_patch16_cls_224": (16, 14, TIMM, None, None),
-    "PE-Core-B-16": (16, 14, TIMM, POOL, None),
-    "ViT-B-16-SigLIP": (16, 14, TIMM, POOL, TRANSFORMERS),
-    "ViT-SO400M-14-SigLIP-384": (14, 27, TIMM, POOL, TRANSFORMERS),
-    "coca_ViT-B-32": (32, 7, POOL, POOL, None)}
-REFUSED = {"MobileCLIP-S1": "FastVit", "swin_base_patch4_window7_224": "SwinTransformer", "convnext_base": "ConvNeXt",
-           "RN50": "ModifiedResNet", "roberta-ViT-B-32": TRANSFORMERS}
-slow = pytest.mark.skipif(os.environ.get("BIFUSION_SLOW") != "1", reason="builds large towers; BIFUSION_SLOW=1 runs it")
-
-
-@slow
-@pytest.mark.parametrize("name", BY_NAME)
-@torch.no_grad()
-def test_towers_by_name_give_what_the_table_says(name):
-    patch, grid, *reasons = BY_NAME[name]
-    encoder = Enhanced2DEncoder(name, None)
-    assert encoder.patch == (patch, patch) and encoder.grid == (grid, grid)
-    images = torch.rand(1, 3, *encoder.image_size)
-    tokens, pooled = encoder.encode(images)
-    expected = encoder.clip.encode_image((images - encoder.mean) / encoder.std)
-    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
-    has_transformers = importlib.util.find_spec("transformers") is not None
-    calls = (lambda: encoder.encode_dense(images), lambda: encoder.project_dense(tokens),
-             lambda: encoder.encode_text(["a chair"]))
-    for call, reason in zip(calls, reasons):
-        if reason is None:
-            assert call().isfinite().all()
-        elif reason != TRANSFORMERS or not has_transformers:
-            with pytest.raises(ValueError, match=f"{name}.*{reason}"):
-                call()
-    size = (patch * 3, patch * 4)
-    assert Enhanced2DEncoder(name, None, image_size=size).encode(torch.rand(1, 3, *size))[0].shape[2:] == (3, 4)
-
-
-@slow
-@pytest.mark.parametrize("name", REFUSED)
-def test_towers_that_are_refused_by_name_say_why(name, monkeypatch):
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"{name}.*{REFUSED[name]}"):
-        Enhanced2DEncoder(name, None)
+# -------------------------------------------------------------------------------- TF32
 
 
 @pytest.mark.parametrize("set_before", [lambda: set_tf32(True, True), lambda: set_tf32(False, True),
@@ -779,11 +628,50 @@ def test_tf32_is_off_inside_and_what_it_was_outside_also_after_an_error(set_befo
             set_before()
             before = seen()
             assert before[0] or before[1]
-            with pytest.raises(KeyError), full_float32(torch.device("cuda")):
+            with pytest.raises(KeyError), full_float32():
                 assert seen() == (False, False)
                 raise KeyError
             assert seen() == before
-            with full_float32(torch.device("cpu")):
-                assert seen() == before
     finally:
         set_tf32(False, True)  # torch's defaults
+
+
+# -------------------------------------------------------------------------------- towers by name
+
+PAGE = (Path(__file__).parent.parent / "docs" / "towers.md").read_text()
+ROWS = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (\S+ \| \d* \|.*) \|$", PAGE, re.M)]
+REASONS = {"yes": None, "no: timm": "timm's", "no: attention pool": "an attention pool",
+           "needs `transformers`": "pip install transformers"}
+slow = pytest.mark.skipif(os.environ.get("BIFUSION_SLOW") != "1", reason="builds large towers; BIFUSION_SLOW=1 runs it")
+
+
+@slow
+@pytest.mark.parametrize("row", [row for row in ROWS if row[1]], ids=lambda row: row[0])
+@torch.no_grad()
+def test_towers_by_name_give_what_the_table_says(row):
+    name, millions, patch, grid, dense, text = row
+    encoder = Enhanced2DEncoder(name, None)
+    assert sum(p.numel() for p in encoder.clip.parameters()) // 10 ** 6 == int(millions)
+    assert encoder.grid == tuple(map(int, grid.split(" x ")))
+    assert encoder.image_size == tuple(cells * int(patch) for cells in encoder.grid)
+    images = torch.rand(1, 3, *encoder.image_size)
+    expected = encoder.clip.encode_image((images - encoder.mean) / encoder.std)
+    torch.testing.assert_close(encoder.encode(images)[1], expected, rtol=1e-4, atol=1e-5)
+    for call, cell in ((lambda: encoder.encode_dense(images), dense), (lambda: encoder.encode_text(["chair"]), text)):
+        if REASONS[cell] is None:
+            assert call().isfinite().all()
+        elif "transformers" not in cell or importlib.util.find_spec("transformers") is None:
+            with pytest.raises(ValueError, match=f"{name}.*{REASONS[cell]}"):
+                call()
+    size = (int(patch) * 3, int(patch) * 4)
+    assert Enhanced2DEncoder(name, None, image_size=size).encode(torch.rand(1, 3, *size))[0].shape[2:] == (3, 4)
+
+
+@slow
+@pytest.mark.parametrize("row", [row for row in ROWS if not row[1]], ids=lambda row: row[0])
+def test_towers_that_are_refused_by_name_say_why(row, monkeypatch):
+    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    found = row[4].removeprefix("refused: ").removesuffix(" is not a vision transformer")
+    reason = "pip install transformers" if "transformers" in found else f"{found} is not a vision transformer"
+    with pytest.raises(ValueError, match=f"{row[0]}.*{reason}"):
+        Enhanced2DEncoder(row[0], None)
