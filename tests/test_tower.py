@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import train
 from fusion import BiFusionEncoder
@@ -63,9 +64,9 @@ def test_a_tower_of_the_four_members_gives_images_and_cached_features_to_the_fus
     out = net({**batch, "images": images})
     cached = net({**batch, "clip_tokens": tokens[:, None].half(), "clip_pooled": pooled[:, None].half()})
     assert out["valid"].all() and out["clip_dense"] is None
-    torch.testing.assert_close(out["clip_global"], F.pad(images.mean((1, 3, 4)), (0, 253)))
+    assert_close(out["clip_global"], F.pad(images.mean((1, 3, 4)), (0, 253)))
     for name in ("feat_fusion", "clip_global", "clip_point"):
-        torch.testing.assert_close(cached[name], out[name], rtol=1e-2, atol=1e-2)
+        assert_close(cached[name], out[name], rtol=1e-2, atol=1e-2)
     out["feat_fusion"].square().sum().backward()
     assert tower.spatial.weight.grad.any()
 
