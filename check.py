@@ -24,11 +24,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import AXES, check_frame, depth_to_color, frame_names, pixel_fields, unproject, up_rotation
+from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
 from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, fit, look_up, make_views,
                                   project, sample, small_depth, small_gray)
-from support.runtime import Parser, checked_by, positive_int, run_command
+from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
@@ -705,8 +706,12 @@ def open_sources(args):
     if args.data == "rooms":
         splits = ["train", "val"]
     options = {"classes": args.classes, "intrinsics": args.intrinsics, "labels": None, "unlisted": True,
-               "rooms": (8, 4)}
-    return {str(split or args.data): open_frames(args.data, split, **options) for split in splits}
+               "rooms": (8, 4), "format": args.format, "pose": args.pose, "depth_scale": args.depth_scale}
+    sources = {str(split or args.data): open_frames(args.data, split, **options) for split in splits}
+    for source in sources.values():
+        if hasattr(source, "description"):
+            print(source.description)
+    return sources
 
 
 def pinhole(text):
@@ -770,7 +775,7 @@ def draw_pair(a, b, share):
 def main(argv=None):
     """The command; returns its exit status, 1 if something is wrong."""
     parser = Parser("check.py", "Says what is wrong with a data set.")
-    parser.add_argument("data", help="'rooms' (built in) or a folder in ScanNet's exported 2D layout")
+    parser.add_argument("data", help="'rooms' (built in), a folder in ScanNet's exported 2D layout, or a capture")
     parser.add_argument("--split", nargs="+", default=[], help="files with one scene or scene/frame per line; "
                         "not given: all frames")
     parser.add_argument("--train-split", help="likewise")
@@ -778,8 +783,11 @@ def main(argv=None):
     parser.add_argument("--classes", help="class list, one 'id name' pair per line; not given: DATA/classes.txt")
     parser.add_argument("--up", type=checked_by(up_rotation), default="z", help="the world's up: an axis, "
                         "negative ones as --up=-y, or a vector, --up=0,-0.9,0.1")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="DATA is a folder of "
-                        "frame-*.color.*, .depth.png and .pose.txt, whose images have these, in pixels")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color images, for "
+                        "frame-* files and captures that do not tell them")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture, see docs/captures.md")
+    parser.add_argument("--pose", choices=POSES, help="direction and quaternion order of a capture")
+    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of reprojected "
                         "points")
     parser.add_argument("--frames", type=positive_int, default=48, help="frames that are read for the poses, and "

@@ -416,9 +416,13 @@ def warn_of_faults(args, frames, up):
     """What the quick part of check.py finds in somebody's frames."""
     if args.data == "rooms":
         return
-    for fault, verdict, words in quick_check(frames, up):
-        if verdict == "WRONG":
-            warn(f"{args.data} looks wrong: {fault}: {words} `python check.py` tells more.")
+    rows = quick_check(frames, up)
+    for row in rows:
+        if row.verdict == "WRONG":
+            warn(f"{args.data} looks wrong: {row.test}: {row.words} `python check.py` tells more.")
+    untested = [row.test for row in rows if row.verdict == "not tested"]
+    if untested:
+        print(f"the frames cannot tell: {', '.join(untested)}")
 
 
 def write_classes(path, ids, class_names):

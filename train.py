@@ -332,21 +332,24 @@ def read_every_frame(datasets, args, rank, world_size, console):
             raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label "
                              "of the class list")
         if rank == 0 and not args.no_check:
-            check_cameras(dataset, store, args)
+            check_cameras(dataset, store, args, console)
 
 
-def check_cameras(dataset, store, args):
+def check_cameras(dataset, store, args, console):
     """The quick part of check.py, once for unchanged files."""
     signature = dataset.signature(range(len(dataset)))
     key = content_key("cameras", signature) if store is not None and signature is not None else None
     if key is not None and store.get(key) is not None:
         return
-    frames = getattr(dataset.frames, "source", dataset.frames)  # as the files have them, not turned upright
-    faults = [f"{fault}: {words}" for fault, verdict, words in quick_check(frames, args.up)
-              if verdict == "WRONG"]
+    frames = getattr(dataset.frames, "source", dataset.frames)  # as in the files, not turned upright
+    rows = quick_check(frames, args.up)
+    faults = [f"{row.test}: {row.words}" for row in rows if row.verdict == "WRONG"]
     if faults:
-        raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` tells more; "
-                         "--no-check insists")
+        raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` "
+                         "tells more; --no-check insists")
+    untested = [row.test for row in rows if row.verdict == "not tested"]
+    if untested:
+        console.print(f"a sample of {len(dataset)} samples cannot tell: {', '.join(untested)}")
     if key is not None:
         store.put(key, b"right")
 

@@ -82,8 +82,8 @@ def test_processes_that_pool_their_scenes_get_the_figures_of_one_process_and_arg
     assert pickle.dumps((predictions, truth)) == before
 
 
-# Instances (points, class) side by side, then void points; predictions (start, stop, score) of class 5; AP, AP50 and AP25
-# of class 5. A curve has precisions at recalls, weighted with central differences.
+# Instances (points, class) side by side; void points after them; predictions (start, stop, score) of class 5; its AP,
+# AP50 and AP25. A curve has precisions at recalls, weighted with central differences.
 COUNTS = {
     "perfect": ([(150, 5), (200, 5), (300, 5)], 0, [(0, 150, .3), (150, 350, .3), (350, 650, .9)], (1, 1, 1)),
     "IoU of the threshold is no match": ([(200, 5)], 0, [(0, 100, .5)], (0, 0, 1)),

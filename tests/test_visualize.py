@@ -45,7 +45,8 @@ def test_pca_colors_follow_the_largest_directions_and_draw_nothing():
 
 
 @pytest.mark.parametrize("feats", [torch.rand(1, 8), torch.rand(2, 8), torch.full((5, 8), 2.0), torch.zeros(0, 8),
-                                   torch.rand(6, 8).half() * 100, *(torch.full((9, 4), x) for x in (math.nan, math.inf))])
+                                   torch.rand(6, 8).half() * 100, torch.full((9, 4), math.nan),
+                                   torch.full((9, 4), math.inf)])
 def test_pca_colors_of_few_equal_or_nonfinite_rows_are_in_range(feats):
     colors = pca_colors(feats)
     assert colors.shape == (len(feats), 3) and colors.dtype == torch.float32
