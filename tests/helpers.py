@@ -2,7 +2,6 @@
 """What several test files share: tiny data sets on disk, small runs, processes."""
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import socket
@@ -24,9 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
 POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
-ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
-TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
-        "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
 
 
 def intrinsics_of(size, focal=1.1):
@@ -61,39 +57,6 @@ def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24,
             else:
                 np.savetxt(path, content)
     return root
-
-
-def write_ply(path, columns):
-    """columns {name: (PLY type, values)} -> a binary PLY mesh with one triangle."""
-    kinds = {"float": "<f4", "uchar": "u1", "ushort": "<u2"}
-    count = len(next(iter(columns.values()))[1])
-    vertices = np.zeros(count, [(name, kinds[kind]) for name, (kind, _) in columns.items()])
-    for name, (_, values) in columns.items():
-        vertices[name] = values
-    properties = "".join(f"property {kind} {name}\n" for name, (kind, _) in columns.items())
-    header = (f"ply\nformat binary_little_endian 1.0\ncomment a test\nelement vertex {count}\n{properties}"
-              "element face 1\nproperty list uchar int vertex_indices\nend_header\n")
-    triangle = b"\x03" + np.arange(3, dtype="<i4").tobytes()
-    path.write_bytes(header.encode() + vertices.tobytes() + triangle)
-
-
-def write_scan(root, name, points, colors, nyu40, segments, groups):
-    """A tiny scan in ScanNet's layout. groups: (objectId, raw category, segment ids)."""
-    folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    geometry = {axis: ("float", column) for axis, column in zip("xyz", points.T)}
-    geometry |= {channel: ("uchar", column) for channel, column in zip(("red", "green", "blue"), colors.T)}
-    geometry["alpha"] = "uchar", np.full(len(points), 255)
-    write_ply(folder / f"{name}_vh_clean_2.ply", geometry)
-    write_ply(folder / f"{name}_vh_clean_2.labels.ply", {**geometry, "label": ("ushort", nyu40)})
-    alignment = " ".join(f"{x:.6f}" for x in ALIGNMENT.ravel())
-    objects = [{"id": number, "objectId": number, "segments": own, "label": label} for number, label, own in groups]
-    texts = {".txt": f"axisAlignment = {alignment} \ncolorHeight = 968\n",
-             "_vh_clean_2.0.010000.segs.json": json.dumps({"sceneId": name, "segIndices": segments}),
-             ".aggregation.json": json.dumps({"segGroups": objects})}
-    for suffix, text in texts.items():
-        (folder / f"{name}{suffix}").write_text(text)
-    return folder
 
 
 def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 320)):
@@ -211,17 +174,3 @@ def in_two_processes(function):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     pair = [Forked(function, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
     return [process.wait() for process in pair]
-
-
-def two_processes(run, halves):
-    """The mean of what run(half, world_mean) returns in two processes that average their normalizers."""
-    seen = [[], []]
-    for half, calls in zip(halves, seen):
-        run(half, lambda x: calls.append(x.clone()) or x)
-    assert len(seen[0]) == len(seen[1]) > 0, "one process would wait for the other"
-    means = [torch.stack(pair).mean(0) for pair in zip(*seen)]
-    results = []
-    for half in halves:
-        queue = iter(means)
-        results.append(run(half, lambda x: next(queue)))
-    return [(a + b) / 2 for a, b in zip(*results)]

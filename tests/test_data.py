@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader
 
 import data
 from fusion import apply_transform, occluded_mask, project_to_image
-from helpers import ALIGNMENT, CLASSES, POSE, intrinsics_of, write_scan, write_scannet
+from helpers import CLASSES, POSE, intrinsics_of, write_scannet
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, ScanNetScenes
 from superpoints import oversegment
 from support.cache import FeatureCache, Store, SuperpointCache
+from test_scannet import ALIGNMENT, write_scan
 
 
 @pytest.fixture

@@ -23,13 +23,14 @@ import train
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
 from helpers import (CLIP_ON, POSE, ROOT, SHARED_CACHE, Forked, checkpoint, in_two_processes, last_checkpoint,
-                     scalars, small, try_lock, write_rooms_as_scannet, write_scan, write_scannet)
+                     scalars, small, try_lock, write_rooms_as_scannet, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames
 from support.checkpoint import lock_folder
 from support.runtime import StopRequest, run_command
 from test_model import Toy
+from test_scannet import write_scan
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 RESUME = ["--device", "cpu", "--cache", SHARED_CACHE.name]
