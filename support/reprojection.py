@@ -33,7 +33,8 @@ class Views(NamedTuple):
     gray: np.ndarray  # (F, h, w) float32, NaN = none
     depth_intrinsics: np.ndarray  # (F, 3, 3)
     intrinsics: np.ndarray  # (F, 3, 3)
-    world2cam: np.ndarray  # (F, 4, 4); NaN: not to be compared
+    world2cam: np.ndarray  # (F, 4, 4) of the color cameras; NaN: not to be compared
+    depth_to_color: np.ndarray  # (F, 4, 4), from the depth camera to the color camera
     following: np.ndarray  # (F,) place of the frame that comes next in time, -1 = not sampled
 
 
@@ -71,6 +72,30 @@ def small_gray(frame, width):
     return gray, scale_intrinsics(frame["intrinsics"], 1 / k, 1 / k)
 
 
+def depth_to_color(frame):
+    """The motion (4, 4) from a frame's depth camera to its color camera."""
+    if "depth_world2cam" not in frame:
+        return np.eye(4)
+    return frame["world2cam"] @ np.linalg.inv(frame["depth_world2cam"])
+
+
+def color_pixels(frame, width, intrinsics):
+    """Where the pixels of a small depth image (see `small_depth`) lie in a color image (2, h w).
+
+    intrinsics: (3, 3) of that color image. Unknown depth counts as the median.
+    """
+    depth, depth_intrinsics = small_depth(frame, width)
+    depth = np.where(depth > 0, depth, np.median(depth[depth > 0]))
+    v, u = np.indices(depth.shape).reshape(2, -1)
+    points = np.linalg.inv(depth_intrinsics) @ np.stack([u, v, np.ones_like(u)]) * depth.ravel()
+    return project(intrinsics, move(depth_to_color(frame), points)[None])[0][0]
+
+
+def move(motion, points):
+    """Points (..., 3, n) moved by rigid matrices (..., 4, 4)."""
+    return motion[..., :3, :3] @ points + motion[..., :3, 3:]
+
+
 def pad(images, value):
     """Images of any sizes -> one array; the value fills up bottom and right."""
     height = max(image.shape[0] for image in images)
@@ -100,9 +125,9 @@ def make_views(runs, width=320):
             gap = frames[j].get("position", j) - frames[i].get("position", i)
             following[i] = j if gap == 1 else -1
         start += len(run)
-    world2cam = np.array([frame["world2cam"] for frame in frames])
     views = Views(pad(depth, 0), pad(gray, np.nan), np.array(depth_intrinsics), np.array(intrinsics),
-                  world2cam, following)
+                  np.array([frame["world2cam"] for frame in frames]),
+                  np.array([depth_to_color(frame) for frame in frames]), following)
     return views, np.array(pairs, np.int64).reshape(-1, 2)
 
 
@@ -197,8 +222,10 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     rays = np.linalg.inv(views.depth_intrinsics) @ np.stack([u, v, np.ones_like(u)])
     points = rays[a] * z[:, None]  # (P, 3, n)
     motion = views.world2cam[b] @ np.linalg.inv(views.world2cam[a])
-    moved = motion[:, :3, :3] @ points + motion[:, :3, 3:]
-    uv, predicted = project(views.depth_intrinsics[b], moved)
+    points = move(views.depth_to_color[a], points)  # in the color camera of a
+    moved = move(motion, points)
+    color_to_depth = np.linalg.inv(views.depth_to_color)
+    uv, predicted = project(views.depth_intrinsics[b], move(color_to_depth[b], moved))
     seen, around = look_up(views.depth, b, uv, round(radius * width))
     use = (seen > 0) & (z > 0)
     count = use.sum(1)
@@ -387,7 +414,8 @@ class Judge:
         self.views = views
         self.pairs = pairs
         self.num_points = num_points
-        self.tolerance = min(0.05, 0.02 * np.median(views.depth[views.depth > 0]))
+        self.median_depth = np.median(views.depth[views.depth > 0])
+        self.tolerance = min(0.05, 0.02 * self.median_depth)
         self.given = fit(views, pairs, num_points)
         still = np.broadcast_to(np.eye(4), views.world2cam.shape)
         self.still = fit(views._replace(world2cam=still), pairs, num_points, tolerance=self.tolerance)
@@ -395,6 +423,11 @@ class Judge:
     def overlapping(self):
         """Number of pairs that overlap with the cameras as given."""
         return int((self.given.overlap >= OVERLAP).sum())
+
+    def share_of(self, place):
+        """Share of confirmed points in the pairs of one frame; 1 without any."""
+        own = (self.pairs == place).any(1) & (self.given.overlap >= OVERLAP)
+        return self.given.share(own) if own.any() else 1
 
     def weigh(self, fault, words, views, x=None):
         """-> Weighed."""
