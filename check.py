@@ -28,7 +28,7 @@ from data import (AXES, check_frame, depth_pose, depth_to_color, frame_names, pi
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, color_pixels, fit, look_up,
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, color_pixels, fit, look_up,
                                   make_views, project, sample, small_depth, small_gray)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 
@@ -776,6 +776,15 @@ def quick_check(frames, up="z"):
     Reads at most 24 frames. Verdict "WRONG" is a fault, "not tested" what the sample cannot tell.
     """
     return geometry_rows(read_runs([frames], 24), up, num_pairs=40, num_points=200)[0]
+
+
+def unknowns(rows):
+    """What the rows of `quick_check` could not tell, as sentences for a training or a prediction."""
+    untested = {row.test for row in rows if row.verdict == "not tested"}
+    if "neighbors" in untested:
+        yield "too few frames overlap to tell whether the poses are right"
+    elif "up axis" in untested:
+        yield "cameras and surfaces do not tell which way is up: --up is taken as it is"
 
 
 def inspect(sources, up="z", num_frames=48, picture=None):
