@@ -140,7 +140,7 @@ def make_views(runs, width=320):
     for run in runs:
         places = np.arange(start, start + len(run))
         start += len(run)
-        own = np.array(list(itertools.combinations(places, 2))).reshape(-1, 2)
+        own = np.array(list(itertools.combinations(places, 2)), np.int64).reshape(-1, 2)
         backward = own.sum(1) % 2 == 0
         own[backward] = own[backward, ::-1]
         pairs = np.concatenate([pairs, own])
