@@ -28,7 +28,7 @@ from data import (AXES, check_frame, depth_pose, depth_to_color, frame_names, pi
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, color_pixels, fit, look_up,
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, color_pixels, fit, look_up,
                                   make_views, off_center, project, sample, small_depth, small_gray)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 
