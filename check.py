@@ -182,17 +182,22 @@ def depth_rows(frames):
     top = values[-1]
     median = median_depth(frames)
     coarse = np.diff(values).min(initial=top) > top / 260  # at most 256 levels
+    is_8_bit = coarse and (len(values) >= 20 or top < 0.256)
+    rows = []
+    if not is_8_bit:
+        frames, rows = filler_rows(frames)
+        if not frames:
+            return [], rows
     same_top, bottom = same_range(frames)
     if same_top and bottom < 0.02 * same_top:
         words = f"Every depth image reaches from nearly 0 to {same_top:.6g} m."
-        return frames, [wrong("normalized depth", words)]
-    if coarse and (len(values) >= 20 or top < 0.256):
+        rows.append(wrong("normalized depth", words))
+    elif is_8_bit:
         words = f"Depth has only {len(values)} values, with median {median:.3f} m."
-        return frames, [wrong("8-bit depth", words)]
-    frames, rows = filler_rows(frames)
-    if frames and not 0.05 < median_depth(frames) < 100:
-        rows.append(wrong("units of depth", f"The median depth is {median_depth(frames):.3f} m."))
-    elif frames:
+        rows.append(wrong("8-bit depth", words))
+    elif not 0.05 < median < 100:
+        rows.append(wrong("units of depth", f"The median depth is {median:.3f} m."))
+    else:
         rows += flat_rows(frames) or [Row("depth", "ok", f"the median depth is {median:.2f} m")]
     return frames, rows + notes
 
@@ -240,12 +245,14 @@ def flatness(frame):
 def flat_rows(frames):
     """A fault if the surfaces in most images are flat only if depth is something else than z."""
     costs = [flatness(frame) for frame in frames[::max(1, len(frames) // 10)]]
-    costs = np.array([one for one in costs if one is not None]).reshape(-1, 3)
+    costs = np.array([one for one in costs if one is not None])
+    if len(costs) < 3:
+        return []
     for column, fault, words in ((1, "depth along the ray", "the length of the ray"),
                                  (2, "inverse depth", "1 / z")):
         gains = costs[:, 0] - costs[:, column]
         flatter = (gains > 0).sum()
-        if flatter > max(2, 0.8 * len(gains)) and gains.mean() > MARGIN and costs[:, column].mean() < -4.4:
+        if flatter > 0.8 * len(gains) and gains.mean() > 2 * MARGIN and costs[:, column].mean() < -4:
             words = f"In {flatter} of {len(gains)} images, surfaces are flat only if depth is {words}."
             return [wrong(fault, words)]
     return []
