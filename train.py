@@ -381,6 +381,16 @@ def needs_dense(args):
     return args.clip_target == "point" and max(args.clip_weights) > 0 and not args.no_clip
 
 
+def check_tower(tower, args):
+    """Fails before the training starts if the loss needs dense features and the tower has none."""
+    if not needs_dense(args):
+        return
+    if not hasattr(tower, "encode_with_dense"):
+        raise ValueError(f"--clip-target point needs dense features, and the tower {type(tower).__name__} has no "
+                         "encode_with_dense")
+    tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
+
+
 def cache_features(tower, datasets, args, device, rank, world_size):
     """A frozen tower encodes every image once; from then on the samples of the data sets hold its
     features.
@@ -655,8 +665,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     # the tower and the data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
     tower = tower or open_tower(args, config, console.warn)
-    if needs_dense(args):
-        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))  # fails now if it has no such features
+    check_tower(tower, args)
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [val_set, train_set]
     console.print(describe(train_set, val_set, class_names))

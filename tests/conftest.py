@@ -51,4 +51,4 @@ def trained(tmp_path_factory):
     """A run of two epochs with everything on: its folder and final metrics."""
     import train
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train.main(helpers.small(folder, *helpers.CLIP_ON))
+    return folder, train.main(helpers.small(folder, helpers.CLIP_ON))

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Builders shared by several test files: a camera, tiny data sets on disk, rooms in ScanNet's layout."""
+"""What several test files share: tiny data sets on disk, small runs, processes."""
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import socket
@@ -24,19 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {0: None, 1: "wall", 2: "chair", 40: "lamp"}
 POSE = np.array([[0.36, 0.48, -0.8, 1.5], [-0.8, 0.6, 0, -2], [0.48, 0.64, 0.6, 0.7], [0, 0, 0, 1.0]])
 POSE[:3, :3] = np.linalg.qr(POSE[:3, :3])[0]
-ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
-TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
-        "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
 
 
 def intrinsics_of(size, focal=1.1):
-    """A pinhole camera with an off-centre principal point for an image of size (H, W)."""
+    """A pinhole camera with an off-center principal point for an image of size (H, W)."""
     height, width = size
-    return np.array([[focal * width, 0, 0.52 * width], [0, focal * width * 1.02, 0.47 * height], [0, 0, 1.0]])
+    fx, fy = focal * width, focal * width * 1.02
+    return np.array([[fx, 0, 0.52 * width], [0, fy, 0.47 * height], [0, 0, 1.0]])
 
 
-def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True, suffix="png"):
-    """A tiny ScanNet export. Color holds its own pixel position: red = column, green = row, blue = frame."""
+def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24, 32), labels=True,
+                  suffix="png"):
+    """A tiny ScanNet export. Color holds its pixel's position: red = column, green = row, blue = frame."""
     rng = np.random.default_rng(0)
     height, width = color_size
     row, column = np.mgrid[:height, :width]
@@ -61,66 +59,37 @@ def write_scannet(root, scenes=2, frames=3, color_size=(48, 64), depth_size=(24,
     return root
 
 
-def write_ply(path, columns):
-    """columns {name: (PLY type, values)} -> a binary PLY mesh with one triangle."""
-    kinds = {"float": "<f4", "uchar": "u1", "ushort": "<u2"}
-    count = len(next(iter(columns.values()))[1])
-    vertices = np.zeros(count, [(name, kinds[kind]) for name, (kind, _) in columns.items()])
-    for name, (_, values) in columns.items():
-        vertices[name] = values
-    properties = "".join(f"property {kind} {name}\n" for name, (kind, _) in columns.items())
-    path.write_bytes((f"ply\nformat binary_little_endian 1.0\ncomment a test\nelement vertex {count}\n{properties}"
-                      "element face 1\nproperty list uchar int vertex_indices\nend_header\n").encode()
-                     + vertices.tobytes() + b"\x03" + np.arange(3, dtype="<i4").tobytes())
-
-
-def write_scan(root, name, points, colors, nyu40, segments, groups):
-    """A tiny scan in ScanNet's layout. groups: (objectId, raw category, segment ids)."""
-    folder = root / name
-    folder.mkdir(parents=True, exist_ok=True)
-    geometry = {**{axis: ("float", points[:, i]) for i, axis in enumerate("xyz")},
-                **{channel: ("uchar", colors[:, i]) for i, channel in enumerate(("red", "green", "blue"))},
-                "alpha": ("uchar", np.full(len(points), 255))}
-    write_ply(folder / f"{name}_vh_clean_2.ply", geometry)
-    write_ply(folder / f"{name}_vh_clean_2.labels.ply", {**geometry, "label": ("ushort", nyu40)})
-    (folder / f"{name}.txt").write_text("axisAlignment = " + " ".join(f"{x:.6f}" for x in ALIGNMENT.ravel())
-                                        + " \ncolorHeight = 968\n")
-    (folder / f"{name}_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"sceneId": name, "segIndices": segments}))
-    (folder / f"{name}.aggregation.json").write_text(json.dumps({"segGroups": [
-        {"id": number, "objectId": number, "segments": own, "label": label} for number, label, own in groups]}))
-    return folder
-
-
 def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 320)):
     """Built-in rooms in ScanNet's layout, with class list and splits -> the options of train.py that name them.
 
     The last frame is the validation split; all rooms but its own are the training split.
     """
     frames = rooms.RoomFrames("train", num_rooms, frames_per_room, size=size)
-    camera = {key: frames[0][key] for key in ("intrinsics", "depth_intrinsics")}  # that of all, one of a scene is needed
+    camera = {key: frames[0][key] for key in ("intrinsics", "depth_intrinsics")}  # for all: a scene needs one
     write_frames([{**frame, **camera} for frame in frames], folder)
     classes = [f"{i} {name}" for i, name in enumerate(["unlabeled", *frames.class_names])]
     scenes = sorted({name.split("/")[0] for name in frames.names})
     for name, lines in (("classes", classes), ("train", scenes[:-1]), ("val", frames.names[-1:])):
         (folder / f"{name}.txt").write_text("\n".join(lines))
-    return ["--data", str(folder), "--train-split", str(folder / "train.txt"), "--val-split", str(folder / "val.txt")]
+    return f"--data {folder} --train-split {folder}/train.txt --val-split {folder}/val.txt"
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
 
 open_clip.add_model_config(Path(__file__).parent / "data" / "ViT-Tiny-32.json")
 TOWER = "ViT-Tiny-32"  # two blocks of width 128
-SHARED_CACHE = tempfile.TemporaryDirectory(prefix="bifusion-tests-")  # superpoints and features of the rooms, made once
-CLIP_ON = ["--clip-warmup", "0,1", "--clip-weights", "0,0.001,0.01"]
+SHARED_CACHE = tempfile.TemporaryDirectory(prefix="bifusion-tests-")  # superpoints and features of the rooms
+CLIP_ON = "--clip-warmup 0,1 --clip-weights 0,0.001,0.01"
 rendered = functools.lru_cache(rooms.frames)
 
 
 def small(folder, *more):
-    """Arguments of a run of a few seconds in `folder`."""
-    options = ("--rooms 2 --frames-per-room 2 --num-points 1000 --voxel-size 0.15 --batch-size 2 --image-size 96,128 "
-               "--clip-pretrained none --workers 0 --epochs 2 --eval-every 2 --log-every 1 --superpoints 24 "
-               "--min-instance-points 20 --device cpu").split()
-    return [*options, "--clip-model", TOWER, "--cache", SHARED_CACHE.name, "--runs", str(folder / "runs"), *more]
+    """Arguments of a run of a few seconds in `folder`. more: others, several in a text if they hold no spaces."""
+    options = (f"--rooms 2 --frames-per-room 2 --num-points 1000 --voxel-size 0.15 --batch-size 2 --workers 0 "
+               f"--image-size 96,128 --clip-model {TOWER} --clip-pretrained none --epochs 2 --eval-every 2 "
+               f"--log-every 1 --superpoints 24 --min-instance-points 20 --device cpu --cache {SHARED_CACHE.name} "
+               f"--runs {folder}/runs")
+    return " ".join([options, *more]).split()
 
 
 def last_checkpoint(folder, name="last.pt"):
@@ -146,14 +115,15 @@ def scalars(folder):
 
 
 class Forked:
-    """Runs function() in a fork of this process, which need not import anything again; what it prints goes to files."""
+    """Runs function() in a fork, which need not import anything again; what it prints goes to files."""
 
     def __init__(self, function, **environment):
         self.printed = [tempfile.TemporaryFile("w+") for _ in range(2)]  # stdout, stderr
-        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(function, environment))
+        fork = multiprocessing.get_context("fork")
+        self.process = fork.Process(target=self.run, args=(function, environment))
         self.process.start()
 
-    def _run(self, function, environment):
+    def run(self, function, environment):
         os.environ.update(environment)
         for number, file in enumerate(self.printed, 1):
             os.dup2(file.fileno(), number)
@@ -161,7 +131,7 @@ class Forked:
         function()
 
     def wait(self, seconds=120):
-        """-> exit status, what went to stdout, and to stderr; the process is killed if it does not end in time."""
+        """-> exit status, what went to stdout, and to stderr; a process that does not end in time is killed."""
         self.process.join(seconds)
         self.process.kill()
         self.process.join()
@@ -201,20 +171,6 @@ def in_two_processes(function):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    pair = [Forked(function, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for rank in "01"]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pair = [Forked(function, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
     return [process.wait() for process in pair]
-
-
-def two_processes(run, halves):
-    """The mean of what run(half, world_mean) returns in two processes that average their normalizers."""
-    seen = [[], []]
-    for half, calls in zip(halves, seen):
-        run(half, lambda x: calls.append(x.clone()) or x)
-    assert len(seen[0]) == len(seen[1]) > 0, "one process would wait for the other"
-    means = [torch.stack(pair).mean(0) for pair in zip(*seen)]
-    results = []
-    for half in halves:
-        queue = iter(means)
-        results.append(run(half, lambda x: next(queue)))
-    return [(a + b) / 2 for a, b in zip(*results)]

@@ -268,8 +268,8 @@ def first_scale(monkeypatch, scale):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: scaler(*args, init_scale=scale, **kwargs))
 
 
-FP16 = ["--no-clip", "--amp", "fp16", "--num-points", "60", "--voxel-size", "0.5"]  # slow on a CPU
-RUN = ["--clip-warmup", "-1", "--clip-weights", "0,0.1", "--no-instances", "--num-points", "300"]
+FP16 = "--no-clip --amp fp16 --num-points 60 --voxel-size 0.5"  # slow on a CPU
+RUN = "--clip-warmup=-1 --clip-weights 0,0.1 --no-instances --num-points 300"
 
 
 def test_nan_in_one_image_is_named_skipped_and_replayed(tmp_path, monkeypatch, capsys):
@@ -280,7 +280,7 @@ def test_nan_in_one_image_is_named_skipped_and_replayed(tmp_path, monkeypatch, c
         names.append(batch["name"][1])
 
     broken_batches(monkeypatch, breaks)
-    train.main(small(tmp_path, *RUN, "--cache", "none"))
+    train.main(small(tmp_path, RUN, "--cache none"))
     assert f"field 'images' of sample {names[0]}" in capsys.readouterr().out
     path, findings = one_bad_step(tmp_path)
     assert f"field 'images' of sample {names[0]} holds 1 values" in findings[0] and "[1, 0, 2, 5, 7]" in findings[0]
@@ -305,7 +305,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, monkeypatch):
             batch["features"].fill_(math.nan)
 
     broken_batches(monkeypatch, look, when=(1, 2, 3))
-    train.main(small(tmp_path, *RUN, "--no-clip"))
+    train.main(small(tmp_path, RUN, "--no-clip"))
     assert any("num_batches_tracked" in key for key in states[0])
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
@@ -316,7 +316,7 @@ def test_nan_in_one_color_is_named_in_a_compiled_network_too(tmp_path, monkeypat
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
     broken_batches(monkeypatch, lambda batch: batch["features"][400].fill_(math.nan))
-    train.main(small(tmp_path, *RUN, "--no-clip", "--compile"))
+    train.main(small(tmp_path, RUN, "--no-clip --compile"))
     path, findings = one_bad_step(tmp_path)
     batch = torch.load(path, weights_only=True)["batch"]
     assert f"field 'features' of sample {batch['name'][1]} holds 3 values" in findings[0]
@@ -328,7 +328,7 @@ def test_a_norm_that_overflows_is_an_alarm_although_every_gradient_is_finite(tmp
     monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 3e20)
     monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 2)
     with pytest.raises(FloatingPointError, match="2 steps in a row(.|\n)*norm of large gradients overflowed"):
-        train.main(small(tmp_path, *RUN, "--no-clip"))
+        train.main(small(tmp_path, RUN, "--no-clip"))
     assert sorted(saved_steps(tmp_path)) == [0, 1]
 
 
@@ -340,7 +340,7 @@ def test_a_bad_batch_among_accumulated_ones_is_the_one_that_is_saved(tmp_path, m
         names.extend(batch["name"])
 
     broken_batches(monkeypatch, breaks, when=(3,))
-    train.main(small(tmp_path, *RUN, "--no-clip", "--batch-size", "1", "--grad-accum", "2"))
+    train.main(small(tmp_path, RUN, "--no-clip --batch-size 1 --grad-accum 2"))
     (step, path), = saved_steps(tmp_path).items()
     assert step == 1 and torch.load(path, weights_only=True)["batch"]["name"] == names
 
@@ -357,7 +357,7 @@ def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, mon
     monkeypatch.setattr(train, "lr_factor", breaks)
     monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 3)
     with pytest.raises(FloatingPointError, match="3 steps in a row were not finite(.|\n)*fusion.proj_3d.0.weight"):
-        train.main(small(tmp_path, *RUN, "--epochs", "3", "--no-clip"))
+        train.main(small(tmp_path, RUN, "--epochs 3 --no-clip"))
     steps = saved_steps(tmp_path)
     assert sorted(steps) == [2, 3, 4]
     monkeypatch.undo()
@@ -368,7 +368,7 @@ def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, mon
 
 def test_the_fp16_scaler_may_search_for_its_scale_without_an_alarm(tmp_path, monkeypatch, capsys):
     first_scale(monkeypatch, 2.0 ** 20)
-    train.main(small(tmp_path, *RUN, "--epochs", "5", "--eval-every", "5", *FP16))
+    train.main(small(tmp_path, RUN, "--epochs 5 --eval-every 5", FP16))
     state = checkpoint(tmp_path)
     assert state["bad_steps"] == 0 and 2 <= state["skipped_steps"] < 10 == state["step"]
     assert not saved_steps(tmp_path) and "is not finite" not in capsys.readouterr().out
@@ -380,7 +380,7 @@ def test_a_gradient_beyond_every_fp16_scale_is_named_with_its_term_and_place(tmp
     monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 1e15)
     monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 2)
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
-        train.main(small(tmp_path, *RUN, "--epochs", "30", *FP16))
+        train.main(small(tmp_path, RUN, "--epochs 30", FP16))
     steps = saved_steps(tmp_path)
     assert sorted(steps) == [3, 4]  # 4, 2 and 1 are the scaler's own
     findings = torch.load(steps[3], weights_only=True)["findings"]
@@ -400,7 +400,7 @@ def test_a_file_that_is_no_saved_step_is_refused(tmp_path):
 
 
 def test_diagnosis_is_written_every_k_steps_and_changes_nothing(trained, tmp_path):
-    train.main(small(tmp_path, *CLIP_ON, "--diagnose", "2"))
+    train.main(small(tmp_path, CLIP_ON, "--diagnose 2"))
     plain, diagnosed = checkpoint(trained[0])["model"], checkpoint(tmp_path)["model"]
     assert all(torch.equal(value, diagnosed[key]) for key, value in plain.items())
     tags = scalars(trained[0]).Tags()
@@ -425,8 +425,8 @@ def test_nan_on_one_of_two_processes_is_skipped_by_both_and_saved_by_the_one_tha
             batch["features"][3] = math.nan
 
     broken_batches(monkeypatch, breaks)
-    done = in_two_processes(lambda: train.main(small(
-        tmp_path, "--no-clip", "--batch-size", "1", "--grad-accum", "2", "--num-points", "300")))
+    options = small(tmp_path, "--no-clip --batch-size 1 --grad-accum 2 --num-points 300")
+    done = in_two_processes(lambda: train.main(options))
     assert [status for status, _, _ in done] == [0, 0], done
     state = checkpoint(tmp_path)
     assert state["bad_steps"] == 1 and state["step"] == 2
@@ -436,10 +436,10 @@ def test_nan_on_one_of_two_processes_is_skipped_by_both_and_saved_by_the_one_tha
     assert "field 'features'" in torch.load(path, weights_only=True)["findings"][0]
 
 
-@pytest.mark.parametrize("options", [["--no-clip"], FP16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("options", ["--no-clip", FP16], ids=["fp32", "fp16"])
 def test_a_loss_that_stays_nan_ends_the_run(tmp_path, monkeypatch, options):
     forward = train.SemanticCriterion.forward
     monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * float("nan"))
     monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 3)
     with pytest.raises(FloatingPointError, match="3 steps in a row were not finite(.|\n)*loss: semantic is nan"):
-        train.main(small(tmp_path, *RUN, *options))
+        train.main(small(tmp_path, RUN, options))

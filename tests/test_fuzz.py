@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers import CLASSES, TABLE, write_scan, write_scannet
+from helpers import CLASSES, write_scannet
+from test_scannet import TABLE, write_scan
 from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes
 from sparse_unet import NETWORKS, Res16UNet34C
 from support import checkpoint

@@ -17,7 +17,6 @@ import torch
 from torch.nn import functional as F
 
 import losses
-from helpers import two_processes
 from losses import (CLIP_LOSSES, ClipConsCriterion, SemanticCriterion, clip_consistency, clip_loss_weight,
                     draw_negatives, semantic_loss)
 
@@ -166,6 +165,20 @@ def check_call(module, feat, clip, batch, valid, variant, setting, max_negatives
     near_one = 1e-9 if variant == "sigmoid" else 3e-7 * weight  # differences of numbers around 1
     assert loss.item() == pytest.approx(expected, rel=2e-5, abs=near_one)
     return used
+
+
+def two_processes(run, halves):
+    """The mean of what run(half, world_mean) returns in two processes that average their normalizers."""
+    seen = [[], []]
+    for half, calls in zip(halves, seen):
+        run(half, lambda x: calls.append(x.clone()) or x)
+    assert len(seen[0]) == len(seen[1]) > 0, "one process would wait for the other"
+    means = [torch.stack(pair).mean(0) for pair in zip(*seen)]
+    results = []
+    for half in halves:
+        queue = iter(means)
+        results.append(run(half, lambda x: next(queue)))
+    return [(a + b) / 2 for a, b in zip(*results)]
 
 
 def check_two_processes(module):

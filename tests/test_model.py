@@ -194,7 +194,7 @@ def test_another_gate_and_another_backbone_are_one_argument_each(samples):
 def baseline(tmp_path_factory):
     """The folder of a run without CLIP."""
     folder = tmp_path_factory.mktemp("baseline")
-    train.main(small(folder, "--epochs", "1", "--no-clip", "--num-points", "200"))
+    train.main(small(folder, "--epochs 1 --no-clip --num-points 200"))
     return folder
 
 
@@ -217,7 +217,7 @@ def test_a_loaded_model_is_the_trained_one_in_eval_mode(trained, baseline, sampl
 def test_a_checkpoint_of_another_gate_is_refused_by_name(tmp_path, samples, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(model_file, "BiFusionEncoder", partial(BiFusionEncoder, gate=ChannelGate(256)))
-        train.main(small(tmp_path, "--epochs", "1", "--no-instances", "--clip-blocks", "1", "--num-points", "200"))
+        train.main(small(tmp_path, "--epochs 1 --no-instances --clip-blocks 1 --num-points 200"))
         is_the_trained_one(tmp_path, samples)
     with pytest.raises(ValueError, match="last.pt: .* trained with the gate ChannelGate, .* FusionGate"):
         load_model(last_checkpoint(tmp_path))

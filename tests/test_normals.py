@@ -10,12 +10,13 @@ import torch.nn.functional as F
 import model
 import train
 from data import PointDataset, SceneDataset, depth_normals, turn_normals, up_rotation, upright
-from helpers import ALIGNMENT, intrinsics_of, last_checkpoint, small, write_scan
+from helpers import intrinsics_of, last_checkpoint, small
 from model import feature_scale, load_model
 from predict import predict_frames
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetScenes, vertex_normals
 from volt import Volt
+from test_scannet import ALIGNMENT, write_scan
 
 SIZE = (96, 128)
 CAMERA = intrinsics_of(SIZE)

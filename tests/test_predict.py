@@ -15,7 +15,7 @@ import train
 from data import up_rotation
 from decoder import paint_instances
 from evaluate import evaluate, format_metrics, ground_truth_ids
-from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet, write_scan, write_scannet
+from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet, write_scannet
 from metrics import evaluate_semantics
 from model import batches_for, load_model
 from sources.rooms import RoomFrames
@@ -23,6 +23,7 @@ from sources.scannet import ScanNetFrames, read_ply_vertices
 from support.queries import TextQueries, field_names, parse_queries
 from support.runtime import run_command
 from support.visualize import label_images
+from test_scannet import write_scan
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 ON_CPU = ["--cache", SHARED_CACHE.name, "--device", "cpu"]
@@ -213,7 +214,7 @@ def meshes(folder):
 def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_other(tmp_path, capsys):
     """Frames with labels: the table is that of `train.py --eval`, and the images score as what was in memory."""
     folder = tmp_path / "data"
-    train.main(small(tmp_path, *write_rooms_as_scannet(folder, 2, 2, (60, 80)), "--epochs", "1"))
+    train.main(small(tmp_path, write_rooms_as_scannet(folder, 2, 2, (60, 80)), "--epochs 1"))
     path, out = last_checkpoint(tmp_path), tmp_path / "out"
     capsys.readouterr()
     train.main(["--eval", str(path), *ON_CPU])
@@ -248,7 +249,7 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     for field in ("label", "instance", "confidence", "gate", "red_sofa", "chair"):
         assert f"property float scalar_{field}\n" in header
     channels = ("red", "green", "blue")
-    fields = {"scalar_label": ("f4",), **dict.fromkeys(channels, ("u1",))}
+    fields = {"scalar_label": ("f4", "<f4"), **dict.fromkeys(channels, ("u1",))}
     painted = read_ply_vertices(out / f"{scene}_labels.ply", fields)
     expected = label_images(painted["scalar_label"].astype(int)[None] - 1)[0]
     assert (np.stack([painted[channel] for channel in channels], 1) == expected).all()

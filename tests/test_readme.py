@@ -30,7 +30,7 @@ def test_a_snippet_runs_beside_the_one_file_that_it_imports(module, snippet, tmp
 
 
 def test_the_notebook_lines_run_on_a_trained_network(tmp_path):
-    train.main(small(tmp_path, *write_rooms_as_scannet(tmp_path / "DATA", 2, 1, (60, 80)), "--epochs", "1"))
+    train.main(small(tmp_path, write_rooms_as_scannet(tmp_path / "DATA", 2, 1, (60, 80)), "--epochs 1"))
     snippet, = re.findall(r"```python\n(from model.*?)```", PAGES["README.md"], re.S)
     snippet = snippet.replace("runs/NAME/best.pt", str(last_checkpoint(tmp_path))).replace('"DATA"', f'"{tmp_path}/DATA"')
     status, printed, errors = run_in_folder(snippet, ROOT)

@@ -9,13 +9,49 @@ import pytest
 from PIL import Image
 
 import data
-from helpers import ALIGNMENT, CLASSES, POSE, TABLE, write_ply, write_scan, write_scannet
+from helpers import CLASSES, POSE, write_scannet
 from sources.rooms import RoomFrames
 from sources.scannet import (GEOMETRY, ClassTable, PosedFrames, ScanNetFrames, ScanNetScenes, check_splits,
                              frame_classes, load_classes, read_axis_alignment, read_label_map,
                              read_ply_vertices, write_frames)
 
 ROOT = Path(__file__).resolve().parents[1]
+ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
+TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
+        "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
+
+
+def write_ply(path, columns):
+    """columns {name: (PLY type, values)} -> a binary PLY mesh with one triangle."""
+    kinds = {"float": "<f4", "uchar": "u1", "ushort": "<u2"}
+    count = len(next(iter(columns.values()))[1])
+    vertices = np.zeros(count, [(name, kinds[kind]) for name, (kind, _) in columns.items()])
+    for name, (_, values) in columns.items():
+        vertices[name] = values
+    properties = "".join(f"property {kind} {name}\n" for name, (kind, _) in columns.items())
+    header = (f"ply\nformat binary_little_endian 1.0\ncomment a test\nelement vertex {count}\n{properties}"
+              "element face 1\nproperty list uchar int vertex_indices\nend_header\n")
+    triangle = b"\x03" + np.arange(3, dtype="<i4").tobytes()
+    path.write_bytes(header.encode() + vertices.tobytes() + triangle)
+
+
+def write_scan(root, name, points, colors, nyu40, segments, groups):
+    """A tiny scan in ScanNet's layout. groups: (objectId, raw category, segment ids)."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    geometry = {axis: ("float", column) for axis, column in zip("xyz", points.T)}
+    geometry |= {channel: ("uchar", column) for channel, column in zip(("red", "green", "blue"), colors.T)}
+    geometry["alpha"] = "uchar", np.full(len(points), 255)
+    write_ply(folder / f"{name}_vh_clean_2.ply", geometry)
+    write_ply(folder / f"{name}_vh_clean_2.labels.ply", {**geometry, "label": ("ushort", nyu40)})
+    alignment = " ".join(f"{x:.6f}" for x in ALIGNMENT.ravel())
+    objects = [{"id": number, "objectId": number, "segments": own, "label": label} for number, label, own in groups]
+    texts = {".txt": f"axisAlignment = {alignment} \ncolorHeight = 968\n",
+             "_vh_clean_2.0.010000.segs.json": json.dumps({"sceneId": name, "segIndices": segments}),
+             ".aggregation.json": json.dumps({"segGroups": objects})}
+    for suffix, text in texts.items():
+        (folder / f"{name}{suffix}").write_text(text)
+    return folder
 
 
 @pytest.fixture

@@ -23,14 +23,14 @@ import train
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
 from helpers import (CLIP_ON, POSE, ROOT, SHARED_CACHE, Forked, checkpoint, in_two_processes, last_checkpoint,
-                     scalars, small, try_lock, write_rooms_as_scannet, write_scan, write_scannet)
+                     scalars, small, try_lock, write_rooms_as_scannet, write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames
-from support import runtime
 from support.checkpoint import lock_folder
 from support.runtime import StopRequest, run_command
 from test_model import Toy
+from test_scannet import write_scan
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 RESUME = ["--device", "cpu", "--cache", SHARED_CACHE.name]
@@ -64,7 +64,7 @@ def test_a_run_writes_finite_scalars_images_and_checkpoints_and_every_tag_is_doc
 
 def test_the_total_is_the_sum_of_the_weighted_terms_and_these_are_weight_times_raw(trained):
     events = scalars(trained[0])
-    args = train.parse_args(small(trained[0], *CLIP_ON))
+    args = train.parse_args(small(trained[0], CLIP_ON))
     logged = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     terms = [tag.partition("/")[2] for tag in logged if tag.startswith("weighted/")]
     for step, total in logged["loss/total"].items():
@@ -86,8 +86,8 @@ def test_eval_and_the_resuming_of_a_finished_run_print_the_table_with_the_metric
 
 
 def test_the_logged_clip_weight_is_the_schedule_at_every_step_also_with_accumulation(tmp_path):
-    train.main(small(tmp_path, "--epochs", "4", "--clip-warmup", "0,2", "--clip-weights", "0,0.5,0.25", "--grad-accum",
-                     "2", "--no-instances", "--eval-every", "4", "--num-points", "100"))
+    train.main(small(tmp_path, "--epochs 4 --eval-every 4 --grad-accum 2 --no-instances --num-points 100 "
+                     "--clip-warmup 0,2 --clip-weights 0,0.5,0.25"))
     events = scalars(tmp_path)
     weights = [e.value for e in events.Scalars("clip/weight")]
     assert weights == [clip_loss_weight(epoch, (0, 2), (0, 0.5, 0.25)) for epoch in range(4)]
@@ -108,8 +108,8 @@ def test_a_warm_cache_spares_the_tower_and_an_isolated_clip_loss_trains_bit_exac
     monkeypatch.setattr(Enhanced2DEncoder, "encode", only_to_learn_the_shapes)
     monkeypatch.setattr(ClipConsCriterion, "forward", never)
     monkeypatch.setattr(Enhanced2DEncoder, "project_dense_target", never)
-    train.main(small(tmp_path / "none", "--clip-weights", "0,0,0"))
-    train.main(small(tmp_path / "isolated", "--isolate-clip", "--clip-weights", "1,1,1", "--clip-target", "point"))
+    train.main(small(tmp_path / "none", "--clip-weights 0,0,0"))
+    train.main(small(tmp_path / "isolated", "--isolate-clip --clip-weights 1,1,1 --clip-target point"))
     none, isolated, with_loss = (checkpoint(folder)["model"]
                                  for folder in (tmp_path / "none", tmp_path / "isolated", trained[0]))
     assert all(torch.equal(isolated[key], none[key]) for key in none)
@@ -121,8 +121,7 @@ def test_cached_and_uncached_runs_train_alike_up_to_half_precision(tmp_path):
     curves = []
     for cache in (str(tmp_path / "cache"), "none"):
         name = Path(cache).name
-        train.main(small(tmp_path / name, "--cache", cache, "--no-instances", "--clip-warmup", "-1", "--clip-weights",
-                         "0,0.1"))
+        train.main(small(tmp_path / name, f"--cache {cache} --no-instances --clip-warmup=-1 --clip-weights 0,0.1"))
         curves.append([e.value for e in scalars(tmp_path / name).Scalars("loss/total")])
     assert len(curves[0]) == 4 and curves[0] == pytest.approx(curves[1], rel=2 ** -11)
 
@@ -152,12 +151,12 @@ def same_weights(one, two):
 @pytest.mark.parametrize("variant, target, step", [("sigmoid", "global", 5), ("infonce", "point", 6)])
 def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, variant, target, step):
     """3 steps per epoch: step 5 is inside one, step 6 ends one, before its evaluation."""
-    options = ["--eval-every", "1", "--clip-warmup=-1", "--clip-weights", "0,0.1", "--clip-loss", variant,
-               "--clip-target", target, "--rooms", "3", "--num-points", "300"]
-    metrics = train.main(small(tmp_path / "straight", *options))
+    options = (f"--eval-every 1 --clip-warmup=-1 --clip-weights 0,0.1 --clip-loss {variant} --clip-target {target} "
+               "--rooms 3 --num-points 300")
+    metrics = train.main(small(tmp_path / "straight", options))
     stop = StopRequest()
     with pytest.raises(SystemExit) as left:
-        train.main(small(tmp_path / "stopped", *options), Stopping(stop, step, variant=variant), stop=stop)
+        train.main(small(tmp_path / "stopped", options), Stopping(stop, step, variant=variant), stop=stop)
     assert left.value.code == 128 + signal.SIGUSR1
     path = last_checkpoint(tmp_path / "stopped")
     assert f"go on with: python train.py --resume {path}" in capsys.readouterr().out
@@ -195,7 +194,7 @@ def torchrun(arguments):
     (as_command, "1", 128 + signal.SIGTERM, lambda train: train()),
     (torchrun, "0", 1, in_two_processes)], ids=["one process", "torchrun"])
 def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start, worker, status, run):
-    options = ["--no-clip", "--no-instances", "--batch-size", "1", "--num-points", "100"]
+    options = "--no-clip --no-instances --batch-size 1 --num-points 100"
     step, stopped = train.train_step, tmp_path / "stopped"
 
     def until_the_signal(*args):
@@ -206,14 +205,14 @@ def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", until_the_signal)
-        process = Forked(lambda: start(small(stopped, *options, "--workers", worker, "--save-every", "2")))
+        process = Forked(lambda: start(small(stopped, options, f"--workers {worker} --save-every 2")))
     wait_for(lambda: list(stopped.glob("runs/*/last.pt")) or not process.process.is_alive())
     process.process.terminate()
     left, printed, errors = process.wait()
     assert left == status and "go on with: python train.py --resume" in printed, errors
     assert checkpoint(stopped)["step"] == 3  # of 4 in two processes, of 8 in one
     resume = ["--resume", str(last_checkpoint(stopped)), *RESUME, "--save-every", "0"]
-    for arguments in (resume, small(tmp_path / "straight", *options)):
+    for arguments in (resume, small(tmp_path / "straight", options)):
         run(lambda: train.main(arguments))
     assert checkpoint(tmp_path / "straight")["epoch"] == 2 and same_weights(tmp_path / "straight", stopped)
     assert not list(stopped.glob("runs/*/*.tmp"))
@@ -232,26 +231,8 @@ def test_a_second_signal_ends_a_run_at_once_and_the_first_one_during_set_up(arme
     assert Forked(run).wait() == (status, printed, "")
 
 
-def test_a_worker_that_hangs_ends_the_run_with_a_message(tmp_path, monkeypatch):
-    read = train.PointDataset.__getitem__
-
-    def hang(self, index):
-        if self.augment and (tmp_path / "hang").exists():
-            time.sleep(1000)
-        return read(self, index)
-
-    monkeypatch.setattr(train.PointDataset, "__getitem__", hang)
-    monkeypatch.setattr(runtime, "WORKER_TIMEOUT", 2)
-    write = train.write_or_warn
-    monkeypatch.setattr(train, "write_or_warn", lambda *args: write(*args) or (tmp_path / "hang").touch())
-    options = small(tmp_path, "--no-clip", "--no-instances", "--workers", "1", "--num-points", "100")
-    status, _, errors = Forked(lambda: run_command(lambda: train.main(options))).wait(60)
-    assert status == 2 and "timed out after 2 seconds (reading a batch took too long" in errors
-    assert checkpoint(tmp_path)["epoch"] == 1
-
-
 def test_a_second_process_in_the_folder_of_a_run_is_refused(tmp_path, monkeypatch):
-    train.main(small(tmp_path, "--no-clip", "--no-instances", "--epochs", "1", "--num-points", "100"))
+    train.main(small(tmp_path, "--no-clip --no-instances --epochs 1 --num-points 100"))
     path = last_checkpoint(tmp_path)
 
     def hold():
@@ -275,17 +256,16 @@ def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(train, "write_or_warn", lambda path, warn, state: written.append(
         (path.name, state["epoch"], state["next_step"])))
-    options = ["--no-clip", "--no-instances", "--rooms", "3", "--eval-every", "2", "--num-points", "100"]
-    train.main(small(tmp_path / "a", *options))
+    options = "--no-clip --no-instances --rooms 3 --num-points 100"
+    train.main(small(tmp_path / "a", options))
     assert written == [("last.pt", 1, 0), ("best.pt", 2, 0), ("last.pt", 2, 0)]
     written.clear()
-    train.main(small(tmp_path / "b", *options, "--save-every", "2"))
+    train.main(small(tmp_path / "b", options, "--save-every 2"))
     assert [entry for entry in written if entry[2]] == [("last.pt", 0, 2), ("last.pt", 1, 1), ("last.pt", 1, 3)]
 
 
 def test_options_given_on_resuming_take_effect(tmp_path, capsys):
-    train.main(small(tmp_path, "--no-clip", "--no-instances", "--batch-size", "1", "--eval-every", "1",
-                     "--num-points", "100"))
+    train.main(small(tmp_path, "--no-clip --no-instances --batch-size 1 --eval-every 1 --num-points 100"))
     path = last_checkpoint(tmp_path)
     train.main(["--resume", str(path), "--epochs", "3", "--batch-size", "4", "--amp", "fp16", "--weight-decay", "0.5",
                 "--lr-3d", "0.1", *RESUME])
@@ -307,7 +287,7 @@ def test_compiled_parts_train_as_plain_ones(tmp_path, monkeypatch, caplog):
         f, backend="eager", **options))
     ends = []
     for more in ([], ["--compile"]):
-        train.main(small(tmp_path / str(len(more)), "--epochs", "1", "--cache", "none", *more))
+        train.main(small(tmp_path / str(len(more)), "--epochs 1 --cache none", *more))
         ends.append(checkpoint(tmp_path / str(len(more)))["model"])
     assert any(isinstance(module, FusionGate) for module in compiled)
     assert sum("Block" in type(module).__name__ for module in compiled) == 2  # those of the tower
@@ -318,7 +298,7 @@ def test_compiled_parts_train_as_plain_ones(tmp_path, monkeypatch, caplog):
 
 def test_the_baseline_builds_no_tower_and_cubes_stand_in_for_superpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "Enhanced2DEncoder", None)
-    metrics = train.main(small(tmp_path, "--no-clip", "--epochs", "1", "--superpoints", "0"))
+    metrics = train.main(small(tmp_path, "--no-clip --epochs 1 --superpoints 0"))
     assert 0 <= metrics["miou"] <= 1 and 0 <= metrics["ap25"] <= 1
 
 
@@ -331,7 +311,7 @@ def test_missing_weights_warn_loudly_on_the_rooms_and_stop_on_own_data(tmp_path,
         return load(name, pretrained)
 
     monkeypatch.setattr(encoder, "load_clip", no_network)
-    options = small(tmp_path, "--clip-pretrained", "openai", "--epochs", "1", "--no-instances", "--num-points", "100")
+    options = small(tmp_path, "--clip-pretrained openai --epochs 1 --no-instances --num-points 100")
     metrics = train.main(options)
     assert metrics["miou"] >= 0 and "RANDOMLY INITIALISED" in capsys.readouterr().out
     state = checkpoint(tmp_path)
@@ -354,9 +334,8 @@ def test_a_clip_loss_that_no_epoch_has_is_noticed(options, expected):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_steps_under_autocast_are_finite(tmp_path, amp):
-    train.main(small(tmp_path, "--amp", amp, "--epochs", "3", "--num-points", "60", "--eval-every", "3",
-                     "--batch-size", "1", "--voxel-size", "0.5", "--clip-warmup", "0,1", "--clip-weights",
-                     "0.01,0.05,0.05", "--superpoints", "0"))
+    train.main(small(tmp_path, f"--amp {amp} --epochs 3 --eval-every 3 --batch-size 1 --num-points 60 --voxel-size 0.5 "
+                     "--superpoints 0 --clip-warmup 0,1 --clip-weights 0.01,0.05,0.05"))
     events = scalars(tmp_path)
     skipped = events.Scalars("amp/skipped_steps")[-1].value
     assert skipped < (12 if amp == "fp16" else 1)  # the scaler looks for its scale
@@ -367,7 +346,7 @@ def test_steps_under_autocast_are_finite(tmp_path, amp):
 
 
 def test_every_trainable_parameter_gets_a_gradient_and_is_in_one_group():
-    args = train.parse_args(small(Path("unused"), "--clip-blocks", "1"))
+    args = train.parse_args(small(Path("unused"), "--clip-blocks 1"))
     model = model_file.build_model(vars(args), 5, True, model_file.build_tower(vars(args)))
     groups = train.parameter_groups(model, args)
     grouped = [id(p) for group in groups for p in group["params"]]
@@ -411,7 +390,7 @@ WRONG = [
 def test_a_wrong_command_is_one_line_and_status_2_and_writes_nothing(tmp_path, monkeypatch, options, message, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("not a checkpoint")
-    given = [*small(tmp_path), "--cache", "cache", *options.split()]
+    given = small(tmp_path, "--cache cache", options)
     with pytest.raises(SystemExit) as left:
         run_command(lambda: train.main(given))
     captured = capsys.readouterr()
@@ -452,12 +431,12 @@ def test_the_config_of_a_checkpoint_names_no_place_to_write_and_is_checked(train
 
 def test_own_frames_train_and_what_is_wrong_with_them_ends_the_run_before_anything_is_written(tmp_path):
     options = write_rooms_as_scannet(tmp_path / "own", 2, 2, (96, 128))
-    metrics = train.main(small(tmp_path / "good", *options, "--epochs", "1"))
+    metrics = train.main(small(tmp_path / "good", options, "--epochs 1"))
     assert 0 <= metrics["miou"] <= 1 and 0 <= metrics["ap25"] <= 1
 
     def refused(error, message):
         with pytest.raises(error, match=message):
-            train.main(small(tmp_path, *options))
+            train.main(small(tmp_path, options))
 
     path = sorted((tmp_path / "own").glob("train0000/depth/*.png"))[0]
     whole = path.read_bytes()
@@ -475,19 +454,18 @@ def test_own_frames_train_and_what_is_wrong_with_them_ends_the_run_before_anythi
 
 
 def test_wrong_cameras_are_refused_unless_one_insists(tmp_path):
-    options = [*write_rooms_as_scannet(tmp_path / "own", 3, 6, (60, 80)), "--epochs", "1", "--no-clip",
-               "--no-instances"]
+    options = f"{write_rooms_as_scannet(tmp_path / 'own', 3, 6, (60, 80))} --epochs 1 --no-clip --no-instances"
     for path in (tmp_path / "own").glob("*/pose/*.txt"):
         np.savetxt(path, np.linalg.inv(np.loadtxt(path)))
     with pytest.raises(ValueError, match="pose inverted: .*check.py .*--no-check insists"):
-        train.main(small(tmp_path, *options))
+        train.main(small(tmp_path, options))
     assert not (tmp_path / "runs").exists()
-    assert train.main(small(tmp_path, *options, "--no-check"))["miou"] >= 0
+    assert train.main(small(tmp_path, options, "--no-check"))["miou"] >= 0
 
 
 def test_a_second_start_on_unchanged_frames_reads_no_more_than_its_first_batch(tmp_path, monkeypatch):
-    options = [*write_rooms_as_scannet(tmp_path / "own", 4, 3, (60, 80)), "--epochs", "1", "--clip-warmup=-1",
-               "--clip-weights", "0,0.01"]
+    options = write_rooms_as_scannet(tmp_path / "own", 4, 3, (60, 80))
+    options += f" --cache {tmp_path}/cache --epochs 1 --clip-warmup=-1 --clip-weights 0,0.01"
     read, reader = [], ScanNetFrames.__getitem__
     monkeypatch.setattr(ScanNetFrames, "__getitem__", lambda self, i: read.append(i) or reader(self, i))
 
@@ -498,7 +476,7 @@ def test_a_second_start_on_unchanged_frames_reads_no_more_than_its_first_batch(t
     for start in range(2):
         read.clear()
         with pytest.raises(KeyboardInterrupt):
-            train.main(small(tmp_path / str(start), *options, "--cache", str(tmp_path / "cache")), AtFirstStep(1.0))
+            train.main(small(tmp_path / str(start), options), AtFirstStep(1.0))
         # one frame per split tells whether there are instances, and two make the batch
         assert len(read) == 4 if start else len(read) >= 14
 
@@ -519,9 +497,9 @@ def test_whole_scans_train_with_posed_views(tmp_path, monkeypatch):
                        ("val", "scene0001_00/0\nscene0001_00/2\n")):
         (tmp_path / f"{name}.txt").write_text(text)
     metrics = train.main(small(
-        tmp_path, "--data", str(frames), "--scans", str(tmp_path / "scans"), "--classes", str(tmp_path / "classes.txt"),
-        "--train-split", str(tmp_path / "train.txt"), "--val-split", str(tmp_path / "val.txt"), "--num-views", "2",
-        "--epochs", "1", "--clip-warmup", "-1", "--clip-weights", "0,0.1", "--no-check"))
+        tmp_path, f"--data {frames} --scans {tmp_path}/scans --classes {tmp_path}/classes.txt --num-views 2 "
+        f"--train-split {tmp_path}/train.txt --val-split {tmp_path}/val.txt --epochs 1 --no-check "
+        "--clip-warmup=-1 --clip-weights 0,0.1"))
     assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and 0 <= metrics["ap25"] <= 1
     events = scalars(tmp_path)
     assert 0 < events.Scalars("fusion/valid_share")[-1].value <= 1
@@ -531,7 +509,7 @@ def test_whole_scans_train_with_posed_views(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_data_set(tmp_path, monkeypatch):
-    """The data set that docs/data.md adds, with built-in rooms as its files: the options of train.py that name it."""
+    """The data set that docs/data.md adds, with built-in rooms as its files -> what names it and its splits."""
     page = (ROOT / "docs" / "data.md").read_text()
     source, line = (code for code in re.findall(r"```python\n(.*?)```", page, re.S) if "MyFrames" in code)
     frames = RoomFrames("train", 3, 4, size=(60, 80))
@@ -553,20 +531,20 @@ def own_data_set(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     for command in (train, predict, check):
         monkeypatch.setattr(command, "open_frames", module.open_frames)
-    return ["--data", "mine", "--train-split", str(tmp_path / "train.txt"), "--val-split", str(tmp_path / "val.txt")]
+    return f"mine --train-split {tmp_path}/train.txt --val-split {tmp_path}/val.txt"
 
 
 def test_a_data_set_added_as_the_docs_say_is_trained_predicted_and_checked(own_data_set, tmp_path):
-    assert check.main(own_data_set[1:]) == 0
-    metrics = train.main(small(tmp_path, *own_data_set, "--epochs", "1"))
+    assert check.main(own_data_set.split()) == 0
+    metrics = train.main(small(tmp_path, "--data", own_data_set, "--epochs 1"))
     assert len(metrics["iou"]) == 3 and metrics["miou"] > 0 and "ap" in metrics
-    summary = predict.main([str(last_checkpoint(tmp_path)), "--data", "mine", "--split", own_data_set[-1], "--out",
-                            str(tmp_path / "out"), *RESUME])
+    command = f"{last_checkpoint(tmp_path)} --data mine --split {tmp_path}/val.txt --out {tmp_path}/out"
+    summary = predict.main([*command.split(), *RESUME])
     assert summary["frames"] == 4 and "wall" in summary["share_of_points"]
     assert summary["scores"]["the points that train.py --eval draws"]["miou"] == metrics["miou"]
     (tmp_path / "val.txt").write_text((tmp_path / "train.txt").read_text())
     with pytest.raises(ValueError, match="train0000/0 is in two splits"):
-        train.main(small(tmp_path, *own_data_set))
+        train.main(small(tmp_path, "--data", own_data_set))
 
 
 class FewestFields:
@@ -589,11 +567,11 @@ class FewestFields:
 def test_another_backbone_and_the_least_of_a_data_set_train(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "PointEncoder", lambda *args, **options: Toy())
     monkeypatch.setattr(train, "open_frames", lambda *args, **options: FewestFields())
-    metrics = train.main(small(tmp_path, "--epochs", "1", "--diagnose", "1"))
+    metrics = train.main(small(tmp_path, "--epochs 1 --diagnose 1"))
     assert len(metrics["iou"]) == 2 and metrics["miou"] > 0 and "ap" not in metrics
     monkeypatch.setattr(FewestFields, "class_names", ["far"])
     with pytest.raises(ValueError, match="room/0: labels from 0 to 1, expected -1 or an index"):
-        train.main(small(tmp_path / "outside", "--epochs", "1"))
+        train.main(small(tmp_path / "outside", "--epochs 1"))
 
 
 def test_a_new_loss_term_logs_itself(tmp_path, monkeypatch):
@@ -606,7 +584,7 @@ def test_a_new_loss_term_logs_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "compute_losses", with_length)
     monkeypatch.setattr(train, "loss_weights", lambda args, epoch: {**weights(args, epoch), "length": 0.5})
-    train.main(small(tmp_path, "--epochs", "1", "--no-clip", "--diagnose", "1"))
+    train.main(small(tmp_path, "--epochs 1 --no-clip --diagnose 1"))
     events = scalars(tmp_path)
     raw, weighted = (events.Scalars(f"{kind}/length")[-1].value for kind in ("loss", "weighted"))
     assert raw > 0 and weighted == pytest.approx(0.5 * raw)
@@ -630,12 +608,11 @@ def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_pa
             assert torch.equal(others[0], others[1])
 
     # at a higher learning rate, rounding may grow until a match or a bit of a mask is another
-    options = ["--epochs", "3", "--eval-every", "3", "--clip-warmup", "0,1", "--clip-weights", "0.001,0.01,0.1", "--lr",
-               "2e-4"]
-    metrics = train.main(small(tmp_path / "one", *options, "--batch-size", "4"))
+    options = "--epochs 3 --eval-every 3 --clip-warmup 0,1 --clip-weights 0.001,0.01,0.1 --lr 2e-4"
+    metrics = train.main(small(tmp_path / "one", options, "--batch-size 4"))
     monkeypatch.setattr(train, "average_buffers", same_on_both)
     done = in_two_processes(lambda: print("MIOU", train.main(
-        small(tmp_path / "two", *options, "--batch-size", "2"))["miou"]))
+        small(tmp_path / "two", options, "--batch-size 2"))["miou"]))
     assert [status for status, _, _ in done] == [0, 0], done
     values = [float(re.search(r"MIOU (\S+)", printed)[1]) for _, printed, _ in done]
     assert values == pytest.approx([metrics["miou"]] * 2, abs=1e-3)
@@ -658,7 +635,7 @@ def test_a_process_that_raises_or_is_killed_ends_the_other_with_an_error(tmp_pat
         return factor(position, *rest)
 
     monkeypatch.setattr(train, "lr_factor", fail)
-    options = small(tmp_path, "--epochs", "1000", "--no-clip", "--no-instances", "--num-points", "100")
+    options = small(tmp_path, "--epochs 1000 --no-clip --no-instances --num-points 100")
     first, second = in_two_processes(lambda: train.main(options))
     assert second[0] == status and ("ZeroDivisionError" in second[2]) == (status == 1)
     assert first[0] == 1 and re.search("Connection (closed|reset) by peer", first[2]), first[2]
