@@ -20,6 +20,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import re
 import socket
 import warnings
 from pathlib import Path
@@ -231,7 +232,12 @@ def load_clip(model_name, pretrained):
                 torch.manual_seed(0)  # the same weights in every run, and the global RNG untouched
             return open_clip.create_model(model_name, **options)
     except Exception as error:
-        message = f"{name}: weights {pretrained or 'of a seed'} could not be loaded ({error}){advice}"
+        reason = str(error)
+        if len(reason) > 500:  # it names every key that does not fit
+            keys = list(dict.fromkeys(re.findall(r'"([\w.]+)"', reason)))[:3]
+            reason = f"{reason.strip().splitlines()[0][:200]} keys such as {', '.join(keys)} do not fit"
+            advice = advice or "; is it a file of another model, or of OpenAI's, which wants a -quickgelu name?"
+        message = f"{name}: weights {pretrained or 'of a seed'} could not be loaded ({reason}){advice}"
         raise error_type(message) from error
 
 
@@ -437,4 +443,10 @@ class Enhanced2DEncoder(nn.Module):
             raise ValueError(message) from error
         except OSError as error:
             raise FileNotFoundError(f"CLIP model {self.model_name}: no tokenizer ({error})") from error
-        return self.clip.encode_text(tokenizer(prompts).to(self.global_proj.device))
+        tokens = tokenizer(prompts)
+        longer = tokenizer(prompts, context_length=tokens.shape[1] + 1)
+        for prompt, row in zip(prompts, longer):
+            if row[-1] != 0:  # padding is 0
+                raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is longer: "
+                                 f"{prompt!r}")
+        return self.clip.encode_text(tokens.to(self.global_proj.device))

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from check import quick_check
+from check import quick_check, unknowns
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
@@ -347,9 +347,8 @@ def check_cameras(dataset, store, args, console):
     if faults:
         raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` "
                          "tells more; --no-check insists")
-    untested = [row.test for row in rows if row.verdict == "not tested"]
-    if untested:
-        console.print(f"a sample of {len(dataset)} samples cannot tell: {', '.join(untested)}")
+    for text in unknowns(rows):
+        console.print(text)
     if key is not None:
         store.put(key, b"right")
 
@@ -379,6 +378,16 @@ def clip_loss_is_never_on(args):
 def needs_dense(args):
     """Whether the CLIP loss ties points to dense features."""
     return args.clip_target == "point" and max(args.clip_weights) > 0 and not args.no_clip
+
+
+def check_tower(tower, args):
+    """Fails before the training starts if the loss needs dense features and the tower has none."""
+    if not needs_dense(args):
+        return
+    if not hasattr(tower, "encode_with_dense"):
+        raise ValueError(f"--clip-target point needs dense features, and the tower {type(tower).__name__} has no "
+                         "encode_with_dense")
+    tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
 
 
 def cache_features(tower, datasets, args, device, rank, world_size):
@@ -655,10 +664,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     # the tower and the data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
     tower = tower or open_tower(args, config, console.warn)
-    if needs_dense(args):
-        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))  # fails now if it has no such features
+    check_tower(tower, args)
     train_set, val_set, class_names, instances = build_datasets(args)
-    used_sets = [val_set] if args.eval else [val_set, train_set]
+    used_sets = [val_set] if args.eval else [train_set, val_set]
     console.print(describe(train_set, val_set, class_names))
     read_every_frame(used_sets, args, rank, world_size, console)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m bench gpu`: the training step by batch size and dtype, as a Markdown table: rate, memory, waits, kernels.
+"""`python -m bench gpu`: the training step by batch size and dtype, as a Markdown table.
 
 `python -m bench gpu --of RUN` prints instead what a finished run logged. bench/gpu.sh calls both.
 Imports train, and its siblings bench.step and bench.timing.
@@ -15,11 +15,12 @@ from bench.step import NETWORKS, Step, setup
 from bench.timing import machine, now
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-TAGS = ("speed/samples_per_s", "speed/data_wait", "memory/peak_gib", "guard/bad_steps", "amp/skipped_steps")
+TAGS = ("speed/samples_per_s", "speed/data_wait", "memory/peak_gib", "guard/bad_steps",
+        "amp/skipped_steps")
 
 
 def waits_and_kernels(call):
-    """How often the host waits for the device in call(), and how many kernels it queues, by torch's profiler."""
+    """How often the host waits for the device in call(), and how many kernels it queues."""
     with torch.profiler.profile() as profiler:
         call()
     events = profiler.events()
@@ -29,7 +30,7 @@ def waits_and_kernels(call):
 
 
 def measure(step, batch, repeats, device):
-    """Milliseconds of a step, the median, its peak in GiB, waits and kernels; - if there is no GPU to tell."""
+    """Median milliseconds of a step, its peak in GiB, waits and kernels; - if there is no GPU to tell."""
     for _ in range(2):
         step(batch)
     spent = []
@@ -65,8 +66,8 @@ def run(args):
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for network in NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
-            options, tower, num_classes, make_batch = setup(network, args.device, folder, max(args.batches),
-                                                            args.options.split())
+            parts = setup(network, args.device, folder, max(args.batches), args.options.split())
+            options, tower, num_classes, make_batch = parts
             batches = [(scenes, make_batch(scenes)) for scenes in args.batches]
         for scenes, batch in batches:
             for amp in ("off", "bf16"):

@@ -440,6 +440,8 @@ def run(args):
                            for attention in ATTENTIONS}
         results["text"]["random tower"] = dense_text_miou(named_tower(folder, None, SIZE), "naclip")
         save()
+    if "tower_seconds" in results:
+        print(f"tower: {results['tower_seconds']:.0f} CPU seconds")
     print(f"zero-shot accuracy on crops of other rooms: {results['zero_shot']:.3f}")
     for name, (plain, centered) in results["text"].items():
         print(f"text mIoU of dense features, {name}: {plain:.3f}, less each name's mean {centered:.3f}")

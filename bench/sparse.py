@@ -64,7 +64,7 @@ def bench_convolution(repeats, clouds=(("sparse", 18_000, 0.35), ("dense", 24_00
         kernel_map = VoxelGrid(coords).neighbors(3)
         pairs = len(kernel_map.pairs[0])
         print(f"\nconvolution {channels} -> {channels}, k3, 1 thread, CPU time, float32, {cloud} cloud: {voxels} "
-              f"voxels, {pairs / voxels:.1f} neighbours each, {pairs * channels ** 2 * 2 / 1e9:.2f} GFLOP")
+              f"voxels, {pairs / voxels:.1f} neighbors each, {pairs * channels ** 2 * 2 / 1e9:.2f} GFLOP")
         torch.manual_seed(0)
         feats = torch.randn(voxels, channels, requires_grad=True)
         kernel = (torch.randn(27, channels, channels) / 30).requires_grad_()

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The stability study: CLIP consistency losses on hostile features, alone and in short trainings on the built-in rooms.
+"""The stability study: CLIP consistency losses on hostile features, alone and in short trainings.
 
     python -m bench stability --quick            a smoke test of all of it
-    python -m bench stability                    everything; if stopped, it goes on from the last finished training
-    python -m bench stability --plot docs        also docs/stability_losses.png and docs/stability_training.png
+    python -m bench stability                    everything; goes on from the last finished training
+    python -m bench stability --plot docs        also stability_losses.png, stability_training.png in docs
 
-It compares the loss as one would write it, -log sigmoid(cos / 0.07) with F.normalize; the same with two patches, a
-temperature of at least 0.1 and logits clamped to +-10; and every variant of ClipConsCriterion. All are measured against
-the bound of ClipConsCriterion's defaults on the gradient of one row of the fused features:
+It compares the loss as one would write it, -log sigmoid(cos / 0.07) with F.normalize; the same with two
+patches, a temperature of at least 0.1 and logits clamped to +-10; and each variant of ClipConsCriterion.
+All are measured against the bound of ClipConsCriterion's defaults on the gradient of one row of the
+fused features:
 
     loss_weight / (rows * 0.1 * 0.1)
 
-A row is dead if its gradient is exactly zero although its target is not. Imports train, losses.
+A row is dead if its gradient is exactly zero although its target is not. Trainings are on the built-in
+rooms. Imports train, losses.
 """
 import contextlib
 import functools
@@ -23,6 +25,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,29 +44,32 @@ def plain_loss(feat, clip, valid, temperature=0.07, clamp=math.inf):
     return -torch.log(torch.sigmoid(logits.clamp(-clamp, clamp)))[valid].mean()
 
 
-PLAIN = {"naive": plain_loss, "clamp and floor": functools.partial(plain_loss, temperature=0.1, clamp=10.0)}
+PLAIN = {"naive": plain_loss,
+         "clamp and floor": functools.partial(plain_loss, temperature=0.1, clamp=10.0)}
 LOSSES = (*PLAIN, *(f"ours, {variant}" for variant in CLIP_LOSSES))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = ("ordinary", "constant rows", "zero rows", "tiny rows", "huge rows", "inf in rows", "zero targets",
          "inf in targets", "no valid point", "one point")
 
 
-# ---------------------------------------------------------------------------------------------- losses alone
+# -------------------------------------------------------------------------------- losses alone
 
 
 def corrupt(kind, feat, clip, valid, every, tiny=1e-7, huge=1e30):
     """Copies of feat (N, C), clip (N, C) and valid (N,) in which every `every`-th row is of that kind.
 
-    The gradient passes straight through to feat: a layer can put out a row of zeros without having a slope of zero.
-    tiny: norm of a tiny row; huge: largest entry of a huge row.
+    The gradient passes straight through to feat: a layer can put out a row of zeros without having a
+    slope of zero. tiny: norm of a tiny row; huge: largest entry of a huge row.
     """
     rows = torch.arange(len(feat), device=feat.device)[:, None] % every == 0  # (N, 1)
     first_channel = torch.arange(feat.shape[1], device=feat.device) == 0  # (C,)
     value = feat.detach()
-    bad = {"constant rows": torch.ones_like(value), "zero rows": torch.zeros_like(value),
-           "tiny rows": F.normalize(value.float()) * tiny, "huge rows": value / value.abs().amax(1, True) * huge,
-           "inf in rows": value.masked_fill(first_channel, torch.inf)}.get(kind, value)
-    feat = bad.where(rows, value) + (feat - value)
+    bad = {"constant rows": torch.ones_like(value),
+           "zero rows": torch.zeros_like(value),
+           "tiny rows": F.normalize(value.float()) * tiny,
+           "huge rows": value / value.abs().amax(1, True) * huge,
+           "inf in rows": value.masked_fill(first_channel, torch.inf)}
+    feat = bad.get(kind, value).where(rows, value) + (feat - value)
     if kind == "zero targets":
         clip = clip.masked_fill(rows, 0)
     elif kind == "inf in targets":
@@ -76,11 +82,13 @@ def corrupt(kind, feat, clip, valid, every, tiny=1e-7, huge=1e30):
 
 
 def gradient_norms(value, feat):
-    """Norms (N,) of the gradient of `value` at the rows of feat, in float64; not finite if it overflows.
+    """Norms (N,) of the gradient of `value` at the rows of feat in float64; not finite if it overflows.
 
-    In fp16 with a loss scale that backs off like a GradScaler's: without one, the gradients of healthy rows underflow.
+    In fp16 with a loss scale that backs off like a GradScaler's: without one, the gradients of healthy
+    rows underflow.
     """
-    for scale in (2.0 ** 15, 2.0 ** 10, 2.0 ** 5, 1.0) if feat.dtype == torch.float16 else (1.0,):
+    scales = (2.0 ** 15, 2.0 ** 10, 2.0 ** 5, 1.0) if feat.dtype == torch.float16 else (1.0,)
+    for scale in scales:
         grad, = torch.autograd.grad(value, feat, torch.full_like(value, scale), retain_graph=True)
         if grad.isfinite().all():
             break
@@ -88,21 +96,24 @@ def gradient_norms(value, feat):
 
 
 def criterion_case(loss, dtype, kind, seed, rows=256, channels=128):
-    """One draw, half of its rows of that kind -> finite (bool), largest gradient over the bound, share of dead rows."""
+    """One draw, half of its rows of that kind -> finite, largest gradient / bound, share of dead rows."""
     generator = torch.Generator().manual_seed(seed)
     feat = torch.randn(rows, channels, generator=generator)
     clip = torch.randn(rows, channels, generator=generator)
     valid = torch.rand(rows, generator=generator) < 0.9
     a, b = torch.rand(2, generator=generator).tolist()
+    tiny = 10 ** (-8 + 5 * a)
     largest = math.log10(torch.finfo(dtype).max) - 0.01
-    feat, clip, valid = corrupt(kind, feat, clip, valid, 2, tiny=10 ** (-8 + 5 * a), huge=10 ** (4 + (largest - 4) * b))
+    huge = 10 ** (4 + (largest - 4) * b)
+    feat, clip, valid = corrupt(kind, feat, clip, valid, 2, tiny, huge)
     feat = feat.to(dtype).requires_grad_()
     clip = clip.to(dtype)
 
     if loss in PLAIN:
         value = PLAIN[loss](feat, clip, valid)
     else:
-        value = ClipConsCriterion(1.0, variant=loss.split(", ")[1])(feat, clip, valid=valid)
+        _, variant = loss.split(", ")
+        value, _ = ClipConsCriterion(1.0, variant=variant)(feat, clip, valid=valid)
     norms = gradient_norms(value, feat)
     finite_norms = norms[norms.isfinite()]
     used = valid & feat.isfinite().all(1) & clip.isfinite().all(1)
@@ -114,53 +125,65 @@ def criterion_case(loss, dtype, kind, seed, rows=256, channels=128):
 
 
 def criterion_study(draws):
-    """Prints and returns {kind: {loss: {dtype: (share finite, largest gradient over the bound, mean share dead)}}}."""
-    print("\nLosses alone, half of the rows of the kind named. finite: share of draws with finite loss and gradient;\n"
-          "grad: largest finite gradient of a row / bound; dead: share of rows without any gradient\n")
-    print(f"{'rows':16s}{'loss':18s}" + "".join(f"{name:>6s} finite{'grad':>9s}{'dead':>6s}" for name in DTYPES))
+    """Prints and returns {kind: {loss: {dtype: (share finite, largest gradient / bound, share dead)}}}."""
+    print("\nLosses alone, half of the rows of the kind named. finite: share of draws with finite loss and\n"
+          "gradient; grad: largest finite gradient of a row / bound; dead: share of rows without gradient\n")
+    columns = [f"{name:>6s} finite{'grad':>9s}{'dead':>6s}" for name in DTYPES]
+    print(f"{'rows':16s}{'loss':18s}" + "".join(columns))
     table = {kind: {loss: {} for loss in LOSSES} for kind in KINDS}
     for kind, loss in itertools.product(KINDS, LOSSES):
         line = f"{kind:16s}{loss:18s}"
         for name, dtype in DTYPES.items():
-            finite, over_bound, dead = zip(*(criterion_case(loss, dtype, kind, seed) for seed in range(draws)))
-            table[kind][loss][name] = cell = statistics.mean(finite), max(over_bound), statistics.mean(dead)
-            line += f"{cell[0]:13.0%}{cell[1]:9.1e}{cell[2]:6.0%}"
+            cases = [criterion_case(loss, dtype, kind, seed) for seed in range(draws)]
+            finite, over_bound, dead = zip(*cases)
+            finite, over_bound, dead = statistics.mean(finite), max(over_bound), statistics.mean(dead)
+            table[kind][loss][name] = finite, over_bound, dead
+            line += f"{finite:13.0%}{over_bound:9.1e}{dead:6.0%}"
         print(line)
     return table
 
 
-# ---------------------------------------------------------------------------------------------- short trainings
+# -------------------------------------------------------------------------------- short trainings
 
 # the warm-up is 0 for a quarter of the run, 0.001 for the next, then 0.01
-RECIPE = ("--rooms 32 --frames-per-room 1 --num-points 1024 --voxel-size 0.15 --no-instances --image-size 96,128 "
-          "--clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 --batch-size 4 --lr 4e-3 "
-          "--lr-warmup 10 --clip-warmup 4,8 --log-every 4 --eval-every 1000").split()
-QUICK = "--rooms 2 --num-points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 --clip-warmup 0,1".split()
+RECIPE = ("--rooms 32 --frames-per-room 1 --num-points 1024 --voxel-size 0.15 --no-instances "
+          "--image-size 96,128 --clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 "
+          "--batch-size 4 --lr 4e-3 --lr-warmup 10 --clip-warmup 4,8 --log-every 4 --eval-every 1000").split()
+QUICK = ("--rooms 2 --num-points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 "
+         "--clip-warmup 0,1").split()
 WEIGHT_1 = "--clip-weights 0,0.1,1"
-OURS = {  # options beside those of RECIPE
-    "3D baseline": "--no-clip",
-    "CLIP loss isolated": "--isolate-clip",
-    "ours": "",
-    "no warm-up": "--clip-warmup=-1 --clip-weights 0,0.01",
-    "weight x 100": WEIGHT_1,
-    "weight x 10,000, no warm-up": "--clip-warmup=-1 --clip-weights 0,100",
-    "last CLIP block freed, gradient flow 0.5": "--clip-blocks 1 --gradient-flow-ratio 0.5",
-    "point targets, weight x 100": f"--clip-target point {WEIGHT_1}",
-    "cosine, weight x 100": f"--clip-loss cosine {WEIGHT_1}",
-    "infonce, weight x 100": f"--clip-loss infonce {WEIGHT_1}",
-    "bf16": "--amp bf16"}
-SETTINGS = {  # name: options, loss, kind of every tenth row
-    **{name: (options, "ours", None) for name, options in OURS.items()},
-    **{loss: ("", loss, None) for loss in PLAIN},
-    **{f"{kind}: {loss}": ("", loss, kind) for kind in ("zero rows", "inf in targets", "no valid point")
-       for loss in (*PLAIN, "ours")}}
+
+
+class Setting(NamedTuple):
+    """A training to make: options beside those of RECIPE, the loss, the kind of every tenth row."""
+    options: str = ""
+    loss: str = "ours"
+    kind: str | None = None
+    gradient_flow_ratio: float = 0.0
+
+
+SETTINGS = {
+    "3D baseline": Setting("--no-clip"),
+    "CLIP loss isolated": Setting("--isolate-clip"),
+    "ours": Setting(),
+    "no warm-up": Setting("--clip-warmup=-1 --clip-weights 0,0.01"),
+    "weight x 100": Setting(WEIGHT_1),
+    "weight x 10,000, no warm-up": Setting("--clip-warmup=-1 --clip-weights 0,100"),
+    "last CLIP block freed, gradient flow 0.5": Setting("--clip-blocks 1", gradient_flow_ratio=0.5),
+    "point targets, weight x 100": Setting(f"--clip-target point {WEIGHT_1}"),
+    "cosine, weight x 100": Setting(f"--clip-loss cosine {WEIGHT_1}"),
+    "infonce, weight x 100": Setting(f"--clip-loss infonce {WEIGHT_1}"),
+    "bf16": Setting("--amp bf16"),
+    **{loss: Setting(loss=loss) for loss in PLAIN}}
+for pair in itertools.product(("zero rows", "inf in targets", "no valid point"), (*PLAIN, "ours")):
+    SETTINGS[": ".join(pair)] = Setting(kind=pair[0], loss=pair[1])
 
 
 class WatchedCriterion(ClipConsCriterion):
     """A ClipConsCriterion that can compute a plain loss instead, on rows of which every tenth is hostile.
 
-    over_bound: a list with one entry per call, the largest gradient of a row over the bound; NaN if the loss or the
-    gradient is not finite. options: of ClipConsCriterion.
+    over_bound: a list with one entry per call, the largest gradient of a row over the bound; NaN if the
+    loss or the gradient is not finite. options: of ClipConsCriterion.
     """
 
     def __init__(self, loss="ours", kind=None, **options):
@@ -169,31 +192,33 @@ class WatchedCriterion(ClipConsCriterion):
         self.kind = kind
         self.over_bound = []
 
-    def forward(self, feat_fusion, clip_feat, batch=None, valid=None):
+    def forward(self, feat_fusion, clip_feat, batch=None, valid=None, seed=None):
         if batch is not None and (self.loss in PLAIN or self.kind):
             clip_feat = clip_feat[batch]  # (N, C)
             batch = None
-        # about one step in four has no valid point; its data decide, so that a repeated pass has none either
-        if self.kind and (self.kind != "no valid point" or int(clip_feat.detach().sum()) % 4 == 0):
+        # about one step in four has no valid point; its data decide, so that repeated passes agree
+        is_hit = self.kind != "no valid point" or int(clip_feat.detach().sum()) % 4 == 0
+        if self.kind and is_hit:
             feat_fusion, clip_feat, valid = corrupt(self.kind, feat_fusion, clip_feat, valid, 10)
-        feat = feat_fusion.view_as(feat_fusion)  # the gradient of the other losses does not pass through this view
+        feat = feat_fusion.view_as(feat_fusion)  # gradients of other losses do not pass through this view
         if self.loss in PLAIN:
             value = PLAIN[self.loss](feat, clip_feat, valid)
-            self.counts = torch.stack([valid.sum(), valid.sum() * 0, valid.sum() * 0])
+            used = valid.sum()
+            counts = torch.stack([used, used * 0, used * 0])
         else:
-            value = super().forward(feat, clip_feat, batch, valid)
+            value, counts = super().forward(feat, clip_feat, batch, valid, seed)
         grad, = torch.autograd.grad(value, feat, retain_graph=True)
-        bound = 1 / (max(1, int(self.counts[0])) * TEMPERATURE * NORM_FLOOR)
-        largest = torch.linalg.vector_norm(grad.double(), dim=1).max().item() / bound
-        self.over_bound.append(largest if value.isfinite() else math.nan)
-        return value
+        norms = torch.linalg.vector_norm(grad.double(), dim=1)
+        bound = 1 / (max(1, int(counts[0])) * TEMPERATURE * NORM_FLOOR)
+        self.over_bound.append(norms.max().item() / bound if value.isfinite() else math.nan)
+        return value, counts
 
 
-def training_run(argv, loss, kind):
+def training_run(argv, setting):
     """One training -> what the study keeps of it, for the JSON; error is None if it came to its end."""
     args = train.parse_args(argv)
-    criterion = WatchedCriterion(loss, kind, temperature=args.temperature, variant=args.clip_loss,
-                                 gradient_flow_ratio=args.gradient_flow_ratio)
+    criterion = WatchedCriterion(setting.loss, setting.kind, temperature=args.temperature,
+                                 variant=args.clip_loss, gradient_flow_ratio=setting.gradient_flow_ratio)
     miou = error = None
     start = time.process_time()
     with (tempfile.TemporaryDirectory() as runs, open(os.devnull, "w") as nowhere,
@@ -202,10 +227,15 @@ def training_run(argv, loss, kind):
             miou = train.main([*argv, "--runs", runs], clip_criterion=criterion)["miou"]
         except FloatingPointError as lost:  # the subject of the study
             error = str(lost)
-        events = EventAccumulator(str(next(Path(runs).iterdir())), size_guidance={"scalars": 0})
+        run = next(Path(runs).iterdir())
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
         events.Reload()
-        logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    record = {"miou": miou, "error": error, "bad_steps": logged.get("guard/bad_steps", [0])[-1],
+        logged = {}
+        for tag in events.Tags()["scalars"]:
+            logged[tag] = [event.value for event in events.Scalars(tag)]
+    record = {"miou": miou,
+              "error": error,
+              "bad_steps": logged.get("guard/bad_steps", [0])[-1],
               "over_bound": max(filter(math.isfinite, criterion.over_bound), default=None),
               "cpu_seconds": round(time.process_time() - start, 1)}
     for name in ("effective_rank", "clip_cosine"):
@@ -214,23 +244,23 @@ def training_run(argv, loss, kind):
 
 
 def training_study(args, finished, save):
-    """Adds to `finished`, {name: {seed: record}}, the runs that it does not hold with these options yet."""
-    seeds, names = args.seeds, list(SETTINGS)
-    if args.quick:
-        seeds, names = 1, ["ours", "inf in targets: naive"]
-    for seed, name in itertools.product(range(seeds), names):
-        options, loss, kind = SETTINGS[name]
-        argv = [*RECIPE, *(QUICK if args.quick else []), *options.split(), "--seed", str(seed), "--device", args.device]
-        done = finished.get(name, {}).get(str(seed), {}).get("argv") == argv
-        if done:
+    """Adds to `finished`, {name: {seed: record}}, the runs that it does not hold with these options."""
+    recipe = [*RECIPE, *QUICK] if args.quick else RECIPE
+    names = ["ours", "inf in targets: naive"] if args.quick else SETTINGS
+    for seed, name in itertools.product(range(1 if args.quick else args.seeds), names):
+        setting = SETTINGS[name]
+        argv = [*recipe, *setting.options.split(), "--seed", str(seed), "--device", args.device]
+        done = finished.setdefault(name, {}).get(str(seed), {})
+        if done.get("argv") == argv:
             continue
-        record = training_run([*argv, "--cache", str(Path(args.out) / "cache")], loss, kind)
-        finished.setdefault(name, {})[str(seed)] = {"argv": argv, **record}
+        record = training_run([*argv, "--cache", str(Path(args.out) / "cache")], setting)
+        finished[name][str(seed)] = {"argv": argv, **record}
         save()
-        print(f"{name}, seed {seed}: {'lost' if record['error'] else format(record['miou'], '.3f')}", flush=True)
+        score = "lost" if record["error"] else f"{record['miou']:.3f}"
+        print(f"{name}, seed {seed}: {score}", flush=True)
 
 
-def spread(values, digits):
+def mean_and_std(values, digits):
     """"mean +- standard deviation", "-" without values."""
     if not values:
         return "-"
@@ -240,27 +270,29 @@ def spread(values, digits):
 
 def print_training(finished):
     """One line per setting."""
-    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps skipped;\n"
-          "grad: as above; mIoU: also less that of the 3D baseline of the same seed, and of fusion with the CLIP loss\n"
-          "isolated; rank: effective rank; cosine: with the CLIP feature of the scene\n")
-    print(f"{'setting':30s}{'finished':>9s}{'bad':>4s}{'grad':>9s}{'mIoU':>16s}{'- baseline':>17s}{'- isolated':>17s}"
-          f"{'rank':>14s}{'cosine':>8s}")
+    print("\nTrainings, mean +- standard deviation over seeds. finished: came to their end; bad: steps\n"
+          "skipped; grad: as above; mIoU: also less that of the 3D baseline of the same seed, and of fusion\n"
+          "with the CLIP loss isolated; rank: effective rank; cosine: with the CLIP feature of the scene\n")
+    print(f"{'setting':30s}{'finished':>9s}{'bad':>4s}{'grad':>9s}{'mIoU':>16s}{'- baseline':>17s}"
+          f"{'- isolated':>17s}{'rank':>14s}{'cosine':>8s}")
     for name, records in finished.items():
         done = {seed: record for seed, record in records.items() if record["error"] is None}
+        columns = {key: [record[key] for record in done.values()]
+                   for key in ("bad_steps", "miou", "effective_rank", "clip_cosine")}
         grads = [record["over_bound"] for record in records.values() if record["over_bound"] is not None]
-        line = f"{name:30s}{len(done):>7d}/{len(records)}{sum(record['bad_steps'] for record in done.values()):4.0f}"
+        line = f"{name:30s}{len(done):>7d}/{len(records)}{sum(columns['bad_steps']):4.0f}"
         line += f"{max(grads):9.1e}" if grads else f"{'-':>9s}"
-        line += f"{spread([record['miou'] for record in done.values()], 3):>16s}"
+        line += f"{mean_and_std(columns['miou'], 3):>16s}"
         for reference in ("3D baseline", "CLIP loss isolated"):
             base = {seed: record["miou"] for seed, record in finished.get(reference, {}).items()}
-            gains = [record["miou"] - base[seed] for seed, record in done.items() if base.get(seed) is not None]
-            line += f"{spread(gains, 3):>17s}"
-        cosines = [record["clip_cosine"] for record in done.values()] or [math.nan]
-        line += f"{spread([record['effective_rank'] for record in done.values()], 1):>14s}"
-        print(line + f"{statistics.mean(cosines):8.2f}")
+            both = [seed for seed in done if base.get(seed) is not None]
+            gains = [done[seed]["miou"] - base[seed] for seed in both]
+            line += f"{mean_and_std(gains, 3):>17s}"
+        line += f"{mean_and_std(columns['effective_rank'], 1):>14s}"
+        print(line + f"{statistics.mean(columns['clip_cosine'] or [math.nan]):8.2f}")
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------- figures
 
 
 def plot_losses(table, path):
@@ -268,8 +300,10 @@ def plot_losses(table, path):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     lines = list(itertools.product(LOSSES, DTYPES))
-    for (y, (loss, dtype)), (x, kind) in itertools.product(enumerate(lines), enumerate(table)):
-        finite, over_bound, dead = table[kind][loss][dtype]
+    kinds = list(table)
+    for y, x in itertools.product(range(len(lines)), range(len(kinds))):
+        loss, dtype = lines[y]
+        finite, over_bound, dead = table[kinds[x]][loss][dtype]
         if finite < 1:
             color, text = "#e58a80", f"{1 - finite:.0%} NaN"
         elif over_bound > 1:
@@ -280,13 +314,13 @@ def plot_losses(table, path):
             color, text = "#dceedd", f"{over_bound:.2g}"
         axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white"))
         axes.text(x, y, text, ha="center", va="center", fontsize=7)
-    axes.set(xlim=(-0.5, len(table) - 0.5), ylim=(len(lines) - 0.5, -0.5))
-    axes.set_xticks(range(len(table)), [kind.replace(" ", "\n", 1) for kind in table], fontsize=8)
+    axes.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(len(lines) - 0.5, -0.5))
+    axes.set_xticks(range(len(kinds)), [kind.replace(" ", "\n", 1) for kind in kinds], fontsize=8)
     axes.set_yticks(range(len(lines)), ["  ".join(line) for line in lines], fontsize=7)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("largest gradient of a row / bound;   red: share of draws with NaN or inf;   orange: beyond the "
-                    "bound;   violet: rows without any gradient", fontsize=8)
+    axes.set_xlabel("largest gradient of a row / bound;   red: share of draws with NaN or inf;   "
+                    "orange: beyond the bound;   violet: rows without any gradient", fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -294,16 +328,19 @@ def plot_losses(table, path):
 def plot_training(finished, path):
     """A dot per run that came to its end."""
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(10, 0.8 + 0.2 * len(finished)), sharey=True, layout="constrained")
+    size = (10, 0.8 + 0.2 * len(finished))
+    figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
     labels = []
     for name, records in finished.items():
         lost = sum(record["error"] is not None for record in records.values())
         labels.append(f"{name} ({lost} of {len(records)} lost)" if lost else name)
-    titles = {"miou": "mIoU (grey: baseline; red: other losses)", "over_bound": "largest gradient of a row / bound",
+    titles = {"miou": "mIoU (gray: baseline; red: other losses)",
+              "over_bound": "largest gradient of a row / bound",
               "effective_rank": "effective rank of fused features"}
     for ax, (key, title) in zip(axes, titles.items()):
         for y, (name, records) in enumerate(finished.items()):
-            values = [record[key] for record in records.values() if record["error"] is None and record[key] is not None]
+            done = [record for record in records.values() if record["error"] is None]
+            values = [record[key] for record in done if record[key] is not None]
             color = "#c0392b" if any(loss in name for loss in PLAIN) else "#1f5fa8"
             ax.scatter(values, [y] * len(values), s=16, alpha=0.6, c=color, zorder=2)
             for value in values if name == "3D baseline" else ():

@@ -40,8 +40,8 @@ def new_folder(path):
 
 
 def goes_on_in_place(path):
-    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, so that nothing
-    else is written over. path: None for a new run.
+    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, so that
+    nothing else is written over. path: None for a new run.
     """
     path = Path(path or "")
     return path.name == "last.pt" and (path.parent / "lock").exists()
@@ -57,7 +57,7 @@ def run_folder(resumed, new, lock=None):
 
 
 def lock_folder(folder):
-    """Locks a run's folder for this process, removes unfinished files in it -> the open file of the lock.
+    """Locks a run's folder for this process, and removes unfinished files in it -> the lock's open file.
 
     The lock ends when the file is closed, and with the process, however that ends; child processes do
     not inherit it. ValueError if another process holds it, OSError if the file is a symbolic link. On a
@@ -91,7 +91,7 @@ def write_atomically(state, path):
 
 
 def write_or_warn(path, warn, state):
-    """`write_atomically`; if that fails, on a full disk say, the old file stays, and warn(text) says so."""
+    """`write_atomically`; if that fails, as on a full disk, the old file stays, and warn(text) says so."""
     try:
         write_atomically(state, path)
     except OSError as error:

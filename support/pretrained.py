@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Weights of other projects for a sparse U-Net or a Volt, read as they are published, without the packages
-that wrote them.
+"""Weights of other projects for a sparse U-Net or a Volt, read as they are published, without the
+packages that wrote them.
 
 A checkpoint is a zip file with a pickle, which may name any function. `TensorUnpickler` builds tensors
 and plain containers alone: nothing that a file names is imported or called.
@@ -32,8 +32,8 @@ PARTS = {UNET: r"(conv\d|convtr\d|bn\d|bntr\d|block\d|final\.)",  # how the keys
 
 
 def load_backbone(path, build, networks, final=False, build_volt=None):
-    """A U-Net or a Volt with the weights of a checkpoint, as the PROJECTS or the Volt project publish it, or as
-    train.py writes it.
+    """A U-Net or a Volt with the weights of a checkpoint, as the PROJECTS or the Volt project publish
+    it, or as train.py writes it.
 
     build: sparse_unet.Res16UNet34C, which makes a U-Net; its options are read off keys and shapes.
     networks: {--backbone of train.py: options}. final: keep the last layer; OpenScene's maps into
@@ -77,7 +77,7 @@ def load_backbone(path, build, networks, final=False, build_volt=None):
 
 
 def recognize(prefix, options, config, networks):
-    """The project of such keys and shapes or None; its colors or None; whether a ReLU ends its network."""
+    """The project of such keys and shapes or None; its colors or None; whether it ends in a ReLU."""
     if prefix == OWN_PREFIX:
         network = networks.get(config.get("backbone"), {})
         return "BiFusion", config.get("colors"), network.get("last_relu", True)
@@ -127,8 +127,8 @@ def volt_options(tensors, where):
 
 
 def read_backbone(path):
-    """The anchor of a network in a checkpoint, UNET or VOLT; the prefix of its keys; its tensors (float32 or
-    int64) by key without that prefix; and train.py's config, empty in other files.
+    """The anchor of a network in a checkpoint, UNET or VOLT; the prefix of its keys; its tensors
+    (float32 or int64) by key without that prefix; and train.py's config, empty in other files.
 
     A moving average of the weights is taken if there is one, because its training evaluated that.
     """

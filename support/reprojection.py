@@ -24,7 +24,9 @@ MARGIN = 0.15  # log units per pair
 HINT = 0.5  # log units per pair by which an alternative that does not fit shows that something is wrong
 MIN_PAIRS = 3  # overlapping pairs that a test needs
 OVERLAP = 0.1  # share of points on known depth, from which on two frames overlap
-BOTH = ("depth_intrinsics", "intrinsics")
+DEPTH = ("depth_intrinsics",)
+COLOR = ("intrinsics",)
+BOTH = DEPTH + COLOR
 
 
 class Views(NamedTuple):
@@ -33,7 +35,8 @@ class Views(NamedTuple):
     gray: np.ndarray  # (F, h, w) float32, NaN = none
     depth_intrinsics: np.ndarray  # (F, 3, 3)
     intrinsics: np.ndarray  # (F, 3, 3)
-    world2cam: np.ndarray  # (F, 4, 4); NaN: not to be compared
+    world2cam: np.ndarray  # (F, 4, 4) of the color cameras; NaN: not to be compared
+    depth_to_color: np.ndarray  # (F, 4, 4), from the depth camera to the color camera
     following: np.ndarray  # (F,) place of the frame that comes next in time, -1 = not sampled
 
 
@@ -42,18 +45,22 @@ class Views(NamedTuple):
 
 def scale_intrinsics(intrinsics, sx, sy):
     """Intrinsics (..., 3, 3) of an image resized by sx and sy: `c -> (c + 0.5) * s - 0.5`."""
-    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-    return np.linalg.inv(half) @ np.diag([sx, sy, 1.0]) @ half @ intrinsics
+    result = intrinsics * np.array([sx, sy, 1.0])[:, None]
+    result[..., 0, 2] += (sx - 1) / 2
+    result[..., 1, 2] += (sy - 1) / 2
+    return result
 
 
 def small_depth(frame, width):
     """Every k-th pixel of a frame's depth, and the intrinsics (3, 3) of that image."""
-    depth = frame["depth"]
-    k = max(1, -(-depth.shape[1] // width))
+    k = max(1, -(-frame["depth"].shape[1] // width))
     first = k // 2
-    depth = np.where((depth > 0) & np.isfinite(depth), depth, 0)[first::k, first::k]
-    to_small = np.array([[1 / k, 0, -first / k], [0, 1 / k, -first / k], [0, 0, 1]])
-    return depth.astype(np.float32), to_small @ frame["depth_intrinsics"]
+    depth = frame["depth"][first::k, first::k].astype(np.float32)
+    known = (depth > 0) & np.isfinite(depth)
+    intrinsics = frame["depth_intrinsics"].copy()
+    intrinsics[:2, 2] -= first
+    intrinsics[:2] /= k
+    return np.where(known, depth, np.float32(0)), intrinsics
 
 
 def small_gray(frame, width):
@@ -61,23 +68,63 @@ def small_gray(frame, width):
 
     Without the blur, samples between pixels would have less noise, and correlate better, than others.
     """
-    k = max(1, -(-frame["color"].shape[1] // width))
-    height, width = (size // k for size in frame["color"].shape[:2])
-    gray = frame["color"][:height * k, :width * k].mean(2, dtype=np.float32)
+    color = frame["color"]
+    k = max(1, -(-color.shape[1] // width))
+    height = color.shape[0] // k
+    width = color.shape[1] // k
+    gray = color[:height * k, :width * k].mean(2, dtype=np.float32)
     gray = gray.reshape(height, k, width, k).mean((1, 3))
-    for _ in range(2):
-        edge = np.pad(gray, ((1, 1), (0, 0)), mode="edge")
-        gray = ((edge[:-2] + 2 * gray + edge[2:]) / 4).T
+    for _ in range(2):  # down, then across
+        first, last = gray[:1], gray[-1:]
+        above = np.concatenate([first, gray[:-1]])
+        below = np.concatenate([gray[1:], last])
+        gray = ((above + 2 * gray + below) / 4).T
     return gray, scale_intrinsics(frame["intrinsics"], 1 / k, 1 / k)
+
+
+def depth_to_color(frame):
+    """The motion (4, 4) from a frame's depth camera to its color camera."""
+    if "depth_world2cam" not in frame:
+        return np.eye(4)
+    return frame["world2cam"] @ np.linalg.inv(frame["depth_world2cam"])
+
+
+def color_pixels(frame, width, intrinsics):
+    """Where the pixels of a small depth image (see `small_depth`) lie in a color image (2, h w).
+
+    intrinsics: (3, 3) of that color image. Unknown depth counts as the median.
+    """
+    depth, depth_intrinsics = small_depth(frame, width)
+    known = depth > 0
+    depth = np.where(known, depth, np.median(depth[known]))
+    rays = pixel_rays(depth_intrinsics, depth.shape)
+    points = move(depth_to_color(frame), rays * depth.ravel())
+    uv, _ = project(intrinsics, points[None])
+    return uv[0]
+
+
+def pixel_rays(intrinsics, size, step=1):
+    """inv(K) (u, v, 1) of every step-th pixel of images of size (H, W) -> (..., 3, n), row by row."""
+    rows = np.arange(step // 2, size[0], step)
+    columns = np.arange(step // 2, size[1], step)
+    v, u = np.meshgrid(rows, columns, indexing="ij")
+    pixels = np.stack([u, v, np.ones_like(u)]).reshape(3, -1)
+    return np.linalg.inv(intrinsics) @ pixels
+
+
+def move(motion, points):
+    """Points (..., 3, n) moved by rigid matrices (..., 4, 4)."""
+    rotation = motion[..., :3, :3]
+    return rotation @ points + motion[..., :3, 3:]
 
 
 def pad(images, value):
     """Images of any sizes -> one array; the value fills up bottom and right."""
-    height = max(image.shape[0] for image in images)
-    width = max(image.shape[1] for image in images)
-    result = np.full((len(images), height, width), value, np.float32)
-    for place, image in zip(result, images):
-        place[:image.shape[0], :image.shape[1]] = image
+    size = np.max([image.shape for image in images], 0)
+    result = np.full((len(images), *size), value, np.float32)
+    for padded, image in zip(result, images):
+        height, width = image.shape
+        padded[:height, :width] = image
     return result
 
 
@@ -87,23 +134,27 @@ def make_views(runs, width=320):
     A frame's "position" in its source, if it has one, tells which frame follows in time.
     """
     frames = list(itertools.chain(*runs))
-    depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
-    gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
     following = np.full(len(frames), -1)
-    pairs = []
+    pairs = np.zeros((0, 2), np.int64)
     start = 0
     for run in runs:
-        places = range(start, start + len(run))
-        for i, j in itertools.combinations(places, 2):
-            pairs.append((i, j) if (i + j) % 2 else (j, i))
-        for i, j in zip(places, places[1:]):
-            gap = frames[j].get("position", j) - frames[i].get("position", i)
-            following[i] = j if gap == 1 else -1
+        places = np.arange(start, start + len(run))
         start += len(run)
-    world2cam = np.array([frame["world2cam"] for frame in frames])
-    views = Views(pad(depth, 0), pad(gray, np.nan), np.array(depth_intrinsics), np.array(intrinsics),
-                  world2cam, following)
-    return views, np.array(pairs, np.int64).reshape(-1, 2)
+        own = np.array(list(itertools.combinations(places, 2)), np.int64).reshape(-1, 2)
+        backward = own.sum(1) % 2 == 0
+        own[backward] = own[backward, ::-1]
+        pairs = np.concatenate([pairs, own])
+        positions = np.array([frame.get("position", i) for frame, i in zip(run, places)])
+        followed = places[:-1][np.diff(positions) == 1]
+        following[followed] = followed + 1
+    depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
+    gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
+    views = Views(
+        depth=pad(depth, 0), gray=pad(gray, np.nan),
+        depth_intrinsics=np.array(depth_intrinsics), intrinsics=np.array(intrinsics),
+        world2cam=np.array([frame["world2cam"] for frame in frames]),
+        depth_to_color=np.array([depth_to_color(frame) for frame in frames]), following=following)
+    return views, pairs
 
 
 # ----------------------------------------------------------------------------------------------- pairs
@@ -113,59 +164,62 @@ def project(intrinsics, points):
     """Camera points (P, 3, n) -> pixels (P, 2, n), far outside behind the camera, and depth (P, n)."""
     z = points[:, 2]
     front = z > 1e-6
-    uv = (intrinsics @ (points / np.where(front, z, 1)[:, None]))[:, :2]
-    return np.where(front[:, None], np.clip(uv, -1e6, 1e6), -1e6), z
+    rays = points / np.where(front, z, 1)[:, None]
+    uv = (intrinsics @ rays)[:, :2].clip(-1e6, 1e6)
+    return np.where(front[:, None], uv, -1e6), z
 
 
 def sample(images, places, uv):
     """Bilinear samples (P, n) of images[places] at pixels (P, 2, n), NaN outside."""
     height, width = images.shape[1:]
-    u, v = uv[:, 0], uv[:, 1]
-    inside = (u >= 0) & (v >= 0) & (u <= width - 1) & (v <= height - 1)
-    x = np.clip(u.astype(np.int64), 0, width - 2)
-    y = np.clip(v.astype(np.int64), 0, height - 2)
-    fx, fy = u - x, v - y
-    flat = images.reshape(-1)
-    corner = (places[:, None] * height + y) * width + x
-    above = flat[corner] * (1 - fx) + flat[corner + 1] * fx
-    below = flat[corner + width] * (1 - fx) + flat[corner + width + 1] * fx
-    return np.where(inside, above * (1 - fy) + below * fy, np.nan)
+    last = np.array([width - 1, height - 1])[:, None]
+    inside = ((uv >= 0) & (uv <= last)).all(1)
+    corner = np.clip(uv.astype(np.int64), 0, last - 1)
+    right, down = (uv - corner).transpose(1, 0, 2)
+    x, y = corner.transpose(1, 0, 2)
+    index = (places[:, None] * height + y) * width + x
+    values = images.reshape(-1)
+    above = values[index] * (1 - right) + values[index + 1] * right
+    index += width
+    below = values[index] * (1 - right) + values[index + 1] * right
+    return np.where(inside, above * (1 - down) + below * down, np.nan)
 
 
 def look_up(depth, b, uv, radius=0):
-    """Depth of frames b at pixels (P, 2, n) -> (P, n), 0 = unknown or outside; radius > 0: also a list of
-    the same for pixels around.
+    """Depth of frames b at pixels (P, 2, n) -> (P, n), 0 = unknown or outside.
+
+    Also returns a list of such arrays for pixels around, `radius` away.
     """
     height, width = depth.shape[1:]
-    x, y = np.rint(uv).astype(np.int64).transpose(1, 0, 2)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    x, y = x * inside, y * inside
-    flat = depth.reshape(-1)
+    last = np.array([width - 1, height - 1])[:, None]
+    pixel = np.rint(uv).astype(np.int64)
+    inside = ((pixel >= 0) & (pixel <= last)).all(1)
+    values = depth.reshape(-1)
     first = b[:, None] * (height * width)
-    seen = np.where(inside, flat[first + y * width + x], 0)
+    offsets = (-radius, 0, radius) if radius else (0,)
     around = []
-    for dx, dy in itertools.product((-radius, 0, radius), repeat=2) if radius else ():
-        row = np.clip(y + dy, 0, height - 1)
-        column = np.clip(x + dx, 0, width - 1)
-        around.append(flat[first + row * width + column])
-    return seen, around
+    for offset in itertools.product(offsets, repeat=2):
+        x, y = np.clip(pixel + np.array(offset)[:, None], 0, last).transpose(1, 0, 2)
+        around.append(values[first + y * width + x])
+    seen = around[len(around) // 2]  # without offset
+    return np.where(inside, seen, 0), around
 
 
 def correlation_cost(x, y, use):
     """log(1 - correlation) of two arrays (P, n) over `use`; 0 if there is nothing to correlate."""
     count = use.sum(1)
-    divisor = np.maximum(count, 1)[:, None]
-    x, y = np.where(use, x, 0), np.where(use, y, 0)
-    x = np.where(use, x - x.sum(1, keepdims=True) / divisor, 0)
-    y = np.where(use, y - y.sum(1, keepdims=True) / divisor, 0)
+    values = np.where(use, np.stack([x, y]), 0)  # (2, P, n)
+    means = values.sum(2) / np.maximum(count, 1)
+    x, y = np.where(use, values - means[..., None], 0)
     scale = np.sqrt((x * x).sum(1) * (y * y).sum(1))
     known = (count >= 30) & (scale > 0)
     r = (x * y).sum(1) / np.where(known, scale, 1)
-    return np.where(known, np.log(np.clip(1 - r, 0.005, 1)), 0)
+    cost = np.log(np.clip(1 - r, 0.005, 1))
+    return np.where(known, cost, 0)
 
 
 class Fit(NamedTuple):
-    """Arrays (P,) over pairs of frames; NaN if a pair is not to be compared."""
+    """Arrays (P,) over pairs of frames; overlap and costs are NaN if a pair is not to be compared."""
     overlap: np.ndarray  # share of a's points that fall on known depth of b
     confirmed: np.ndarray  # number of points that b confirms
     contradicted: np.ndarray  # number of points that b looks through
@@ -175,12 +229,14 @@ class Fit(NamedTuple):
         """Share of confirmed points among those that are confirmed or contradicted; 0 without overlap."""
         use = use & (self.overlap >= OVERLAP)
         confirmed = self.confirmed[use].sum()
-        return confirmed / max(confirmed + self.contradicted[use].sum(), 1)
+        contradicted = self.contradicted[use].sum()
+        return confirmed / max(confirmed + contradicted, 1)
 
     def cost(self):
         """Mean cost of the pairs that overlap; 0 without any."""
         use = self.overlap >= OVERLAP
-        return self.costs[:, use].sum() / max(use.sum(), 1)
+        total = self.costs[:, use].sum()
+        return total / max(use.sum(), 1)
 
 
 def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
@@ -192,13 +248,14 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     a, b = pairs.T
     height, width = views.depth.shape[1:]
     step = max(1, int(np.sqrt(height * width / num_points)))
-    v, u = np.mgrid[step // 2:height:step, step // 2:width:step].reshape(2, -1)
-    z = views.depth[a[:, None], v, u]
-    rays = np.linalg.inv(views.depth_intrinsics) @ np.stack([u, v, np.ones_like(u)])
-    points = rays[a] * z[:, None]  # (P, 3, n)
+    grid = views.depth[:, step // 2::step, step // 2::step]
+    z = grid.reshape(len(grid), -1)[a]
+    rays = pixel_rays(views.depth_intrinsics, (height, width), step)
     motion = views.world2cam[b] @ np.linalg.inv(views.world2cam[a])
-    moved = motion[:, :3, :3] @ points + motion[:, :3, 3:]
-    uv, predicted = project(views.depth_intrinsics[b], moved)
+    points = move(views.depth_to_color[a], rays[a] * z[:, None])  # (P, 3, n) in the color camera of a
+    moved = move(motion, points)
+    color_to_depth = np.linalg.inv(views.depth_to_color)
+    uv, predicted = project(views.depth_intrinsics[b], move(color_to_depth[b], moved))
     seen, around = look_up(views.depth, b, uv, round(radius * width))
     use = (seen > 0) & (z > 0)
     count = use.sum(1)
@@ -209,19 +266,20 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     error = np.abs(predicted - seen)
     nearest = error
     for near in around:
-        nearest = np.where(near > 0, np.minimum(nearest, np.abs(predicted - near)), nearest)
+        closer = np.minimum(nearest, np.abs(predicted - near))
+        nearest = np.where(near > 0, closer, nearest)
     confirmed = use & (nearest < np.maximum(tolerance, 0.02 * seen))
     contradicted = use & ~confirmed & (predicted < seen)
-    error = np.log(np.clip(error / seen, 0.0005, 0.1))
-    depth_cost = np.where(enough, (error * use).sum(1) / np.maximum(count, 1), np.log(0.1))
+    logs = np.log(np.clip(error / seen, 0.0005, 0.1)) * use
+    depth_cost = logs.sum(1) / np.maximum(count, 1)
+    costs = np.array([np.where(enough, depth_cost, np.log(0.1)), np.zeros(len(a))])
 
     gray_a = sample(views.gray, a, project(views.intrinsics[a], points)[0])
     gray_b = sample(views.gray, b, project(views.intrinsics[b], moved)[0])
-    use &= np.isfinite(gray_a) & np.isfinite(gray_b) & (predicted < 1.1 * seen)
-    color_cost = np.where(enough, correlation_cost(gray_a, gray_b, use), 0)
+    use &= np.isfinite(gray_a + gray_b) & (predicted < 1.1 * seen)
+    costs[1] = correlation_cost(gray_a, gray_b, use) * enough
     known = np.where(np.isfinite(motion).all((1, 2)), 1, np.nan)
-    return Fit(overlap * enough * known, confirmed.sum(1) * known, contradicted.sum(1) * known,
-               np.stack([depth_cost, color_cost]) * known)
+    return Fit(overlap * enough * known, confirmed.sum(1), contradicted.sum(1), costs * known)
 
 
 # ---------------------------------------------------------------------------------------- alternatives
@@ -229,59 +287,72 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
 
 def turn_images(views, k, fields):
     """Views whose images are turned k times by 90 degrees counterclockwise."""
-    return views._replace(**{field: np.rot90(getattr(views, field), k, (1, 2)) for field in fields})
+    turned = {field: np.rot90(getattr(views, field), k, (1, 2)) for field in fields}
+    return views._replace(**turned)
 
 
 def change_poses(views, change):
     """Views whose camera-to-world matrices (F, 4, 4), a copy, went through `change`."""
-    return views._replace(world2cam=np.linalg.inv(change(np.linalg.inv(views.world2cam))))
+    cam2world = change(np.linalg.inv(views.world2cam))
+    return views._replace(world2cam=np.linalg.inv(cam2world))
 
 
 def transpose_rotation(poses):
     """Camera-to-world matrices with transposed rotations."""
-    poses[:, :3, :3] = poses[:, :3, :3].swapaxes(1, 2).copy()
+    rotations = poses[:, :3, :3].swapaxes(1, 2).copy()
+    poses[:, :3, :3] = rotations
     return poses
 
 
 def move_origin(poses):
     """Camera-to-world matrices whose last column is the one of the inverse matrix."""
-    poses[:, :3, 3:] = -poses[:, :3, :3] @ poses[:, :3, 3:]
+    rotations = poses[:, :3, :3]
+    poses[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
     return poses
 
 
 def to_quaternion(rotation):
     """Rotation (3, 3) -> quaternion (x, y, z, w): an eigenvector (Bar-Itzhack 2000)."""
-    (a, b, c), (d, e, f), (g, h, i) = rotation
-    lower = [[a - e - i, 0, 0, 0], [d + b, e - a - i, 0, 0], [g + c, h + f, i - a - e, 0],
-             [h - f, c - g, d - b, a + e + i]]
-    return np.linalg.eigh(lower)[1][:, -1]
+    trace = np.trace(rotation)
+    matrix = np.zeros((4, 4))
+    matrix[:3, :3] = rotation + rotation.T - trace * np.eye(3)
+    skew = rotation - rotation.T
+    matrix[3] = skew[2, 1], skew[0, 2], skew[1, 0], trace
+    _, vectors = np.linalg.eigh(matrix)  # of the lower triangle
+    return vectors[:, -1]
 
 
 def to_rotation(quaternion):
     """Quaternion (x, y, z, w) -> rotation (3, 3)."""
-    x, y, z, w = quaternion
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    axis, w = quaternion[:3], quaternion[3]
+    cross = np.cross(np.eye(3), axis)  # cross @ p = axis x p
     return np.eye(3) + 2 * w * cross + 2 * cross @ cross
 
 
 def reorder(matrices, order):
     """Rigid matrices (F, 4, 4), a copy, whose quaternions are read in another order."""
     for matrix in matrices:
-        matrix[:3, :3] = to_rotation(to_quaternion(matrix[:3, :3])[list(order)])
+        quaternion = to_quaternion(matrix[:3, :3])
+        matrix[:3, :3] = to_rotation(quaternion[list(order)])
     return matrices
 
 
 def axis_changes():
     """All 47 changes of axes (3, 3) but the identity."""
-    signs = itertools.product((1, -1), repeat=3)
-    both = itertools.product(itertools.permutations(range(3)), signs)
-    changes = [np.eye(3)[list(order)] * np.array(sign)[:, None] for order, sign in both]
+    changes = []
+    for order in itertools.permutations(np.eye(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            changes.append(np.diag(signs) @ np.array(order))
     return changes[1:]
 
 
 def name_axes(matrix, upright):
     """A change of axes (3, 3) -> fault and words."""
-    axes = ["-" * bool(row.min() < 0) + "xyz"[np.abs(row).argmax()] for row in matrix]
+    axes = []
+    for row in matrix:
+        axis = np.abs(row).argmax()
+        sign = "-" if row[axis] < 0 else ""
+        axes.append(sign + "xyz"[axis])
     words = f"camera axes {', '.join(axes)} for x, y, z"
     if np.linalg.det(matrix) < 0:
         return "mirrored", words
@@ -294,11 +365,14 @@ def neighboring(views, fields, offset):
     """Views with some fields of the next (1) or previous (-1) frame."""
     source = views.following
     if offset < 0:
-        later = np.flatnonzero(source >= 0)
+        followed = np.flatnonzero(source >= 0)
         source = np.full(len(source), -1)
-        source[views.following[later]] = later
-    views = views._replace(**{field: getattr(views, field)[source] for field in fields})
-    return views._replace(world2cam=np.where((source < 0)[:, None, None], np.nan, views.world2cam))
+        source[views.following[followed]] = followed
+    changed = {field: getattr(views, field)[source] for field in fields}
+    views = views._replace(**changed)
+    world2cam = views.world2cam.copy()
+    world2cam[source < 0] = np.nan
+    return views._replace(world2cam=world2cam)
 
 
 def scale_motion(views, log_factor):
@@ -310,27 +384,42 @@ def scale_motion(views, log_factor):
 
 def scale_focal(views, log_factor, fields):
     """Views whose focal lengths are multiplied by exp(log_factor)."""
-    zoom = np.diag(np.exp([log_factor, log_factor, 0])) + (1 - np.eye(3))
-    return views._replace(**{field: getattr(views, field) * zoom for field in fields})
+    zoom = np.ones((3, 3))
+    zoom[[0, 1], [0, 1]] = np.exp(log_factor)
+    changed = {field: getattr(views, field) * zoom for field in fields}
+    return views._replace(**changed)
 
 
 def shift_center(views, offset):
     """Views whose principal points are moved by offset (2,), in units of the image's size."""
-    changed = {}
-    for field, image in zip(BOTH, (views.depth, views.gray)):
-        changed[field] = getattr(views, field).copy()
-        changed[field][:, :2, 2] += offset * np.array(image.shape[:0:-1])
+    changed = {field: getattr(views, field).copy() for field in BOTH}
+    for field in BOTH:
+        changed[field][:, :2, 2] += offset * image_size(views, field)
     return views._replace(**changed)
+
+
+def image_size(views, field):
+    """(W, H) of the images that a field of intrinsics belongs to."""
+    image = views.depth if field == "depth_intrinsics" else views.gray
+    return np.array(image.shape[:0:-1])
+
+
+def off_center(views, field):
+    """How far principal points are from the middle of the images, as a share of their size."""
+    points = getattr(views, field)[:, :2, 2] + 0.5
+    share = np.median(points / image_size(views, field), 0)
+    return np.abs(share - 0.5).max()
 
 
 def fit_to_images(views, fields):
     """Views whose intrinsics are rescaled so that principal points are in the middle of the images."""
     changed = {}
     for field in fields:
-        image = views.depth if field == "depth_intrinsics" else views.gray
-        old = getattr(views, field)
-        factors = np.array(image.shape[:0:-1]) / (2 * old[:, :2, 2] + 1)
-        changed[field] = np.stack([scale_intrinsics(one, *factor) for one, factor in zip(old, factors)])
+        rescaled = []
+        for intrinsics in getattr(views, field):
+            factors = image_size(views, field) / (2 * intrinsics[:2, 2] + 1)
+            rescaled.append(scale_intrinsics(intrinsics, *factors))
+        changed[field] = np.array(rescaled)
     return views._replace(**changed)
 
 
@@ -343,26 +432,34 @@ def alternatives(views, upright=True):
         words = f"quaternions that are stored as {words}"
         yield "quaternion order", words, change_poses(views, lambda poses: reorder(poses, order))
         world2cam = reorder(views.world2cam.copy(), order)
-        yield "quaternion order", f"{words}, world to camera", views._replace(world2cam=world2cam)
+        words += ", world to camera"
+        yield "quaternion order", words, views._replace(world2cam=world2cam)
     for matrix in axis_changes():
+        fault, words = name_axes(matrix, upright)
         world2cam = views.world2cam.copy()
         world2cam[:, :3] = matrix @ world2cam[:, :3]
-        yield *name_axes(matrix, upright), views._replace(world2cam=world2cam)
+        yield fault, words, views._replace(world2cam=world2cam)
     for k in (1, 2, 3):
         words = f"images turned by {90 * k} degrees counterclockwise"
         yield "images turned", words, turn_images(views, k, ["depth", "gray"])
         yield "color images turned", f"color {words}", turn_images(views, k, ["gray"])
-    mirrored = views._replace(gray=views.gray[..., ::-1])
-    yield "color images mirrored", "color images flipped left to right", mirrored
-    for fault, fields in (("color intrinsics", BOTH[1:]), ("depth intrinsics", BOTH[:1]),
+    mirrored = views.gray[:, :, ::-1]
+    words = "color images flipped left to right"
+    yield "color images mirrored", words, views._replace(gray=mirrored)
+    words = "intrinsics that are rescaled to the images"
+    off = [field for field in BOTH if off_center(views, field) > 0.1]
+    for fault, fields in (("color intrinsics", COLOR), ("depth intrinsics", DEPTH),
                           ("intrinsics of both", BOTH)):
-        yield fault, "intrinsics that are rescaled to the images", fit_to_images(views, fields)
-    for fault, what, fields in (
-            ("poses off by one frame", "pose", ["world2cam"]),
-            ("depth and color shifted in time", "depth", ["depth", "depth_intrinsics"]),
-            ("depth and color shifted in time", "color", ["gray", "intrinsics"])):
-        yield fault, f"the {what} of the next frame", neighboring(views, fields, 1)
-        yield fault, f"the {what} of the previous frame", neighboring(views, fields, -1)
+        if set(fields) <= set(off):
+            yield fault, words, fit_to_images(views, fields)
+    for offset, which in ((1, "next"), (-1, "previous")):
+        words = f"the pose of the {which} frame"
+        yield "poses off by one frame", words, neighboring(views, ["world2cam"], offset)
+        fault = "depth and color shifted in time"
+        words = f"the depth of the {which} frame"
+        yield fault, words, neighboring(views, ["depth", "depth_intrinsics"], offset)
+        words = f"the color of the {which} frame"
+        yield fault, words, neighboring(views, ["gray", "intrinsics"], offset)
 
 
 # ---------------------------------------------------------------------------------------------- weighed
@@ -387,14 +484,24 @@ class Judge:
         self.views = views
         self.pairs = pairs
         self.num_points = num_points
-        self.tolerance = min(0.05, 0.02 * np.median(views.depth[views.depth > 0]))
+        self.median_depth = np.median(views.depth[views.depth > 0])
         self.given = fit(views, pairs, num_points)
         still = np.broadcast_to(np.eye(4), views.world2cam.shape)
-        self.still = fit(views._replace(world2cam=still), pairs, num_points, tolerance=self.tolerance)
+        self.still = self.fit_strictly(views._replace(world2cam=still))
+
+    def fit_strictly(self, views):
+        """`fit` with a tolerance that does not depend on the unit of depth."""
+        tolerance = min(0.05, 0.02 * self.median_depth)
+        return fit(views, self.pairs, self.num_points, tolerance=tolerance)
 
     def overlapping(self):
         """Number of pairs that overlap with the cameras as given."""
-        return int((self.given.overlap >= OVERLAP).sum())
+        return np.count_nonzero(self.given.overlap >= OVERLAP)
+
+    def share_of(self, place):
+        """Share of confirmed points in the pairs of one frame; 1 without any."""
+        own = (self.pairs == place).any(1) & (self.given.overlap >= OVERLAP)
+        return self.given.share(own) if own.any() else 1
 
     def weigh(self, fault, words, views, x=None):
         """-> Weighed."""
@@ -410,30 +517,36 @@ class Judge:
         if gain < MARGIN or own.sum() < MIN_PAIRS:
             return Weighed(fault, words, x, gain, worse=gain < -0.05)
 
+        share = self.fit_strictly(views).share(own)
         gains = gains[:, own]
-        means = gains.mean(1)
+        parts = gains.mean(1)  # of depth and of color
+        costs = other.costs[:, own]
+        beats_still = (self.still.costs[:, own] - costs).sum(0).mean() > MARGIN
+        helps = beats_still and parts.min() > -0.05 and share > given.share() - 0.02
         changed = np.abs(gains).max(1) > 1e-9  # not the depth if only colors change
-        spread = other.costs[changed][:, own].sum(0).std()
-        moves = (self.still.costs - other.costs)[:, own].sum(0).mean() > MARGIN
-        share = fit(views, self.pairs, self.num_points, tolerance=self.tolerance).share(own)
-        helps = moves and means.min() > -0.05 and share > given.share() - 0.02
-        steady = total.clip(min=0).sum() > -3 * total.clip(max=0).sum()
-        fits = helps and steady and share >= CLEAN and means.sum() > 1.2 * spread
-        helps = helps and means.sum() > max(HINT, 0.7 * gains.sum(0).std())
+        low, high = np.percentile(costs[changed].sum(0), (25, 75))
+        spread = (high - low) / 1.35  # a standard deviation without outliers
+        lost = -total.clip(max=0).sum()
+        least = max(MARGIN + 1 / own.sum(), 1.2 * spread)
+        fits = helps and share >= CLEAN and parts.sum() > least and total.sum() > 2 * lost
+        helps = helps and parts.sum() > max(HINT, 0.7 * gains.sum(0).std())
         return Weighed(fault, words, x, gain, share, fits, helps)
 
-    def search(self, fault, words, change, starts, step):
-        """The best value of a continuous alternative, from `starts` by steps that halve -> Weighed."""
+    def search(self, change, starts, step, fault, words):
+        """The best value x of a continuous alternative change(views, x) -> Weighed.
+
+        Begins at the best of `starts` and goes on by steps that halve. words: a function of x.
+        """
         def weigh(x):
             return self.weigh(fault, words(x), change(self.views, x), x)
 
-        best = max((weigh(x) for x in starts), key=lambda one: one.gain)
+        best = max(map(weigh, starts), key=lambda one: one.gain)
         if best.gain < -0.3:
             return best
         axes = np.eye(np.size(best.x)).reshape(-1, *np.shape(best.x))
         for _ in range(6):
-            around = [weigh(best.x + step * sign * axis) for sign in (1, -1) for axis in axes]
-            best = max([best, *around], key=lambda one: one.gain)
+            around = [best.x + step * axis for axis in (*axes, *-axes)]
+            best = max([best, *map(weigh, around)], key=lambda one: one.gain)
             step /= 2
         return best
 
@@ -441,22 +554,28 @@ class Judge:
         """Translations times exp(log_factor) -> Weighed."""
         return self.weigh("units", "", scale_motion(self.views, log_factor), log_factor)
 
-    def search_all(self):
-        """Factors of the translations and of the focal lengths, and offsets of the principal points."""
+    def search_scale(self):
+        """The factor of the translations."""
         logs = 0.35 * np.arange(1, 27)
-        scale = self.search("units", lambda x: "", scale_motion, [*-logs, *logs], 0.17)
-        shrinks = scale.gain > MARGIN and scale.x < 0
-        if shrinks and scale.gain < self.weigh_scale(-20).gain + 0.3:  # so would no translation at all
-            scale = scale._replace(fits=False, helps=False)
-        yield scale
+        best = self.search(scale_motion, [*-logs, *logs], 0.17, "units", lambda x: "")
+        shrinks = best.gain > MARGIN and best.x < 0
+        if shrinks and best.gain < self.weigh_scale(-20).gain + 0.8:
+            return best._replace(fits=False, helps=False)  # no translation at all is as good
+        return best
+
+    def search_focal(self, fields, what):
+        """The factor of focal lengths."""
         logs = (0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5)
-        for fields, what in ((BOTH, "both images"), (BOTH[:1], "depth"), (BOTH[1:], "color")):
-            yield self.search("focal length", lambda x: f"focal lengths of {what} times {np.exp(x):.3g}",
-                              lambda views, x: scale_focal(views, x, fields), logs, 0.08)
+        return self.search(lambda views, x: scale_focal(views, x, fields), logs, 0.08, "focal length",
+                           lambda x: f"focal lengths of {what} times {np.exp(x):.3g}")
+
+    def search_center(self):
+        """The offset of the principal points."""
         grid = itertools.product((0, -0.1, 0.1, -0.2, 0.2), repeat=2)
-        yield self.search("cropped images", lambda x: "principal points moved to the right by "
-                          f"{100 * x[0]:.1f} % of the width and down by {100 * x[1]:.1f} % of the height",
-                          shift_center, [np.array(offset) for offset in grid if any(offset)], 0.05)
+        starts = [np.array(offset) for offset in grid if any(offset)]
+        return self.search(shift_center, starts, 0.05, "cropped images", lambda x: (
+            f"principal points {100 * x[0]:.1f} % of the width to the right and {100 * x[1]:.1f} % of the "
+            "height down"))
 
     def weigh_all(self, upright=True):
         """All alternatives -> list of Weighed, the one to prefer first if two explain equally much.
@@ -465,5 +584,7 @@ class Judge:
         turned, and not the axes of the cameras.
         """
         tried = [self.weigh(*one) for one in alternatives(self.views, upright)]
-        late = ["images turned"] * (not upright) + ["mirrored"]
-        return sorted([*tried, *self.search_all()], key=lambda one: one.fault in late)
+        tried += [self.search_scale(), self.search_center(), self.search_focal(BOTH, "both images"),
+                  self.search_focal(DEPTH, "depth"), self.search_focal(COLOR, "color")]
+        late = ["mirrored"] if upright else ["mirrored", "images turned"]
+        return sorted(tried, key=lambda one: one.fault in late)

@@ -6,12 +6,15 @@ import signal
 import sys
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
 import predict
 import train
 from data import MAX_CELLS, elastic, grid_cells
+from encoder import Enhanced2DEncoder
+from helpers import TOWER
 from support import checkpoint, runlog, runtime
 from support.distributed import setup
 from support.runtime import Console, StopRequest, loader_options, run_command
@@ -186,3 +189,17 @@ def test_torch_computes_on_the_cores_that_are_free(monkeypatch, cores, busy, wor
     assert "OMP_NUM_THREADS overrules" in runtime.choose_threads(workers, before) and chosen == [expected]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert "by OMP_NUM_THREADS" in runtime.choose_threads(workers, before) and len(chosen) == 1
+
+
+def test_a_prompt_that_clip_would_cut_off_is_refused():
+    tower = Enhanced2DEncoder(TOWER, None, image_size=(32, 32))
+    assert tower.encode_prompts(["word " * 75]).shape[0] == 1  # with begin and end 77 tokens
+    with pytest.raises(ValueError, match="reads 77 tokens"):
+        tower.encode_prompts(["a chair", "word " * 76])
+
+
+def test_a_file_of_another_tower_is_refused_in_a_few_words(tmp_path):
+    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="could not be loaded") as error:
+        Enhanced2DEncoder("ViT-B-32", str(tmp_path / "other.pt"), image_size=(32, 32), mean_std=((0,) * 3, (1,) * 3))
+    assert len(str(error.value)) < 800
