@@ -29,12 +29,13 @@ from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
 from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, color_pixels, fit, look_up,
-                                  make_views, project, sample, small_depth, small_gray)
+                                  make_views, off_center, project, sample, small_depth, small_gray)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
 EDGE_SHIFT = 56  # pixels of images that are 160 wide, by which color edges may lie off depth edges
+SAME_TOP = "and the largest depth is the same in all images"
 VOID = r"(un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no label|invalid)"
 FIXES = {
     "refused": "Training refuses it, too.",
@@ -175,19 +176,23 @@ def depth_rows(frames):
     if empty:
         words = f"{len(empty)} in the sample, skipped: {some(empty)}"
         notes = [Row("frames without depth", "note", words)]
-    frames, rows = filler_rows(frames)
     if not frames:
-        return [], rows or [wrong("no depth", "No pixel of the sampled frames has depth.")]
-
+        return [], [wrong("no depth", "No pixel of the sampled frames has depth.")]
     values = np.unique(np.concatenate([known_depth(frame)[::4] for frame in frames]))
     top = values[-1]
     median = median_depth(frames)
     coarse = np.diff(values).min(initial=top) > top / 260  # at most 256 levels
+    is_8_bit = coarse and (len(values) >= 20 or top < 0.256)
+    rows = []
+    if not is_8_bit:
+        frames, rows = filler_rows(frames)
+        if not frames:
+            return [], rows
     same_top, bottom = same_range(frames)
     if same_top and bottom < 0.02 * same_top:
         words = f"Every depth image reaches from nearly 0 to {same_top:.6g} m."
         rows.append(wrong("normalized depth", words))
-    elif coarse and (len(values) >= 20 or top < 0.256):
+    elif is_8_bit:
         words = f"Depth has only {len(values)} values, with median {median:.3f} m."
         rows.append(wrong("8-bit depth", words))
     elif not 0.05 < median < 100:
@@ -239,13 +244,15 @@ def flatness(frame):
 
 def flat_rows(frames):
     """A fault if the surfaces in most images are flat only if depth is something else than z."""
-    costs = [flatness(frame) for frame in frames[::4][:12]]
-    costs = np.array([one for one in costs if one is not None]).reshape(-1, 3)
+    costs = [flatness(frame) for frame in frames[::max(1, len(frames) // 10)]]
+    costs = np.array([one for one in costs if one is not None])
+    if len(costs) < 3:
+        return []
     for column, fault, words in ((1, "depth along the ray", "the length of the ray"),
                                  (2, "inverse depth", "1 / z")):
         gains = costs[:, 0] - costs[:, column]
         flatter = (gains > 0).sum()
-        if flatter > max(2, 0.8 * len(gains)) and gains.mean() > MARGIN and costs[:, column].mean() < -4.4:
+        if flatter > 0.8 * len(gains) and gains.mean() > 2 * MARGIN and costs[:, column].mean() < -4:
             words = f"In {flatter} of {len(gains)} images, surfaces are flat only if depth is {words}."
             return [wrong(fault, words)]
     return []
@@ -342,18 +349,14 @@ def equal_pose_rows(runs, judge):
     return [wrong("equal poses", f"{words}{some(equal)}.")]
 
 
-def center_rows(frames, alone):
+def center_rows(views, frame, alone):
     """Principal points far from the middle of the images: a fault if the frames stand alone."""
-    off = {}
-    for image, field in (("color", "intrinsics"), ("depth", "depth_intrinsics")):
-        points = [frame[field][:2, 2] for frame in frames]
-        sizes = [frame[image].shape[1::-1] for frame in frames]
-        off[image] = np.median((np.array(points) + 0.5) / sizes, 0) - 0.5
-    far = [image for image in off if np.abs(off[image]).max() > 0.2]
+    off = {"color": off_center(views, "intrinsics"), "depth": off_center(views, "depth_intrinsics")}
+    far = [image for image in off if off[image] > 0.2]
     if far and alone:
         fault = "intrinsics of both" if len(far) > 1 else f"{far[0]} intrinsics"
-        return [wrong(fault, f"{about_size(frames[0], fault)}.")]
-    most = max(np.abs(offset).max() for offset in off.values())
+        return [wrong(fault, f"{about_size(frame, fault)}.")]
+    most = max(off.values())
     words = f"principal points lie {most:.0%} of the image off its middle: were the images cropped?"
     return [Row("principal point", "note", words)] if most > 0.1 else []
 
@@ -407,6 +410,8 @@ def pose_rows(runs, up="z", num_pairs=96, num_points=300):
     if mirrored and not (found and found.fault == "mirrored"):
         words = f"{mirrored} of {len(frames)} rotations have determinant -1."
         rows.append(wrong("mirrored", words))
+    elif found and found.fault == "units" and found.share < 0.97 and same_range(frames)[0]:
+        rows.append(wrong("normalized depth", f"{confirmed}, {SAME_TOP}."))
     elif found and found.fault == "units":
         rows.append(unit_row(found, judge, confirmed))
     elif found:
@@ -416,7 +421,7 @@ def pose_rows(runs, up="z", num_pairs=96, num_points=300):
             words += f" {about_size(frames[0], found.fault)}."
         rows.append(wrong(found.fault, words))
     elif not next(one for one in tried if one.fault == "cropped images").worse:
-        rows += center_rows(frames, count < MIN_PAIRS)
+        rows += center_rows(views, frames[0], count < MIN_PAIRS)
     if not first_fault(rows):
         rows.append(alignment_row(frames))
     if noisy:
@@ -444,8 +449,7 @@ def unconfirmed_rows(judge, frames, confirmed, helped):
     given = judge.given
     if given.share() < CLEAN:
         if same_range(frames)[0]:
-            words = f"{confirmed}, and the largest depth is the same in all images."
-            return [wrong("normalized depth", words)]
+            return [wrong("normalized depth", f"{confirmed}, {SAME_TOP}.")]
         worst = min(range(len(frames)), key=judge.share_of)
         words = f"{confirmed}, where clean captures reach {CLEAN:.0%}; of {frames[worst]['name']} it is " \
             f"{judge.share_of(worst):.0%}."
@@ -610,8 +614,8 @@ def label_rows(labels, names, num_listed, up):
     return rows
 
 
-def instance_rows(fields, names):
-    """Whether instance ids separate objects, from the fields of `read_labels`."""
+def instance_rows(fields, names, trusted=True):
+    """Whether instance ids separate objects, from the fields of `read_labels`. trusted: the labels are right."""
     fields = [own for own in fields if "instances" in own]
     if not fields:
         return [Row("instance ids", "not tested", "the frames have no instances")]
@@ -620,7 +624,7 @@ def instance_rows(fields, names):
         pairs = np.stack([own["labels"], own["instances"]], 1)[own["labels"] >= 0]
         pairs, counts = np.unique(pairs, axis=0, return_counts=True)
         tables.append(np.column_stack([pairs, counts]))
-    lost = lost_instances(np.concatenate(tables), names)
+    lost = trusted and lost_instances(np.concatenate(tables), names)
     tables = [table[table[:, 1] >= 0] for table in tables]
     labels, instances, counts = np.concatenate(tables).T
     if len(counts) == 0:
@@ -793,8 +797,8 @@ def inspect(sources, up="z", num_frames=48, picture=None):
     counts, borders, fields = zip(*labels.values())
     fields = list(itertools.chain(*fields))
     merged = Labels(sum(counts), sum(borders), fields)
-    rows += label_rows(merged, names, getattr(first, "num_listed", len(names)), world)
-    rows += instance_rows(fields, names) + folder_rows(sources.values())
+    own = label_rows(merged, names, getattr(first, "num_listed", len(names)), world)
+    rows += own + instance_rows(fields, names, trusted=not first_fault(own)) + folder_rows(sources.values())
     occurring = {}
     for title, own in labels.items():
         occurring[title] = {names[i] for i in np.flatnonzero(own.counts[1:])}

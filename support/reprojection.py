@@ -140,7 +140,7 @@ def make_views(runs, width=320):
     for run in runs:
         places = np.arange(start, start + len(run))
         start += len(run)
-        own = np.array(list(itertools.combinations(places, 2))).reshape(-1, 2)
+        own = np.array(list(itertools.combinations(places, 2)), np.int64).reshape(-1, 2)
         backward = own.sum(1) % 2 == 0
         own[backward] = own[backward, ::-1]
         pairs = np.concatenate([pairs, own])
@@ -248,7 +248,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     a, b = pairs.T
     height, width = views.depth.shape[1:]
     step = max(1, int(np.sqrt(height * width / num_points)))
-    z = views.depth[a, step // 2::step, step // 2::step].reshape(len(a), -1)
+    grid = views.depth[:, step // 2::step, step // 2::step]
+    z = grid.reshape(len(grid), -1)[a]
     rays = pixel_rays(views.depth_intrinsics, (height, width), step)
     motion = views.world2cam[b] @ np.linalg.inv(views.world2cam[a])
     points = move(views.depth_to_color[a], rays[a] * z[:, None])  # (P, 3, n) in the color camera of a
@@ -391,23 +392,32 @@ def scale_focal(views, log_factor, fields):
 
 def shift_center(views, offset):
     """Views whose principal points are moved by offset (2,), in units of the image's size."""
-    changed = {}
-    for field, image in zip(BOTH, (views.depth, views.gray)):
-        size = np.array(image.shape[:0:-1])  # (W, H)
-        changed[field] = getattr(views, field).copy()
-        changed[field][:, :2, 2] += offset * size
+    changed = {field: getattr(views, field).copy() for field in BOTH}
+    for field in BOTH:
+        changed[field][:, :2, 2] += offset * image_size(views, field)
     return views._replace(**changed)
+
+
+def image_size(views, field):
+    """(W, H) of the images that a field of intrinsics belongs to."""
+    image = views.depth if field == "depth_intrinsics" else views.gray
+    return np.array(image.shape[:0:-1])
+
+
+def off_center(views, field):
+    """How far principal points are from the middle of the images, as a share of their size."""
+    points = getattr(views, field)[:, :2, 2] + 0.5
+    share = np.median(points / image_size(views, field), 0)
+    return np.abs(share - 0.5).max()
 
 
 def fit_to_images(views, fields):
     """Views whose intrinsics are rescaled so that principal points are in the middle of the images."""
     changed = {}
     for field in fields:
-        image = views.depth if field == "depth_intrinsics" else views.gray
-        size = np.array(image.shape[:0:-1])  # (W, H)
         rescaled = []
         for intrinsics in getattr(views, field):
-            factors = size / (2 * intrinsics[:2, 2] + 1)
+            factors = image_size(views, field) / (2 * intrinsics[:2, 2] + 1)
             rescaled.append(scale_intrinsics(intrinsics, *factors))
         changed[field] = np.array(rescaled)
     return views._replace(**changed)
@@ -437,9 +447,11 @@ def alternatives(views, upright=True):
     words = "color images flipped left to right"
     yield "color images mirrored", words, views._replace(gray=mirrored)
     words = "intrinsics that are rescaled to the images"
-    yield "color intrinsics", words, fit_to_images(views, COLOR)
-    yield "depth intrinsics", words, fit_to_images(views, DEPTH)
-    yield "intrinsics of both", words, fit_to_images(views, BOTH)
+    off = [field for field in BOTH if off_center(views, field) > 0.1]
+    for fault, fields in (("color intrinsics", COLOR), ("depth intrinsics", DEPTH),
+                          ("intrinsics of both", BOTH)):
+        if set(fields) <= set(off):
+            yield fault, words, fit_to_images(views, fields)
     for offset, which in ((1, "next"), (-1, "previous")):
         words = f"the pose of the {which} frame"
         yield "poses off by one frame", words, neighboring(views, ["world2cam"], offset)
@@ -512,9 +524,11 @@ class Judge:
         beats_still = (self.still.costs[:, own] - costs).sum(0).mean() > MARGIN
         helps = beats_still and parts.min() > -0.05 and share > given.share() - 0.02
         changed = np.abs(gains).max(1) > 1e-9  # not the depth if only colors change
-        spread = costs[changed].sum(0).std()
+        low, high = np.percentile(costs[changed].sum(0), (25, 75))
+        spread = (high - low) / 1.35  # a standard deviation without outliers
         lost = -total.clip(max=0).sum()
-        fits = helps and share >= CLEAN and parts.sum() > 1.2 * spread and total.sum() > 2 * lost
+        least = max(MARGIN + 1 / own.sum(), 1.2 * spread)
+        fits = helps and share >= CLEAN and parts.sum() > least and total.sum() > 2 * lost
         helps = helps and parts.sum() > max(HINT, 0.7 * gains.sum(0).std())
         return Weighed(fault, words, x, gain, share, fits, helps)
 
@@ -545,7 +559,7 @@ class Judge:
         logs = 0.35 * np.arange(1, 27)
         best = self.search(scale_motion, [*-logs, *logs], 0.17, "units", lambda x: "")
         shrinks = best.gain > MARGIN and best.x < 0
-        if shrinks and best.gain < self.weigh_scale(-20).gain + 0.3:
+        if shrinks and best.gain < self.weigh_scale(-20).gain + 0.8:
             return best._replace(fits=False, helps=False)  # no translation at all is as good
         return best
 
