@@ -194,10 +194,11 @@ def depth_rows(frames):
         rows.append(wrong("normalized depth", words))
     elif is_8_bit:
         words = f"Depth has only {len(values)} values, with median {median:.3f} m."
-        rows.append(wrong("8-bit depth", words))
-    elif not 0.05 < median < 100:
-        rows.append(wrong("units of depth", f"The median depth is {median:.3f} m."))
-    else:
+        return frames, [wrong("8-bit depth", words)]
+    frames, rows = filler_rows(frames)
+    if frames and not 0.05 < median_depth(frames) < 100:
+        rows.append(wrong("units of depth", f"The median depth is {median_depth(frames):.3f} m."))
+    elif frames:
         rows += flat_rows(frames) or [Row("depth", "ok", f"the median depth is {median:.2f} m")]
     return frames, rows + notes
 
@@ -780,6 +781,15 @@ def quick_check(frames, up="z"):
     Reads at most 24 frames. Verdict "WRONG" is a fault, "not tested" what the sample cannot tell.
     """
     return geometry_rows(read_runs([frames], 24), up, num_pairs=40, num_points=200)[0]
+
+
+def unknowns(rows):
+    """What the rows of `quick_check` could not tell, as sentences for a training or a prediction."""
+    untested = {row.test for row in rows if row.verdict == "not tested"}
+    if "neighbors" in untested:
+        yield "too few frames overlap to tell whether the poses are right"
+    elif "up axis" in untested:
+        yield "cameras and surfaces do not tell which way is up: --up is taken as it is"
 
 
 def inspect(sources, up="z", num_frames=48, picture=None):

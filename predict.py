@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from check import pinhole, quick_check
+from check import pinhole, quick_check, unknowns
 from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import paint_instances, scene_instances
@@ -420,9 +420,8 @@ def warn_of_faults(args, frames, up):
     for row in rows:
         if row.verdict == "WRONG":
             warn(f"{args.data} looks wrong: {row.test}: {row.words} `python check.py` tells more.")
-    untested = [row.test for row in rows if row.verdict == "not tested"]
-    if untested:
-        print(f"the frames cannot tell: {', '.join(untested)}")
+    for text in unknowns(rows):
+        print(text)
 
 
 def write_classes(path, ids, class_names):

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from check import quick_check
+from check import quick_check, unknowns
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
@@ -347,9 +347,8 @@ def check_cameras(dataset, store, args, console):
     if faults:
         raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` "
                          "tells more; --no-check insists")
-    untested = [row.test for row in rows if row.verdict == "not tested"]
-    if untested:
-        console.print(f"a sample of {len(dataset)} samples cannot tell: {', '.join(untested)}")
+    for text in unknowns(rows):
+        console.print(text)
     if key is not None:
         store.put(key, b"right")
 
@@ -667,7 +666,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     tower = tower or open_tower(args, config, console.warn)
     check_tower(tower, args)
     train_set, val_set, class_names, instances = build_datasets(args)
-    used_sets = [val_set] if args.eval else [val_set, train_set]
+    used_sets = [val_set] if args.eval else [train_set, val_set]
     console.print(describe(train_set, val_set, class_names))
     read_every_frame(used_sets, args, rank, world_size, console)
 

@@ -63,7 +63,7 @@ def from_above(points, colors, size=(400, 460)):
 
 def draw_cloud(path):
     """Colors, classes and instances of a cloud of predict.py, without its ceiling, and a legend."""
-    fields = dict.fromkeys(["x", "y", "z", "scalar_label", "scalar_instance"], ("<f4",))
+    fields = dict.fromkeys(["x", "y", "z", "scalar_label", "scalar_instance"], ("f4",))
     fields |= dict.fromkeys(["red", "green", "blue"], ("u1",))
     cloud = read_ply_vertices(path, fields)
     header, _, _ = Path(path).read_bytes().partition(b"end_header")

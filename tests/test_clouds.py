@@ -83,7 +83,7 @@ def test_a_ply_file_holds_positions_colors_and_every_field(tmp_path):
     path = tmp_path / "x.ply"
     write_ply(path, points, colors, scalars, ["class 1 a\nwall"])
     assert b"\ncomment class 1 a wall\n" in path.read_bytes()
-    floats = dict.fromkeys(["x", "y", "z", "scalar_label", "scalar_red_sofa"], ("<f4",))
+    floats = dict.fromkeys(["x", "y", "z", "scalar_label", "scalar_red_sofa"], ("f4",))
     readers = [read_ply_vertices(path, floats | dict.fromkeys(["red", "green", "blue"], ("u1",)))]
     try:
         from plyfile import PlyData  # no requirement

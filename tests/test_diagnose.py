@@ -225,8 +225,8 @@ def broken_batches(monkeypatch, breaks, when=(1,)):
     """Calls breaks(batch) on the training batches of the given numbers, as the loader hands them out."""
     batches_for = train.batches_for
 
-    def wrapped(model, training):
-        collate, numbers = batches_for(model, training), itertools.count()
+    def wrapped(model, training, **options):
+        collate, numbers = batches_for(model, training, **options), itertools.count()
 
         def broken(samples):
             batch = collate(samples)

@@ -249,7 +249,7 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     for field in ("label", "instance", "confidence", "gate", "red_sofa", "chair"):
         assert f"property float scalar_{field}\n" in header
     channels = ("red", "green", "blue")
-    fields = {"scalar_label": ("f4", "<f4"), **dict.fromkeys(channels, ("u1",))}
+    fields = {"scalar_label": ("f4",), **dict.fromkeys(channels, ("u1",))}
     painted = read_ply_vertices(out / f"{scene}_labels.ply", fields)
     expected = label_images(painted["scalar_label"].astype(int)[None] - 1)[0]
     assert (np.stack([painted[channel] for channel in channels], 1) == expected).all()
