@@ -28,7 +28,7 @@ from data import (AXES, check_frame, depth_pose, depth_to_color, frame_names, pi
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, OVERLAP, Judge, color_pixels, fit, look_up,
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, color_pixels, fit, look_up,
                                   make_views, off_center, project, sample, small_depth, small_gray)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 
@@ -194,11 +194,10 @@ def depth_rows(frames):
         rows.append(wrong("normalized depth", words))
     elif is_8_bit:
         words = f"Depth has only {len(values)} values, with median {median:.3f} m."
-        return frames, [wrong("8-bit depth", words)]
-    frames, rows = filler_rows(frames)
-    if frames and not 0.05 < median_depth(frames) < 100:
-        rows.append(wrong("units of depth", f"The median depth is {median_depth(frames):.3f} m."))
-    elif frames:
+        rows.append(wrong("8-bit depth", words))
+    elif not 0.05 < median < 100:
+        rows.append(wrong("units of depth", f"The median depth is {median:.3f} m."))
+    else:
         rows += flat_rows(frames) or [Row("depth", "ok", f"the median depth is {median:.2f} m")]
     return frames, rows + notes
 
@@ -577,7 +576,7 @@ def below_floor(fields, names, up):
     below = []
     for own in fields if up is not None and "floor" in names else ():
         floor = own["labels"] == names.index("floor")
-        if floor.mean() > 0.01:
+        if floor.sum() > 0.01 * len(floor):
             height = own["points"] @ up
             below.append((height < np.median(height[floor]) - 0.2).mean())
     return np.mean(below) if below else 0
