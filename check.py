@@ -576,7 +576,7 @@ def below_floor(fields, names, up):
     below = []
     for own in fields if up is not None and "floor" in names else ():
         floor = own["labels"] == names.index("floor")
-        if floor.mean() > 0.01:
+        if floor.sum() > 0.01 * len(floor):
             height = own["points"] @ up
             below.append((height < np.median(height[floor]) - 0.2).mean())
     return np.mean(below) if below else 0
