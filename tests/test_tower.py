@@ -77,7 +77,7 @@ def test_a_tower_trains_and_fills_the_cache_from_which_it_resumes_and_predicts(t
     first = checkpoint(tmp_path)
     assert first["clip_fingerprint"] == tower.fingerprint() and tower.images_seen
 
-    train.main(["--resume", str(path), "--epochs", "2"], tower=again)
+    train.main(["--resume", str(path), "--epochs", "2", *options[:2]], tower=again)
     second = checkpoint(tmp_path)
     assert second["epoch"] == 2 and not again.images_seen
     name = "fusion.encoder_2d.spatial.weight"
