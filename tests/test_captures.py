@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""captures.py: each format, written here from its own description, gives back the points of the built-in rooms."""
+"""captures.py: each format, written here from its own description, gives back the points of rooms and of real frames."""
 import io
 import json
 import struct
@@ -9,133 +9,143 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from check import first_fault, quick_check, unknowns
 from data import depth_to_color, pixel_fields
 from sources.captures import CaptureFrames, Options
 from sources.rooms import RoomFrames
+from sources.scannet import ScanNetFrames
 from support.lens import undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
 K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames
 SCENE = [{**ROOMS[i], "intrinsics": K, "depth_intrinsics": K} for i in range(len(ROOMS))]
-POSES = [np.linalg.inv(frame["world2cam"]) for frame in SCENE]  # camera to world
-FX, FY, CX, CY = K[[0, 1, 0, 1], [0, 1, 2, 2]]
+
+
+def cam2world(frame):
+    return np.linalg.inv(frame["world2cam"])
+
+
+def camera_of(scene):
+    """fx, fy, cx, cy."""
+    return scene[0]["intrinsics"][[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+
+
+def line_of(*numbers):
+    return " ".join(map(repr, map(float, numbers)))
 
 
 def points_of(frame):
     return pixel_fields(frame, *depth_to_color(frame))["points"]
 
 
-def quaternion(pose):
-    """x, y, z, w of a rotation, by its eigenvector of eigenvalue 1."""
-    rotation = pose[:3, :3]
-    k = np.empty((4, 4))
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rotation
+def translation_and_quaternion(pose):
+    """tx ty tz, and qx qy qz qw by the eigenvector of eigenvalue 1."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = pose[:3, :3]
     k = np.array([[xx - yy - zz, yx + xy, zx + xz, zy - yz], [yx + xy, yy - xx - zz, zy + yz, xz - zx],
                   [zx + xz, zy + yz, zz - xx - yy, yx - xy], [zy - yz, xz - zx, yx - xy, xx + yy + zz]]) / 3
-    return np.linalg.eigh(k)[1][:, -1]
+    return *pose[:3, 3], *np.linalg.eigh(k)[1][:, -1]
 
 
 def save(folder, name, image):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    Image.fromarray(image).save(path, compress_level=1)
 
 
 def in_units(frame, per_meter):
     return np.rint(frame["depth"] * per_meter).astype(np.uint16)
 
 
-def write_images(folder, color, depth, per_meter):
-    for i, frame in enumerate(SCENE):
+def write_images(folder, scene, color, depth, per_meter):
+    for i, frame in enumerate(scene):
         save(folder, color.format(i), frame["color"])
         save(folder, depth.format(i), in_units(frame, per_meter))
 
 
-def write_transforms(folder, **more):
-    write_images(folder, "images/{}.png", "depth/{}.png", 1000)
+def write_transforms(folder, scene=SCENE):
+    write_images(folder, scene, "images/{}.png", "depth/{}.png", 1000)
     frames = [{"file_path": f"images/{i}.png", "depth_file_path": f"depth/{i}.png",
-               "transform_matrix": (pose @ np.diag([1, -1, -1, 1])).tolist()} for i, pose in enumerate(POSES)]
-    camera = {"fl_x": FX, "fl_y": FY, "cx": CX + 0.5, "cy": CY + 0.5, "w": 80, "h": 60}
-    (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames, **more}))
+               "transform_matrix": (cam2world(frame) @ np.diag([1, -1, -1, 1])).tolist()} for i, frame in enumerate(scene)]
+    fx, fy, cx, cy = camera_of(scene)
+    camera = {"fl_x": fx, "fl_y": fy, "cx": cx + 0.5, "cy": cy + 0.5}
+    (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames}))
     return 1000, Options()
 
 
-def write_tum(folder):
-    write_images(folder, "rgb/{}.png", "depth/{}.png", 5000)
+def write_tum(folder, scene=SCENE):
+    write_images(folder, scene, "rgb/{}.png", "depth/{}.png", 5000)
     rows = {"rgb": ["# time file"], "depth": [], "groundtruth": ["# time tx ty tz qx qy qz qw"]}
-    for i, pose in enumerate(POSES):
+    for i, frame in enumerate(scene):
         rows["rgb"].append(f"{i}.000 rgb/{i}.png")
         rows["depth"].append(f"{i}.015 depth/{i}.png")
-        rows["groundtruth"].append(" ".join(map(repr, map(float, [i - 0.01, *pose[:3, 3], *quaternion(pose)]))))
-    rows["rgb"].append("9.0 rgb/0.png")  # without a depth image
+        rows["groundtruth"].append(line_of(i - 0.01, *translation_and_quaternion(cam2world(frame))))
+    rows["rgb"].append("99.0 rgb/0.png")  # without a depth image
     for name, lines in rows.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return 5000, Options(intrinsics=K)
+    return 5000, Options(intrinsics=scene[0]["intrinsics"])
 
 
-def write_redwood(folder):
-    write_images(folder, "color/{:06d}.png", "depth/{:06d}.png", 1000)
+def write_redwood(folder, scene=SCENE):
+    write_images(folder, scene, "color/{:06d}.png", "depth/{:06d}.png", 1000)
     lines = []
-    for i, pose in enumerate(POSES):
-        lines += [f"{i} {i} {i + 1}", *(" ".join(map(repr, row)) for row in pose.tolist())]
+    for i, frame in enumerate(scene):
+        lines += [f"{i} {i} {i + 1}", *(line_of(*row) for row in cam2world(frame))]
     (folder / "trajectory.log").write_text("\n".join(lines))
     (folder / "camera_intrinsic.json").write_text(json.dumps(
-        {"width": 80, "height": 60, "intrinsic_matrix": K.T.ravel().tolist()}))
+        {"intrinsic_matrix": scene[0]["intrinsics"].T.ravel().tolist()}))
     return 1000, Options()
 
 
-def write_replica(folder):
-    write_images(folder, "results/frame{:06d}.png", "results/depth{:06d}.png", 6553.5)
-    (folder / "traj.txt").write_text("\n".join(" ".join(map(repr, pose.ravel().tolist())) for pose in POSES))
-    camera = {"w": 80, "h": 60, "fx": FX, "fy": FY, "cx": CX, "cy": CY, "scale": 6553.5}
+def write_replica(folder, scene=SCENE):
+    write_images(folder, scene, "results/frame{:06d}.png", "results/depth{:06d}.png", 6553.5)
+    (folder / "traj.txt").write_text("\n".join(line_of(*cam2world(frame).ravel()) for frame in scene))
+    camera = dict(zip(("fx", "fy", "cx", "cy"), camera_of(scene)), scale=6553.5)
     (folder.parent / "cam_params.json").write_text(json.dumps({"camera": camera}))
     return 6553.5, Options()
 
 
-def write_stray(folder):
-    for i, frame in enumerate(SCENE):
-        save(folder, f"rgb/{i:06d}.png", frame["color"])
-        save(folder, f"depth/{i:06d}.png", in_units(frame, 1000))
-        save(folder, f"confidence/{i:06d}.png", np.full((60, 80), 2, np.uint8))
+def write_stray(folder, scene=SCENE):
+    write_images(folder, scene, "rgb/{:06d}.png", "depth/{:06d}.png", 1000)
     lines = ["timestamp, frame, x, y, z, qx, qy, qz, qw"]
-    for i, pose in enumerate(POSES):
-        lines.append(", ".join([f"{i}.5", f"{i:06d}", *map(repr, map(float, [*pose[:3, 3], *quaternion(pose)]))]))
+    for i, frame in enumerate(scene):
+        save(folder, f"confidence/{i:06d}.png", np.full(frame["depth"].shape, 2, np.uint8))
+        lines.append(line_of(i, i, *translation_and_quaternion(cam2world(frame))).replace(" ", ", "))
     (folder / "odometry.csv").write_text("\n".join(lines))
-    (folder / "camera_matrix.csv").write_text("\n".join(", ".join(map(repr, row))
-                                                        for row in K.tolist()))
+    (folder / "camera_matrix.csv").write_text("\n".join(line_of(*row).replace(" ", ", ") for row in scene[0]["intrinsics"]))
     return 1000, Options()
 
 
-def write_kitti(folder):
-    write_images(folder, "image/{}.png", "depth/{}.png", 256)
-    (folder / "poses.txt").write_text("\n".join(" ".join(map(repr, pose[:3].ravel().tolist())) for pose in POSES))
-    np.savetxt(folder / "intrinsics.txt", K, "%.17g")
+def write_kitti(folder, scene=SCENE):
+    write_images(folder, scene, "image/{}.png", "depth/{}.png", 256)
+    (folder / "poses.txt").write_text("\n".join(line_of(*cam2world(frame)[:3].ravel()) for frame in scene))
+    np.savetxt(folder / "intrinsics.txt", scene[0]["intrinsics"], "%.17g")
     return 256, Options(depth_scale=256)
 
 
-def write_quaternions(folder):
+def write_quaternions(folder, scene=SCENE):
     """World to camera, with the real part of quaternions first."""
-    write_images(folder, "rgb/{}.png", "depth/{}.png", 1000)
+    write_images(folder, scene, "rgb/{}.png", "depth/{}.png", 1000)
     lines = []
-    for i, frame in enumerate(SCENE):
-        x, y, z, w = quaternion(frame["world2cam"])
-        lines.append(" ".join(map(repr, map(float, [i, *frame["world2cam"][:3, 3], w, x, y, z]))))
+    for i, frame in enumerate(scene):
+        tx, ty, tz, x, y, z, w = translation_and_quaternion(frame["world2cam"])
+        lines.append(line_of(i, tx, ty, tz, w, x, y, z))
     (folder / "pose.txt").write_text("\n".join(lines))
-    return 1000, Options(intrinsics=K, pose="w2c-wxyz")
+    return 1000, Options(intrinsics=scene[0]["intrinsics"], pose="w2c-wxyz")
 
 
-def write_sens(folder):
+def write_sens(folder, scene=SCENE):
     matrix = np.eye(4, dtype="<f4")
-    matrix[:3, :3] = K
+    matrix[:3, :3] = scene[0]["intrinsics"]
+    height, width = scene[0]["depth"].shape
     head = struct.pack("<IQ6s", 4, 6, b"sensor")
     for m in (matrix, np.eye(4, dtype="<f4"), matrix, np.eye(4, dtype="<f4")):
         head += m.astype("<f4").tobytes()
-    head += struct.pack("<iiIIIIfQ", 2, 1, 80, 60, 80, 60, 1000.0, len(SCENE))
-    for i, (frame, pose) in enumerate(zip(SCENE, POSES)):
+    head += struct.pack("<iiIIIIfQ", 2, 1, width, height, width, height, 1000.0, len(scene))
+    for i, frame in enumerate(scene):
         buffer = io.BytesIO()
         Image.fromarray(frame["color"]).save(buffer, "JPEG", quality=95)
         depth = zlib.compress(in_units(frame, 1000).tobytes())
-        head += pose.astype("<f4").tobytes() + struct.pack("<QQQQ", i, i, len(buffer.getvalue()), len(depth))
+        head += cam2world(frame).astype("<f4").tobytes() + struct.pack("<QQQQ", i, i, len(buffer.getvalue()), len(depth))
         head += buffer.getvalue() + depth
     (folder / "scene.sens").write_bytes(head)
     return 1000, Options()
@@ -145,19 +155,39 @@ WRITERS = {"nerfstudio": write_transforms, "tum": write_tum, "redwood": write_re
            "stray": write_stray, "poses": write_kitti, "poses, w2c-wxyz": write_quaternions, "sens": write_sens}
 
 
+def check_read_back(folder, scene, name):
+    """Writes frames in a format, reads them again and compares them -> the source."""
+    folder.mkdir()
+    per_meter, options = WRITERS[name](folder, scene)
+    frames = CaptureFrames(folder, options=options)
+    assert len(frames) == len(scene) and frames.description.startswith(name.partition(",")[0])
+    for i, expected in enumerate(scene):
+        frame = frames[i]
+        rounded = {**expected, "depth": (in_units(expected, per_meter) / per_meter).astype(np.float32)}
+        assert np.abs(points_of(frame) - points_of(rounded)).max() < 1e-5
+        if name != "sens":  # JPEG
+            assert np.array_equal(frame["color"], expected["color"])
+        assert frames.names[i].split("/")[0] == folder.name and frames.files(i)
+    return frames
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_points_and_colors_are_those_of_the_rooms(tmp_path, name):
-    folder = tmp_path / "capture"
-    folder.mkdir()
-    per_meter, options = WRITERS[name](folder)
-    frames = CaptureFrames(folder, options=options)
-    assert len(frames) == len(SCENE) and frames.description.startswith(name.partition(",")[0])
-    for i, expected in enumerate(SCENE):
-        rounded = {**expected, "depth": (in_units(expected, per_meter) / per_meter).astype(np.float32)}
-        assert np.abs(points_of(frames[i]) - points_of(rounded)).max() < 1e-5
-        if name != "sens":  # JPEG
-            assert np.array_equal(frames[i]["color"], expected["color"])
-        assert frames.names[i].split("/")[0] == "capture" and frames.files(i)
+    check_read_back(tmp_path / "capture", SCENE, name)
+
+
+@pytest.mark.parametrize("name", ["nerfstudio", "tum", "redwood", "stray", "sens"])
+def test_real_frames_come_back_from_every_format_and_nothing_is_wrong_with_them(tmp_path, shared, name):
+    source = ScanNetFrames(shared / "data/ycbv", None)
+    half = np.diag([0.5, 0.5, 1])
+    scene = []
+    for frame in (source[i] for i in range(6)):  # every second pixel of every second row: quicker
+        camera = half @ frame["intrinsics"]
+        images = {key: frame[key][::2, ::2].copy() for key in ("color", "depth")}
+        scene.append({**frame, **images, "intrinsics": camera, "depth_intrinsics": camera})
+    frames = check_read_back(tmp_path / "capture", scene, name)
+    rows = quick_check(frames)
+    assert first_fault(rows) is None and not list(unknowns(rows))
 
 
 def test_several_captures_in_a_folder_are_scenes_and_a_split_chooses(tmp_path):
