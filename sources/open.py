@@ -7,9 +7,11 @@ Imports sources.captures, sources.rooms, sources.scannet and support.lens.
 """
 from pathlib import Path
 
+import numpy as np
+
 from sources.captures import CaptureFrames, Options
 from sources.rooms import RoomFrames
-from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from sources.scannet import CloudFile, PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
 from support.lens import undistort
 
 
@@ -60,6 +62,9 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
 
 def kind_of(folder, format=None):
     """Which reader a folder is for: "scannet", "frame-*" or "capture". format: insists on a capture."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, expected a folder of frames; a .ply cloud alone is for predict.py with a "
+                         "checkpoint (docs/captures.md#a-mesh-or-cloud-alone)")
     if not folder.is_dir():
         raise FileNotFoundError(f"frame folder {folder} does not exist")
     if format is None and any(folder.glob("*/color")) and any(folder.glob("*/pose")):
@@ -92,6 +97,19 @@ def open_scans(scans, data, split=None, classes=None, label_map=None, labels=Tru
         known = read_classes(data, classes)
         return ScanNetScenes(scans, known, label_map=label_map, align=all(aligned), **options), frames
     return ScanNetScenes(scans, None, align=all(aligned), **options), frames
+
+
+def open_cloud(path, num_views, normals=False):
+    """A mesh or cloud alone, a PLY file with colors -> (scans, frames) as `open_scans`.
+
+    The frames are num_views views that see no point: black, and 10 km above, looking up.
+    """
+    scans = CloudFile(path, normals)
+    pose = np.eye(4)
+    pose[2, 3] = -1e4
+    view = {"color": np.zeros((1, 1, 3), np.uint8), "depth": np.zeros((1, 1), np.float32), "world2cam": pose,
+            "intrinsics": np.eye(3), "depth_intrinsics": np.eye(3)}
+    return scans, [{**view, "name": f"{scans.names[0]}/{number}"} for number in range(num_views)]
 
 
 def has_classes(data, classes, labels):

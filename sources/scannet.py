@@ -457,16 +457,19 @@ GEOMETRY = {**dict.fromkeys("xyz", ("f4", "f8")), **dict.fromkeys(("red", "green
 
 
 def read_ply_vertices(path, fields):
-    """Vertices of a binary PLY file -> structured array (P,) with at least `fields`, {name: types}."""
+    """Vertices of a PLY file, ascii or binary, that begins with them -> structured array (P,) with at least
+    `fields`, {name: types}.
+    """
     content = read_bytes(path, "mesh")
-    head, mark, _ = content[:2 ** 16].partition(b"end_header\n")
-    text = re.sub(r"(comment|obj_info).*\n", "", head.decode("ascii", "replace"))
-    match = re.match(r"ply\nformat binary_little_endian 1.0\n"
-                     r"element vertex (\d{1,9})\n((?:property \w+ \S+\n)+)(?:element|\Z)", text)
-    if not mark or not match:
-        raise ValueError(f"{path} is not a binary_little_endian PLY file that begins with its vertices")
-    count = int(match[1])
-    properties = [line.split()[1:] for line in match[2].splitlines()]
+    header = re.match(rb"ply.*?\nend_header\r?\n", content[:2 ** 16], re.DOTALL)
+    text = header[0].decode("ascii", "replace").replace("\r", "") if header else ""
+    text = re.sub(r"(comment|obj_info).*\n", "", text)
+    match = re.match(r"ply\nformat (ascii|binary_little_endian) 1.0\n"
+                     r"element vertex (\d{1,9})\n((?:property \w+ \S+\n)+)(?:element|end_header)", text)
+    if not match:
+        raise ValueError(f"{path} is not an ascii or binary_little_endian PLY file that begins with its vertices")
+    count = int(match[2])
+    properties = [line.split()[1:] for line in match[3].splitlines()]
     types = {name: PLY_TYPES.get(word) for word, name in properties}
     if len(types) < len(properties) or None in types.values() or count == 0:
         raise ValueError(f"{path}: {count} vertices with properties {properties}, not plain numbers")
@@ -474,7 +477,14 @@ def read_ply_vertices(path, fields):
         if types.get(name) not in allowed:
             raise ValueError(f"{path}: vertices have no property {name} of type {allowed}, but {types}")
     dtype = np.dtype([(name, f"<{kind}") for name, kind in types.items()])
-    start = len(head) + len(mark)
+    start = header.end()
+    if match[1] == "ascii":
+        words = content[start:].split(None, count * len(types))[:count * len(types)]
+        table = as_matrix([words], path, f"table of {count} vertices", [(1, count * len(types))])
+        vertices = np.empty(count, dtype)
+        for name, column in zip(types, table.reshape(count, -1).T):
+            vertices[name] = column
+        return vertices
     if len(content) - start < count * dtype.itemsize:
         raise ValueError(f"{path} is truncated: {count} vertices of {dtype.itemsize} bytes, "
                          f"{len(content) - start} bytes left")
@@ -511,6 +521,40 @@ def vertex_normals(points, triangles):
     normals = np.stack(total, 1)
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)
+
+
+def read_mesh(path, normals=False):
+    """A PLY file with colors -> points, colors and, if asked for, normals, as of `ScanNetScenes`."""
+    mesh = read_ply_vertices(path, GEOMETRY)
+    points = np.stack([mesh[axis] for axis in "xyz"], 1).astype(np.float32)
+    colors = np.stack([mesh[channel] for channel in ("red", "green", "blue")], 1).astype(np.float32)
+    if not (np.abs(points) < 1e4).all():  # also NaN
+        raise ValueError(f"{path}: vertices are not finite, or more than 10 km from the origin, where float32 is too "
+                         "coarse: subtract an offset (docs/cameras.md)")
+    fields = {"points": points, "colors": colors / 255}
+    if normals:
+        triangles = read_ply_triangles(path)
+        if triangles.max() >= len(points):
+            raise ValueError(f"{path}: a face has vertex {triangles.max()} of {len(points)}")
+        fields["normals"] = vertex_normals(points, triangles)
+    return fields
+
+
+class CloudFile:
+    """A mesh or cloud in one PLY file, as a scan without labels: what data.SceneDataset takes."""
+
+    class_names = ()
+
+    def __init__(self, path, normals=False):
+        self.path = Path(path)
+        self.normals = normals
+        self.names = [self.path.stem]
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"name": self.names[index], **read_mesh(self.path, self.normals), "alignment": np.eye(4)}
 
 
 def read_axis_alignment(path):
@@ -613,30 +657,20 @@ class ScanNetScenes:
 
     def __getitem__(self, index):
         name = self.names[index]
-        path = self._path(name, "_vh_clean_2.ply")
-        mesh = read_ply_vertices(path, GEOMETRY)
-        points = np.stack([mesh[axis] for axis in "xyz"], 1).astype(np.float32)
-        colors = np.stack([mesh[channel] for channel in ("red", "green", "blue")], 1).astype(np.float32)
-        scan = {"name": name, "points": points, "colors": colors / 255, "alignment": np.eye(4)}
+        scan = {"name": name, **read_mesh(self._path(name, "_vh_clean_2.ply"), self.normals), "alignment": np.eye(4)}
+        count = len(scan["points"])
         if self.align:
             scan["alignment"] = read_axis_alignment(self._path(name, ".txt"))
-        if not (np.abs(points) < 1e8).all():  # also NaN
-            raise ValueError(f"{path}: vertices are not finite, or beyond 1e8 m")
-        if self.normals:
-            triangles = read_ply_triangles(path)
-            if triangles.max() >= len(points):
-                raise ValueError(f"{path}: a face has vertex {triangles.max()} of {len(points)}")
-            scan["normals"] = vertex_normals(points, triangles)
         if not self._labeled:
             return scan
-        ids, instances, segments = self._read_annotation(name, len(mesh))
+        ids, instances, segments = self._read_annotation(name, count)
         path = self._path(name, ".aggregation.json")
         if self._label_map is None:
             path = self._path(name, "_vh_clean_2.labels.ply")
             ids = read_ply_vertices(path, {"label": WHOLE})["label"].astype(np.int64)
-            if len(ids) != len(mesh) or ids.min() < 0:
+            if len(ids) != count or ids.min() < 0:
                 raise ValueError(f"{path} has {len(ids)} vertices with labels from {ids.min()}, expected "
-                                 f"labels >= 0 of the {len(mesh)} vertices of the mesh")
+                                 f"labels >= 0 of the {count} vertices of the mesh")
         labels = self._table.indices(ids, path).astype(np.int64)
         return {**scan, "labels": labels, "instances": instances, "superpoints": segments}
 

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import predict
+import train
 from check import first_fault, quick_check, unknowns
-from data import depth_to_color, pixel_fields
+from data import PointDataset, depth_to_color, pixel_fields
+from helpers import last_checkpoint, small
+from model import load_model
+from predict import predict_frames
 from sources.captures import CaptureFrames, Options
+from sources.open import open_frames
 from sources.rooms import RoomFrames
-from sources.scannet import ScanNetFrames
+from sources.scannet import ScanNetFrames, read_ply_vertices
 from support.lens import undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
@@ -288,3 +294,39 @@ def test_cameras_that_no_file_tells_are_asked_for(tmp_path):
     write_tum(tmp_path)
     with pytest.raises(ValueError, match="--intrinsics"):
         CaptureFrames(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- a cloud alone
+
+
+def write_cloud(path, sample):
+    """An ascii PLY file of the points of a sample."""
+    colors = (sample["features"] * 255).round().int().tolist()
+    lines = ["ply", "format ascii 1.0", f"element vertex {len(colors)}", *(f"property float {c}" for c in "xyz"),
+             *(f"property uchar {c}" for c in ("red", "green", "blue")), "end_header"]
+    lines += [" ".join(map(repr, row)) for row in map(list.__add__, sample["points"].tolist(), colors)]
+    path.write_text("\n".join(lines))
+
+
+def predict_cloud(checkpoint, folder, frame):
+    """Predicts the points of a frame as a cloud without it -> vertices of what is written."""
+    write_cloud(folder / "cloud.ply", PointDataset([frame], 10 ** 6, (96, 128))[0])
+    predict.main([str(checkpoint), "--data", str(folder / "cloud.ply"), "--out", str(folder / "out"), "--device", "cpu"])
+    return read_ply_vertices(folder / "out/cloud.ply", dict.fromkeys(["scalar_label", "scalar_gate"], ("f4",)))
+
+
+def test_a_network_without_clip_labels_a_cloud_as_it_labels_the_frame_of_these_points(tmp_path, quick_runs):
+    train.main(small(tmp_path, "--no-clip --no-instances --epochs 1"))
+    model, _, config = load_model(last_checkpoint(tmp_path), "cpu")
+    vertices = predict_cloud(last_checkpoint(tmp_path), tmp_path, ROOMS[0])
+    result, = predict_frames(model, [ROOMS[0]], config)
+    labels = np.array(config["class_ids"])[result["labels"][ROOMS[0]["depth"] > 0]]
+    assert np.array_equal(vertices["scalar_label"], labels)
+
+
+def test_no_view_sees_a_cloud_alone_and_a_network_with_clip_says_so(tmp_path, trained, capsys):
+    vertices = predict_cloud(last_checkpoint(trained[0]), tmp_path, ROOMS[0])
+    assert not vertices["scalar_gate"].any()
+    assert capsys.readouterr().err.count("no view sees its points") == 1
+    with pytest.raises(ValueError, match="cloud.ply is a file, expected a folder of frames"):
+        open_frames(tmp_path / "cloud.ply", labels=False)

@@ -13,7 +13,7 @@ from helpers import CLASSES, POSE, write_scannet
 from sources.rooms import RoomFrames
 from sources.scannet import (GEOMETRY, ClassTable, PosedFrames, ScanNetFrames, ScanNetScenes, check_splits,
                              frame_classes, load_classes, read_axis_alignment, read_label_map,
-                             read_ply_vertices, write_frames)
+                             read_mesh, read_ply_vertices, write_frames)
 
 ROOT = Path(__file__).resolve().parents[1]
 ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
@@ -470,8 +470,8 @@ def test_missing_files_of_a_scan_are_named(scans, suffix):
 
 
 @pytest.mark.parametrize("text, message", [
-    *((text, "not a binary_little_endian PLY") for text in (
-        "", "ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n",
+    *((text, "not an ascii or binary_little_endian PLY") for text in (
+        "", "ply\nformat binary_big_endian 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n",
         "ply\nformat binary_little_endian 1.0\nelement face 9\nend_header\n",
         f"{PLY} many\nproperty float x\nend_header\n", f"{PLY} 1{'0' * 20}\nproperty float x\nend_header\n",
         f"{PLY} 9\nproperty float x\nproperty list uchar int y\nend_header\n")),
@@ -483,6 +483,22 @@ def test_malformed_meshes_are_named(scans, text, message):
     path.write_text(text)
     with refused(f"_vh_clean_2.ply.*{message}"):
         read_ply_vertices(path, GEOMETRY)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_an_ascii_mesh_holds_what_the_binary_one_does(scans, newline):
+    binary = read_mesh(scans / "scene0000_00/scene0000_00_vh_clean_2.ply")
+    lines = ["ply", "format ascii 1.0", "comment a test", "element vertex 6", *(f"property float {c}" for c in "xyz"),
+             *(f"property uchar {c}" for c in ("red", "green", "blue")), "element face 1",
+             "property list uchar int vertex_indices", "end_header"]
+    lines += [" ".join(map(repr, [*map(float, point), *map(int, color)])) for point, color in zip(POINTS, COLORS)]
+    path = scans / "ascii.ply"
+    path.write_bytes(newline.join([*lines, "3 0 1 2", ""]).encode())
+    mesh = read_mesh(path)
+    assert all(np.array_equal(mesh[key], binary[key]) for key in ("points", "colors"))
+    path.write_text("\n".join(lines[:-1]))
+    with refused(r"ascii.ply: table of 6 vertices has shape \(1, 30\), expected \(1, 36\)"):
+        read_mesh(path)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -535,7 +551,7 @@ def test_objects_that_are_listed_again_are_one_object(scans):
     ({"red": ("float", np.ones(6))}, "_vh_clean_2.ply", "no property red of type"),
     ({"x": ("ushort", np.ones(6))}, "_vh_clean_2.ply", "no property x of type"),
     ({"x": ("float", np.full(6, np.nan))}, "_vh_clean_2.ply", "vertices are not finite"),
-    ({"x": ("float", np.full(6, 1e9))}, "_vh_clean_2.ply", "beyond 1e8 m"),
+    ({"x": ("float", np.full(6, 1e9))}, "_vh_clean_2.ply", "more than 10 km from"),
     ({"label": ("float", np.ones(6))}, "_vh_clean_2.labels.ply", "no property label of type"),
     ({"label": ("ushort", np.full(6, 40))}, "_vh_clean_2.labels.ply", "label 40 is not in the class list"),
     ({"label": ("uchar", np.ones(5))}, "_vh_clean_2.labels.ply", "has 5 vertices with labels from 1, expected")])
