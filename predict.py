@@ -4,7 +4,6 @@ scores.
 
     python predict.py runs/NAME/best.pt --data DIR --out OUT
     python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
-    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
     python predict.py runs/NAME/best.pt --data PHONE --out OUT           a capture, see docs/captures.md
     python predict.py runs/NAME/best.pt --data cloud.ply --out OUT       a mesh or cloud alone
     python predict.py --data PHONE --out OUT --text "chair, mug"         CLIP alone, without a training
@@ -272,8 +271,7 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", nargs="?", help="a best.pt or last.pt of train.py; not given: --text is "
         "answered by CLIP alone, without a trained network")
     parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, "
-        "labelled or not; with --intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; a "
-        ".ply cloud alone; or 'rooms' (built in)")
+        "labelled or not; a capture, see docs/captures.md; a .ply cloud alone; or 'rooms' (built in)")
     parser.add_argument("--out", required=True, type=Path, help="folder to write into")
     parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: "
         "everything")
@@ -284,7 +282,7 @@ def parse_args(argv=None):
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
         "--data")
     parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
-        "images, for frame-* files and captures that do not tell them")
+        "images, for captures that do not tell them")
     parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
         "folder decides, see docs/captures.md")
     parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")

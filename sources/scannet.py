@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""RGB-D frames and scans in files: ScanNet (Dai et al. 2017) as its tools write it, and posed frames.
+"""RGB-D frames and scans of ScanNet (Dai et al. 2017), in files as its tools write them.
 
 `ScanNetFrames` reads the 2D layout of ScanNet's exporter, to which many data sets are converted, and
-that of its small download scannet_frames_25k; `PosedFrames` unlabeled folders of frame-*.color, depth and
-pose files, such as 7-Scenes; `ScanNetScenes` mesh, labels, instances and oversegmentation of whole scans.
-All read a file when they are indexed, and name missing files when they are made.
+that of its small download scannet_frames_25k; `ScanNetScenes` mesh, labels, instances and oversegmentation
+of whole scans. Both read a file when they are indexed, and name missing files when they are made.
 
 Imports numpy, PIL and support.files.
 """
@@ -177,10 +176,9 @@ def check_splits(sources, kinds=("label-filt", "instance-filt")):
 
 class Scene(NamedTuple):
     """What the frames of a scene share."""
-
     folder: Path
     colors: dict    # stem: path of the color image
-    paths: dict     # "pose", "depth" and, if they are read, "label" and "instance": as PATHS
+    paths: dict     # kind: folder and ending; "pose", "depth" and, if they are read, "label" and "instance"
     missing: dict   # stem: a file that its frame lacks
     matrices: dict  # "color intrinsics", ...: a matrix
     cameras: list   # files that these were read from
@@ -212,11 +210,6 @@ class ScanNetFrames:
     label-filt and instance-filt it has}, title (split or root).
     """
 
-    COLORS = "color"  # folder of the color images in that of a scene
-    COLOR = r"(.+)\.(?:jpg|jpeg|png)"  # their names
-    OTHERS = r".+"  # other names there that count as left out
-    PATHS = {"pose": ("pose", ".txt"), "depth": ("depth", ".png")}  # folder, and what follows the stem
-
     def __init__(self, root, classes, split=None):
         self.root = Path(root)
         self.title = str(split or root)
@@ -231,14 +224,19 @@ class ScanNetFrames:
         self.left_out = Counter()
         self.num_skipped = 0
         self.names, self._poses, self._scenes = [], [], {}
-        folders = self._list_scenes()
-        pairs = [(scene, "") for scene in sorted(folders, key=natural_key)]
+        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
+        scenes = {name: path for name, path in folders.items() if (path / "color").is_dir()}
+        if not scenes:
+            raise ValueError(f"{self.root}: no <scene>/color folder in it")
+        if len(folders) > len(scenes):
+            self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
+        pairs = [(scene, "") for scene in sorted(scenes, key=natural_key)]
         for scene, frame in pairs if split is None else read_split(split):
-            if scene not in folders:
+            if scene not in scenes:
                 raise FileNotFoundError(f"split file {split}: no scene {scene!r} with color images in "
                                         f"{self.root}")
             if scene not in self._scenes:
-                self._scenes[scene] = self._open_scene(folders[scene])
+                self._scenes[scene] = self._open_scene(scenes[scene])
             colors = self._scenes[scene].colors
             if frame and frame not in colors:
                 raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene "
@@ -251,38 +249,28 @@ class ScanNetFrames:
         if not self.names:
             raise ValueError(f"{self.title}: no frame left ({self.num_skipped} skipped for a lost pose)")
 
-    def _list_scenes(self):
-        """{name: folder} of all scenes."""
-        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
-        scenes = {name: path for name, path in folders.items() if (path / self.COLORS).is_dir()}
-        if not scenes:
-            raise ValueError(f"{self.root}: no <scene>/color folder in it")
-        if len(folders) > len(scenes):
-            self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
-        return scenes
-
     def _open_scene(self, folder):
         colors = {}
-        for path in sorted((folder / self.COLORS).iterdir()):
-            match = re.fullmatch(self.COLOR, path.name, re.IGNORECASE)
+        for path in sorted((folder / "color").iterdir()):
+            is_image = path.suffix.lower() in (".jpg", ".jpeg", ".png")
             if path.name.startswith("."):
                 self.left_out["dot files"] += 1
-            elif match and match[1] in colors:
-                raise ValueError(f"{path} and {colors[match[1]].name} are two images of one frame")
-            elif match:
-                colors[match[1]] = path
-            elif re.fullmatch(self.OTHERS, path.name):
+            elif not is_image:
                 self.left_out["files with other endings than .jpg, .jpeg and .png"] += 1
+            elif path.stem in colors:
+                raise ValueError(f"{path} and {colors[path.stem].name} are two images of one frame")
+            else:
+                colors[path.stem] = path
         if not colors:
-            raise ValueError(f"{folder / self.COLORS}: no color image (.jpg, .jpeg or .png) in it")
+            raise ValueError(f"{folder / 'color'}: no color image (.jpg, .jpeg or .png) in it")
 
         is_small = (folder / "intrinsics_color.txt").is_file()  # scannet_frames_25k
-        paths = dict(self.PATHS)
+        paths = {"pose": ("pose", ".txt"), "depth": ("depth", ".png")}
         for kind in ("label", "instance") if self._labeled else ():
             name = kind if is_small else f"{kind}-filt"
             if (folder / name).is_dir():
                 paths[kind] = name, ".png"
-        self.folders[folder] = [f"{kind}-filt" for kind in paths if kind not in self.PATHS]
+        self.folders[folder] = [f"{kind}-filt" for kind in ("label", "instance") if kind in paths]
         scene = Scene(folder, colors, paths, {}, *self._read_cameras(folder, is_small), {})
         for kind, (name, ending) in paths.items():
             path = folder / name
@@ -364,7 +352,7 @@ class ScanNetFrames:
                  "depth_intrinsics": scene.matrices.get("depth intrinsics", intrinsics)}
         if not np.array_equal(color_pose, depth_pose):
             frame["depth_world2cam"] = np.linalg.inv(depth_pose)
-        for kind in scene.paths.keys() - self.PATHS:
+        for kind in scene.paths.keys() & {"label", "instance"}:
             path = scene.path(kind, stem)
             ids = read_index_image(path, kind)
             if ids.shape not in (color.shape[:2], depth.shape):
@@ -375,43 +363,6 @@ class ScanNetFrames:
             else:
                 frame["instance"] = np.where(ids > 0, ids.astype(np.int32), -1)
         return frame
-
-
-class PosedFrames(ScanNetFrames):
-    """A source of unlabeled frames (see data.py) in folders such as those of 7-Scenes, read when indexed.
-
-    root/[<scene>/]frame-<n>{.color.jpg|png, .depth.png (uint16 millimeters, 0 and 65535 = none), .pose.txt
-    (camera to world)}; frames directly in root are one scene with root's name.
-    intrinsics: (3, 3) of both images of all frames, or a text file of it. 7-Scenes: f 585, c 320 240; its
-    depth is not registered to the color images: near objects are off by some pixels.
-    split, attributes: as in `ScanNetFrames`.
-    """
-
-    COLORS = ""
-    COLOR = r"(frame-\d+)\.color\.(?:jpg|jpeg|png)"
-    OTHERS = r"frame-\d+\.color\..*"
-    PATHS = {"pose": ("", ".pose.txt"), "depth": ("", ".depth.png")}
-
-    def __init__(self, root, intrinsics, split=None):
-        self._cameras = []
-        if isinstance(intrinsics, (str, Path)):
-            self._cameras = [Path(intrinsics)]
-            intrinsics = read_intrinsics(intrinsics, "intrinsics")
-        self.intrinsics = as_matrix(intrinsics, root, "intrinsics", [(3, 3)])
-        check_intrinsics(self.intrinsics, root, "intrinsics")
-        super().__init__(root, None, split)
-        self.settings = repr(self.intrinsics.tolist())
-
-    def _list_scenes(self):
-        if any(self.root.glob("frame-*.color.*")):
-            return {self.root.resolve().name: self.root}
-        scenes = {path.parent.name: path.parent for path in self.root.glob("*/frame-*.color.*")}
-        if not scenes:
-            raise ValueError(f"{self.root}: neither frame-*.color.* nor <scene>/frame-*.color.* in it")
-        return scenes
-
-    def _read_cameras(self, folder, is_small):
-        return {"color intrinsics": self.intrinsics}, self._cameras
 
 
 def write_frames(frames, root):

@@ -2,7 +2,10 @@
 """captures.py: each format, written here from its own description, gives back the points of rooms and of real frames."""
 import io
 import json
+import re
+import runpy
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -13,10 +16,10 @@ import predict
 import train
 from check import first_fault, quick_check, unknowns
 from data import PointDataset, depth_to_color, pixel_fields
-from helpers import last_checkpoint, small
+from helpers import ROOT, last_checkpoint, small
 from model import load_model
 from predict import predict_frames
-from sources.captures import CaptureFrames, Options
+from sources.captures import FORMATS, CaptureFrames, Options
 from sources.open import open_frames
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, read_ply_vertices
@@ -110,6 +113,14 @@ def write_replica(folder, scene=SCENE):
     return 6553.5, Options()
 
 
+def write_posed(folder, scene=SCENE):
+    """7-Scenes."""
+    write_images(folder, scene, "frame-{:06d}.color.png", "frame-{:06d}.depth.png", 1000)
+    for i, frame in enumerate(scene):
+        np.savetxt(folder / f"frame-{i:06d}.pose.txt", cam2world(frame), "%.17g")
+    return 1000, Options(intrinsics=scene[0]["intrinsics"])
+
+
 def write_stray(folder, scene=SCENE):
     write_images(folder, scene, "rgb/{:06d}.png", "depth/{:06d}.png", 1000)
     lines = ["timestamp, frame, x, y, z, qx, qy, qz, qw"]
@@ -158,7 +169,7 @@ def write_sens(folder, scene=SCENE):
 
 
 WRITERS = {"nerfstudio": write_transforms, "tum": write_tum, "redwood": write_redwood, "replica": write_replica,
-           "stray": write_stray, "poses": write_kitti, "poses, w2c-wxyz": write_quaternions, "sens": write_sens}
+           "7scenes": write_posed, "stray": write_stray, "poses": write_kitti, "poses, w2c-wxyz": write_quaternions, "sens": write_sens}
 
 
 def check_read_back(folder, scene, name):
@@ -290,10 +301,54 @@ def test_what_cannot_be_read_is_refused_with_what_was_looked_for(tmp_path, fault
         CaptureFrames(tmp_path)[0]
 
 
-def test_cameras_that_no_file_tells_are_asked_for(tmp_path):
-    write_tum(tmp_path)
-    with pytest.raises(ValueError, match="--intrinsics"):
+@pytest.mark.parametrize("name", ["tum", "7scenes", "poses, w2c-wxyz"])
+def test_cameras_that_no_file_tells_are_asked_for_and_taken_from_a_file(tmp_path, name):
+    _, options = WRITERS[name](tmp_path)
+    kind = name.partition(",")[0]
+    with pytest.raises(ValueError, match=rf"looked for intrinsics .* --intrinsics .*docs/captures.md#{kind}\)"):
         CaptureFrames(tmp_path)
+    np.savetxt(tmp_path / "intrinsics.txt", K, "%.17g")
+    assert np.array_equal(CaptureFrames(tmp_path, options=Options(pose=options.pose))[0]["intrinsics"], K)
+
+
+@pytest.mark.parametrize("name, file", [("7scenes", "frame-000001.depth.png"), ("7scenes", "frame-000001.pose.txt"),
+                                        ("nerfstudio", "images/1.png"), ("stray", "confidence/000001.png"),
+                                        ("replica", "results/depth000001.png"), ("tum", "depth.txt")])
+def test_missing_files_are_named_at_once_with_the_paragraph_of_the_format(tmp_path, name, file):
+    (tmp_path / "a").mkdir()
+    _, options = WRITERS[name](tmp_path / "a")
+    (tmp_path / "a" / file).unlink()
+    missing = "4 color images, 3 depth images" if name == "replica" else f"{file} does not exist"
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{missing}.*read as {name}, .*captures.md#{name}\)"):
+        CaptureFrames(tmp_path / "a", options=options)
+
+
+def test_every_format_has_a_paragraph_of_its_own():
+    page = (ROOT / "docs/captures.md").read_text()
+    assert re.findall(r"^### (\w+)", page, re.M) == list(FORMATS)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_capture_that_was_exported_elsewhere_is_the_same(tmp_path, name, monkeypatch):
+    """From any folder, by the command itself; distortion is undone."""
+    source = tmp_path / "capture"
+    source.mkdir()
+    _, options = WRITERS[name](source)
+    if name == "nerfstudio":
+        edit(source, lambda s: s.update(k1=0.01))
+    monkeypatch.chdir(tmp_path)
+    given = ["--pose", options.pose] if options.pose else []
+    given += ["--depth-scale", str(options.depth_scale)] if options.depth_scale else []
+    given += ["--intrinsics", ",".join(map(repr, camera_of(SCENE)))] if options.intrinsics is not None else []
+    monkeypatch.setattr("sys.argv", ["captures.py", "capture", "--to", "out", *given])
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    runpy.run_path(str(ROOT / "sources/captures.py"), run_name="__main__")
+    exported = open_frames("out", labels=False)
+    frames = CaptureFrames(source, options=options, undistort=undistort)
+    assert exported.names == frames.names
+    for one, other in zip(exported, frames):
+        assert np.abs(one["depth"] - other["depth"]).max() <= 0.000501
+        assert all(np.abs(one[key] - other[key]).max() < 1e-6 for key in ("world2cam", "intrinsics", "depth_intrinsics"))
 
 
 # ------------------------------------------------------------------------------------- a cloud alone

@@ -11,7 +11,7 @@ from PIL import Image
 import data
 from helpers import CLASSES, POSE, write_scannet
 from sources.rooms import RoomFrames
-from sources.scannet import (GEOMETRY, ClassTable, PosedFrames, ScanNetFrames, ScanNetScenes, check_splits,
+from sources.scannet import (GEOMETRY, ClassTable, ScanNetFrames, ScanNetScenes, check_splits,
                              frame_classes, load_classes, read_axis_alignment, read_label_map,
                              read_mesh, read_ply_vertices, write_frames)
 
@@ -345,62 +345,6 @@ def test_frames_that_are_written_come_back(tmp_path):
     moved["intrinsics"] = moved["intrinsics"] * [[2], [2], [1]]
     with refused("intrinsic_color.txt: .* has another camera"):
         write_frames([moved], tmp_path / "moved")
-
-
-# --------------------------------------------------------------------------------------- posed frames
-
-PINHOLE = np.array([[58.5, 0, 32], [0, 58.5, 24], [0, 0, 1.0]])
-
-
-def write_posed(folder, frames=2, suffix="png"):
-    """A folder as in 7-Scenes; color and depth hold the frame's number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(frames):
-        stem = folder / f"frame-{number:06d}"
-        save(f"{stem}.color.{suffix}", number, (48, 64, 3), np.uint8)
-        save(f"{stem}.depth.png", 1000 + number, (48, 64))
-        np.savetxt(f"{stem}.pose.txt", POSE)
-    return folder
-
-
-def test_posed_frames_arrive_as_they_were_written(tmp_path):
-    """Also with the intrinsics in a file, and frames directly in the folder."""
-    root = write_posed(tmp_path / "chess/seq-01").parent
-    write_posed(root / "seq-02", 11, "JPG")
-    (root / "seq-02/._frame-000001.color.png").write_bytes(b"x")
-    np.savetxt(tmp_path / "k.txt", PINHOLE)
-    for frames in (PosedFrames(root, PINHOLE), PosedFrames(str(root), tmp_path / "k.txt")):
-        assert frames.names[1:3] == ["seq-01/frame-000001", "seq-02/frame-000000"]
-        assert len(frames) == 13
-        assert frames.left_out == {"dot files": 1}
-        frame = frames[12]
-        data.check_frame(frame)
-        assert frame["name"] == "seq-02/frame-000010"
-        assert (frame["color"] == 10).all()
-        assert np.abs(frame["depth"] - 1.01).max() < 1e-6
-        assert np.abs(frame["world2cam"] @ POSE - np.eye(4)).max() < 1e-12
-        assert np.array_equal(frame["intrinsics"], PINHOLE)
-        assert np.array_equal(frame["depth_intrinsics"], PINHOLE)
-        assert all(Path(path).is_file() for path in frames.files(12))
-    alone = PosedFrames(root / "seq-01", PINHOLE)
-    assert alone.names == ["seq-01/frame-000000", "seq-01/frame-000001"]
-
-
-def test_faults_of_posed_frames_are_named(tmp_path):
-    folder = write_posed(tmp_path / "frames/a")
-    save(folder / "frame-000001.depth.png", 1, (9, 9))
-    with refused(r"frame-000001.depth.png: depth has size \(9, 9\), color has size \(48, 64\)"):
-        PosedFrames(folder, PINHOLE)[1]
-    (folder / "frame-000001.depth.png").unlink()
-    with refused("frame-000001.depth.png does not", FileNotFoundError):
-        PosedFrames(folder, PINHOLE)
-    for intrinsics, message in ((np.eye(4), "shape"), (PINHOLE * 2, "not a pinhole"),
-                                (PINHOLE @ np.diag([1, 1, 99]), "not a pinhole"),
-                                (np.diag([0.9, 0.9, 1]), "not in pixels")):
-        with refused(message):
-            PosedFrames(folder, intrinsics)
-    with refused("neither frame-"):
-        PosedFrames(tmp_path, PINHOLE)
 
 
 # ----------------------------------------------------------------------------------------------- scans
