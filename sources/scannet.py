@@ -9,7 +9,6 @@ Imports numpy, PIL and support.files.
 """
 import csv
 import io
-import os
 import re
 import warnings
 from collections import Counter
@@ -179,7 +178,6 @@ class Scene(NamedTuple):
     folder: Path
     colors: dict    # stem: path of the color image
     paths: dict     # kind: folder and ending; "pose", "depth" and, if they are read, "label" and "instance"
-    missing: dict   # stem: a file that its frame lacks
     matrices: dict  # "color intrinsics", ...: a matrix
     cameras: list   # files that these were read from
     sizes: dict     # "color", "depth": (H, W) of the first image, and its path
@@ -271,13 +269,7 @@ class ScanNetFrames:
             if (folder / name).is_dir():
                 paths[kind] = name, ".png"
         self.folders[folder] = [f"{kind}-filt" for kind in ("label", "instance") if kind in paths]
-        scene = Scene(folder, colors, paths, {}, *self._read_cameras(folder, is_small), {})
-        for kind, (name, ending) in paths.items():
-            path = folder / name
-            present = set(os.listdir(path)) if path.is_dir() else ()  # faster than one look-up per file
-            missing = (stem for stem in colors if stem + ending not in present)
-            scene.missing.update((stem, scene.path(kind, stem)) for stem in missing)
-        return scene
+        return Scene(folder, colors, paths, *self._read_cameras(folder, is_small), {})
 
     def _read_cameras(self, folder, is_small):
         """Matrices by name, and the files that they are read from."""
@@ -296,8 +288,9 @@ class ScanNetFrames:
 
     def _add_frame(self, name, stem):
         scene = self._scenes[name]
-        if stem in scene.missing:
-            raise FileNotFoundError(f"{scene.missing[stem]} does not exist, but {scene.colors[stem]} does")
+        for path in (scene.path(kind, stem) for kind in scene.paths):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist, but {scene.colors[stem]} does")
         if not scene.sizes:
             for kind, path in (("color", scene.colors[stem]), ("depth", scene.path("depth", stem))):
                 size = image_size(path, kind)
