@@ -19,10 +19,10 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
                 unlisted=False, rooms=(32, 4), format=None, pose=None, depth_scale=None):
     """The frames that `data` names -> a source, whose class_names are empty if labels are not read.
 
-    data: a folder in ScanNet's exported 2D layout, or of captures (see captures.py), or "rooms" (built in).
-    Your own data set gets a line.
-    split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms "train",
-    "val" or "test".
+    data: a folder in ScanNet's exported 2D layout, or of captures (see captures.py), or "rooms", which are
+    built in. Your own data set gets a line.
+    split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms
+    "train", "val" or "test".
     classes: a class list, as a file or {id: name}; None: data/classes.txt.
     label_map: path of scannetv2-labels.combined.tsv, if the class list holds NYU40's ids (ScanNet20).
     intrinsics: (3, 3) in pixels, of captures that do not tell them.
@@ -37,7 +37,7 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
         return RoomFrames(split or "train", *rooms)
     if not is_exported(Path(data)) or format:
         if labels:
-            raise ValueError(f"{data}: captures have no labels, and they are needed here (docs/captures.md)")
+            raise ValueError(f"{data}: captures have no labels, which are needed here (docs/captures.md)")
         return CaptureFrames(data, format, Options(intrinsics, pose, depth_scale), split, undistort)
     if not has_classes(data, classes, labels):
         return ScanNetFrames(data, None, split)
@@ -58,8 +58,8 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
 def is_exported(folder):
     """Whether a folder has ScanNet's exported layout; else it holds captures."""
     if folder.is_file():
-        raise ValueError(f"{folder} is a file, expected a folder of frames; a .ply cloud alone is for predict.py with a "
-                         "checkpoint (docs/captures.md#a-mesh-or-cloud-alone)")
+        raise ValueError(f"{folder} is a file, expected a folder of frames; predict.py with a checkpoint takes "
+                         "a .ply cloud alone (docs/captures.md#a-mesh-or-cloud-alone)")
     if not folder.is_dir():
         raise FileNotFoundError(f"frame folder {folder} does not exist")
     return any(folder.glob("*/color")) and any(folder.glob("*/pose"))
@@ -99,9 +99,10 @@ def open_cloud(path, num_views, normals=False):
     scans = CloudFile(path, normals)
     pose = np.eye(4)
     pose[2, 3] = -1e4
-    view = {"color": np.zeros((1, 1, 3), np.uint8), "depth": np.zeros((1, 1), np.float32), "world2cam": pose,
+    view = {"name": f"{scans.names[0]}/0", "color": np.zeros((1, 1, 3), np.uint8),
+            "depth": np.zeros((1, 1), np.float32), "world2cam": pose,
             "intrinsics": np.eye(3), "depth_intrinsics": np.eye(3)}
-    return scans, [{**view, "name": f"{scans.names[0]}/{number}"} for number in range(num_views)]
+    return scans, [view] * num_views
 
 
 def has_classes(data, classes, labels):
