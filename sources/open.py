@@ -69,9 +69,9 @@ def open_scans(scans, data, split=None, classes=None, label_map=None, labels=Tru
     """Whole scans of ScanNet in a folder, and their views, the frames in `data` -> (scans, frames).
 
     split, classes: as in `open_frames`. The class list holds NYU40's ids, or those of the label map
-    (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list and
-    every scan is annotated; False: not read. If they are not needed, either all scans or none have an axis
-    alignment (the test split has none). normals: scans also hold the normals of their meshes.
+    (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list
+    and every scan is annotated; False: not read. If not needed, all scans or none have an alignment
+    (the test split has none). normals: scans also hold the normals of their meshes.
     """
     frames = ScanNetFrames(data, None, split)
     options = dict(split=split, normals=normals)

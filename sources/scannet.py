@@ -177,14 +177,13 @@ class Scene(NamedTuple):
     """What the frames of a scene share."""
     folder: Path
     colors: dict    # stem: path of the color image
-    paths: dict     # kind: folder and ending; "pose", "depth" and, if they are read, "label" and "instance"
+    folders: dict   # "pose", "depth" and, if they are read, "label" and "instance": name of the folder
     matrices: dict  # "color intrinsics", ...: a matrix
     cameras: list   # files that these were read from
     sizes: dict     # "color", "depth": (H, W) of the first image, and its path
 
     def path(self, kind, stem):
-        folder, ending = self.paths[kind]
-        return self.folder / folder / (stem + ending)
+        return self.folder / self.folders[kind] / (stem + (".txt" if kind == "pose" else ".png"))
 
 
 class ScanNetFrames:
@@ -215,32 +214,31 @@ class ScanNetFrames:
             raise FileNotFoundError(f"frame folder {self.root} does not exist")
         self._labeled = classes is not None
         self._table = ClassTable(classes)
-        self.class_names = self._table.names
-        self.class_ids = self._table.ids
+        self.class_names, self.class_ids = self._table.names, self._table.ids
         self.settings = repr(self._table.classes)  # with the files, all that the frames depend on
         self.folders = {}
         self.left_out = Counter()
         self.num_skipped = 0
-        self.names, self._poses, self._scenes = [], [], {}
+        self.names = []
+        self._frames = []  # (scene, stem, pose)
         folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
         scenes = {name: path for name, path in folders.items() if (path / "color").is_dir()}
         if not scenes:
             raise ValueError(f"{self.root}: no <scene>/color folder in it")
         if len(folders) > len(scenes):
             self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
-        pairs = [(scene, "") for scene in sorted(scenes, key=natural_key)]
-        for scene, frame in pairs if split is None else read_split(split):
-            if scene not in scenes:
-                raise FileNotFoundError(f"split file {split}: no scene {scene!r} with color images in "
-                                        f"{self.root}")
-            if scene not in self._scenes:
-                self._scenes[scene] = self._open_scene(scenes[scene])
-            colors = self._scenes[scene].colors
+        opened = {}
+        pairs = [(name, "") for name in sorted(scenes, key=natural_key)] if split is None else read_split(split)
+        for name, frame in pairs:
+            if name not in scenes:
+                raise FileNotFoundError(f"split file {split}: no scene {name!r} with color images in {self.root}")
+            if name not in opened:
+                opened[name] = self._open_scene(scenes[name])
+            colors = opened[name].colors
             if frame and frame not in colors:
-                raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene "
-                                        f"{scene!r}")
+                raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene {name!r}")
             for stem in [frame] if frame else sorted(colors, key=natural_key):
-                self._add_frame(scene, stem)
+                self._add_frame(f"{name}/{stem}", opened[name], stem)
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         if twice:
             raise ValueError(f"{split}: frame {twice[0]} is named more than once")
@@ -263,13 +261,13 @@ class ScanNetFrames:
             raise ValueError(f"{folder / 'color'}: no color image (.jpg, .jpeg or .png) in it")
 
         is_small = (folder / "intrinsics_color.txt").is_file()  # scannet_frames_25k
-        paths = {"pose": ("pose", ".txt"), "depth": ("depth", ".png")}
+        folders = {"pose": "pose", "depth": "depth"}
         for kind in ("label", "instance") if self._labeled else ():
             name = kind if is_small else f"{kind}-filt"
             if (folder / name).is_dir():
-                paths[kind] = name, ".png"
-        self.folders[folder] = [f"{kind}-filt" for kind in ("label", "instance") if kind in paths]
-        return Scene(folder, colors, paths, *self._read_cameras(folder, is_small), {})
+                folders[kind] = name
+        self.folders[folder] = [f"{kind}-filt" for kind in ("label", "instance") if kind in folders]
+        return Scene(folder, colors, folders, *self._read_cameras(folder, is_small), {})
 
     def _read_cameras(self, folder, is_small):
         """Matrices by name, and the files that they are read from."""
@@ -286,45 +284,40 @@ class ScanNetFrames:
             raise ValueError(f"{folder}/intrinsic: extrinsics hold inf or NaN")
         return matrices, files
 
-    def _add_frame(self, name, stem):
-        scene = self._scenes[name]
-        for path in (scene.path(kind, stem) for kind in scene.paths):
+    def _add_frame(self, name, scene, stem):
+        for path in (scene.path(kind, stem) for kind in scene.folders):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} does not exist, but {scene.colors[stem]} does")
         if not scene.sizes:
             for kind, path in (("color", scene.colors[stem]), ("depth", scene.path("depth", stem))):
                 size = image_size(path, kind)
                 scene.sizes[kind] = size, path
-                if f"{kind} intrinsics" in scene.matrices:
-                    where = f"{scene.folder}: {kind} intrinsics"
-                    check_principal_point(scene.matrices[f"{kind} intrinsics"], size, where)
+                field = f"{kind} intrinsics"
+                if field in scene.matrices:
+                    check_principal_point(scene.matrices[field], size, f"{scene.folder}: {field}")
         pose = read_pose(scene.path("pose", stem))
         if pose is None:
             self.num_skipped += 1
         else:
-            self.names.append(f"{name}/{stem}")
-            self._poses.append(pose)
+            self.names.append(name)
+            self._frames.append((scene, stem, pose))
 
     def __len__(self):
         return len(self.names)
 
-    def _scene_of(self, index):
-        name, stem = self.names[index].split("/")
-        return self._scenes[name], stem
-
     def files(self, index):
         """Paths of all files that a frame is read from."""
-        scene, stem = self._scene_of(index)
-        paths = [scene.path(kind, stem) for kind in scene.paths]
+        scene, stem, _ = self._frames[index]
+        paths = [scene.path(kind, stem) for kind in scene.folders]
         return list(map(str, (scene.colors[stem], *paths, *scene.cameras)))
 
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
-        scene, stem = self._scene_of(index)
+        scene, stem, _ = self._frames[index]
         return read_color(scene.colors[stem])
 
     def __getitem__(self, index):
-        scene, stem = self._scene_of(index)
+        scene, stem, pose = self._frames[index]
         path = scene.path("depth", stem)
         color = self.color(index)
         depth = read_depth(path)
@@ -337,15 +330,14 @@ class ScanNetFrames:
             if image.shape[:2] != size:
                 raise ValueError(f"{file}: the {kind} image has size {image.shape[:2]}, but {first.name} "
                                  f"has {size}, and the intrinsics of the scene fit one size alone")
-        pose = self._poses[index]
         color_pose = pose @ scene.matrices.get("color extrinsics", np.eye(4))
         depth_pose = pose @ scene.matrices.get("depth extrinsics", np.eye(4))
-        frame = {"name": self.names[index], "color": color, "depth": depth, "label": None,
-                 "instance": None, "world2cam": np.linalg.inv(color_pose), "intrinsics": intrinsics,
+        frame = {"name": self.names[index], "color": color, "depth": depth, "label": None, "instance": None,
+                 "world2cam": np.linalg.inv(color_pose), "intrinsics": intrinsics,
                  "depth_intrinsics": scene.matrices.get("depth intrinsics", intrinsics)}
         if not np.array_equal(color_pose, depth_pose):
             frame["depth_world2cam"] = np.linalg.inv(depth_pose)
-        for kind in scene.paths.keys() & {"label", "instance"}:
+        for kind in scene.folders.keys() & {"label", "instance"}:
             path = scene.path(kind, stem)
             ids = read_index_image(path, kind)
             if ids.shape not in (color.shape[:2], depth.shape):
