@@ -320,8 +320,9 @@ def parse_args(argv=None):
         parser.error("--intrinsics and --scans exclude each other")
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
-    if args.data.endswith(".ply") and (args.split or args.classes or args.scans or args.intrinsics is not None):
-        parser.error("a cloud alone takes no --split, --classes, --scans or --intrinsics")
+    given = args.split or args.classes or args.scans or args.intrinsics is not None
+    if args.data.endswith(".ply") and (given or args.checkpoint is None):
+        parser.error("a cloud alone needs a checkpoint, and takes no --split, --classes, --scans or --intrinsics")
     asks = args.text or args.checkpoint is None and args.classes
     if not asks and (args.text_from != "clip" or args.attention):
         parser.error("--text-from and --attention need --text")

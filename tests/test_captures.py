@@ -208,12 +208,19 @@ def test_real_frames_come_back_from_every_format_and_nothing_is_wrong_with_them(
 
 
 def test_several_captures_in_a_folder_are_scenes_and_a_split_chooses(tmp_path):
+    """Also if they are links to folders of one name."""
+    root, split = tmp_path / "all", tmp_path / "split.txt"
+    root.mkdir()
     for scene in "ab":
-        (tmp_path / scene).mkdir()
-        write_redwood(tmp_path / scene)
-    assert len(CaptureFrames(tmp_path)) == 2 * len(SCENE)
-    (tmp_path / "split.txt").write_text("b/000001\n")
-    assert CaptureFrames(tmp_path, split=tmp_path / "split.txt").names == ["b/000001"]
+        (tmp_path / scene / "capture").mkdir(parents=True)
+        write_redwood(tmp_path / scene / "capture")
+        (root / scene).symlink_to(tmp_path / scene / "capture")
+    assert len(CaptureFrames(root)) == 2 * len(SCENE)
+    split.write_text("b/000001\n")
+    assert CaptureFrames(root, split=split).names == ["b/000001"]
+    split.write_text("b/000001\nc\n")
+    with pytest.raises(FileNotFoundError, match="split.txt: no scene or frame 'c'"):
+        CaptureFrames(root, split=split)
 
 
 def test_low_confidence_and_lost_poses_are_left_out(tmp_path):
@@ -233,6 +240,30 @@ def test_depth_of_another_size_gets_the_cameras_of_its_size(tmp_path):
     expected = {**SCENE[0], "depth": np.zeros((60, 80), np.float32)}
     expected["depth"][2::5, 2::5] = in_units(SCENE[0], 1000)[2::5, 2::5] / 1000
     assert np.abs(points_of(CaptureFrames(tmp_path)[0]) - points_of(expected)).max() < 1e-5
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.001])
+@pytest.mark.parametrize("ending, dtype", [("npy", np.float32), ("npy", np.float64), ("npy", np.uint16),
+                                           ("tiff", np.float32), ("tif", np.uint16)])
+def test_depth_may_be_npy_or_tiff_in_any_unit_with_nan_and_inf_as_no_reading(tmp_path, ending, dtype, unit):
+    write_transforms(tmp_path)
+    values = (SCENE[0]["depth"] / unit).astype(dtype)
+    if dtype != np.uint16:
+        values[0, :2] = np.nan, np.inf
+    path = tmp_path / f"depth/0.{ending}"
+    np.save(path, values) if ending == "npy" else Image.fromarray(values).save(path)
+    edit(tmp_path, lambda s: s["frames"][0].update(depth_file_path=f"depth/0.{ending}", depth_unit_scale_factor=unit))
+    expected = np.where(np.isfinite(values), values * unit, 0)
+    depth = CaptureFrames(tmp_path)[0]["depth"]
+    assert depth.dtype == np.float32 and np.abs(depth - expected).max() < 1e-6
+
+
+def test_the_direction_of_any_format_can_be_overruled(tmp_path):
+    write_transforms(tmp_path)
+    expected = CaptureFrames(tmp_path)[1]["world2cam"]
+    edit(tmp_path, lambda s: [f.update(transform_matrix=np.linalg.inv(f["transform_matrix"]).tolist()) for f in s["frames"]])
+    frame = CaptureFrames(tmp_path, options=Options(pose="w2c"))[1]
+    assert np.allclose(frame["world2cam"], expected)
 
 
 def test_each_frame_may_have_a_camera_of_its_own(tmp_path):
@@ -280,7 +311,8 @@ REFUSED = {
     "other lens": (lambda f: edit(f, lambda s: s.update(camera_model="EQUIRECTANGULAR")), "EQUIRECTANGULAR"),
     "mirrored": (lambda f: edit(f, lambda s: s["frames"][0].update(transform_matrix=np.diag([1, 1, -1, 1]).tolist())),
                  "mirrored"),
-    "other depth": (lambda f: edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")), "exr"),
+    "other depth": (lambda f: (edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")),
+                               (f / "depth/0.exr").touch()), "depth as .exr is not read: convert it to .npy"),
     "not json": (lambda f: (f / "transforms.json").write_text("{"), "JSON"),
     "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md")}
 
@@ -385,3 +417,6 @@ def test_no_view_sees_a_cloud_alone_and_a_network_with_clip_says_so(tmp_path, tr
     assert capsys.readouterr().err.count("no view sees its points") == 1
     with pytest.raises(ValueError, match="cloud.ply is a file, expected a folder of frames"):
         open_frames(tmp_path / "cloud.ply", labels=False)
+    with pytest.raises(SystemExit):
+        predict.main(["--data", str(tmp_path / "cloud.ply"), "--out", str(tmp_path / "out"), "--text", "chair"])
+    assert "a cloud alone needs a checkpoint" in capsys.readouterr().err
