@@ -62,6 +62,8 @@ def is_exported(folder):
                          "a .ply cloud alone (docs/captures.md#a-mesh-or-cloud-alone)")
     if not folder.is_dir():
         raise FileNotFoundError(f"frame folder {folder} does not exist")
+    if (folder / "color").is_dir() and (folder / "pose").is_dir():
+        raise ValueError(f"{folder} is one scene in ScanNet's layout: give the folder that holds it")
     return any(folder.glob("*/color")) and any(folder.glob("*/pose"))
 
 
