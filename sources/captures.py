@@ -54,7 +54,7 @@ def parse_pose(numbers, path, options, axes=np.eye(4)):
     """A pose in a file -> cam2world (4, 4), or None if it is lost.
 
     numbers: 7, translation and quaternion xyzw, or a matrix as of `as_pose`. options.pose overrules the
-    order of quaternions and the direction. axes (4, 4): from OpenCV's camera axes to the file's.
+    order of quaternions and the direction. axes (4, 4): from the camera with OpenCV's axes to the file's.
     """
     how = options.pose or ""
     if np.shape(numbers) == (7,):

@@ -23,7 +23,7 @@ from sources.captures import FORMATS, CaptureFrames, Options
 from sources.open import open_frames
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, read_ply_vertices
-from support.lens import undistort
+from support.lens import distorted_pixels, undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
 K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames
@@ -276,32 +276,17 @@ def test_each_frame_may_have_a_camera_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("model, coefficients", [("OPENCV", (0.2, -0.1, 0.003, -0.002, 0.05)),
                                                  ("OPENCV_FISHEYE", (0.1, -0.02, 0.003, 0.001))])
-def test_undistortion_inverts_the_lens(model, coefficients):
-    """A smooth image drawn through the lens comes back as it is without."""
+def test_colors_of_a_lens_are_interpolated_where_it_put_them(model, coefficients):
+    """An image that holds 3 times its column and row; tests/test_fusion.py compares the lens with OpenCV's."""
     k = np.array([[90.0, 0, 39], [0, 88, 31], [0, 0, 1]])
-    v, u = np.indices((60, 80)).astype(float)
-
-    def scene(x, y):  # brightness in the direction (x, y, 1)
-        return 128 + 60 * np.sin(6 * x) * np.cos(5 * y)
-
-    x, y = (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
-    ideal_x, ideal_y = x.copy(), y.copy()  # the direction that the lens puts at a pixel, by fixed-point iteration
-    for _ in range(200):
-        r2 = ideal_x ** 2 + ideal_y ** 2
-        if model == "OPENCV":
-            k1, k2, p1, p2, k3 = coefficients
-            radial = 1 + k1 * r2 + k2 * r2 ** 2 + k3 * r2 ** 3
-            ideal_x, ideal_y = ((x - 2 * p1 * ideal_x * ideal_y - p2 * (r2 + 2 * ideal_x ** 2)) / radial,
-                                (y - p1 * (r2 + 2 * ideal_y ** 2) - 2 * p2 * ideal_x * ideal_y) / radial)
-        else:
-            r = np.sqrt(r2) + 1e-12
-            theta = np.arctan(r)
-            bent = theta + sum(c * theta ** (3 + 2 * i) for i, c in enumerate(coefficients))
-            ideal_x, ideal_y = x * r / bent, y * r / bent
-    seen = np.repeat(scene(ideal_x, ideal_y)[..., None], 3, 2).round().astype(np.uint8)
-    straight = undistort(seen, k, model, coefficients)[5:-5, 5:-5, 0]
-    inside = straight > 0
-    assert inside.mean() > 0.8 and np.abs(straight - scene(x, y)[5:-5, 5:-5])[inside].max() < 2.5
+    v, u = np.indices((60, 80))
+    seen = np.stack([3 * u, 3 * v, 0 * u], 2).astype(np.uint8)
+    x, y = distorted_pixels((60, 80), (90.0, 88.0, 39.0, 31.0), model, coefficients)
+    inside = (x > 0) & (x < 79) & (y > 0) & (y < 59)
+    straight = undistort(seen, k, model, coefficients)
+    error = straight[..., :2] - 3 * np.stack([x, y], 2)
+    assert inside.mean() > 0.8 and np.abs(error[inside]).max() < 0.51
+    assert not straight[(x > 79.5) | (y > 59.5)].any()
 
 
 REFUSED = {
