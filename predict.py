@@ -4,8 +4,8 @@ scores.
 
     python predict.py runs/NAME/best.pt --data DIR --out OUT
     python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
-    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
     python predict.py runs/NAME/best.pt --data PHONE --out OUT           a capture, see docs/captures.md
+    python predict.py runs/NAME/best.pt --data cloud.ply --out OUT       a mesh or cloud alone
     python predict.py --data PHONE --out OUT --text "chair, mug"         CLIP alone, without a training
     python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
@@ -46,7 +46,7 @@ from evaluate import Scores, evaluate, format_metrics
 from fusion import BiFusionEncoder
 from model import batches_for, build_tower, load_model
 from sources.captures import FORMATS, POSES
-from sources.open import open_frames, open_scans
+from sources.open import open_cloud, open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
 from support.cache import FeatureCache
@@ -271,8 +271,7 @@ def parse_args(argv=None):
     parser.add_argument("checkpoint", nargs="?", help="a best.pt or last.pt of train.py; not given: --text is "
         "answered by CLIP alone, without a trained network")
     parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, "
-        "labelled or not; with --intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or "
-        "'rooms' (built in)")
+        "labelled or not; a capture, see docs/captures.md; a .ply cloud alone; or 'rooms' (built in)")
     parser.add_argument("--out", required=True, type=Path, help="folder to write into")
     parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: "
         "everything")
@@ -283,7 +282,7 @@ def parse_args(argv=None):
     parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
         "--data")
     parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
-        "images, for frame-* files and captures that do not tell them")
+        "images, for captures that do not tell them")
     parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
         "folder decides, see docs/captures.md")
     parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
@@ -321,6 +320,9 @@ def parse_args(argv=None):
         parser.error("--intrinsics and --scans exclude each other")
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
+    given = args.split or args.classes or args.scans or args.intrinsics is not None
+    if args.data.endswith(".ply") and (given or args.checkpoint is None):
+        parser.error("a cloud alone needs a checkpoint, and takes no --split, --classes, --scans or --intrinsics")
     asks = args.text or args.checkpoint is None and args.classes
     if not asks and (args.text_from != "clip" or args.attention):
         parser.error("--text-from and --attention need --text")
@@ -370,7 +372,11 @@ def open_source(args, config, classes, class_names):
     """What --data and --scans name -> frames, scans or None. Labels are read if there is a class list."""
     labels = None if classes is not None else False
     scans = None
-    if args.scans:
+    if args.data.endswith(".ply"):
+        scans, frames = open_cloud(args.data, config["num_views"], config.get("normals", False))
+        if not config["no_clip"]:
+            warn(f"{args.data} has no frames: no view sees its points, so the network gets no CLIP features")
+    elif args.scans:
         scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels,
                                    config.get("normals", False))
     else:  # of the built-in rooms those that validate a training with these options
@@ -414,7 +420,7 @@ def say_queries(queries):
 
 def warn_of_faults(args, frames, up):
     """What the quick part of check.py finds in somebody's frames."""
-    if args.data == "rooms":
+    if args.data == "rooms" or args.data.endswith(".ply"):
         return
     rows = quick_check(frames, up)
     for row in rows:
