@@ -13,7 +13,7 @@ through the same matrix. The top of fusion.py says what any image tower must off
 CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021.
 NACLIP: Hajimiri et al., "Pay Attention to Your Neighbours: Training-Free Open-Vocabulary Semantic
 Segmentation", WACV 2025.
-Imports torch and open_clip.
+Imports torch, open_clip, and timm, which comes with open_clip.
 """
 import contextlib
 import difflib
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import open_clip
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -241,6 +242,23 @@ def load_clip(model_name, pretrained):
         raise error_type(message) from error
 
 
+def frozen(model, source):
+    """The model in float32, in eval mode, without gradients; ValueError if a weight is not finite."""
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: field {name} holds NaN or inf")
+    return model.float().eval().requires_grad_(False)
+
+
+def digest_of(text, model):
+    """Hex digest of a text and of all weights of a model."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Enhanced2DEncoder(nn.Module):
     """Spatial and global CLIP features of images; CLIP is frozen, except for `trainable_blocks`.
 
@@ -256,11 +274,8 @@ class Enhanced2DEncoder(nn.Module):
                  trainable_blocks=0, mean_std=None):
         super().__init__()
         scaling = image_scaling(model_name, pretrained, mean_std)
-        clip = load_clip(model_name, pretrained).float().eval().requires_grad_(False)
-        bad = [name for name, value in clip.state_dict().items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(f"CLIP weights {pretrained}: field {bad[0]} holds NaN or inf")
-        self.__dict__["clip"] = clip  # not registered
+        clip = load_clip(model_name, pretrained)
+        self.__dict__["clip"] = frozen(clip, f"CLIP weights {pretrained}")  # not registered
         self.model_name = model_name
         visual = clip.visual
         visual.preprocess_cfg = {**visual.preprocess_cfg, **scaling}
@@ -302,7 +317,9 @@ class Enhanced2DEncoder(nn.Module):
         elif isinstance(image_size, int):
             image_size = (image_size, image_size)
         if len(image_size) != 2 or any(size < p or size % p for size, p in zip(image_size, patch)):
-            raise ValueError(f"image_size {image_size}: must be multiples of the patch size {tuple(patch)}")
+            near = ",".join(str(max(1, round(size / p - 1e-3)) * p) for size, p in zip(image_size, patch))
+            raise ValueError(f"image_size {image_size}: must be multiples of the patch size {tuple(patch)} of "
+                             f"{self.model_name}; nearest: --image-size {near}")
         self.image_size = tuple(image_size)
         self.grid = tuple(size // p for size, p in zip(image_size, patch))
         if is_timm:
@@ -327,12 +344,7 @@ class Enhanced2DEncoder(nn.Module):
         visual = self.clip.visual
         scaling = [*visual.preprocess_cfg["mean"], *visual.preprocess_cfg["std"]]
         stateless = {type(module).__name__ for module in visual.modules() if not module.state_dict()}
-        text = f"{self.model_name} {self.image_size} {scaling} {sorted(stateless)}"
-        digest = hashlib.sha256(text.encode())
-        for name, tensor in sorted(visual.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest_of(f"{self.model_name} {self.image_size} {scaling} {sorted(stateless)}", visual)
 
     def encode(self, images):
         """images (B, 3, H, W), RGB in [0, 1] -> tokens (B, D, Hf, Wf), pooled (B, E): raw, in one pass.
@@ -378,7 +390,7 @@ class Enhanced2DEncoder(nn.Module):
             found = f"timm's {type(visual.trunk).__name__}"
         elif visual.attn_pool is not None:
             found = "an attention pool"
-        elif len(self.blocks) < 2 or not isinstance(self.blocks[-1].attn, nn.MultiheadAttention):
+        elif len(blocks := visual.transformer.resblocks) < 2 or not isinstance(blocks[-1].attn, nn.MultiheadAttention):
             found = "a custom attention, or a single block"
         else:
             return
@@ -450,3 +462,83 @@ class Enhanced2DEncoder(nn.Module):
                 raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is longer: "
                                  f"{prompt!r}")
         return self.clip.encode_text(tokens.to(self.global_proj.device))
+
+
+# -------------------------------------------------------------------------------- timm
+
+
+def load_timm(name, pretrained=None):
+    """A vision transformer of timm. name: with or without its tag, such as "vit_base_patch14_dinov2.lvd142m".
+
+    pretrained: a file of weights, None for timm's download, or "none" for weights of a fixed seed. Raises
+    ValueError for an unknown model, one without a grid of tokens, and weights that cannot be had.
+    """
+    options = {"pretrained": pretrained != "none", "num_classes": 0}
+    hub = offline_without_network() if pretrained is None else contextlib.nullcontext()
+    if pretrained not in (None, "none"):
+        options["pretrained_cfg_overlay"] = {"file": pretrained, "source": "", "custom_load": False}
+    try:
+        with hub, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(name, **options)
+    except Exception as error:  # timm raises many kinds
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0))
+        raise ValueError(f"timm model {name}, weights {pretrained or 'to download'}: {str(error)[:300]}; give a file of "
+                         f"weights or 'none', for random ones; names near it: {near}") from error
+    if not hasattr(model, "blocks") or not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"timm model {name}: {type(model).__name__} is not a vision transformer")
+    return frozen(model, f"timm weights {pretrained or name}")
+
+
+class TimmTower(Enhanced2DEncoder):
+    """The tokens of a timm vision transformer, for fusion; CLIP gives the global, dense and text features.
+
+    name: "timm:NAME". weights: see `load_timm`. clip: the arguments of `Enhanced2DEncoder`.
+    The transformer sees the images with its own mean and std, resized to the nearest multiples of its patch size, so
+    that its grid may differ from CLIP's. Its class token and registers are dropped.
+    """
+
+    def __init__(self, name, weights=None, **clip):
+        kind, _, model_name = name.partition(":")
+        if kind != "timm":
+            raise ValueError(f"--tower {name}: must be timm:NAME, such as timm:vit_base_patch14_dinov2")
+        self.__dict__["timm"] = load_timm(model_name, weights)  # not registered
+        super().__init__(**clip)
+        self.timm_name = model_name
+        self.blocks += self.timm.blocks
+
+    def _set_image_size(self, image_size):
+        super()._set_image_size(image_size)
+        patch = self.timm.feature_info[-1]["reduction"]
+        self.timm_size = tuple(max(1, round(size / patch)) * patch for size in self.image_size)
+        if hasattr(self.timm, "set_input_size"):  # NaFlexViT takes any
+            self.timm.set_input_size(img_size=self.timm_size)
+        for key in ("mean", "std"):
+            value = torch.tensor(self.timm.pretrained_cfg[key]).view(3, 1, 1)
+            self.register_buffer(f"timm_{key}", value, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        self.timm._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def fingerprint(self):
+        scaling = [self.timm.pretrained_cfg[key] for key in ("mean", "std")]
+        return digest_of(f"{super().fingerprint()} {self.timm_name} {self.timm_size} {scaling}", self.timm)
+
+    def encode(self, images):
+        _, pooled = super().encode(images)
+        return self._tokens(images), pooled
+
+    def encode_with_dense(self, images, attention="naclip"):
+        _, pooled, dense = super().encode_with_dense(images, attention)
+        return self._tokens(images), pooled, dense
+
+    @torch.no_grad()
+    def _tokens(self, images):
+        """images (B, 3, H, W) -> (B, D, Hf, Wf), after the final norm."""
+        if self.timm_size != self.image_size:
+            images = F.interpolate(images, self.timm_size, mode="bicubic", antialias=True).clamp(0, 1)
+        images = (images - self.timm_mean) / self.timm_std
+        with full_float32():
+            tokens, = self.timm.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        return tokens

@@ -19,8 +19,8 @@ An image tower is an nn.Module such as `encoder.Enhanced2DEncoder`. It has
 
 and, for (1) targets per point, (2) text queries, (3) torch.compile, (4) a learning rate of its own,
 
-    encode_with_dense(images)    -> tokens, pooled, dense (I, T, Hf, Wf)                        (1, 2)
-    project_dense_target(dense)  -> (I, C, Hf, Wf)                                              (1)
+    encode_with_dense(images)    -> tokens, pooled, dense (I, T, Ht, Wt)                        (1, 2)
+    project_dense_target(dense)  -> (I, C, Ht, Wt)                                              (1)
     encode_prompts(n strings)    -> (n, T), in the space of dense                               (2)
     project_global(prompts)      -> (n, C), in the space of global                              (2)
     blocks                       a list of modules whose inputs always have the same shape      (3)
@@ -281,16 +281,16 @@ class BiFusionEncoder(nn.Module):
         return uv, visible, view
 
     def sample(self, batch, image_size, maps):
-        """Maps (I, C, Hf, Wf) of equal Hf, Wf at the batch's points -> valid (N,), one (N, C) per map."""
+        """Maps (I, C, Hf, Wf) at the batch's points -> valid (N,), one (N, C) per map."""
         parts = []
         chunks = zip(batch["points"].split(CHUNK), batch["batch"].split(CHUNK))
         for points, owner in chunks:
             chunk = {**batch, "points": points, "batch": owner}
             uv, visible, view = self.project(chunk, image_size)
-            index, weight = view_cells(uv, image_size, maps[0].shape, view, visible)
-            parts.append((visible.any(1), index, weight))
-        valid, index, weight = (torch.cat(part) for part in zip(*parts))
-        return valid, [sample_cells(feature_map, index, weight) for feature_map in maps]
+            cells = [view_cells(uv, image_size, feature_map.shape, view, visible) for feature_map in maps]
+            parts.append((visible.any(1), *sum(cells, ())))
+        valid, *cells = (torch.cat(part) for part in zip(*parts))
+        return valid, [sample_cells(*triple) for triple in zip(maps, cells[::2], cells[1::2])]
 
     def forward(self, batch, with_dense=False):
         """A batch as `check_batch` describes it -> dict of
@@ -385,7 +385,7 @@ def check_batch(batch, with_images, with_dense=False):
         else:
             shapes |= {"clip_tokens": "B V D Hf Wf", "clip_pooled": "B V E"}
             if with_dense:
-                shapes["clip_dense_map"] = "B V T Hf Wf"
+                shapes["clip_dense_map"] = "B V T Ht Wt"
         if "depth" in batch:
             shapes |= {"depth": "B V Hd Wd", "depth_intrinsics": "B V 3 3"}
             if "depth_world2cam" in batch:

@@ -20,7 +20,7 @@ from torch import nn
 
 from data import collate, mix_scenes
 from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
-from encoder import Enhanced2DEncoder
+from encoder import Enhanced2DEncoder, TimmTower
 from fusion import BiFusionEncoder
 from losses import instance_targets
 from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
@@ -139,12 +139,15 @@ def batches_for(model, training, mix=0.0):
 
 
 def build_tower(config):
-    """The CLIP tower that the options of a run name, or None for the 3D baseline."""
+    """The image tower that the options of a run name, or None for the 3D baseline."""
     if config["no_clip"]:
         return None
-    pretrained = None if config["clip_pretrained"] == "none" else config["clip_pretrained"]
-    return Enhanced2DEncoder(config["clip_model"], pretrained, image_size=tuple(config["image_size"]),
-                             trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
+    clip = {"model_name": config["clip_model"], "image_size": tuple(config["image_size"]),
+            "pretrained": None if config["clip_pretrained"] == "none" else config["clip_pretrained"],
+            "trainable_blocks": config["clip_blocks"], "mean_std": config["clip_mean_std"]}
+    if config.get("tower"):  # older checkpoints do not say
+        return TimmTower(config["tower"], config["tower_pretrained"], **clip)
+    return Enhanced2DEncoder(**clip)
 
 
 def open_backbone(args):
