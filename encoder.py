@@ -30,11 +30,12 @@ from urllib.request import getproxies
 import open_clip
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional as F
 
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
-ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
+ATTENTIONS = ("naclip", "clearclip", "identity", "tips", "ordinary")
 
 
 def set_tf32(products, convolutions):
@@ -69,14 +70,10 @@ def semi_orthogonal(rows, cols, seed=0):
     return q.T.contiguous() if rows < cols else q
 
 
-def resize_position_embedding(embedding, old_grid, new_grid):
-    """Bicubic, antialiased resize of a ViT's position embedding, as open_clip does it for its weights.
-
-    embedding (1 + h * w, D), class token first -> (1 + h' * w', D). old_grid (h, w), new_grid (h', w').
-    """
-    grid = embedding[1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([embedding[:1], grid.permute(0, 2, 3, 1).flatten(0, 2)])
+def whole_patches(size, patch):
+    """The multiples of a patch (h, w) that are nearest to an image size (H, W)."""
+    halves_down = 1e-3
+    return tuple(max(1, round(side / p - halves_down)) * p for side, p in zip(size, patch))
 
 
 def neighbor_bias(grid, sigma=5.0):
@@ -98,7 +95,8 @@ def last_block(block, x, grid, attention="naclip"):
         "naclip"     A = softmax(k k^T / s + neighbor_bias)
         "clearclip"  A = softmax(q q^T / s)  Lan et al., "ClearCLIP", ECCV 2024
         "identity"   A = 1, the value path   Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022
-        "ordinary"   the block as it is, with residual and MLP
+        "tips"       A = 1                   TIPSv2, arXiv 2604.12012
+        "ordinary"   the block as it is
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention {attention!r}: must be one of {', '.join(ATTENTIONS)}")
@@ -106,14 +104,14 @@ def last_block(block, x, grid, attention="naclip"):
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     qkv = qkv.unflatten(-1, (3, attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, 1 + h * w, D / heads)
-    if attention == "identity":
+    if attention in ("identity", "tips"):
         out = v
     else:
         a, b = {"naclip": (k, k), "clearclip": (q, q), "ordinary": (q, k)}[attention]
         bias = neighbor_bias(grid).to(k) if attention == "naclip" else None
         out = F.scaled_dot_product_attention(a, b, v, attn_mask=bias)
     out = block.ls_1(attn.out_proj(out.transpose(1, 2).flatten(2)))
-    if attention != "ordinary":
+    if attention not in ("tips", "ordinary"):
         return out
     x = x + out
     return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -316,17 +314,17 @@ class Enhanced2DEncoder(nn.Module):
             image_size = [cells * p for cells, p in zip(native_grid, patch)]
         elif isinstance(image_size, int):
             image_size = (image_size, image_size)
-        if len(image_size) != 2 or any(size < p or size % p for size, p in zip(image_size, patch)):
-            near = ",".join(str(max(1, round(size / p - 1e-3)) * p) for size, p in zip(image_size, patch))
+        nearest = whole_patches(image_size, patch)
+        if tuple(image_size) != nearest:
             raise ValueError(f"image_size {image_size}: must be multiples of the patch size {tuple(patch)} of "
-                             f"{self.model_name}; nearest: --image-size {near}")
+                             f"{self.model_name}; nearest: --image-size {','.join(map(str, nearest))}")
         self.image_size = tuple(image_size)
         self.grid = tuple(size // p for size, p in zip(image_size, patch))
         if is_timm:
             visual.set_input_size(self.image_size)
         elif self.grid != native_grid:
-            embedding = visual.positional_embedding
-            embedding.data = resize_position_embedding(embedding.data, native_grid, self.grid)
+            embedding = visual.positional_embedding  # (1 + Hf * Wf, D), class token first
+            embedding.data = resample_abs_pos_embed(embedding.data[None], self.grid, native_grid)[0]
             visual.image_size = self.image_size
             visual.grid_size = self.grid
 
@@ -390,8 +388,10 @@ class Enhanced2DEncoder(nn.Module):
             found = f"timm's {type(visual.trunk).__name__}"
         elif visual.attn_pool is not None:
             found = "an attention pool"
-        elif len(blocks := visual.transformer.resblocks) < 2 or not isinstance(blocks[-1].attn, nn.MultiheadAttention):
-            found = "a custom attention, or a single block"
+        elif len(visual.transformer.resblocks) < 2:
+            found = "a single block"
+        elif not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
+            found = "a custom attention"
         else:
             return
         raise ValueError(f"CLIP model {self.model_name}: dense features need open_clip's own ViT with plain "
@@ -459,8 +459,8 @@ class Enhanced2DEncoder(nn.Module):
         longer = tokenizer(prompts, context_length=tokens.shape[1] + 1)
         for prompt, row in zip(prompts, longer):
             if row[-1] != 0:  # padding is 0
-                raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is longer: "
-                                 f"{prompt!r}")
+                raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is "
+                                 f"longer: {prompt!r}")
         return self.clip.encode_text(tokens.to(self.global_proj.device))
 
 
@@ -468,10 +468,10 @@ class Enhanced2DEncoder(nn.Module):
 
 
 def load_timm(name, pretrained=None):
-    """A vision transformer of timm. name: with or without its tag, such as "vit_base_patch14_dinov2.lvd142m".
+    """A vision transformer of timm. name: such as "vit_base_patch14_dinov2", also with a tag.
 
-    pretrained: a file of weights, None for timm's download, or "none" for weights of a fixed seed. Raises
-    ValueError for an unknown model, one without a grid of tokens, and weights that cannot be had.
+    pretrained: a file of weights, None for timm's download, or "none" for weights of a fixed seed.
+    Raises ValueError for an unknown model, one that is no transformer, and weights that cannot be had.
     """
     options = {"pretrained": pretrained != "none", "num_classes": 0}
     hub = offline_without_network() if pretrained is None else contextlib.nullcontext()
@@ -483,19 +483,19 @@ def load_timm(name, pretrained=None):
             model = timm.create_model(name, **options)
     except Exception as error:  # timm raises many kinds
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0))
-        raise ValueError(f"timm model {name}, weights {pretrained or 'to download'}: {str(error)[:300]}; give a file of "
-                         f"weights or 'none', for random ones; names near it: {near}") from error
+        raise ValueError(f"timm model {name}, weights {pretrained or 'to download'}: {str(error)[:300]}; give a file "
+                         f"of weights, or 'none' for random ones; names near it: {near}") from error
     if not hasattr(model, "blocks") or not hasattr(model, "num_prefix_tokens"):
         raise ValueError(f"timm model {name}: {type(model).__name__} is not a vision transformer")
     return frozen(model, f"timm weights {pretrained or name}")
 
 
 class TimmTower(Enhanced2DEncoder):
-    """The tokens of a timm vision transformer, for fusion; CLIP gives the global, dense and text features.
+    """Spatial features of a timm vision transformer; CLIP gives global, dense and text features.
 
     name: "timm:NAME". weights: see `load_timm`. clip: the arguments of `Enhanced2DEncoder`.
-    The transformer sees the images with its own mean and std, resized to the nearest multiples of its patch size, so
-    that its grid may differ from CLIP's. Its class token and registers are dropped.
+    The transformer sees the images with its own mean and std, resized to the nearest multiples of its
+    patch size, so its grid may differ from CLIP's. Its class token and registers are dropped.
     """
 
     def __init__(self, name, weights=None, **clip):
@@ -510,7 +510,7 @@ class TimmTower(Enhanced2DEncoder):
     def _set_image_size(self, image_size):
         super()._set_image_size(image_size)
         patch = self.timm.feature_info[-1]["reduction"]
-        self.timm_size = tuple(max(1, round(size / patch)) * patch for size in self.image_size)
+        self.timm_size = whole_patches(self.image_size, (patch, patch))
         if hasattr(self.timm, "set_input_size"):  # NaFlexViT takes any
             self.timm.set_input_size(img_size=self.timm_size)
         for key in ("mean", "std"):

@@ -243,11 +243,6 @@ class BiFusionEncoder(nn.Module):
             self.gate = FusionGate(embed_dim) if gate is None else gate
         self.depth_tolerance = depth_tolerance
 
-    @property
-    def gate_name(self):
-        """The class of the gate, for checkpoints to name; None for the 3D baseline."""
-        return None if self.encoder_2d is None else type(self.gate).__name__
-
     def encode_images(self, batch, with_dense=False):
         """Images or cached features -> spatial (I, C, Hf, Wf), global (I, C), dense or None, image_size."""
         encoder = self.encoder_2d
@@ -287,10 +282,13 @@ class BiFusionEncoder(nn.Module):
         for points, owner in chunks:
             chunk = {**batch, "points": points, "batch": owner}
             uv, visible, view = self.project(chunk, image_size)
-            cells = [view_cells(uv, image_size, feature_map.shape, view, visible) for feature_map in maps]
-            parts.append((visible.any(1), *sum(cells, ())))
+            part = [visible.any(1)]
+            for feature_map in maps:
+                part += view_cells(uv, image_size, feature_map.shape, view, visible)
+            parts.append(part)
         valid, *cells = (torch.cat(part) for part in zip(*parts))
-        return valid, [sample_cells(*triple) for triple in zip(maps, cells[::2], cells[1::2])]
+        index, weight = cells[::2], cells[1::2]
+        return valid, list(map(sample_cells, maps, index, weight))
 
     def forward(self, batch, with_dense=False):
         """A batch as `check_batch` describes it -> dict of

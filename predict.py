@@ -52,7 +52,7 @@ from superpoints import oversegment
 from support.cache import FeatureCache
 from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
-from support.queries import NEUTRAL, TEMPLATES, TextQueries, field_names, parse_queries
+from support.queries import NEUTRAL, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
 from support.runtime import Parser, checked_by, configure_device, image_size, positive_float, run_command
 from support.visualize import clouds, label_colors
@@ -298,6 +298,8 @@ def parse_args(argv=None):
         "consistency loss was on")
     parser.add_argument("--attention", choices=ATTENTIONS, help="of CLIP's dense features, see docs/towers.md; "
         "not given: naclip")
+    parser.add_argument("--text-embeddings", metavar="FILE", help="{name: vector} for the names in --text and "
+        "'object', 'things', 'stuff', 'texture', made by another text encoder; see docs/towers.md")
     parser.add_argument("--clip-model", default="ViT-B-16", help="without a checkpoint: an open_clip vision "
         "transformer")
     parser.add_argument("--image-size", type=image_size, default=(240, 320), help="without a checkpoint: "
@@ -322,8 +324,8 @@ def parse_args(argv=None):
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
     asks = args.text or args.checkpoint is None and args.classes
-    if not asks and (args.text_from != "clip" or args.attention):
-        parser.error("--text-from and --attention need --text")
+    if not asks and (args.text_from != "clip" or args.attention or args.text_embeddings):
+        parser.error("--text-from, --attention and --text-embeddings need --text")
     if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
         parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")
     out = args.out.resolve()
@@ -400,7 +402,8 @@ def open_queries(args, model, config):
         warn(RANDOM_CLIP)
     elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
         warn("--text-from fused: the consistency loss had no weight in training, so the answers mean nothing")
-    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention)
+    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention,
+                          args.text_embeddings)
     say_queries(queries)
     return queries
 
@@ -409,7 +412,7 @@ def say_queries(queries):
     """Prints what the answers depend on."""
     for field, names in zip(field_names(queries.names), queries.names):
         print(f"query {field}: {', '.join(names)}")
-    print(f"beside them: {', '.join(NEUTRAL)}; templates: {', '.join(TEMPLATES)}")
+    print(f"beside them: {', '.join(NEUTRAL)}; {queries.origin}")
 
 
 def warn_of_faults(args, frames, up):
@@ -666,7 +669,7 @@ def ask(args, device, tower=None):
     if classes is not None and [first for first, *_ in names] != frames.class_names:
         raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of them, or "
                          "the same names in the same order, with synonyms")
-    queries = TextQueries(fusion.encoder_2d, names, attention=args.attention)
+    queries = TextQueries(fusion.encoder_2d, names, attention=args.attention, embeddings=args.text_embeddings)
     say_queries(queries)
     class_names = [first for first, *_ in names]
     class_ids = write_classes(args.out / "classes.txt", getattr(frames, "class_ids", range(1, len(names) + 1)) or

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import predict
 import train
 from encoder import Enhanced2DEncoder, TimmTower
 from fusion import BiFusionEncoder
@@ -17,7 +18,7 @@ from helpers import CLIP_ON, TOWER, checkpoint, last_checkpoint, small
 from model import load_model
 from predict import predict_frames
 from sources.rooms import RoomFrames
-from support.queries import TextQueries
+from support.queries import NEUTRAL, TextQueries
 
 
 class PatchMeans(nn.Module):
@@ -139,6 +140,9 @@ def test_tokens_are_timms_at_its_own_scaling_and_patches_and_the_rest_is_clips(s
     clip = Enhanced2DEncoder(TOWER, None, image_size=(96, 128))
     assert all(map(torch.equal, clip.encode_with_dense(images)[1:], (pooled, dense)))
     assert all(map(torch.equal, tower.encode(images), (tokens, pooled)))
+    for block in tower.blocks:  # as --compile does
+        block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
+    assert_close(tower.encode(images), (tokens, pooled))
 
 
 def test_a_timm_tower_is_frozen_and_moves_along_and_all_its_features_depend_on_is_in_the_fingerprint(small_models):
@@ -201,3 +205,28 @@ def test_a_timm_tower_needs_a_frozen_clip(options, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--tower", "timm:vit_small_patch16_dinov3", *options])
     assert "give neither --no-clip nor --clip-blocks" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- text from a file
+
+
+def test_text_from_a_file_answers_as_the_towers_own_and_what_it_lacks_is_named(tmp_path):
+    tower, path = Enhanced2DEncoder(TOWER, None, image_size=(96, 128)), tmp_path / "text.pt"
+    own = TextQueries(tower, "red sofa | couch, lamp")
+    vectors = dict(zip(["red sofa", "couch", "lamp", *NEUTRAL], 3 * own.embedding))
+    torch.save(vectors, path)
+    for source in ("clip", "fused"):
+        own, read = (TextQueries(tower, "red sofa | couch, lamp", source, embeddings=file) for file in (None, path))
+        assert_close(read.embedding, own.embedding)
+    assert read.described()["from"] == f"embeddings: {path}"
+    command = ["--data", "rooms", "--text-embeddings", str(path), "--clip-model", TOWER, "--clip-pretrained", "none",
+               "--image-size", "96,128", "--device", "cpu", "--out", str(tmp_path / "out"), "--text"]
+    with pytest.raises(ValueError, match=r"text.pt: 'chair' needs .* vector \(64,\), found none.*red sofa, couch"):
+        predict.main([*command, "chair"])
+    for bad in (torch.zeros(512), torch.full((64,), math.nan), "lamp"):
+        torch.save({**vectors, "lamp": bad}, path)
+        with pytest.raises(ValueError, match=r"'lamp' needs a finite vector \(64,\), found"):
+            TextQueries(tower, "lamp", embeddings=path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="text.pt: must hold a dict .*found a list"):
+        TextQueries(tower, "lamp", embeddings=path)
