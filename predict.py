@@ -52,7 +52,7 @@ from superpoints import oversegment
 from support.cache import FeatureCache
 from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
-from support.queries import NEUTRAL, TextQueries, field_names, parse_queries
+from support.queries import NEUTRAL, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
 from support.runtime import Parser, checked_by, configure_device, image_size, positive_float, run_command
 from support.visualize import clouds, label_colors

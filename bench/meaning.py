@@ -36,9 +36,9 @@ from evaluate import Scores
 from fusion import BiFusionEncoder
 from losses import ClipConsCriterion
 from model import build_model, load_model
+from predict import TEMPLATES, TextQueries
 from sources.open import open_frames
 from sources.rooms import CLASSES, RoomFrames
-from support.queries import TEMPLATES, TextQueries
 
 # ---------------------------------------------------------------------------------------------- tower
 

@@ -38,8 +38,7 @@ def field_names(queries):
     than ASCII.
     """
     names = [re.sub(r"\W+", "_", names[0]).strip("_") for names in queries]
-    return [name if name.isascii() and name else f"query_{number}"
-            for number, name in enumerate(names, 1)]
+    return [name if name.isascii() and name else f"query_{number}" for number, name in enumerate(names, 1)]
 
 
 def read_embeddings(path, names, width):
@@ -48,7 +47,7 @@ def read_embeddings(path, names, width):
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
-        raise ValueError(f"{path}: not a dict of tensors, torch.load raises {type(error).__name__}") from error
+        raise ValueError(f"{path}: not a dict of tensors: {type(error).__name__}") from error
     if not isinstance(stored, dict):
         raise ValueError(f"{path}: must hold a dict {{name: vector}}, found a {type(stored).__name__}")
     vectors = []
@@ -56,8 +55,8 @@ def read_embeddings(path, names, width):
         vector = stored.get(name)
         shape = tuple(vector.shape) if isinstance(vector, torch.Tensor) else "none"
         if shape != (width,) or not vector.isfinite().all():
-            raise ValueError(f"{path}: {name!r} needs a finite vector ({width},), found {shape}; the file names "
-                             f"{', '.join(map(str, stored))}")
+            raise ValueError(f"{path}: {name!r} needs a finite vector ({width},), found {shape}; the "
+                             f"file names {', '.join(map(str, stored))}")
         vectors.append(vector.float())
     return torch.stack(vectors)
 
@@ -65,17 +64,15 @@ def read_embeddings(path, names, width):
 class TextQueries:
     """Queries in words, compared with CLIP's dense features or with the network's fused ones.
 
-    encoder_2d: an Enhanced2DEncoder. queries: text for `parse_queries`, or its result.
-    source: "clip": the dense features of CLIP itself; "fused": the network's, which only a trained
-    consistency loss ties to text.
-    attention: of the dense features, see `encoder.last_block`; None: the tower's default.
-    embeddings: a file for `read_embeddings`; None: the tower reads the names.
-    A name is its normalized vector in that file, or the normalized mean of its normalized embeddings in
-    TEMPLATES. A point's logits are TEXT_SCALE times its cosines with all names, NEUTRAL ones included; a
-    query gets the largest probability among its names.
+    encoder_2d: an Enhanced2DEncoder. queries: text for `parse_queries`, or its result. source: "clip": the dense
+    features of CLIP itself; "fused": the network's, which only a trained consistency loss ties to text. attention:
+    of the dense features, see `encoder.last_block`; None: the tower's default.
+    A name is the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times its
+    cosines with all names, NEUTRAL ones included; a query gets the largest probability among its names.
     """
 
     def __init__(self, encoder_2d, queries, source="clip", attention=None, embeddings=None):
+        """embeddings: a file for `read_embeddings`, of another text encoder; None: the tower reads the names."""
         if encoder_2d is None:
             raise ValueError("text queries need a network with a CLIP tower, and this one was trained with --no-clip")
         self.names = parse_queries(queries) if isinstance(queries, str) else queries
@@ -86,18 +83,19 @@ class TextQueries:
             self.origin = f"templates: {', '.join(TEMPLATES)}"
             prompts = [template.format(name) for name in names for template in TEMPLATES]
             embedding = F.normalize(encoder_2d.encode_prompts(prompts).float(), dim=1)
-            vectors = embedding.unflatten(0, (len(names), -1)).mean(1)
+            mean = embedding.unflatten(0, (len(names), -1)).mean(1)
         else:
             self.origin = f"embeddings: {embeddings}"
             device = next(encoder_2d.parameters()).device
-            features = self.encode(encoder_2d, torch.zeros(1, 3, *encoder_2d.image_size, device=device))
-            vectors = read_embeddings(embeddings, names, width=features[-1].shape[1]).to(device)
-        self.embedding = F.normalize(vectors, dim=1)  # (T, E)
+            blank = torch.zeros(1, 3, *encoder_2d.image_size, device=device)
+            width = self.encode(encoder_2d, blank)[-1].shape[1]
+            mean = read_embeddings(embeddings, names, width).to(device)
+        self.embedding = F.normalize(mean, dim=1)  # (T, E)
         if source == "fused":
             self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
 
     def encode(self, encoder_2d, images):
-        """Images (V, 3, H, W) -> the tower's tokens, pooled and, with "clip", dense features."""
+        """Images (V, 3, H, W) -> the tower's tokens, pooled and, if these queries need them, dense features."""
         if self.source == "fused":
             return encoder_2d.encode(images)
         if self.attention is None:
