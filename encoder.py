@@ -473,7 +473,7 @@ def load_timm(name, pretrained=None):
     pretrained: a file of weights, None for timm's download, or "none" for weights of a fixed seed.
     Raises ValueError for an unknown model, one that is no transformer, and weights that cannot be had.
     """
-    options = {"pretrained": pretrained != "none", "num_classes": 0}
+    options = {"pretrained": pretrained != "none"}  # with its head: without one, timm takes any file
     hub = offline_without_network() if pretrained is None else contextlib.nullcontext()
     if pretrained not in (None, "none"):
         options["pretrained_cfg_overlay"] = {"file": pretrained, "source": "", "custom_load": False}

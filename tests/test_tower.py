@@ -2,6 +2,7 @@
 """Other image towers through everything that uses one: timm's, and one with what fusion.py asks for and no more."""
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -180,7 +181,7 @@ def test_a_timm_tower_trains_from_the_cache_and_resumes_and_predicts(small_model
 def test_weights_of_a_timm_tower_come_from_a_file_and_what_does_not_fit_is_named(tmp_path):
     name, path = "test_vit", tmp_path / "weights.pt"
     torch.manual_seed(3)
-    weights = timm.create_model(name, num_classes=0).state_dict()
+    weights = timm.create_model(name).state_dict()
     torch.save(weights, path)
     tower = timm_tower(name, str(path))
     assert_close(dict(tower.timm.blocks.state_dict()), {key.removeprefix("blocks."): value for key, value in
@@ -219,10 +220,11 @@ def test_text_from_a_file_answers_as_the_towers_own_and_what_it_lacks_is_named(t
         own, read = (TextQueries(tower, "red sofa | couch, lamp", source, embeddings=file) for file in (None, path))
         assert_close(read.embedding, own.embedding)
     assert read.described()["from"] == f"embeddings: {path}"
-    command = ["--data", "rooms", "--text-embeddings", str(path), "--clip-model", TOWER, "--clip-pretrained", "none",
-               "--image-size", "96,128", "--device", "cpu", "--out", str(tmp_path / "out"), "--text"]
+    args = predict.parse_args(["best.pt", "--data", "rooms", "--out", str(tmp_path / "out"), "--text", "chair",
+                               "--text-embeddings", str(path)])
+    model = SimpleNamespace(fusion=SimpleNamespace(encoder_2d=tower))
     with pytest.raises(ValueError, match=r"text.pt: 'chair' needs .* vector \(64,\), found none.*red sofa, couch"):
-        predict.main([*command, "chair"])
+        predict.open_queries(args, model, {"clip_pretrained": "openai"})
     for bad in (torch.zeros(512), torch.full((64,), math.nan), "lamp"):
         torch.save({**vectors, "lamp": bad}, path)
         with pytest.raises(ValueError, match=r"'lamp' needs a finite vector \(64,\), found"):
