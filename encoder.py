@@ -8,7 +8,8 @@
 
 `global` is the target of a consistency loss, and a learned matrix could shrink it to a constant. Angles
 are kept at least as well as by other random projections (Johnson-Lindenstrauss). Text features pass
-through the same matrix. The top of fusion.py says what any image tower must offer.
+through the same matrix. `TimmTower` takes its tokens from a transformer of timm instead. The top of
+fusion.py says what any image tower must offer.
 
 CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021.
 NACLIP: Hajimiri et al., "Pay Attention to Your Neighbours: Training-Free Open-Vocabulary Semantic
