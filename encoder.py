@@ -316,7 +316,7 @@ class Enhanced2DEncoder(nn.Module):
         elif isinstance(image_size, int):
             image_size = (image_size, image_size)
         nearest = whole_patches(image_size, patch)
-        if tuple(image_size) != nearest:
+        if len(nearest) != 2 or tuple(image_size) != nearest:
             raise ValueError(f"image_size {image_size}: must be multiples of the patch size {tuple(patch)} of "
                              f"{self.model_name}; nearest: --image-size {','.join(map(str, nearest))}")
         self.image_size = tuple(image_size)
@@ -486,8 +486,10 @@ def load_timm(name, pretrained=None):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0))
         raise ValueError(f"timm model {name}, weights {pretrained or 'to download'}: {str(error)[:300]}; give a file "
                          f"of weights, or 'none' for random ones; names near it: {near}") from error
-    if not hasattr(model, "blocks") or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"timm model {name}: {type(model).__name__} is not a vision transformer")
+    takes_any_size = hasattr(model, "set_input_size") or hasattr(model, "embeds")  # the latter: NaFlexVit
+    if not takes_any_size or not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"timm model {name}: {type(model).__name__} is not a vision transformer, or takes images of "
+                         "one size alone")
     return frozen(model, f"timm weights {pretrained or name}")
 
 
