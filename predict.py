@@ -41,10 +41,10 @@ from check import pinhole, quick_check, unknowns
 from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import paint_instances, scene_instances
-from encoder import ATTENTIONS
+from encoder import ATTENTIONS, Enhanced2DEncoder, read_config
 from evaluate import Scores, evaluate, format_metrics
 from fusion import BiFusionEncoder
-from model import batches_for, build_tower, load_model
+from model import batches_for, load_model
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
@@ -298,10 +298,10 @@ def parse_args(argv=None):
         "consistency loss was on")
     parser.add_argument("--attention", choices=ATTENTIONS, help="of CLIP's dense features, see docs/towers.md; "
         "not given: naclip")
-    parser.add_argument("--clip-model", default="ViT-B-16", help="without a checkpoint: an open_clip vision "
-        "transformer")
-    parser.add_argument("--image-size", type=image_size, default=(240, 320), help="without a checkpoint: "
-        "height,width that CLIP sees")
+    parser.add_argument("--clip-model", help="without a checkpoint: an open_clip vision transformer; not given: "
+        "ViT-B-16")
+    parser.add_argument("--image-size", type=image_size, help="without a checkpoint: height,width that CLIP "
+        "sees; not given: the whole patches nearest to 240,320")
     parser.add_argument("--cloud-voxel", type=positive_float, help="meters, the voxels of merged clouds; not "
                         "given: two pixels of a scene's median depth, from 0.002 to 0.02")
     parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in "
@@ -324,6 +324,8 @@ def parse_args(argv=None):
     asks = args.text or args.checkpoint is None and args.classes
     if not asks and (args.text_from != "clip" or args.attention):
         parser.error("--text-from and --attention need --text")
+    if args.checkpoint and (args.clip_model or args.image_size):
+        parser.error("--clip-model and --image-size are those of the training, if there is a checkpoint")
     if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
         parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")
     out = args.out.resolve()
@@ -649,19 +651,36 @@ def score_all(model, config, frames, scans, output, cache):
     return scores
 
 
+def open_tower(args):
+    """The CLIP tower of --clip-model, for images of --image-size."""
+    name = args.clip_model or "ViT-B-16"
+    patch = read_config(name)["model_cfg"]["vision_cfg"].get("patch_size")
+    if not patch:
+        raise ValueError(f"--clip-model {name} has no dense features that answer to text; open_clip's own vision "
+                         "transformers have, such as ViT-B-16")
+    whole = tuple(round(side / patch) * patch for side in (240, 320))
+    pretrained = args.clip_pretrained or "openai"
+    return Enhanced2DEncoder(name, None if pretrained == "none" else pretrained, image_size=args.image_size or whole)
+
+
 def ask(args, device, tower=None):
     """The command without a checkpoint: text answered by CLIP's dense features, merged over the frames of a scene."""
-    config = {"no_clip": False, "clip_model": args.clip_model, "clip_pretrained": args.clip_pretrained or "openai",
-              "clip_mean_std": None, "clip_blocks": 0, "image_size": args.image_size, "up": args.up or "z",
-              "min_instance_points": 1}
+    config = {"up": args.up or "z", "min_instance_points": 1}
     classes = None if args.classes is None else load_classes(args.classes)
     frames = open_frames(args.data, args.split, classes, args.label_map, args.intrinsics,
                          False if classes is None else None, format=args.format, pose=args.pose,
                          depth_scale=args.depth_scale)
     warn_of_faults(args, frames, config["up"])
-    if config["clip_pretrained"] == "none":
-        warn(RANDOM_CLIP)
-    fusion = BiFusionEncoder(tower or build_tower(config), nn.Identity()).to(device).eval()
+    if tower is None:
+        tower = open_tower(args)
+        if args.clip_pretrained == "none":
+            warn(RANDOM_CLIP)
+    height, width = tower.image_size
+    if args.image_size not in (None, (height, width)):
+        raise ValueError(f"--image-size {args.image_size}: the tower takes images of {height},{width}")
+    print(f"CLIP sees images of {height} x {width} pixels")
+    config["image_size"] = height, width
+    fusion = BiFusionEncoder(tower, nn.Identity()).to(device).eval()
     names = parse_queries(args.text) if args.text else [[name] for name in frames.class_names]
     if classes is not None and [first for first, *_ in names] != frames.class_names:
         raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of them, or "
@@ -672,8 +691,8 @@ def ask(args, device, tower=None):
     class_ids = write_classes(args.out / "classes.txt", getattr(frames, "class_ids", range(1, len(names) + 1)) or
                               range(1, len(names) + 1), class_names)
     output = Output(args.out, class_ids, class_names, queries, partial(Scores, len(names), False),
-                    [f"CLIP {args.clip_model}"], config["up"] if args.tensorboard else None)
-    options = dict(num_points=sys.maxsize, image_size=tuple(args.image_size))
+                    [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"], config["up"] if args.tensorboard else None)
+    options = dict(num_points=sys.maxsize, image_size=(height, width))
     answer = partial(ask_sample, fusion, up=config["up"], queries=queries)
     start = time.perf_counter()
     predict_scenes(partial(label_frames, answer, options=options, up=config["up"], queries=queries), frames, config,

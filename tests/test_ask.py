@@ -4,10 +4,12 @@ import json
 import re
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
 import predict
+from encoder import Enhanced2DEncoder
 from helpers import ROOT, TOWER, last_checkpoint, write_rooms_as_scannet
 from model import load_model
 from sources.rooms import RoomFrames
@@ -39,7 +41,35 @@ def test_a_class_list_is_asked_for_and_scored(tmp_path):
     assert 0 <= summary["scores"]["every pixel"]["miou"] <= 1
 
 
+@pytest.mark.parametrize("patch, size", [(14, (238, 322)), (16, (240, 320)), (32, (256, 320))])
+def test_clip_sees_whole_patches_nearest_to_240_x_320(patch, size, tmp_path):
+    tiny = open_clip.get_model_config(TOWER)
+    tiny["vision_cfg"]["patch_size"] = patch
+    (tmp_path / f"tiny-{patch}.json").write_text(json.dumps(tiny))
+    open_clip.add_model_config(tmp_path / f"tiny-{patch}.json")
+    args = predict.parse_args(["--data", "d", "--out", "o", "--text", "a", "--clip-model", f"tiny-{patch}",
+                               "--clip-pretrained", "none"])
+    assert predict.open_tower(args).image_size == size
+
+
+def test_a_tower_that_is_handed_in_keeps_its_image_size(tmp_path, capsys):
+    write_rooms_as_scannet(tmp_path / "rooms", 1, 1, (60, 80))
+    tower = Enhanced2DEncoder(TOWER, None, image_size=(64, 96))
+    options = ["--data", str(tmp_path / "rooms"), "--out", str(tmp_path / "out"), "--text", "chair", "--device", "cpu"]
+    predict.main(options, tower)
+    assert "CLIP sees images of 64 x 96 pixels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the tower takes images of 64,96"):
+        predict.main([*options, "--image-size", "96,128"], tower)
+
+
+@pytest.mark.parametrize("name", ["RN50", "EVA02-L-14"])
+def test_models_without_dense_features_are_refused_before_weights_are_loaded(name):
+    with pytest.raises(ValueError, match=f"{name} has no dense features"):
+        predict.open_tower(predict.parse_args(["--data", "d", "--out", "o", "--text", "a", "--clip-model", name]))
+
+
 @pytest.mark.parametrize("options, message", [
+    (["x.pt", "--clip-model", TOWER], "those of the training"), (["x.pt", "--image-size", "64,96"], "those of the training"),
     ([], "--text or --classes"), (["--text", "a", "--scans", "s"], "--text or --classes"),
     (["--text", "a", "--text-from", "fused"], "--text or --classes"), (["--attention", "identity"], "need --text")])
 def test_what_clip_alone_cannot_answer_is_said(options, message, capsys):
