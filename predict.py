@@ -23,10 +23,14 @@ The file reads from top to bottom: prediction of one sample, text queries, files
 Imports siblings: check, data, decoder, evaluate, model, superpoints, sources/ and support/.
 """
 import json
+import math
 import os
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from os.path import samefile
 from pathlib import Path
 
@@ -34,17 +38,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check, unknowns
-from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames, collate,
+from data import (PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, check_frames, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
-from decoder import paint_instances, scene_instances
+from decoder import instances_from_logits, paint_instances
 from encoder import ATTENTIONS, Enhanced2DEncoder, read_config
 from evaluate import Scores, evaluate, format_metrics
 from fusion import BiFusionEncoder
-from model import batches_for, load_model
+from model import batches_for, load_model, make_batch
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
@@ -54,7 +58,8 @@ from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
 from support.queries import NEUTRAL, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
-from support.runtime import Parser, checked_by, configure_device, image_size, positive_float, run_command
+from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, nonnegative_int,
+                             positive_float, run_command)
 from support.visualize import clouds, label_colors
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,27 +69,51 @@ INSTANCE_SCORE = 0.3  # instances with a lower score are not written
 # ------------------------------------------------------------------------------------------- one sample
 
 
-def fuse_in_draws(fusion, batch, draw_size, at_once=8):
-    """Fused features of all points of one sample, as if they were drawn in training: (N, C), and the
-    gate (N,).
+def prepare(sample, batch_options, points_per_view, at_once, plan=None):
+    """A sample of which every point is used -> the batch of `model.make_batch`, with "draws".
 
-    Every point is in exactly one of several random draws of at most draw_size points, which are
-    independent samples for the network, `at_once` of them per forward pass. Images are encoded once.
-    The draws depend on the number of points alone. The gate is averaged over channels.
+    Every point is in exactly one of several random draws of at most points_per_view points per view, which
+    are independent scenes for the network, as if they were drawn in training. They depend on the number of
+    points alone. An entry of "draws" holds at_once of them: "rows" (n,), "batch" (n,) and "count", and "plan",
+    if the 3D encoder plans. No network is needed, so a worker may do it.
     """
+    batch = make_batch([sample], **batch_options)
     n = len(batch["points"])
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(batch["points"].device)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    draw_size = max(1, int(points_per_view * len(sample["world2cam"])))
     draws = order.tensor_split(-(-n // draw_size))
-    feat_fusion = gate = None
+    batch["draws"] = []
     for start in range(0, len(draws), at_once):
         some = draws[start:start + at_once]
-        rows = torch.cat(some)
-        sizes = torch.tensor([len(draw) for draw in some], device=rows.device)
-        part = {key: batch[key][rows] for key in PER_POINT if key in batch}
-        part["batch"] = torch.repeat_interleave(torch.arange(len(some), device=rows.device), sizes)
-        part |= {key: batch[key].expand(len(some), *batch[key].shape[1:]) for key in PER_VIEW if key in batch}
+        sizes = torch.tensor([len(draw) for draw in some])
+        draw = {"rows": torch.cat(some), "batch": torch.arange(len(some)).repeat_interleave(sizes), "count": len(some)}
+        if plan is not None:
+            draw["plan"] = plan({"coords": batch["coords"][draw["rows"]], "batch": draw["batch"]})
+        batch["draws"].append(draw)
+    return batch
+
+
+def preparation(model, config):
+    """`prepare` as a function of a sample, for a Segmenter and the options that it was trained with."""
+    return partial(prepare, batch_options=model.batch_options(training=False),
+                   points_per_view=config["num_points"] / config["num_views"],
+                   at_once=8 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
+                   plan=getattr(model.fusion.encoder_3d, "plan", None))
+
+
+def fuse_draws(fusion, batch):
+    """Fused features (N, C) of all points of a batch of `prepare`, and the gate (N,), its mean over channels.
+
+    The batch holds what the images were encoded to.
+    """
+    feat_fusion = gate = None
+    for draw in batch["draws"]:
+        rows = draw["rows"]
+        part = {**draw, **{key: batch[key][rows] for key in ("points", "coords", "features")}}
+        part |= {key: batch[key].expand(draw["count"], *batch[key].shape[1:]) for key in PER_VIEW if key in batch}
         fused = fusion(part)
         if feat_fusion is None:
+            n = len(batch["points"])
             feat_fusion = fused["feat_fusion"].new_empty(n, fused["feat_fusion"].shape[1])
             gate = fused["alpha"].new_empty(n, dtype=torch.float32)
         feat_fusion[rows] = fused["feat_fusion"]
@@ -93,70 +122,68 @@ def fuse_in_draws(fusion, batch, draw_size, at_once=8):
 
 
 @torch.no_grad()
-def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_SCORE):
-    """The network's answers for all points of one sample, a dict of tensors on the model's device.
+def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SCORE):
+    """The network's answers for all points of one sample, a dict of tensors on the CPU.
 
-    sample: of a data set that draws every point, with z up. queries: a TextQueries. Holds points (N,
-    3), of the data's own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K),
+    batch: of `prepare`, of a data set that draws every point, with z up. queries: a TextQueries. Holds points
+    (N, 3), of the data's own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K),
     labels (N,), gate (N,), and with queries cosines (N, T). If the model has a decoder, also "scene",
     all instances as decoder.instances_from_logits gives them, and of those that score above
     instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 =
     none. camera_height is the mean height of its cameras, meters along the world's up axis.
     """
-    device = model.head.weight.device
-    batch = to_device(batches_for(model, training=False)([sample]), device)
-    colors = batch["features"][:, :3]
+    result = known_fields(batch, config["up"])
+    batch = to_device(batch, model.head.weight.device)
     if config["no_color"]:
-        batch["features"] = torch.cat([torch.ones_like(colors), batch["features"][:, 3:]], 1)
+        colors, others = batch["features"].tensor_split([3], 1)
+        batch["features"] = torch.cat([torch.ones_like(colors), others], 1)
     dense = None
     tower = model.fusion.encoder_2d
     if tower is not None:  # each image is encoded once
         images = batch.pop("images")[0]
         tokens, pooled, *dense = tower.encode(images) if queries is None else queries.encode(tower, images)
         batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
-    num_views = batch["world2cam"].shape[1]
-    draw_size = max(1, config["num_points"] * num_views // config["num_views"])
-    feat_fusion, gate = fuse_in_draws(model.fusion, batch, draw_size)
+    feat_fusion, gate = fuse_draws(model.fusion, batch)
 
     # the rest of the network sees all points at once, so a superpoint is the mean of all of its points
     out = model.decode(feat_fusion, batch)
-    probabilities = out["logits"].float().softmax(1)
-    result = {"points": own_world(sample["points"], config["up"]).to(device), "colors": colors,
-              "truth": batch["labels"], "truth_instances": batch["instances"],
-              "camera_height": camera_height(batch["world2cam"][0]).mean(),
-              "gate": gate, "probabilities": probabilities, "labels": probabilities.argmax(1)}
+    probabilities = out["logits"].float().softmax(1).cpu()
+    result |= {"gate": gate.cpu(), "probabilities": probabilities, "labels": probabilities.argmax(1)}
     if queries is not None:
-        result["cosines"] = queries.cosines(model.fusion, batch, feat_fusion, *dense)
+        result["cosines"] = queries.cosines(model.fusion, batch, feat_fusion, *dense).cpu()
     if model.decoder is not None:
-        scene, = scene_instances(out["decoder"], batch["point_to_superpoint"], batch["batch"],
-                                 min_points=config["min_instance_points"])
-        good = scene["scores"] > instance_score
-        result |= {"scene": scene, "instances": paint_instances(scene["masks"][good]),
-                   "instance_labels": scene["labels"][good], "scores": scene["scores"][good]}
+        last = {key: out["decoder"][key][-1, 0] for key in ("class_logits", "mask_logits", "quality")}
+        scene = instances_from_logits(**last, point_to_superpoint=batch["point_to_superpoint"],
+                                      min_points=config["min_instance_points"])
+        scores = scene["scores"].cpu()
+        good = int((scores > instance_score).sum())  # the best come first
+        result |= {"scene": scene, "instances": paint_instances(scene["masks"][:good]).cpu(),
+                   "instance_labels": scene["labels"][:good].cpu(), "scores": scores[:good]}
     return result
 
 
+def known_fields(batch, up):
+    """What `predict_batch` gives of the points without a network. up: of the data's own world."""
+    points = batch["points"]
+    if up != "z":
+        points = torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
+    return {"points": points, "colors": batch["features"][:, :3], "truth": batch["labels"],
+            "truth_instances": batch["instances"], "camera_height": camera_height(batch["world2cam"][0]).mean()}
+
+
 @torch.no_grad()
-def ask_sample(fusion, sample, up, queries):
-    """CLIP's own answers for all points of one sample, without a trained network: as of `predict_sample`.
+def ask_batch(fusion, batch, up, queries):
+    """CLIP's own answers for all points of one sample, without a trained network: as of `predict_batch`.
 
     fusion: a BiFusionEncoder whose tower has dense features. Every query is a class; the gate is 1 if a view sees it.
     """
-    batch = to_device(collate([sample]), queries.embedding.device)
+    result = known_fields(batch, up)
+    batch = to_device(batch, queries.embedding.device)
     *_, dense = queries.encode(fusion.encoder_2d, batch["images"][0])
-    cosines = queries.cosines(fusion, batch, None, dense)
+    cosines = queries.cosines(fusion, batch, None, dense).cpu()
     probabilities = queries.probabilities(cosines)
-    return {"points": own_world(sample["points"], up).to(cosines.device), "colors": batch["features"][:, :3],
-            "truth": batch["labels"], "truth_instances": batch["instances"],
-            "camera_height": camera_height(batch["world2cam"][0]).mean(), "gate": cosines.any(1).float(),
-            "probabilities": probabilities, "labels": probabilities.argmax(1), "cosines": cosines}
-
-
-def own_world(points, up):
-    """Points (N, 3) of a world with z up, back in the data's own."""
-    if up == "z":
-        return points
-    return torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
+    return {**result, "gate": cosines.any(1).float(), "probabilities": probabilities,
+            "labels": probabilities.argmax(1), "cosines": cosines}
 
 
 def cloud_voxel(frame):
@@ -182,46 +209,81 @@ def sample_options(model, config):
     return options
 
 
-def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabilities=False, queries=None):
+class PreparedFrames(Dataset):
+    """(name, shape of the depth image, flat depth pixel of each point, batch of `prepare`) of each frame.
+
+    Without a pixel of known depth there is no batch, None. options: of a PointDataset.
+    """
+
+    def __init__(self, frames, options, prepare_sample):
+        self.frames = frames
+        self.options = options
+        self.prepare_sample = prepare_sample
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, index):
+        frame = self.frames[index]
+        check_frame(frame)
+        pixels, _ = depth_to_color(frame)
+        batch = None
+        if len(pixels):
+            batch = self.prepare_sample(PointDataset([frame], **self.options)[0])
+        return frame["name"], frame["depth"].shape, pixels, batch
+
+
+def in_order(function, items, threads):
+    """function(item) of each item, in order; up to `threads` of them are worked on ahead. 0: none is."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabilities=False, queries=None,
+                   workers=0, threads=0):
     """Labels every pixel of known depth, frame by frame; a generator of one dict per frame.
 
     model: a Segmenter in eval mode. frames: a sequence of frame dicts (see data.py); labels are not
     needed. config: the options that the model was trained with. instance_score: instances with a lower
-    score are left out. queries: a TextQueries. A result holds "name", and of the depth image's size:
+    score are left out. queries: a TextQueries. workers: processes that read frames. threads: that work ahead
+    with the network. A result holds "name", and of the depth image's size:
     "labels" (Hd, Wd) int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the
     best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries"
     (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside the
     colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with
-    one entry per instance. "points" is the result of `predict_sample`, with one row per point; None for
+    one entry per instance. "points" is the result of `predict_batch`, with one row per point; None for
     a frame without any depth, which holds nothing else but "labels".
     """
-    answer = partial(predict_sample, model, config=config, queries=queries, instance_score=instance_score)
-    return label_frames(answer, frames, sample_options(model, config), config["up"], queries, probabilities)
+    answer = partial(predict_batch, model, config=config, queries=queries, instance_score=instance_score)
+    frames = PreparedFrames(upright(frames, config["up"]), sample_options(model, config), preparation(model, config))
+    return label_frames(answer, frames, queries, probabilities, workers, threads)
 
 
-def label_frames(answer, frames, options, up, queries=None, probabilities=False):
-    """The results of `predict_frames`. answer: sample -> result of `predict_sample`. options: of the PointDataset."""
-    frames = upright(frames, up)
-    for index in range(len(frames)):
-        frame = frames[index]
-        blank = np.full(frame["depth"].shape, -1)
-        result = {"name": frame["name"], "points": None, "labels": blank}
-        try:
-            sample = PointDataset([frame], **options)[0]
-        except BlankSample:
-            yield result
-            continue
-        points = answer(sample)
-        pixels = depth_to_color(frame)[0]  # flat index of each point, in the order of the points
+def label_frames(answer, frames, queries=None, probabilities=False, workers=0, threads=0):
+    """The results of `predict_frames`. answer: batch -> result of `predict_batch`. frames: PreparedFrames."""
+    def label(item):
+        name, shape, pixels, batch = item
 
         def to_image(values, fill=-1):
             """(N, ...) -> (Hd, Wd, ...)"""
-            values = values.cpu().numpy()
-            image = np.full((blank.size, *values.shape[1:]), fill, values.dtype)
+            values = values.numpy()
+            image = np.full((math.prod(shape), *values.shape[1:]), fill, values.dtype)
             image[pixels] = values
-            return image.reshape(*blank.shape, *values.shape[1:])
+            return image.reshape(*shape, *values.shape[1:])
 
-        result |= {"points": points, "labels": to_image(points["labels"])}
+        if batch is None:
+            return {"name": name, "points": None, "labels": np.full(shape, -1)}
+        points = answer(batch)
+        result = {"name": name, "points": points, "labels": to_image(points["labels"])}
         if probabilities:
             result["probabilities"] = to_image(points["probabilities"], 0)
         if queries is not None:
@@ -230,7 +292,20 @@ def label_frames(answer, frames, options, up, queries=None, probabilities=False)
             result["instances"] = to_image(points["instances"])
             result["scores"] = points["scores"].tolist()
             result["instance_labels"] = points["instance_labels"].tolist()
-        yield result
+        return result
+
+    loader = DataLoader(frames, batch_size=None, collate_fn=as_is, **loader_options(workers))
+    return in_order(label, loader, threads)
+
+
+def collate_one(sample):
+    """A batch of one sample."""
+    return collate([sample])
+
+
+def as_is(item):
+    """What a DataLoader does to an item: nothing."""
+    return item
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -310,6 +385,8 @@ def parse_args(argv=None):
         "this benchmark; needs --scans")
     parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie "
         "where they lay in training; without a checkpoint also an open_clip tag, openai if not given")
+    parser.add_argument("--workers", type=nonnegative_int, help="processes that read frames; not given: one per two "
+        "cores, at most 8")
     parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep "
         "nothing")
     parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
@@ -531,7 +608,7 @@ class Output:
         log.close()
 
     def add_scan(self, name, points, ids):
-        """The files of a scan, a result of `predict_sample`; ids: of a benchmark, or None."""
+        """The files of a scan, a result of `predict_batch`; ids: of a benchmark, or None."""
         cloud = to_numpy(points)
         cloud["confidence"] = cloud["probabilities"].max(1)
         if self.queries is not None:
@@ -541,6 +618,14 @@ class Output:
         if ids is not None:
             scene = to_numpy(points["scene"]) if "scene" in points else None
             write_submission(self.folder / "submission", name, cloud["labels"], scene, ids)
+
+
+def use_cores(workers, device):
+    """Options of `label_frames` for this machine; on a CPU, frames share its cores instead of waiting for each other."""
+    cores = torch.get_num_threads()
+    threads = 1 if device.type == "cuda" else min(2, cores)
+    torch.set_num_threads(cores // threads)
+    return {"workers": max(1, min(8, cores // 2)) if workers is None else workers, "threads": threads}
 
 
 def to_numpy(values):
@@ -554,8 +639,9 @@ def predict_scans(model, scans, frames, config, queries, output, ids):
     options.pop("superpoints", None)  # scans bring their own
     dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
                            num_views=config["num_views"], **options)
+    prepare_sample = preparation(model, config)
     for index in tqdm(range(len(dataset)), unit="scan", disable=None):
-        result = predict_sample(model, dataset[index], config, queries)
+        result = predict_batch(model, prepare_sample(dataset[index]), config, queries)
         output.add_scan(scans.names[index], result, ids)
 
 
@@ -564,13 +650,14 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
 
     label: frames -> results of `predict_frames`. voxel_size: meters, or None.
     """
-    bar = tqdm(total=len(frames), unit="frame", disable=None)
-    for scene, members in group_by_scene(frame_names(frames)).items():
+    scenes = group_by_scene(frame_names(frames))
+    results = label(frames=Subset(frames, sum(scenes.values(), [])))
+    results = iter(tqdm(results, total=len(frames), unit="frame", disable=None))
+    for scene, members in scenes.items():
         merger = SceneMerger(len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
         heights = []
-        for result in label(frames=Subset(frames, members)):
+        for result in islice(results, len(members)):
             output.add_frame(result)
-            bar.update()
             if result["points"] is not None:
                 merger.add(result["points"])
                 heights.append(float(result["points"]["camera_height"]))
@@ -578,7 +665,6 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
             cloud = merger.cloud(config["min_instance_points"], queries)
             output.add_cloud(scene, cloud, sum(heights) / len(heights))
             output.score(output.merged, cloud)
-    bar.close()
 
 
 def same_points(model, config, frames, scans, cache):
@@ -692,11 +778,16 @@ def ask(args, device, tower=None):
                               range(1, len(names) + 1), class_names)
     output = Output(args.out, class_ids, class_names, queries, partial(Scores, len(names), False),
                     [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"], config["up"] if args.tensorboard else None)
+    answer = partial(ask_batch, fusion, up=config["up"], queries=queries)
     options = dict(num_points=sys.maxsize, image_size=(height, width))
-    answer = partial(ask_sample, fusion, up=config["up"], queries=queries)
+
+    def label(frames):
+        prepared = PreparedFrames(upright(frames, config["up"]), options, collate_one)
+        return label_frames(answer, prepared, queries, **parallel)
+
+    parallel = use_cores(args.workers, device)
     start = time.perf_counter()
-    predict_scenes(partial(label_frames, answer, options=options, up=config["up"], queries=queries), frames, config,
-                   queries, output, args.cloud_voxel)
+    predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
     scores = {}
     if output.points.semantics.confusion.any():
         scores = {"every pixel": output.points.compute(), "merged scenes": output.merged.compute()}
@@ -729,7 +820,7 @@ def main(argv=None, tower=None):
     if scans is not None:
         predict_scans(model, scans, frames, config, queries, output, ids)
     else:
-        label = partial(predict_frames, model, config=config, queries=queries)
+        label = partial(predict_frames, model, config=config, queries=queries, **use_cores(args.workers, device))
         predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
     seconds = time.perf_counter() - start
     scores = score_all(model, config, frames, scans, output, args.cache)
