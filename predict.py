@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check, unknowns
-from data import (PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, check_frames, collate,
+from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, check_frames, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import instances_from_logits, paint_instances
 from encoder import ATTENTIONS, Enhanced2DEncoder, read_config
@@ -54,17 +54,19 @@ from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
 from support.cache import FeatureCache
+from support.checkpoint import read_checkpoint
 from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
-from support.queries import NEUTRAL, TEMPLATES, TextQueries, field_names, parse_queries
+from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
 from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, nonnegative_int,
                              positive_float, run_command)
-from support.visualize import clouds, label_colors
+from support.visualize import clouds, heat_image, label_colors
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
+MAX_POINTS = 2 ** 20  # of a scan that the network sees at once, in some 3 GB
 
 # ------------------------------------------------------------------------------------------- one sample
 
@@ -101,24 +103,25 @@ def preparation(model, config):
                    plan=getattr(model.fusion.encoder_3d, "plan", None))
 
 
-def fuse_draws(fusion, batch):
-    """Fused features (N, C) of all points of a batch of `prepare`, and the gate (N,), its mean over channels.
+def fuse_draws(fusion, batch, names=("feat_fusion",)):
+    """Features of all points of a batch of `prepare`, and the gate (N,), its mean over channels.
 
-    The batch holds what the images were encoded to.
+    The batch holds what the images were encoded to. names: outputs (N, C) of `fusion`. Returns {name: (N, C)}, gate.
     """
-    feat_fusion = gate = None
+    n = len(batch["points"])
+    feats = {}
+    gate = batch["points"].new_empty(n, dtype=torch.float32)
     for draw in batch["draws"]:
         rows = draw["rows"]
         part = {**draw, **{key: batch[key][rows] for key in ("points", "coords", "features")}}
         part |= {key: batch[key].expand(draw["count"], *batch[key].shape[1:]) for key in PER_VIEW if key in batch}
         fused = fusion(part)
-        if feat_fusion is None:
-            n = len(batch["points"])
-            feat_fusion = fused["feat_fusion"].new_empty(n, fused["feat_fusion"].shape[1])
-            gate = fused["alpha"].new_empty(n, dtype=torch.float32)
-        feat_fusion[rows] = fused["feat_fusion"]
+        for name in names:
+            if name not in feats:
+                feats[name] = fused[name].new_empty(n, fused[name].shape[1])
+            feats[name][rows] = fused[name]
         gate[rows] = fused["alpha"].float().mean(1)
-    return feat_fusion, gate
+    return feats, gate
 
 
 @torch.no_grad()
@@ -143,14 +146,15 @@ def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SC
         images = batch.pop("images")[0]
         tokens, pooled, *dense = tower.encode(images) if queries is None else queries.encode(tower, images)
         batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
-    feat_fusion, gate = fuse_draws(model.fusion, batch)
+    asked = "feat_3d" if queries is not None and queries.source == "3d" else "feat_fusion"
+    feats, gate = fuse_draws(model.fusion, batch, {"feat_fusion", asked})
 
     # the rest of the network sees all points at once, so a superpoint is the mean of all of its points
-    out = model.decode(feat_fusion, batch)
+    out = model.decode(feats["feat_fusion"], batch)
     probabilities = out["logits"].float().softmax(1).cpu()
     result |= {"gate": gate.cpu(), "probabilities": probabilities, "labels": probabilities.argmax(1)}
     if queries is not None:
-        result["cosines"] = queries.cosines(model.fusion, batch, feat_fusion, *dense).cpu()
+        result["cosines"] = queries.cosines(model.fusion, batch, feats[asked], *dense).cpu()
     if model.decoder is not None:
         last = {key: out["decoder"][key][-1, 0] for key in ("class_logits", "mask_logits", "quality")}
         scene = instances_from_logits(**last, point_to_superpoint=batch["point_to_superpoint"],
@@ -288,6 +292,7 @@ def label_frames(answer, frames, queries=None, probabilities=False, workers=0, t
             result["probabilities"] = to_image(points["probabilities"], 0)
         if queries is not None:
             result["queries"] = to_image(queries.probabilities(points["cosines"]), 0)
+            result["colors"] = to_image(points["colors"], 0)
         if "instances" in points:
             result["instances"] = to_image(points["instances"])
             result["scores"] = points["scores"].tolist()
@@ -311,20 +316,22 @@ def as_is(item):
 # ---------------------------------------------------------------------------------------------- files
 
 
-def write_frame(folder, stem, result, class_ids):
-    """label/<stem>.png, instance/<stem>.png (0 = none) and instance/<stem>.txt: number, class id,
-    confidence per line.
+def write_frame(folder, stem, result, class_ids, query_names=()):
+    """label/<stem>.png, instance/<stem>.png (0 = none), instance/<stem>.txt: number, class id, confidence per line, and
+    query/<stem>.png: the heat of the queries, if they have names.
     """
-    images = {"label": class_ids[result["labels"]]}  # the last class id stands for "none"
-    if "instances" in result:
-        images["instance"] = result["instances"] + 1
-    for kind, image in images.items():
+    def save(kind, image):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.astype(np.uint16)).save(folder / kind / f"{stem}.png")
+        Image.fromarray(image).save(folder / kind / f"{stem}.png")
+
+    save("label", class_ids[result["labels"]].astype(np.uint16))  # the last class id stands for "none"
     if "instances" in result:
+        save("instance", (result["instances"] + 1).astype(np.uint16))
         lines = [f"{number} {class_ids[label]} {score!r}\n" for number, (label, score) in
                  enumerate(zip(result["instance_labels"], result["scores"]), 1)]
         (folder / "instance" / f"{stem}.txt").write_text("".join(lines))
+    if query_names and "queries" in result:
+        save("query", heat_image(result["colors"], result["queries"], query_names))
 
 
 def benchmark_ids(benchmark, class_names):
@@ -368,9 +375,9 @@ def parse_args(argv=None):
         "points up; not given: as in training")
     parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
         "on\"; | separates names of one query")
-    parser.add_argument("--text-from", choices=("clip", "fused"), default="clip",
-        help="compare the text with CLIP's dense features or with the network's own, if its "
-        "consistency loss was on")
+    parser.add_argument("--text-from", choices=SOURCES, default="clip", help="compare the text with CLIP's dense "
+        "features, with the network's fused or 3D features, if its consistency loss was on, or with the mean of clip "
+        "and fused")
     parser.add_argument("--attention", choices=ATTENTIONS, help="of CLIP's dense features, see docs/towers.md; "
         "not given: naclip")
     parser.add_argument("--clip-model", help="without a checkpoint: an open_clip vision transformer; not given: "
@@ -477,11 +484,25 @@ def open_queries(args, model, config):
         return None
     if config["clip_pretrained"] == "none":
         warn(RANDOM_CLIP)
-    elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
-        warn("--text-from fused: the consistency loss had no weight in training, so the answers mean nothing")
+    elif args.text_from != "clip":
+        state = read_checkpoint(args.checkpoint)
+        for reason in text_doubts(config, state["epoch"] - (state["next_step"] == 0)):
+            warn(f"--text-from {args.text_from}: {reason}, so the network's features hardly answer to text")
     queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention)
     say_queries(queries)
     return queries
+
+
+def text_doubts(config, last_epoch):
+    """Why the features of a network may not answer to text, texts. last_epoch: the last one of its training, from 0."""
+    if max(config["clip_weights"]) == 0:
+        return ["the consistency loss had no weight in training"]
+    reasons = []
+    if config["clip_target"] != "point":
+        reasons.append(f"its consistency loss had --clip-target {config['clip_target']} and not point")
+    if last_epoch <= config["clip_warmup"][-1]:
+        reasons.append(f"the training ended with epoch {last_epoch}, within --clip-warmup {config['clip_warmup'][-1]}")
+    return reasons
 
 
 def say_queries(queries):
@@ -524,14 +545,14 @@ SCORED = ("labels", "truth", "instances", "instance_labels", "scores", "truth_in
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
-    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files.
-    log_up: the data's up, see `data.up_rotation`, if the clouds are to be shown in TensorBoard; or
-    None.
+    args: of the command. up: of the data's world, see `data.up_rotation`. new_scores: a function that makes
+    empty `Scores`. comments: lines for the header of PLY files.
     """
 
-    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log_up):
-        self.folder = folder
-        self.log_up = log_up
+    def __init__(self, args, up, class_ids, class_names, queries, new_scores, comments):
+        self.folder = args.out
+        self.log_up = up if args.tensorboard else None
+        self.drawn_queries = [names[0] for names in queries.names] if args.text else []
         self.class_ids = class_ids
         self.class_names = class_names
         self.queries = queries
@@ -545,7 +566,7 @@ class Output:
     def add_frame(self, result):
         """Images and scores of a result of `predict_frames`."""
         scene, stem = result["name"].split("/", 1)
-        write_frame(self.folder / scene, stem, result, self.class_ids)
+        write_frame(self.folder / scene, stem, result, self.class_ids, self.drawn_queries)
         if result["points"] is None:
             self.num_blank += 1
         else:
@@ -610,7 +631,6 @@ class Output:
     def add_scan(self, name, points, ids):
         """The files of a scan, a result of `predict_batch`; ids: of a benchmark, or None."""
         cloud = to_numpy(points)
-        cloud["confidence"] = cloud["probabilities"].max(1)
         if self.queries is not None:
             cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
         self.add_cloud(name, cloud, float(points["camera_height"]))
@@ -634,15 +654,58 @@ def to_numpy(values):
 
 
 def predict_scans(model, scans, frames, config, queries, output, ids):
-    """Predicts every scan, and writes and scores it."""
+    """Predicts every scan, a large one tile by tile, and writes and scores it."""
     options = sample_options(model, config)
     options.pop("superpoints", None)  # scans bring their own
     dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
                            num_views=config["num_views"], **options)
     prepare_sample = preparation(model, config)
     for index in tqdm(range(len(dataset)), unit="scan", disable=None):
-        result = predict_batch(model, prepare_sample(dataset[index]), config, queries)
-        output.add_scan(scans.names[index], result, ids)
+        name = scans.names[index]
+        sample = dataset[index]
+        tiles = split_into_tiles(sample["points"], MAX_POINTS)
+        if ids is not None and len(tiles) > 1:
+            raise ValueError(f"scan {name}: --submission is for scans of at most {MAX_POINTS:,} points, which are "
+                             f"predicted at once, and it has {len(sample['points']):,}")
+        results = []
+        for rows in tiles:
+            part = {key: value[rows] if key in PER_POINT else value for key, value in sample.items()}
+            result = predict_batch(model, prepare_sample(part), config, queries)
+            result["confidence"] = result.pop("probabilities").amax(1)
+            results.append(result)
+        output.add_scan(name, results[0] if len(tiles) == 1 else join_tiles(results, tiles), ids)
+
+
+def split_into_tiles(points, most):
+    """Points (N, 3) -> the rows of each tile, int64 tensors: halves across the longer horizontal side, again and again,
+    until no tile has more than `most` points.
+    """
+    tiles = [torch.arange(len(points))]
+    while len(tiles[0]) > most:  # the largest
+        halves = []
+        for rows in tiles:
+            plan = points[rows, :2]
+            axis = (plan.amax(0) - plan.amin(0)).argmax()
+            halves += rows[plan[:, axis].argsort()].tensor_split(2)
+        tiles = [rows.sort().values for rows in halves]
+    return tiles
+
+
+def join_tiles(results, tiles):
+    """The results of `predict_batch` for all tiles of a scan -> one for the scan. An instance ends with its tile."""
+    order = torch.cat(tiles)
+    joined = {"camera_height": results[0]["camera_height"]}
+    if "instances" in results[0]:
+        shift = 0
+        for result in results:
+            result["instances"] += shift * (result["instances"] >= 0)
+            shift += len(result["scores"])
+        for key in ("scores", "instance_labels"):
+            joined[key] = torch.cat([result[key] for result in results])
+    for key in results[0].keys() - joined.keys() - {"scene"}:
+        values = torch.cat([result.pop(key) for result in results])
+        joined[key] = torch.empty_like(values).index_copy_(0, order, values)
+    return joined
 
 
 def predict_scenes(label, frames, config, queries, output, voxel_size):
@@ -776,8 +839,8 @@ def ask(args, device, tower=None):
     class_names = [first for first, *_ in names]
     class_ids = write_classes(args.out / "classes.txt", getattr(frames, "class_ids", range(1, len(names) + 1)) or
                               range(1, len(names) + 1), class_names)
-    output = Output(args.out, class_ids, class_names, queries, partial(Scores, len(names), False),
-                    [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"], config["up"] if args.tensorboard else None)
+    output = Output(args, config["up"], class_ids, class_names, queries, partial(Scores, len(names), False),
+                    [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"])
     answer = partial(ask_batch, fusion, up=config["up"], queries=queries)
     options = dict(num_points=sys.maxsize, image_size=(height, width))
 
@@ -813,8 +876,7 @@ def main(argv=None, tower=None):
     comments = [f"checkpoint {args.checkpoint}"]
     comments += [f"class {key} {name}" for key, name in zip(class_ids, class_names)]
     new_scores = partial(Scores, len(class_names), model.decoder is not None, config["min_instance_points"])
-    output = Output(args.out, class_ids, class_names, queries, new_scores, comments,
-                    config["up"] if args.tensorboard else None)
+    output = Output(args, config["up"], class_ids, class_names, queries, new_scores, comments)
 
     start = time.perf_counter()
     if scans is not None:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 TEMPLATES = ("a {} in a scene", "a photo of a {}.", "a photo of the {}.", "a photo of a {} in a room.",
              "a photo of the large {}.", "a photo of the small {}.", "there is a {} in the scene.")
-NEUTRAL = ("object", "things", "stuff", "texture")  # compete with the queries: one alone means something, too
+NEUTRAL = ("object", "things", "stuff", "texture")  # compete with the queries, so that one alone means something
+SOURCES = ("clip", "fused", "3d", "mean")
 TEXT_SCALE = 40.0
 
 
@@ -23,7 +24,7 @@ def parse_queries(text):
     queries = [[name.strip() for name in query.split("|")] for query in text.split(",")]
     for names in queries:
         if "" in names:
-            raise ValueError(f"--text {text!r}: an empty name; write queries as \"chair, red sofa | couch\"")
+            raise ValueError(f'--text {text!r}: an empty name; write queries as "chair, red sofa | couch"')
     fields = field_names(queries)
     for field in fields:
         if fields.count(field) > 1 or field in ("label", "instance", "confidence", "gate"):
@@ -32,21 +33,20 @@ def parse_queries(text):
 
 
 def field_names(queries):
-    """Names of the PLY fields of queries: their first names, or query_1 and so on for other scripts
-    than ASCII.
-    """
+    """Names of the PLY fields of queries: their first names, or query_1 and so on in other scripts than ASCII."""
     names = [re.sub(r"\W+", "_", names[0]).strip("_") for names in queries]
     return [name if name.isascii() and name else f"query_{number}" for number, name in enumerate(names, 1)]
 
 
 class TextQueries:
-    """Queries in words, compared with CLIP's dense features or with the network's fused ones.
+    """Queries in words, compared with features of points.
 
-    encoder_2d: an Enhanced2DEncoder. queries: text for `parse_queries`, or its result. source: "clip": the dense
-    features of CLIP itself; "fused": the network's, which only a trained consistency loss ties to text. attention:
-    of the dense features, see `encoder.last_block`; None: the tower's default.
-    A name is the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE times its
-    cosines with all names, NEUTRAL ones included; a query gets the largest probability among its names.
+    encoder_2d: an Enhanced2DEncoder. queries: text for `parse_queries`, or its result. source: one of SOURCES.
+    "clip": CLIP's dense features; "fused" and "3d": the network's, with and without the images, which only a
+    trained consistency loss ties to text; "mean": the mean of "clip" and "fused". attention: of the dense
+    features, see `encoder.last_block`; None: the tower's default.
+    A name is the normalized mean of its normalized embeddings in TEMPLATES. A point's logits are TEXT_SCALE
+    times its cosines with all names, NEUTRAL ones included; a query gets the largest probability among its names.
     """
 
     def __init__(self, encoder_2d, queries, source="clip", attention=None):
@@ -54,35 +54,36 @@ class TextQueries:
             raise ValueError("text queries need a network with a CLIP tower, and this one was trained with --no-clip")
         self.names = parse_queries(queries) if isinstance(queries, str) else queries
         self.source = source
-        self.attention = attention
+        self.needs_dense = source in ("clip", "mean")
+        self.attention = {} if attention is None else {"attention": attention}
         names = [*sum(self.names, []), *NEUTRAL]  # T
         prompts = [template.format(name) for name in names for template in TEMPLATES]
         embedding = F.normalize(encoder_2d.encode_prompts(prompts).float(), dim=1)
         mean = embedding.unflatten(0, (len(names), -1)).mean(1)
         self.embedding = F.normalize(mean, dim=1)  # (T, E)
-        if source == "fused":
-            self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, 256)
+        if source != "clip":
+            self.embedding = F.normalize(encoder_2d.project_global(self.embedding), dim=1)  # (T, C)
 
     def encode(self, encoder_2d, images):
         """Images (V, 3, H, W) -> the tower's tokens, pooled and, if these queries need them, dense features."""
-        if self.source == "fused":
+        if not self.needs_dense:
             return encoder_2d.encode(images)
-        if self.attention is None:
-            return encoder_2d.encode_with_dense(images)
-        return encoder_2d.encode_with_dense(images, self.attention)
+        return encoder_2d.encode_with_dense(images, **self.attention)
 
-    def cosines(self, fusion, batch, feat_fusion, dense=None):
-        """Cosines (N, T) of the points of one sample with all names; with "clip" they are 0 if no view
-        sees a point.
+    def cosines(self, fusion, batch, feats, dense=None):
+        """Cosines (N, T) of the points of one sample with all names; with "clip" 0 if no view sees a point.
 
-        feat_fusion (N, C), of the network. dense (V, E, Hf, Wf): CLIP's dense features of the sample's
-        views. A point takes the interpolated cosines of the cells around it: that needs T channels per
-        point instead of E.
+        feats (N, C): the network's, fused or 3D. dense (V, E, Hf, Wf): CLIP's, of the sample's views.
         """
-        if self.source == "fused":
-            return F.normalize(feat_fusion.float(), dim=1) @ self.embedding.T
-        maps = torch.einsum("vehw,te->vthw", dense, self.embedding)
-        return fusion.sample(batch, fusion.encoder_2d.image_size, [maps])[1][0]
+        if self.source == "clip":  # interpolated cosines need T channels per point instead of E
+            maps = torch.einsum("vehw,te->vthw", dense, self.embedding)
+            return fusion.sample(batch, fusion.encoder_2d.image_size, [maps])[1][0]
+        feats = F.normalize(feats.float(), dim=1)
+        if self.source == "mean":
+            target = fusion.encoder_2d.project_dense_target(dense)
+            seen = fusion.sample(batch, fusion.encoder_2d.image_size, [target])[1][0]  # 0 if no view sees a point
+            feats = F.normalize(feats + F.normalize(seen, dim=1), dim=1)
+        return feats @ self.embedding.T
 
     def probabilities(self, cosines):
         """Cosines (N, T) -> the probability of each query (N, Q); 0 for cosines of 0."""

@@ -218,6 +218,29 @@ def class_rows(labels, class_names):
     return rows
 
 
+def heat_image(colors, heats, names):
+    """Panels of an image and of the heat of each query on it, with their names -> (H', W', 3) uint8 NumPy.
+
+    colors (H, W, 3) and heats (H, W, Q) in [0, 1], NumPy; names: Q texts. The scale is `heat_colors`'.
+    """
+    image = torch.from_numpy(colors).float().permute(2, 0, 1)
+    gray = image.mean(0)
+    layers = [image]
+    for heat in torch.from_numpy(heats).unbind(-1):
+        painted = heat_colors(heat.flatten()).T.view_as(image)
+        layers.append(0.4 * gray + 0.6 * painted)
+    size = SHOWN_HEIGHT, round(SHOWN_HEIGHT * image.shape[2] / image.shape[1])
+    shown = F.interpolate(torch.stack(layers), size=size, mode="bilinear", antialias=True)
+    titles = [legend([(None, name)], (LEGEND_ROW, size[1])) for name in ["image", *names]]
+    panels = torch.cat([torch.stack(titles), shown.clamp(0, 1)], 2)
+    columns = math.ceil(math.sqrt(len(panels)))
+    missing = -len(panels) % columns
+    panels = torch.cat([panels, panels.new_ones(missing, *panels.shape[1:])])
+    rows = [torch.cat([*row], 2) for row in panels.split(columns)]
+    grid = torch.cat(rows, 1)  # (3, H', W')
+    return (grid * 255).round().byte().permute(1, 2, 0).numpy()
+
+
 def visualizations(views, class_names):
     """What some views of samples show -> {"sample/kind": image (3, H, W) in [0, 1] with its legend}.
 

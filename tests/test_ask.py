@@ -7,12 +7,17 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
 
 import predict
+from data import PointDataset, collate
 from encoder import Enhanced2DEncoder
+from fusion import BiFusionEncoder
 from helpers import ROOT, TOWER, last_checkpoint, write_rooms_as_scannet
 from model import load_model
 from sources.rooms import RoomFrames
+from support.queries import SOURCES, TextQueries
 from test_captures import write_redwood
 
 CLIP = ["--clip-model", TOWER, "--clip-pretrained", "none", "--image-size", "96,128", "--device", "cpu"]
@@ -27,6 +32,7 @@ def test_clip_alone_answers_per_pixel_and_per_voxel(tmp_path):
     names = {path.name for path in (out / "capture" / "label").iterdir()}
     assert names == {f"{i:06d}.png" for i in range(4)} and (out / "capture.ply").read_bytes()[:3] == b"ply"
     assert b"scalar_sofa" in (out / "capture.ply").read_bytes()[:2000]
+    assert {path.name for path in (out / "capture" / "query").iterdir()} == names
     assert summary["queries"]["names"] == [["chair"], ["sofa", "couch"]] and summary["frames"] == 4
     assert summary["rotation_to_z_up"] == np.eye(3).tolist() and json.loads((out / "summary.json").read_text())
 
@@ -91,6 +97,36 @@ def test_frames_of_a_camera_are_labeled_one_by_one_and_instances_persist(trained
     assert [first[0]["name"], second[0]["name"]] == rooms.names
     assert len(second[1]["points"]) > len(first[1]["points"])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_features_of_all_sources_are_compared_with_text_as_documented(trained, monkeypatch):
+    """A toy network whose fused and 3D features are those of two names."""
+    tower = Enhanced2DEncoder(TOWER, None, image_size=(96, 128))
+    fusion = BiFusionEncoder(tower, torch.nn.Identity())
+    sample = PointDataset(list(RoomFrames("val", 1, 1, size=(48, 64))), 500, (96, 128))[0]
+    batch = collate([sample])
+    dense = tower.encode_dense(batch["images"][0])
+    feats = torch.randn(500, 256)
+    found = {source: TextQueries(tower, "chair, sofa", source).cosines(fusion, batch, feats, dense)
+             for source in SOURCES}
+    names = TextQueries(tower, "chair, sofa")
+    text = F.normalize(tower.project_global(names.embedding), dim=1)
+    assert_close(found["fused"], F.cosine_similarity(feats[:, None], text[None], dim=2))
+    assert torch.equal(found["3d"], found["fused"])
+    at_points = fusion.sample(batch, (96, 128), [dense])[1][0]
+    assert_close(found["clip"], at_points @ names.embedding.T)
+    both = F.normalize(feats, dim=1) + F.normalize(tower.project_global(at_points), dim=1)
+    assert_close(found["mean"], F.cosine_similarity(both[:, None], text[None], dim=2))
+
+
+@pytest.mark.parametrize("config, last_epoch, reasons", [
+    ({}, 21, []), ({}, 20, ["ended with epoch 20"]), ({"clip_weights": (0.0, 0.0)}, 30, ["no weight"]),
+    ({"clip_target": "global"}, 21, ["global and not point"]),
+    ({"clip_target": "global"}, 3, ["global and not point", "ended with epoch 3"])])
+def test_reasons_why_fused_features_may_not_answer(config, last_epoch, reasons):
+    trained = {"clip_weights": (0.0, 0.001, 0.01), "clip_warmup": (10, 20), "clip_target": "point", **config}
+    found = predict.text_doubts(trained, last_epoch)
+    assert len(found) == len(reasons) and all(words in text for words, text in zip(reasons, found))
 
 
 @pytest.mark.parametrize("distance, focal, expected", [(0.8, 1067, 0.002), (2.5, 290, 0.01724), (8, 100, 0.02)])

@@ -2,6 +2,7 @@
 """predict.py and evaluate.py: labels for every pixel of known depth, files that agree, and their scores."""
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import predict
 import train
-from data import up_rotation
+from data import PointDataset, up_rotation
 from decoder import paint_instances
 from evaluate import evaluate, format_metrics, ground_truth_ids
 from helpers import SHARED_CACHE, last_checkpoint, small, write_rooms_as_scannet, write_scannet
@@ -194,6 +195,66 @@ def test_scans_are_opened_alike_whichever_is_first(tmp_path):
     with pytest.raises(ValueError, match="scene0000_00.txt has no axisAlignment, but those of other scans have"):
         scans()
     assert not np.array_equal(scans(*second)[0]["alignment"], np.eye(4))
+
+
+@pytest.mark.parametrize("n, most, expected", [(7, 7, [7]), (8, 7, [4, 4]), (100, 30, [25] * 4), (101, 26, [26, 25, 25, 25])])
+def test_tiles_hold_every_point_once_and_do_not_overlap(n, most, expected):
+    points = torch.rand(n, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([9, 1, 30])
+    tiles = predict.split_into_tiles(points, most)
+    assert [len(rows) for rows in tiles] == expected
+    assert torch.equal(torch.cat(tiles).sort().values, torch.arange(n))
+    sides = [points[rows, 0].aminmax() for rows in tiles]  # the room is long in x
+    assert all(left.max < right.min for left, right in zip(sides, sides[1:]))
+
+
+class OneScan:
+    """Points of a room as a scan, and what `predict_scans` gives to its output."""
+
+    names = ["val0000"]
+    class_names = None
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"name": "val0000", "alignment": np.eye(4), **self.fields}
+
+    def add_scan(self, name, result, ids):
+        self.result = result
+
+
+def test_a_large_scan_is_predicted_as_if_each_tile_were_a_scan(loaded, frames, monkeypatch):
+    model, _, config = loaded
+    sample = PointDataset(frames, sys.maxsize, (48, 64), num_views=2)[0]
+    points = sample["points"].numpy()
+    cubes = np.floor(points / 0.3).astype(int)
+    fields = {"points": points, "colors": sample["features"].numpy(),
+              "superpoints": np.unique(cubes, axis=0, return_inverse=True)[1].reshape(-1)}
+
+    def predicted(rows):
+        scan = OneScan(**{key: values[rows] for key, values in fields.items()})
+        predict.predict_scans(model, scan, frames, config, None, scan, None)
+        return scan.result
+
+    tiles = predict.split_into_tiles(sample["points"], len(points) // 2 + 1)
+    alone = [predicted(rows.numpy()) for rows in tiles]
+    monkeypatch.setattr(predict, "MAX_POINTS", len(points) // 2 + 1)
+    tiled = predicted(np.arange(len(points)))
+    assert torch.equal(tiled["points"], sample["points"])
+    numbers = 0
+    for rows, one in zip(tiles, alone, strict=True):
+        assert torch.equal(tiled["labels"][rows], one["labels"])
+        assert torch.equal(tiled["confidence"][rows], one["confidence"])
+        expected = one["instances"] + numbers
+        assert torch.equal(tiled["instances"][rows], expected.where(one["instances"] >= 0, -1))
+        numbers += len(one["scores"])
+    assert len(tiled["scores"]) == len(tiled["instance_labels"]) == numbers
+    scan = OneScan(**fields)
+    with pytest.raises(ValueError, match="val0000: --submission is for scans of at most"):
+        predict.predict_scans(model, scan, frames, config, None, scan, np.arange(40))
 
 
 def test_a_network_of_other_classes_is_not_scored_on_the_rooms(path, loaded):

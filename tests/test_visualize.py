@@ -149,6 +149,22 @@ def test_a_class_has_one_color_everywhere_and_points_without_a_label_are_gray():
         assert torch.allclose(visualize.clouds([given])[kind][1], label_colors(labels))
 
 
+def test_the_heat_of_each_query_lies_where_it_is_likely_and_the_image_comes_first():
+    colors = np.full((24, 32, 3), 0.5, np.float32)
+    heats = np.zeros((24, 32, 2), np.float32)
+    heats[:, 16:, 1] = 1
+    image = visualize.heat_image(colors, heats, ["chair", "sofa"])
+    width = SHOWN_HEIGHT * 4 // 3
+    height = SHOWN_HEIGHT + visualize.LEGEND_ROW
+    assert image.shape == (2 * height, 2 * width, 3) and image.dtype == np.uint8
+    likely = to_bytes(0.4 * 0.5 + 0.6 * visualize.heat_colors(torch.tensor([0.0, 1.0])))
+    middle, bottom = visualize.LEGEND_ROW + 100, height + visualize.LEGEND_ROW + 100
+    assert (image[middle, [10, width - 10]] == 128).all()
+    assert image[middle, [width + 10, 2 * width - 10]].tolist() == [likely[0], likely[0]]  # chair: nowhere
+    assert image[bottom, [10, width - 10]].tolist() == likely  # sofa: on the right
+    assert (image[bottom, width:] == 255).all()
+
+
 def test_clip_cells_lie_where_their_patch_lies():
     given = with_everything(5)
     image = visualize.visualizations([given], NAMES)["val_room_0/clip_pca"][:, :, :SHOWN_HEIGHT * 4 // 3]
