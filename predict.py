@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and
-scores.
+"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and scores.
 
     python predict.py runs/NAME/best.pt --data DIR --out OUT
     python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
@@ -18,9 +17,9 @@ docs/predict.md describes what it writes. In a notebook:
     for result in predict_frames(model, open_frames("DATA", labels=False), config):
         print(result["name"], result["labels"].shape)
 
-The file reads from top to bottom: prediction of one sample, text queries, files, and `main`.
+The file reads from top to bottom: one sample, frames, scans, files, and the command.
 
-Imports siblings: check, data, decoder, evaluate, model, superpoints, sources/ and support/.
+Imports siblings: check, data, decoder, encoder, evaluate, fusion, model, superpoints, sources/ and support/.
 """
 import json
 import math
@@ -31,7 +30,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from os.path import samefile
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +40,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check, unknowns
-from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, check_frames, collate,
+from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import instances_from_logits, paint_instances
 from encoder import ATTENTIONS, Enhanced2DEncoder, read_config
-from evaluate import Scores, evaluate, format_metrics
+from evaluate import Scores, format_metrics
 from fusion import BiFusionEncoder
-from model import batches_for, load_model, make_batch
+from model import load_model, make_batch
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
-from support.cache import FeatureCache
 from support.checkpoint import read_checkpoint
 from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
@@ -63,7 +60,6 @@ from support.runtime import (Parser, checked_by, configure_device, image_size, l
                              positive_float, run_command)
 from support.visualize import clouds, heat_image, label_colors
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
 MAX_POINTS = 2 ** 20  # of a scan that the network sees at once, in some 3 GB
@@ -71,26 +67,27 @@ MAX_POINTS = 2 ** 20  # of a scan that the network sees at once, in some 3 GB
 # ------------------------------------------------------------------------------------------- one sample
 
 
-def prepare(sample, batch_options, points_per_view, at_once, plan=None):
+def prepare(sample, batch_options, num_points, num_views, at_once, plan=None):
     """A sample of which every point is used -> the batch of `model.make_batch`, with "draws".
 
-    Every point is in exactly one of several random draws of at most points_per_view points per view, which
-    are independent scenes for the network, as if they were drawn in training. They depend on the number of
-    points alone. An entry of "draws" holds at_once of them: "rows" (n,), "batch" (n,) and "count", and "plan",
-    if the 3D encoder plans. No network is needed, so a worker may do it.
+    Every point is in exactly one of several random draws of at most num_points per num_views, which
+    are independent scenes for the network, as in training. They depend on the number of points alone.
+    An entry of "draws" holds at_once of them: "rows" (n,), "batch" (n,), their "count" and, if the 3D
+    encoder plans (see `make_batch`), "plan". A worker may do this, as it needs no network.
     """
     batch = make_batch([sample], **batch_options)
     n = len(batch["points"])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    draw_size = max(1, int(points_per_view * len(sample["world2cam"])))
+    draw_size = max(1, num_points * len(sample["world2cam"]) // num_views)
     draws = order.tensor_split(-(-n // draw_size))
     batch["draws"] = []
     for start in range(0, len(draws), at_once):
         some = draws[start:start + at_once]
         sizes = torch.tensor([len(draw) for draw in some])
-        draw = {"rows": torch.cat(some), "batch": torch.arange(len(some)).repeat_interleave(sizes), "count": len(some)}
+        owner = torch.arange(len(some)).repeat_interleave(sizes)
+        draw = {"rows": torch.cat(some), "batch": owner, "count": len(some)}
         if plan is not None:
-            draw["plan"] = plan({"coords": batch["coords"][draw["rows"]], "batch": draw["batch"]})
+            draw["plan"] = plan({"coords": batch["coords"][draw["rows"]], "batch": owner})
         batch["draws"].append(draw)
     return batch
 
@@ -98,23 +95,23 @@ def prepare(sample, batch_options, points_per_view, at_once, plan=None):
 def preparation(model, config):
     """`prepare` as a function of a sample, for a Segmenter and the options that it was trained with."""
     return partial(prepare, batch_options=model.batch_options(training=False),
-                   points_per_view=config["num_points"] / config["num_views"],
+                   num_points=config["num_points"], num_views=config["num_views"],
                    at_once=8 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
                    plan=getattr(model.fusion.encoder_3d, "plan", None))
 
 
 def fuse_draws(fusion, batch, names=("feat_fusion",)):
-    """Features of all points of a batch of `prepare`, and the gate (N,), its mean over channels.
-
-    The batch holds what the images were encoded to. names: outputs (N, C) of `fusion`. Returns {name: (N, C)}, gate.
-    """
+    """Named outputs of `fusion` for a batch of `prepare`, its images encoded -> {name: (N, C)}, gate (N,)."""
     n = len(batch["points"])
     feats = {}
     gate = batch["points"].new_empty(n, dtype=torch.float32)
     for draw in batch["draws"]:
         rows = draw["rows"]
-        part = {**draw, **{key: batch[key][rows] for key in ("points", "coords", "features")}}
-        part |= {key: batch[key].expand(draw["count"], *batch[key].shape[1:]) for key in PER_VIEW if key in batch}
+        part = dict(draw)
+        for key in ("points", "coords", "features"):
+            part[key] = batch[key][rows]
+        for key in batch.keys() & set(PER_VIEW):
+            part[key] = batch[key].expand(draw["count"], *batch[key].shape[1:])
         fused = fusion(part)
         for name in names:
             if name not in feats:
@@ -124,27 +121,37 @@ def fuse_draws(fusion, batch, names=("feat_fusion",)):
     return feats, gate
 
 
+def known_fields(batch, up):
+    """What is known of the points of a batch without a network. up: of the data's own world."""
+    points = batch["points"]
+    if up != "z":
+        points = torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
+    height = camera_height(batch["world2cam"][0]).mean()
+    return {"points": points, "colors": batch["features"][:, :3], "truth": batch["labels"],
+            "truth_instances": batch["instances"], "camera_height": height}
+
+
 @torch.no_grad()
 def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SCORE):
     """The network's answers for all points of one sample, a dict of tensors on the CPU.
 
-    batch: of `prepare`, of a data set that draws every point, with z up. queries: a TextQueries. Holds points
-    (N, 3), of the data's own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K),
-    labels (N,), gate (N,), and with queries cosines (N, T). If the model has a decoder, also "scene",
-    all instances as decoder.instances_from_logits gives them, and of those that score above
-    instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 =
-    none. camera_height is the mean height of its cameras, meters along the world's up axis.
+    batch: of `prepare`, with z up. queries: a TextQueries. Holds points (N, 3), of the data's own
+    world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K), labels (N,), gate (N,),
+    camera_height (mean, meters along the world's up axis), and with queries cosines (N, T). With a
+    decoder also "scene", all instances as decoder.instances_from_logits gives them, and of those that
+    score above instance_score instance_labels and scores (R,), and instances (N,), the best one at
+    each point, -1 = none.
     """
     result = known_fields(batch, config["up"])
     batch = to_device(batch, model.head.weight.device)
     if config["no_color"]:
         colors, others = batch["features"].tensor_split([3], 1)
         batch["features"] = torch.cat([torch.ones_like(colors), others], 1)
-    dense = None
+    dense = []
     tower = model.fusion.encoder_2d
     if tower is not None:  # each image is encoded once
-        images = batch.pop("images")[0]
-        tokens, pooled, *dense = tower.encode(images) if queries is None else queries.encode(tower, images)
+        encode = tower.encode if queries is None else partial(queries.encode, tower)
+        tokens, pooled, *dense = encode(batch.pop("images")[0])
         batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
     asked = "feat_3d" if queries is not None and queries.source == "3d" else "feat_fusion"
     feats, gate = fuse_draws(model.fusion, batch, {"feat_fusion", asked})
@@ -166,20 +173,12 @@ def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SC
     return result
 
 
-def known_fields(batch, up):
-    """What `predict_batch` gives of the points without a network. up: of the data's own world."""
-    points = batch["points"]
-    if up != "z":
-        points = torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
-    return {"points": points, "colors": batch["features"][:, :3], "truth": batch["labels"],
-            "truth_instances": batch["instances"], "camera_height": camera_height(batch["world2cam"][0]).mean()}
-
-
 @torch.no_grad()
 def ask_batch(fusion, batch, up, queries):
-    """CLIP's own answers for all points of one sample, without a trained network: as of `predict_batch`.
+    """CLIP's own answers for all points of one sample, as of `predict_batch`, without a trained network.
 
-    fusion: a BiFusionEncoder whose tower has dense features. Every query is a class; the gate is 1 if a view sees it.
+    fusion: a BiFusionEncoder whose tower has dense features. Each query is a class. gate: whether a
+    view sees it.
     """
     result = known_fields(batch, up)
     batch = to_device(batch, queries.embedding.device)
@@ -190,12 +189,11 @@ def ask_batch(fusion, batch, up, queries):
             "labels": probabilities.argmax(1), "cosines": cosines}
 
 
-def cloud_voxel(frame):
-    """The voxel size for merging the frames of a scene, meters: two pixels of the median depth, from 2
-    mm to 2 cm.
+# --------------------------------------------------------------------------------------------- frames
 
-    A room gets 1 to 2 cm, a table top a few millimeters.
-    """
+
+def cloud_voxel(frame):
+    """The voxels of a merged scene, in meters: two pixels of the median depth, from 2 mm to 2 cm."""
     depth = frame["depth"]
     known = depth[(depth > 0) & np.isfinite(depth)]
     if len(known) == 0:
@@ -206,17 +204,17 @@ def cloud_voxel(frame):
 
 def sample_options(model, config):
     """Keyword arguments of data.PointDataset that draw every point of a frame, with its color."""
-    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"],
-                   normals=config.get("normals", False))  # older checkpoints do not say
+    options = {"num_points": sys.maxsize, "image_size": tuple(config["image_size"]),
+               "images": not config["no_clip"], "normals": config.get("normals", False)}  # older ones do not say
     if model.decoder is not None and config["superpoints"]:
         options["superpoints"] = partial(oversegment, count=config["superpoints"])
     return options
 
 
 class PreparedFrames(Dataset):
-    """(name, shape of the depth image, flat depth pixel of each point, batch of `prepare`) of each frame.
+    """Of each frame name, shape of the depth image, flat depth pixel of each point, and the batch of `prepare`.
 
-    Without a pixel of known depth there is no batch, None. options: of a PointDataset.
+    The batch is None if no pixel has known depth. options: of a PointDataset.
     """
 
     def __init__(self, frames, options, prepare_sample):
@@ -238,7 +236,7 @@ class PreparedFrames(Dataset):
 
 
 def in_order(function, items, threads):
-    """function(item) of each item, in order; up to `threads` of them are worked on ahead. 0: none is."""
+    """function(item) of each item, in order; up to `threads` items are worked on ahead."""
     if threads == 0:
         yield from map(function, items)
         return
@@ -258,22 +256,23 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
 
     model: a Segmenter in eval mode. frames: a sequence of frame dicts (see data.py); labels are not
     needed. config: the options that the model was trained with. instance_score: instances with a lower
-    score are left out. queries: a TextQueries. workers: processes that read frames. threads: that work ahead
-    with the network. A result holds "name", and of the depth image's size:
-    "labels" (Hd, Wd) int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the
-    best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries"
-    (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside the
-    colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with
-    one entry per instance. "points" is the result of `predict_batch`, with one row per point; None for
-    a frame without any depth, which holds nothing else but "labels".
+    score are left out. queries: a TextQueries. workers: processes that read frames. threads: that work
+    ahead with the network. A result holds "name", and of the depth image's size: "labels" (Hd, Wd)
+    int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the best first, if the
+    model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries" (Hd, Wd, Q) float32,
+    the probability of every query. Pixels of unknown depth, and those outside the color image, hold -1
+    (probabilities and queries: 0). "scores" and "instance_labels" are lists with one entry per
+    instance. "points" is the result of `predict_batch`; None for a frame without any depth, which
+    holds nothing else but "labels".
     """
     answer = partial(predict_batch, model, config=config, queries=queries, instance_score=instance_score)
-    frames = PreparedFrames(upright(frames, config["up"]), sample_options(model, config), preparation(model, config))
-    return label_frames(answer, frames, queries, probabilities, workers, threads)
+    options = sample_options(model, config)
+    prepared = PreparedFrames(upright(frames, config["up"]), options, preparation(model, config))
+    return label_frames(answer, prepared, queries, probabilities, workers, threads)
 
 
 def label_frames(answer, frames, queries=None, probabilities=False, workers=0, threads=0):
-    """The results of `predict_frames`. answer: batch -> result of `predict_batch`. frames: PreparedFrames."""
+    """The results of `predict_frames` for PreparedFrames. answer: as `predict_batch`, of a batch."""
     def label(item):
         name, shape, pixels, batch = item
 
@@ -313,13 +312,67 @@ def as_is(item):
     return item
 
 
+# ---------------------------------------------------------------------------------------------- scans
+
+
+def predict_scans(model, scans, frames, config, queries, output, ids):
+    """Predicts every scan, a large one tile by tile, and writes and scores it."""
+    options = sample_options(model, config)
+    options.pop("superpoints", None)  # scans bring their own
+    dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
+                           num_views=config["num_views"], **options)
+    prepare_sample = preparation(model, config)
+    for index in tqdm(range(len(dataset)), unit="scan", disable=None):
+        name = scans.names[index]
+        sample = dataset[index]
+        tiles = split_into_tiles(sample["points"], MAX_POINTS)
+        if ids is not None and len(tiles) > 1:
+            raise ValueError(f"scan {name}: --submission is for scans of at most {MAX_POINTS:,} points, "
+                             f"and it has {len(sample['points']):,}")
+        results = []
+        for rows in tiles:
+            part = {key: value[rows] if key in PER_POINT else value for key, value in sample.items()}
+            result = predict_batch(model, prepare_sample(part), config, queries)
+            result["confidence"] = result.pop("probabilities").amax(1)
+            results.append(result)
+        output.add_scan(name, results[0] if len(tiles) == 1 else join_tiles(results, tiles), ids)
+
+
+def split_into_tiles(points, most):
+    """Points (N, 3) -> rows of tiles: halves across the longer horizontal side, down to `most` points."""
+    tiles = [torch.arange(len(points))]
+    while len(tiles[0]) > most:  # the largest
+        halves = []
+        for rows in tiles:
+            plan = points[rows, :2]
+            axis = (plan.amax(0) - plan.amin(0)).argmax()
+            halves += rows[plan[:, axis].argsort()].tensor_split(2)
+        tiles = [rows.sort().values for rows in halves]
+    return tiles
+
+
+def join_tiles(results, tiles):
+    """The results of `predict_batch` for tiles -> one. An object that a seam cuts becomes two instances."""
+    order = torch.cat(tiles)
+    joined = {"camera_height": results[0]["camera_height"]}
+    if "instances" in results[0]:
+        shift = 0
+        for result in results:
+            result["instances"] += shift * (result["instances"] >= 0)
+            shift += len(result["scores"])
+        for key in ("scores", "instance_labels"):
+            joined[key] = torch.cat([result[key] for result in results])
+    for key in results[0].keys() - joined.keys() - {"scene"}:
+        values = torch.cat([result.pop(key) for result in results])
+        joined[key] = torch.empty_like(values).index_copy_(0, order, values)
+    return joined
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
 def write_frame(folder, stem, result, class_ids, query_names=()):
-    """label/<stem>.png, instance/<stem>.png (0 = none), instance/<stem>.txt: number, class id, confidence per line, and
-    query/<stem>.png: the heat of the queries, if they have names.
-    """
+    """Writes label/<stem>.png, instance/<stem>.png and .txt, and query/<stem>.png, see docs/predict.md."""
     def save(kind, image):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / kind / f"{stem}.png")
@@ -340,7 +393,8 @@ def benchmark_ids(benchmark, class_names):
     ids = {name: key for key, name in load_classes(path).items() if name is not None}
     foreign = [name for name in class_names if name not in ids]
     if foreign:
-        raise ValueError(f"--submission {benchmark}: {path} does not list the network's classes {', '.join(foreign)}")
+        raise ValueError(f"--submission {benchmark}: {path} does not list the network's classes "
+                         f"{', '.join(foreign)}")
     return np.array([ids[name] for name in class_names])
 
 
@@ -350,54 +404,37 @@ def benchmark_ids(benchmark, class_names):
 def parse_args(argv=None):
     """The options of the command."""
     parser = Parser("predict.py", "Labels every pixel of known depth and merges the frames of a scene.")
-    parser.add_argument("checkpoint", nargs="?", help="a best.pt or last.pt of train.py; not given: --text is "
-        "answered by CLIP alone, without a trained network")
-    parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, "
-        "labelled or not; with --intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or "
-        "'rooms' (built in)")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
-    parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: "
-        "everything")
-    parser.add_argument("--classes", help="class list of the data, one 'id name' pair per line; not "
-        "given: classes.txt in the folder, else the list that the network was trained with")
-    parser.add_argument("--label-map", help="scannetv2-labels.combined.tsv, as in train.py; not given: "
-        "that of training, if its class list is used")
-    parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
-        "--data")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
-        "images, for frame-* files and captures that do not tell them")
-    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
-        "folder decides, see docs/captures.md")
-    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
-    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture, if "
-        "no file tells")
-    parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that "
-        "points up; not given: as in training")
-    parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
-        "on\"; | separates names of one query")
-    parser.add_argument("--text-from", choices=SOURCES, default="clip", help="compare the text with CLIP's dense "
-        "features, with the network's fused or 3D features, if its consistency loss was on, or with the mean of clip "
-        "and fused")
-    parser.add_argument("--attention", choices=ATTENTIONS, help="of CLIP's dense features, see docs/towers.md; "
-        "not given: naclip")
-    parser.add_argument("--clip-model", help="without a checkpoint: an open_clip vision transformer; not given: "
-        "ViT-B-16")
-    parser.add_argument("--image-size", type=image_size, help="without a checkpoint: height,width that CLIP "
-        "sees; not given: the whole patches nearest to 240,320")
-    parser.add_argument("--cloud-voxel", type=positive_float, help="meters, the voxels of merged clouds; not "
-                        "given: two pixels of a scene's median depth, from 0.002 to 0.02")
-    parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in "
-        "TensorBoard's mesh view: tensorboard --logdir OUT")
-    parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for "
-        "this benchmark; needs --scans")
-    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie "
-        "where they lay in training; without a checkpoint also an open_clip tag, openai if not given")
-    parser.add_argument("--workers", type=nonnegative_int, help="processes that read frames; not given: one per two "
-        "cores, at most 8")
-    parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep "
-        "nothing")
-    parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="of train.py; not given: CLIP alone answers --text")
+    add("--data", required=True, help="folder in ScanNet's exported 2D layout, labeled or not, of frame-* "
+        "files with --intrinsics, or of a capture; or 'rooms' (built in)")
+    add("--out", required=True, type=Path, help="folder to write into")
+    add("--split", help="file with one scene or scene/frame per line; not given: everything")
+    add("--classes", help="class list of the data, one 'id name' pair per line; not given: classes.txt in "
+        "the folder, else that of the training")
+    add("--label-map", help="as in train.py; not given: as in training, if its class list is used")
+    add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
+    add("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of color, if no file tells")
+    add("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies there decides")
+    add("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
+    add("--depth-scale", type=positive_float, help="units per meter of a capture, if no file tells")
+    add("--up", type=checked_by(up_rotation), help="axis that points up; not given: as in training, or z")
+    add("--text", help="queries: \"chair, red sofa | couch\"; | separates names of one query")
+    add("--text-from", choices=SOURCES, default="clip", help="what the text is compared with: CLIP's dense "
+        "features; fused or 3D ones of the network, if its consistency loss was on; mean of clip and fused")
+    add("--attention", choices=ATTENTIONS, help="of CLIP's dense features; not given: naclip")
+    add("--clip-model", help="without a checkpoint: of open_clip; not given: ViT-B-16")
+    add("--image-size", type=image_size, help="without a checkpoint: height,width that CLIP sees; not "
+        "given: the whole patches nearest to 240,320")
+    add("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where they lay in "
+        "training; without a checkpoint also an open_clip tag, openai if not given")
+    add("--cloud-voxel", type=positive_float, help="meters, of merged clouds; not given: two pixels of a "
+        "scene's median depth, from 0.002 to 0.02")
+    add("--tensorboard", action="store_true", help="also show the clouds: tensorboard --logdir OUT")
+    add("--submission", choices=("scannet20", "scannet200"), help="write its files; needs --scans")
+    add("--workers", type=nonnegative_int, help="that read frames; not given: one per two cores, up to 8")
+    add("--device", help="not given: cuda if there is one, else cpu")
+    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.submission and not args.scans:
         parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")
@@ -423,37 +460,39 @@ def parse_args(argv=None):
 
 
 def find_classes(args, config, class_names):
-    """The class list {id: name} of the data in the network's order, or None if there is none of the
-    same classes.
+    """The class list {id: name} of the data in the network's order; None if there is none of its classes.
 
     Sets args.label_map to the training's if its class list is used.
     """
-    own, trained_with = f"{args.data}/classes.txt", config["classes"] or f"{config['data']}/classes.txt"
-    paths = [args.classes] if args.classes else [own, trained_with]
-    for path in paths:
-        if not args.classes and not Path(path).is_file():
-            continue
-        classes = load_classes(path)
-        names = {name for name in classes.values() if name is not None}
-        if names != set(class_names):
-            if args.classes:
-                raise ValueError(f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}")
-            print(f"{path}: its classes are not the network's, so labels of the data are not read")
+    trained_with = config["classes"] or f"{config['data']}/classes.txt"
+    path = args.classes
+    if path is None:
+        found = filter(os.path.isfile, (f"{args.data}/classes.txt", trained_with))
+        path = next(found, None)
+        if path is None:
             return None
-        if not args.classes and not args.label_map and Path(trained_with).is_file() and samefile(path, trained_with):
-            if bool(args.scans) == bool(config["scans"]):
-                args.label_map = config["label_map"]
-            elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
-                print(f"{path}: its ids may be others here than in training, so labels of the data are not read; give "
-                      "--classes, and --label-map if they need it")
-                return None
-        place = {name: i for i, name in enumerate(class_names)}
-        return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
-    return None
+    classes = load_classes(path)
+    names = {name for name in classes.values() if name is not None}
+    if names != set(class_names):
+        text = f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}"
+        if args.classes:
+            raise ValueError(text)
+        print(f"{text}, so labels of the data are not read")
+        return None
+    given = args.classes or args.label_map
+    if not given and os.path.isfile(trained_with) and os.path.samefile(path, trained_with):
+        if bool(args.scans) == bool(config["scans"]):
+            args.label_map = config["label_map"]
+        elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
+            print(f"{path}: its ids may be others here than in training, so labels of the data are not read; "
+                  "give --classes, and --label-map if they need it")
+            return None
+    place = {name: i for i, name in enumerate(class_names)}
+    return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
 
 
-def open_source(args, config, classes, class_names):
-    """What --data and --scans name -> frames, scans or None. Labels are read if there is a class list."""
+def open_source(args, config, classes, class_names=None):
+    """What --data and --scans name -> frames, and scans or None. Labels are read if there are classes."""
     labels = None if classes is not None else False
     scans = None
     if args.scans:
@@ -468,7 +507,7 @@ def open_source(args, config, classes, class_names):
         if hasattr(frames, "description"):
             print(frames.description)
     names = (scans or frames).class_names
-    if names and list(names) != class_names:
+    if class_names and names and list(names) != class_names:
         raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")
     return frames, scans
 
@@ -494,7 +533,7 @@ def open_queries(args, model, config):
 
 
 def text_doubts(config, last_epoch):
-    """Why the features of a network may not answer to text, texts. last_epoch: the last one of its training, from 0."""
+    """Reasons why a network's features may not answer to text. last_epoch: of its training, from 0."""
     if max(config["clip_weights"]) == 0:
         return ["the consistency loss had no weight in training"]
     reasons = []
@@ -545,15 +584,16 @@ SCORED = ("labels", "truth", "instances", "instance_labels", "scores", "truth_in
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
-    args: of the command. up: of the data's world, see `data.up_rotation`. new_scores: a function that makes
-    empty `Scores`. comments: lines for the header of PLY files.
+    args: of the command. up: of the data's world, see `data.up_rotation`. new_scores: a function that
+    makes empty `Scores`. comments: lines for the header of PLY files.
     """
 
     def __init__(self, args, up, class_ids, class_names, queries, new_scores, comments):
+        self.start = time.perf_counter()
         self.folder = args.out
         self.log_up = up if args.tensorboard else None
         self.drawn_queries = [names[0] for names in queries.names] if args.text else []
-        self.class_ids = class_ids
+        self.class_ids = write_classes(args.out / "classes.txt", class_ids, class_names)
         self.class_names = class_names
         self.queries = queries
         self.comments = comments
@@ -573,24 +613,22 @@ class Output:
             self.score(self.points, result["points"])
 
     def score(self, scores, points):
-        """Counts points with their labels, truth and instances; nothing if no point has a true label."""
+        """Counts the labels of points and, if there is truth, scores them."""
         points = {key: torch.as_tensor(points[key]) for key in SCORED if key in points}
         labels, truth = points["labels"], points["truth"]
         if scores is self.points:
-            self.counts += torch.bincount(labels, minlength=len(self.class_names)).cpu().numpy()
+            self.counts += torch.bincount(labels, minlength=len(self.class_names)).numpy()
         if not (truth >= 0).any():
             return
         scores.update(labels, truth)
         if "instances" in points:
-            kinds = points["instance_labels"]
-            numbers = torch.arange(len(kinds), device=kinds.device)
-            scene = {"masks": points["instances"] == numbers[:, None], "labels": kinds, "scores": points["scores"]}
+            numbers = torch.arange(len(points["scores"]))
+            masks = points["instances"] == numbers[:, None]
+            scene = {"masks": masks, "labels": points["instance_labels"], "scores": points["scores"]}
             scores.update_instances(scene, truth, points["truth_instances"])
 
     def add_cloud(self, name, cloud, camera_height):
-        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: mean,
-        meters.
-        """
+        """The PLY files of a cloud as of `SceneMerger.cloud`. camera_height: mean, meters."""
         scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"],
                    "gate": cloud["gate"]}
         entry = {"points": len(cloud["labels"]), "instances": []}
@@ -641,7 +679,7 @@ class Output:
 
 
 def use_cores(workers, device):
-    """Options of `label_frames` for this machine; on a CPU, frames share its cores instead of waiting for each other."""
+    """Options of `label_frames`. On a CPU two frames share the cores, so that each hides what the other waits for."""
     cores = torch.get_num_threads()
     threads = 1 if device.type == "cuda" else min(2, cores)
     torch.set_num_threads(cores // threads)
@@ -651,61 +689,6 @@ def use_cores(workers, device):
 def to_numpy(values):
     """The tensors of a dict as arrays."""
     return {key: value.cpu().numpy() for key, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-def predict_scans(model, scans, frames, config, queries, output, ids):
-    """Predicts every scan, a large one tile by tile, and writes and scores it."""
-    options = sample_options(model, config)
-    options.pop("superpoints", None)  # scans bring their own
-    dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
-                           num_views=config["num_views"], **options)
-    prepare_sample = preparation(model, config)
-    for index in tqdm(range(len(dataset)), unit="scan", disable=None):
-        name = scans.names[index]
-        sample = dataset[index]
-        tiles = split_into_tiles(sample["points"], MAX_POINTS)
-        if ids is not None and len(tiles) > 1:
-            raise ValueError(f"scan {name}: --submission is for scans of at most {MAX_POINTS:,} points, which are "
-                             f"predicted at once, and it has {len(sample['points']):,}")
-        results = []
-        for rows in tiles:
-            part = {key: value[rows] if key in PER_POINT else value for key, value in sample.items()}
-            result = predict_batch(model, prepare_sample(part), config, queries)
-            result["confidence"] = result.pop("probabilities").amax(1)
-            results.append(result)
-        output.add_scan(name, results[0] if len(tiles) == 1 else join_tiles(results, tiles), ids)
-
-
-def split_into_tiles(points, most):
-    """Points (N, 3) -> the rows of each tile, int64 tensors: halves across the longer horizontal side, again and again,
-    until no tile has more than `most` points.
-    """
-    tiles = [torch.arange(len(points))]
-    while len(tiles[0]) > most:  # the largest
-        halves = []
-        for rows in tiles:
-            plan = points[rows, :2]
-            axis = (plan.amax(0) - plan.amin(0)).argmax()
-            halves += rows[plan[:, axis].argsort()].tensor_split(2)
-        tiles = [rows.sort().values for rows in halves]
-    return tiles
-
-
-def join_tiles(results, tiles):
-    """The results of `predict_batch` for all tiles of a scan -> one for the scan. An instance ends with its tile."""
-    order = torch.cat(tiles)
-    joined = {"camera_height": results[0]["camera_height"]}
-    if "instances" in results[0]:
-        shift = 0
-        for result in results:
-            result["instances"] += shift * (result["instances"] >= 0)
-            shift += len(result["scores"])
-        for key in ("scores", "instance_labels"):
-            joined[key] = torch.cat([result[key] for result in results])
-    for key in results[0].keys() - joined.keys() - {"scene"}:
-        values = torch.cat([result.pop(key) for result in results])
-        joined[key] = torch.empty_like(values).index_copy_(0, order, values)
-    return joined
 
 
 def predict_scenes(label, frames, config, queries, output, voxel_size):
@@ -730,43 +713,23 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
             output.score(output.merged, cloud)
 
 
-def same_points(model, config, frames, scans, cache):
-    """A loader of the points that `train.py --eval` draws from these frames."""
-    options = sample_options(model, config)
-    options |= {"num_points": config["num_points"], "num_views": config["num_views"], "seed": config["seed"],
-                "color": not config["no_color"]}
-    frames = upright(frames, config["up"])
-    if scans is None:
-        dataset = PointDataset(frames, **options)
-        dataset.leave_out(check_frames(dataset)[1])
-    else:
-        options.pop("superpoints", None)
-        dataset = SceneDataset(upright(scans, config["up"]), frames, **options)
-    tower = model.fusion.encoder_2d
-    if tower is not None and config["clip_blocks"] == 0 and cache != "none":  # features in fp16, as in training
-        device = model.head.weight.device
-        features = FeatureCache(cache, f"clip {tower.fingerprint()}", lambda images: tower.encode(images.to(device)))
-        features.build(dataset.images_only)
-        dataset.feature_cache = features
-    return DataLoader(dataset, config["batch_size"], collate_fn=batches_for(model, training=False))
-
-
-def write_summary(args, config, frames, scans, output, seconds, scores):
-    """Writes summary.json and says what was done; returns its content."""
-    kind, count = ("frame", len(frames)) if scans is None else ("scan", len(scans))
-    skipped = getattr(frames, "num_skipped", 0)
+def write_summary(args, config, frames, scans, output):
+    """Prints scores, writes summary.json and says what was done; returns its content."""
+    seconds = time.perf_counter() - output.start
+    kind, count, pieces = ("frame", len(frames), "pixel") if scans is None else ("scan", len(scans), "vertex")
     total = int(output.counts.sum())
     share = output.counts / max(total, 1)
+    skipped = getattr(frames, "num_skipped", 0)
     summary = {
         "checkpoint": args.checkpoint,
         "options": {key: str(value) for key, value in vars(args).items() if value is not None},
-        "training": config,
+        "training": config if args.checkpoint else None,
         "rotation_to_z_up": up_rotation(config["up"]).tolist(),
         f"{kind}s": count, "frames_skipped": skipped, "frames_without_depth": output.num_blank,
         "seconds": seconds, f"seconds_per_{kind}": seconds / count,
         "points": total, "share_of_points": dict(zip(output.class_names, share.tolist())),
         "queries": None if output.queries is None else output.queries.described(),
-        "scores": scores,
+        "scores": print_scores(output, f"every {pieces}"),
         "scenes": output.scenes}
     summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -775,25 +738,14 @@ def write_summary(args, config, frames, scans, output, seconds, scores):
     return summary
 
 
-def score_all(model, config, frames, scans, output, cache):
-    """{which points: metrics}, printed; empty if nothing has a true label."""
+def print_scores(output, whole):
+    """Prints scores -> {which points: metrics}, empty without true labels. whole: names the first points."""
     if not output.points.semantics.confusion.any():
         return {}
-    scores = {}
-    smallest = min(map(len, group_by_scene(frame_names(frames)).values()))
-    if smallest >= config["num_views"]:
-        loader = same_points(model, config, frames, scans, cache)
-        metrics = evaluate(model, loader, config["min_instance_points"], AMP_DTYPES[config["amp"]])
-        scores["the points that train.py --eval draws"] = metrics
-        print(format_metrics(metrics, output.class_names))
-    else:
-        print(f"a scene has {smallest} frames, fewer than the {config['num_views']} views of a sample in training: "
-              "no scores of the points that train.py --eval draws")
-    if scans is None:
-        scores["every pixel"] = output.points.compute()
+    scores = {whole: output.points.compute()}
+    print(format_metrics(scores[whole], output.class_names))
+    if output.merged.semantics.confusion.any():
         scores["merged scenes"] = output.merged.compute()
-    else:
-        scores["every vertex"] = output.points.compute()
     for name, metrics in scores.items():
         means = {key: value for key, value in metrics.items() if key not in ("iou", "aps")}
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
@@ -813,12 +765,10 @@ def open_tower(args):
 
 
 def ask(args, device, tower=None):
-    """The command without a checkpoint: text answered by CLIP's dense features, merged over the frames of a scene."""
-    config = {"up": args.up or "z", "min_instance_points": 1}
+    """The command without a checkpoint: CLIP's dense features answer text, merged over frames."""
+    config = {"up": args.up or "z", "min_instance_points": 1, "rooms": 32, "frames_per_room": 4}
     classes = None if args.classes is None else load_classes(args.classes)
-    frames = open_frames(args.data, args.split, classes, args.label_map, args.intrinsics,
-                         False if classes is None else None, format=args.format, pose=args.pose,
-                         depth_scale=args.depth_scale)
+    frames, _ = open_source(args, config, classes)
     warn_of_faults(args, frames, config["up"])
     if tower is None:
         tower = open_tower(args)
@@ -828,34 +778,26 @@ def ask(args, device, tower=None):
     if args.image_size not in (None, (height, width)):
         raise ValueError(f"--image-size {args.image_size}: the tower takes images of {height},{width}")
     print(f"CLIP sees images of {height} x {width} pixels")
-    config["image_size"] = height, width
     fusion = BiFusionEncoder(tower, nn.Identity()).to(device).eval()
     names = parse_queries(args.text) if args.text else [[name] for name in frames.class_names]
-    if classes is not None and [first for first, *_ in names] != frames.class_names:
+    class_names = [first for first, *_ in names]
+    if args.classes and class_names != frames.class_names:
         raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of them, or "
                          "the same names in the same order, with synonyms")
     queries = TextQueries(fusion.encoder_2d, names, attention=args.attention)
     say_queries(queries)
-    class_names = [first for first, *_ in names]
-    class_ids = write_classes(args.out / "classes.txt", getattr(frames, "class_ids", range(1, len(names) + 1)) or
-                              range(1, len(names) + 1), class_names)
-    output = Output(args, config["up"], class_ids, class_names, queries, partial(Scores, len(names), False),
-                    [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"])
-    answer = partial(ask_batch, fusion, up=config["up"], queries=queries)
+    class_ids = getattr(frames, "class_ids", None) or range(1, len(names) + 1)
+    comments = [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"]
+    output = Output(args, config["up"], class_ids, class_names, queries, partial(Scores, len(names), False), comments)
     options = dict(num_points=sys.maxsize, image_size=(height, width))
 
     def label(frames):
+        answer = partial(ask_batch, fusion, up=config["up"], queries=queries)
         prepared = PreparedFrames(upright(frames, config["up"]), options, collate_one)
-        return label_frames(answer, prepared, queries, **parallel)
+        return label_frames(answer, prepared, queries, **use_cores(args.workers, device))
 
-    parallel = use_cores(args.workers, device)
-    start = time.perf_counter()
     predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
-    scores = {}
-    if output.points.semantics.confusion.any():
-        scores = {"every pixel": output.points.compute(), "merged scenes": output.merged.compute()}
-        print(format_metrics(scores["merged scenes"], class_names))
-    return write_summary(args, config, frames, None, output, time.perf_counter() - start, scores)
+    return write_summary(args, config, frames, None, output)
 
 
 def main(argv=None, tower=None):
@@ -872,21 +814,16 @@ def main(argv=None, tower=None):
     frames, scans = open_source(args, config, classes, class_names)
     warn_of_faults(args, frames, config["up"])
     queries = open_queries(args, model, config)
-    class_ids = write_classes(args.out / "classes.txt", config["class_ids"], class_names)
     comments = [f"checkpoint {args.checkpoint}"]
-    comments += [f"class {key} {name}" for key, name in zip(class_ids, class_names)]
+    comments += [f"class {key} {name}" for key, name in zip(config["class_ids"], class_names)]
     new_scores = partial(Scores, len(class_names), model.decoder is not None, config["min_instance_points"])
-    output = Output(args, config["up"], class_ids, class_names, queries, new_scores, comments)
-
-    start = time.perf_counter()
+    output = Output(args, config["up"], config["class_ids"], class_names, queries, new_scores, comments)
     if scans is not None:
         predict_scans(model, scans, frames, config, queries, output, ids)
     else:
         label = partial(predict_frames, model, config=config, queries=queries, **use_cores(args.workers, device))
         predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
-    seconds = time.perf_counter() - start
-    scores = score_all(model, config, frames, scans, output, args.cache)
-    return write_summary(args, config, frames, scans, output, seconds, scores)
+    return write_summary(args, config, frames, scans, output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import re
 import numpy as np
 import torch
 
+PAGES = os.sysconf("SC_PHYS_PAGES")  # of the machine's memory
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 ONE = 2 ** 14    # 1 in fixed point: int32 holds 131,071 votes
 OVERLAP = 0.5    # of two instances that join
 HALF = 2 ** 20   # cells of the grid from the origin to its end, along each axis
@@ -36,7 +38,7 @@ class SceneMerger:
     def __init__(self, num_classes, voxel_size):
         self.num_classes = num_classes
         self.voxel_size = voxel_size             # meters
-        self.max_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        self.max_bytes = PAGES * PAGE_BYTES // 2
         self.keys = np.empty(0, np.int64)        # (M,) sorted, one per voxel
         self.rows = np.empty(0, np.int64)        # (M,) its row in the tables, which have free rows at their end
         self.sums = None                         # F columns of int32, see `voxel_means`
@@ -67,7 +69,9 @@ class SceneMerger:
         vote(self.truth, rows, code)
         if "instances" in result:
             instances = result["instances"].numpy()[first]
-            self.add_instances(rows, instances, result["instance_labels"].numpy(), result["scores"].numpy())
+            labels = result["instance_labels"].numpy()
+            scores = result["scores"].numpy()
+            self.add_instances(rows, instances, labels, scores)
 
     def find_rows(self, keys, width):
         """Row of each voxel in the tables; new voxels get the next free ones."""
@@ -79,8 +83,8 @@ class SceneMerger:
         total = count + is_new.sum()
         bytes_each = 4 * width + 6 * 8 + CLOUD_BYTES
         if total * bytes_each > self.max_bytes:
-            raise ValueError(f"{total:,} voxels of {self.voxel_size:.3g} m, {bytes_each} bytes each, are more than half "
-                             "of the memory: merge larger voxels, or fewer frames at once")
+            raise ValueError(f"{total:,} voxels of {self.voxel_size:.3g} m, {bytes_each} bytes each, are more "
+                             "than half of the memory: merge larger voxels, or fewer frames at once")
         place = place[is_new]
         self.keys = np.insert(self.keys, place, keys[is_new])
         self.rows = np.insert(self.rows, place, np.arange(count, total))
@@ -146,7 +150,8 @@ class SceneMerger:
         """The rows of `cloud` for some voxels. number: of each instance of the scene in the cloud, or -1."""
         sums = self.sums[rows]
         limits = [3, 6, 7, 7 + self.num_classes, -1]
-        offset, colors, gate, likely, cosines, _ = np.split(sums / sums[:, -1:], limits, 1)
+        means = sums / sums[:, -1:]
+        offset, colors, gate, likely, cosines, _ = np.split(means, limits, 1)
         cell = keys[:, None] // STRIDES % (2 * HALF) - HALF
         truth = self.truth[rows, 0]
         part = {
@@ -168,14 +173,15 @@ def with_room(table, size, fill):
     """A table with at least `size` rows, new ones filled; it grows by half, so that few frames copy it."""
     if size <= len(table):
         return table
-    more = np.empty((max(size - len(table), len(table) // 2), table.shape[1]), table.dtype)
-    more[:] = fill
+    extra = max(size - len(table), len(table) // 2)
+    more = np.full((extra, table.shape[1]), fill, table.dtype)
     return np.concatenate([table, more])
 
 
 def voxel_means(result, offset, voxel):
     """Means of offset, color, gate, probabilities, cosines and 1 over the points of each voxel: (m, F)."""
-    columns = [torch.from_numpy(offset), result["colors"], result["gate"][:, None], result["probabilities"]]
+    columns = [torch.from_numpy(offset), result["colors"], result["gate"][:, None]]
+    columns.append(result["probabilities"])
     if "cosines" in result:
         columns.append(result["cosines"])
     columns.append(torch.ones(len(offset), 1))
