@@ -62,7 +62,7 @@ from support.visualize import clouds, heat_image, label_colors
 
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
-MAX_POINTS = 2 ** 20  # of a scan that the network sees at once, in some 3 GB
+MAX_POINTS = 2 ** 20  # of a scan that the network sees at once, in some 8 GB
 
 # ------------------------------------------------------------------------------------------- one sample
 
@@ -101,7 +101,9 @@ def preparation(model, config):
 
 
 def fuse_draws(fusion, batch, names=("feat_fusion",)):
-    """Named outputs of `fusion` for a batch of `prepare`, its images encoded -> {name: (N, C)}, gate (N,)."""
+    """Named outputs of `fusion` for a batch of `prepare` with encoded images -> {name: (N, C)}, gate
+    (N,).
+    """
     n = len(batch["points"])
     feats = {}
     gate = batch["points"].new_empty(n, dtype=torch.float32)
@@ -175,7 +177,7 @@ def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SC
 
 @torch.no_grad()
 def ask_batch(fusion, batch, up, queries):
-    """CLIP's own answers for all points of one sample, as of `predict_batch`, without a trained network.
+    """CLIP's own answers for all points of one sample, as of `predict_batch`, without a training.
 
     fusion: a BiFusionEncoder whose tower has dense features. Each query is a class. gate: whether a
     view sees it.
@@ -212,7 +214,7 @@ def sample_options(model, config):
 
 
 class PreparedFrames(Dataset):
-    """Of each frame name, shape of the depth image, flat depth pixel of each point, and the batch of `prepare`.
+    """Of each frame: name, shape of the depth image, flat depth pixel of each point, batch of `prepare`.
 
     The batch is None if no pixel has known depth. options: of a PointDataset.
     """
@@ -260,10 +262,10 @@ def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabi
     ahead with the network. A result holds "name", and of the depth image's size: "labels" (Hd, Wd)
     int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the best first, if the
     model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries" (Hd, Wd, Q) float32,
-    the probability of every query. Pixels of unknown depth, and those outside the color image, hold -1
-    (probabilities and queries: 0). "scores" and "instance_labels" are lists with one entry per
-    instance. "points" is the result of `predict_batch`; None for a frame without any depth, which
-    holds nothing else but "labels".
+    the probability of every query, and then also "colors" (Hd, Wd, 3). Pixels of unknown depth, and
+    those outside the color image, hold -1 (probabilities and queries: 0). "scores" and
+    "instance_labels" are lists with one entry per instance. "points" is the result of `predict_batch`;
+    None for a frame without any depth, which holds nothing else but "labels".
     """
     answer = partial(predict_batch, model, config=config, queries=queries, instance_score=instance_score)
     options = sample_options(model, config)
@@ -334,12 +336,15 @@ def predict_scans(model, scans, frames, config, queries, output, ids):
             part = {key: value[rows] if key in PER_POINT else value for key, value in sample.items()}
             result = predict_batch(model, prepare_sample(part), config, queries)
             result["confidence"] = result.pop("probabilities").amax(1)
+            if ids is None:
+                result.pop("scene", None)  # its masks would fill the memory
             results.append(result)
         output.add_scan(name, results[0] if len(tiles) == 1 else join_tiles(results, tiles), ids)
 
 
 def split_into_tiles(points, most):
-    """Points (N, 3) -> rows of tiles: halves across the longer horizontal side, down to `most` points."""
+    """Points (N, 3) -> rows of tiles: halves across the longer horizontal side down to `most` points.
+    """
     tiles = [torch.arange(len(points))]
     while len(tiles[0]) > most:  # the largest
         halves = []
@@ -352,7 +357,7 @@ def split_into_tiles(points, most):
 
 
 def join_tiles(results, tiles):
-    """The results of `predict_batch` for tiles -> one. An object that a seam cuts becomes two instances."""
+    """The results of `predict_batch` for tiles -> one. An object that a seam cuts is two instances."""
     order = torch.cat(tiles)
     joined = {"camera_height": results[0]["camera_height"]}
     if "instances" in results[0]:
@@ -362,7 +367,7 @@ def join_tiles(results, tiles):
             shift += len(result["scores"])
         for key in ("scores", "instance_labels"):
             joined[key] = torch.cat([result[key] for result in results])
-    for key in results[0].keys() - joined.keys() - {"scene"}:
+    for key in results[0].keys() - joined.keys():
         values = torch.cat([result.pop(key) for result in results])
         joined[key] = torch.empty_like(values).index_copy_(0, order, values)
     return joined
@@ -372,7 +377,7 @@ def join_tiles(results, tiles):
 
 
 def write_frame(folder, stem, result, class_ids, query_names=()):
-    """Writes label/<stem>.png, instance/<stem>.png and .txt, and query/<stem>.png, see docs/predict.md."""
+    """Writes label/<stem>.png, instance/<stem>.png and .txt, query/<stem>.png: see docs/predict.md."""
     def save(kind, image):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / kind / f"{stem}.png")
@@ -406,33 +411,36 @@ def parse_args(argv=None):
     parser = Parser("predict.py", "Labels every pixel of known depth and merges the frames of a scene.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="of train.py; not given: CLIP alone answers --text")
-    add("--data", required=True, help="folder in ScanNet's exported 2D layout, labeled or not, of frame-* "
-        "files with --intrinsics, or of a capture; or 'rooms' (built in)")
+    add("--data", required=True, help="folder in ScanNet's exported 2D layout, labeled or not, of "
+        "frame-* files with --intrinsics, or of a capture; or 'rooms' (built in)")
     add("--out", required=True, type=Path, help="folder to write into")
     add("--split", help="file with one scene or scene/frame per line; not given: everything")
-    add("--classes", help="class list of the data, one 'id name' pair per line; not given: classes.txt in "
-        "the folder, else that of the training")
+    add("--classes", help="class list of the data, one 'id name' pair per line; not given: "
+        "classes.txt in the folder, else that of the training")
     add("--label-map", help="as in train.py; not given: as in training, if its class list is used")
     add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
     add("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of color, if no file tells")
     add("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies there decides")
     add("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
     add("--depth-scale", type=positive_float, help="units per meter of a capture, if no file tells")
-    add("--up", type=checked_by(up_rotation), help="axis that points up; not given: as in training, or z")
+    add("--up", type=checked_by(up_rotation), help="axis that points up; not given: as in training, "
+        "or z")
     add("--text", help="queries: \"chair, red sofa | couch\"; | separates names of one query")
-    add("--text-from", choices=SOURCES, default="clip", help="what the text is compared with: CLIP's dense "
-        "features; fused or 3D ones of the network, if its consistency loss was on; mean of clip and fused")
+    add("--text-from", choices=SOURCES, default="clip", help="what the text is compared with: "
+        "CLIP's dense features; fused or 3D ones of the network, if its consistency loss was on; "
+        "mean of clip and fused")
     add("--attention", choices=ATTENTIONS, help="of CLIP's dense features; not given: naclip")
     add("--clip-model", help="without a checkpoint: of open_clip; not given: ViT-B-16")
-    add("--image-size", type=image_size, help="without a checkpoint: height,width that CLIP sees; not "
-        "given: the whole patches nearest to 240,320")
-    add("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where they lay in "
-        "training; without a checkpoint also an open_clip tag, openai if not given")
-    add("--cloud-voxel", type=positive_float, help="meters, of merged clouds; not given: two pixels of a "
-        "scene's median depth, from 0.002 to 0.02")
+    add("--image-size", type=image_size, help="without a checkpoint: height,width that CLIP sees; "
+        "not given: the whole patches nearest to 240,320")
+    add("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where they "
+        "lay in training; without a checkpoint also an open_clip tag, openai if not given")
+    add("--cloud-voxel", type=positive_float, help="meters, of merged clouds; not given: two pixels "
+        "of a scene's median depth, from 0.002 to 0.02")
     add("--tensorboard", action="store_true", help="also show the clouds: tensorboard --logdir OUT")
     add("--submission", choices=("scannet20", "scannet200"), help="write its files; needs --scans")
-    add("--workers", type=nonnegative_int, help="that read frames; not given: one per two cores, up to 8")
+    add("--workers", type=nonnegative_int, help="that read frames; not given: one per two cores, up "
+        "to 8")
     add("--device", help="not given: cuda if there is one, else cpu")
     add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -443,16 +451,16 @@ def parse_args(argv=None):
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
     asks = args.text or args.checkpoint is None and args.classes
-    if not asks and (args.text_from != "clip" or args.attention):
+    if args.checkpoint and not asks and (args.text_from != "clip" or args.attention):
         parser.error("--text-from and --attention need --text")
     if args.checkpoint and (args.clip_model or args.image_size):
-        parser.error("--clip-model and --image-size are those of the training, if there is a checkpoint")
-    if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
-        parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")
+        parser.error("with a checkpoint, --clip-model and --image-size are those of the training")
+    if args.checkpoint is None and (args.scans or args.text_from != "clip" or not asks):
+        parser.error("without a checkpoint CLIP alone answers --text or --classes, and only in frames")
     out = args.out.resolve()
     for option, folder in (("--data", args.data), ("--scans", args.scans)):
-        if folder is not None and (out == Path(folder).resolve() or out in Path(folder).resolve().parents):
-            parser.error(f"--out {args.out} is or holds {option} {folder}: nothing is written among the data")
+        if folder is not None and Path(folder).resolve().is_relative_to(out):
+            parser.error(f"--out {args.out} is or holds {option} {folder}: nothing is written among data")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         parser.error(f"--out {args.out}: {existing} is not a folder that can be written to")
@@ -460,7 +468,7 @@ def parse_args(argv=None):
 
 
 def find_classes(args, config, class_names):
-    """The class list {id: name} of the data in the network's order; None if there is none of its classes.
+    """The class list {id: name} of the data in the network's order, None if it has other classes.
 
     Sets args.label_map to the training's if its class list is used.
     """
@@ -484,15 +492,15 @@ def find_classes(args, config, class_names):
         if bool(args.scans) == bool(config["scans"]):
             args.label_map = config["label_map"]
         elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
-            print(f"{path}: its ids may be others here than in training, so labels of the data are not read; "
-                  "give --classes, and --label-map if they need it")
+            print(f"{path}: its ids may be others here than in training, so labels of the data are not "
+                  "read; give --classes, and --label-map if they need it")
             return None
     place = {name: i for i, name in enumerate(class_names)}
     return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
 
 
 def open_source(args, config, classes, class_names=None):
-    """What --data and --scans name -> frames, and scans or None. Labels are read if there are classes."""
+    """What --data and --scans name -> frames, scans or None. Labels are read if there are classes."""
     labels = None if classes is not None else False
     scans = None
     if args.scans:
@@ -502,13 +510,14 @@ def open_source(args, config, classes, class_names=None):
         val_rooms = config.get("val_rooms", -(-config["rooms"] * 3 // 8))  # older checkpoints do not say
         rooms = val_rooms, config["frames_per_room"]
         split = "val" if args.data == "rooms" else args.split
-        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms,
-                             format=args.format, pose=args.pose, depth_scale=args.depth_scale)
+        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels,
+                             rooms=rooms, format=args.format, pose=args.pose, depth_scale=args.depth_scale)
         if hasattr(frames, "description"):
             print(frames.description)
     names = (scans or frames).class_names
     if class_names and names and list(names) != class_names:
-        raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")
+        raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of "
+                         f"{args.checkpoint}")
     return frames, scans
 
 
@@ -526,7 +535,7 @@ def open_queries(args, model, config):
     elif args.text_from != "clip":
         state = read_checkpoint(args.checkpoint)
         for reason in text_doubts(config, state["epoch"] - (state["next_step"] == 0)):
-            warn(f"--text-from {args.text_from}: {reason}, so the network's features hardly answer to text")
+            warn(f"--text-from {args.text_from}: {reason}, so these features hardly answer to text")
     queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention)
     say_queries(queries)
     return queries
@@ -539,8 +548,9 @@ def text_doubts(config, last_epoch):
     reasons = []
     if config["clip_target"] != "point":
         reasons.append(f"its consistency loss had --clip-target {config['clip_target']} and not point")
-    if last_epoch <= config["clip_warmup"][-1]:
-        reasons.append(f"the training ended with epoch {last_epoch}, within --clip-warmup {config['clip_warmup'][-1]}")
+    end = config["clip_warmup"][-1]
+    if last_epoch <= end:
+        reasons.append(f"the training ended with epoch {last_epoch}, within --clip-warmup, which lasts to {end}")
     return reasons
 
 
@@ -634,10 +644,11 @@ class Output:
         entry = {"points": len(cloud["labels"]), "instances": []}
         if "instances" in cloud:
             scalars["instance"] = cloud["instances"] + 1
-            sizes = np.bincount(cloud["instances"] + 1, minlength=len(cloud["scores"]) + 1)[1:].tolist()
-            for i, (label, score) in enumerate(zip(cloud["instance_labels"], cloud["scores"].tolist())):
-                entry["instances"].append({"id": i + 1, "class": self.class_names[label], "points": sizes[i],
-                                           "confidence": score})
+            sizes = np.bincount(scalars["instance"], minlength=len(cloud["scores"]) + 1)
+            found = zip(cloud["instance_labels"], sizes[1:].tolist(), cloud["scores"].tolist())
+            for number, (label, size, score) in enumerate(found, 1):
+                instance = {"id": number, "class": self.class_names[label], "points": size, "confidence": score}
+                entry["instances"].append(instance)
         if self.queries is not None:
             scalars |= dict(zip(field_names(self.queries.names), cloud["queries"].T))
         painted = label_colors(torch.as_tensor(cloud["labels"])).numpy()
@@ -668,27 +679,22 @@ class Output:
 
     def add_scan(self, name, points, ids):
         """The files of a scan, a result of `predict_batch`; ids: of a benchmark, or None."""
-        cloud = to_numpy(points)
+        cloud = {key: value.numpy() for key, value in points.items() if key != "scene"}
         if self.queries is not None:
-            cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
+            cloud["queries"] = self.queries.probabilities(points["cosines"]).numpy()
         self.add_cloud(name, cloud, float(points["camera_height"]))
         self.score(self.points, points)
         if ids is not None:
-            scene = to_numpy(points["scene"]) if "scene" in points else None
-            write_submission(self.folder / "submission", name, cloud["labels"], scene, ids)
+            scene = {key: value.cpu().numpy() for key, value in points.get("scene", {}).items()}
+            write_submission(self.folder / "submission", name, cloud["labels"], scene or None, ids)
 
 
 def use_cores(workers, device):
-    """Options of `label_frames`. On a CPU two frames share the cores, so that each hides what the other waits for."""
+    """Options of `label_frames`: on a CPU two frames share the cores, each with half of the threads."""
     cores = torch.get_num_threads()
     threads = 1 if device.type == "cuda" else min(2, cores)
     torch.set_num_threads(cores // threads)
     return {"workers": max(1, min(8, cores // 2)) if workers is None else workers, "threads": threads}
-
-
-def to_numpy(values):
-    """The tensors of a dict as arrays."""
-    return {key: value.cpu().numpy() for key, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def predict_scenes(label, frames, config, queries, output, voxel_size):
@@ -716,7 +722,8 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
 def write_summary(args, config, frames, scans, output):
     """Prints scores, writes summary.json and says what was done; returns its content."""
     seconds = time.perf_counter() - output.start
-    kind, count, pieces = ("frame", len(frames), "pixel") if scans is None else ("scan", len(scans), "vertex")
+    kind, piece = ("frame", "pixel") if scans is None else ("scan", "vertex")
+    count = len(frames if scans is None else scans)
     total = int(output.counts.sum())
     share = output.counts / max(total, 1)
     skipped = getattr(frames, "num_skipped", 0)
@@ -729,7 +736,7 @@ def write_summary(args, config, frames, scans, output):
         "seconds": seconds, f"seconds_per_{kind}": seconds / count,
         "points": total, "share_of_points": dict(zip(output.class_names, share.tolist())),
         "queries": None if output.queries is None else output.queries.described(),
-        "scores": print_scores(output, f"every {pieces}"),
+        "scores": print_scores(output, f"every {piece}"),
         "scenes": output.scenes}
     summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -739,7 +746,7 @@ def write_summary(args, config, frames, scans, output):
 
 
 def print_scores(output, whole):
-    """Prints scores -> {which points: metrics}, empty without true labels. whole: names the first points."""
+    """Prints scores -> {which points: metrics}, empty without truth. whole: the name of the first."""
     if not output.points.semantics.confusion.any():
         return {}
     scores = {whole: output.points.compute()}
@@ -757,11 +764,11 @@ def open_tower(args):
     name = args.clip_model or "ViT-B-16"
     patch = read_config(name)["model_cfg"]["vision_cfg"].get("patch_size")
     if not patch:
-        raise ValueError(f"--clip-model {name} has no dense features that answer to text; open_clip's own vision "
-                         "transformers have, such as ViT-B-16")
+        raise ValueError(f"--clip-model {name} has no dense features that answer to text; open_clip's own "
+                         "vision transformers have, such as ViT-B-16")
     whole = tuple(round(side / patch) * patch for side in (240, 320))
-    pretrained = args.clip_pretrained or "openai"
-    return Enhanced2DEncoder(name, None if pretrained == "none" else pretrained, image_size=args.image_size or whole)
+    pretrained = None if args.clip_pretrained == "none" else args.clip_pretrained or "openai"
+    return Enhanced2DEncoder(name, pretrained, image_size=args.image_size or whole)
 
 
 def ask(args, device, tower=None):
@@ -782,13 +789,14 @@ def ask(args, device, tower=None):
     names = parse_queries(args.text) if args.text else [[name] for name in frames.class_names]
     class_names = [first for first, *_ in names]
     if args.classes and class_names != frames.class_names:
-        raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of them, or "
-                         "the same names in the same order, with synonyms")
+        raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of "
+                         "them, or the same names in the same order, with synonyms")
     queries = TextQueries(fusion.encoder_2d, names, attention=args.attention)
     say_queries(queries)
     class_ids = getattr(frames, "class_ids", None) or range(1, len(names) + 1)
     comments = [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"]
-    output = Output(args, config["up"], class_ids, class_names, queries, partial(Scores, len(names), False), comments)
+    new_scores = partial(Scores, len(names), False)
+    output = Output(args, config["up"], class_ids, class_names, queries, new_scores, comments)
     options = dict(num_points=sys.maxsize, image_size=(height, width))
 
     def label(frames):

@@ -77,7 +77,8 @@ def test_models_without_dense_features_are_refused_before_weights_are_loaded(nam
 @pytest.mark.parametrize("options, message", [
     (["x.pt", "--clip-model", TOWER], "those of the training"), (["x.pt", "--image-size", "64,96"], "those of the training"),
     ([], "--text or --classes"), (["--text", "a", "--scans", "s"], "--text or --classes"),
-    (["--text", "a", "--text-from", "fused"], "--text or --classes"), (["--attention", "identity"], "need --text")])
+    (["--text", "a", "--text-from", "fused"], "--text or --classes"),
+    (["--attention", "identity"], "--text or --classes"), (["x.pt", "--attention", "identity"], "need --text")])
 def test_what_clip_alone_cannot_answer_is_said(options, message, capsys):
     with pytest.raises(SystemExit):
         predict.parse_args(["--data", "d", "--out", "o", *options])
