@@ -216,7 +216,7 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
-def load_model(path, device=None, clip_pretrained=None, tower=None):
+def load_model(path, device=None, clip_pretrained=None, tower=None, tower_pretrained=None):
     """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a
     dict).
 
@@ -228,6 +228,7 @@ def load_model(path, device=None, clip_pretrained=None, tower=None):
     state = read_checkpoint(path)
     config = state["config"]
     config["clip_pretrained"] = clip_pretrained or config["clip_pretrained"]
+    config["tower_pretrained"] = tower_pretrained or config.get("tower_pretrained")
     for text in state["warnings"]:
         warnings.warn(f"{path}: {text}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
