@@ -221,7 +221,8 @@ def load_model(path, device=None, clip_pretrained=None, tower=None, tower_pretra
     dict).
 
     device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint:
-    they are loaded as in training, or from clip_pretrained, if their file lies elsewhere now. tower: an
+    they are loaded as in training, or from clip_pretrained, if their file lies elsewhere now; those of
+    --tower likewise, from tower_pretrained. tower: an
     image encoder of your own that it was trained with. Raises FileNotFoundError or ValueError, with the
     path, if a file is missing, damaged, or belongs to another tower.
     """

@@ -176,6 +176,9 @@ def test_a_timm_tower_trains_from_the_cache_and_resumes_and_predicts(small_model
     queries = TextQueries(model.fusion.encoder_2d, "chair")
     result, = predict_frames(model, RoomFrames("val", 1, 1, size=(60, 80)), config, queries=queries)
     assert 0 <= result["labels"].max() < len(class_names) and result["queries"].any()
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "others.pt")
+    with pytest.raises(ValueError, match="clip_fingerprint differs"):
+        load_model(path, "cpu", tower_pretrained=str(tmp_path / "others.pt"))
 
 
 def test_weights_of_a_timm_tower_come_from_a_file_and_what_does_not_fit_is_named(tmp_path):
