@@ -217,14 +217,12 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
 
 
 def load_model(path, device=None, clip_pretrained=None, tower=None, tower_pretrained=None):
-    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a
-    dict).
+    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run).
 
-    device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint:
-    they are loaded as in training, or from clip_pretrained, if their file lies elsewhere now; those of
-    --tower likewise, from tower_pretrained. tower: an
-    image encoder of your own that it was trained with. Raises FileNotFoundError or ValueError, with the
-    path, if a file is missing, damaged, or belongs to another tower.
+    device: default cuda if there is one, else cpu. Frozen weights are not part of a checkpoint: they are
+    loaded as in training, or from clip_pretrained and tower_pretrained, if their files lie elsewhere
+    now. tower: an image encoder of your own that it was trained with. Raises FileNotFoundError or
+    ValueError, with the path, if a file is missing, damaged, or belongs to another tower.
     """
     state = read_checkpoint(path)
     config = state["config"]
