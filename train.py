@@ -115,6 +115,10 @@ def build_parser():
     add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP "
         "weights from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag "
         "that has it; needed if the tags of the model disagree")
+    add("--tower", metavar="timm:NAME", help="fuse the patch tokens of a timm vision transformer instead "
+        "of CLIP's, which stays the target of the CLIP loss and answers to text; see docs/towers.md")
+    add("--tower-pretrained", metavar="FILE", help="weights of --tower, or 'none': random; not given: "
+        "timm's download")
     add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to "
         "train; 0: frozen")
 
@@ -223,6 +227,10 @@ def check_options(args, error):
         error("--label-map belongs to scans and exported frames, and --data is rooms")
     if args.drop_path and not (args.backbone or "").startswith("volt-"):
         error("--drop-path is for --backbone volt-small, volt-small-plain or volt-base")
+    if args.tower and (args.no_clip or args.clip_blocks):
+        error("--tower fuses other features than CLIP's: give neither --no-clip nor --clip-blocks")
+    if args.tower_pretrained and not args.tower:
+        error("--tower-pretrained holds the weights of --tower, which is not given")
     if args.normals and args.colors == "ones":
         error("--colors ones hides all features of a point, its normal, too: give no --normals")
     if args.init_3d and (args.resume or args.eval):
@@ -357,6 +365,8 @@ def open_tower(args, config, log_warning):
     """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot
     be had.
     """
+    if args.tower_pretrained == "none" and not (args.resume or args.eval):
+        log_warning(f"--tower {args.tower} IS RANDOMLY INITIALISED: good for trying things out, not for results.")
     try:
         return build_tower(config)
     except FileNotFoundError as error:
