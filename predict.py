@@ -96,7 +96,7 @@ def preparation(model, config):
     """`prepare` as a function of a sample, for a Segmenter and the options that it was trained with."""
     return partial(prepare, batch_options=model.batch_options(training=False),
                    num_points=config["num_points"], num_views=config["num_views"],
-                   at_once=8 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
+                   at_once=4 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
                    plan=getattr(model.fusion.encoder_3d, "plan", None))
 
 
@@ -176,13 +176,15 @@ def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SC
 
 
 @torch.no_grad()
-def ask_batch(fusion, batch, up, queries):
+def ask_batch(fusion, batch, up, queries, are_classes):
     """CLIP's own answers for all points of one sample, as of `predict_batch`, without a training.
 
-    fusion: a BiFusionEncoder whose tower has dense features. Each query is a class. gate: whether a
-    view sees it.
+    fusion: a BiFusionEncoder whose tower has dense features. Each query is a class; without are_classes
+    they are not those of the data's labels, which are left out. The gate says whether a view sees a point.
     """
     result = known_fields(batch, up)
+    if not are_classes:
+        result["truth"] = torch.full_like(result["truth"], -1)
     batch = to_device(batch, queries.embedding.device)
     *_, dense = queries.encode(fusion.encoder_2d, batch["images"][0])
     cosines = queries.cosines(fusion, batch, None, dense).cpu()
@@ -557,8 +559,9 @@ def text_doubts(config, last_epoch):
     if max(config["clip_weights"]) == 0:
         return ["the consistency loss had no weight in training"]
     reasons = []
-    if config["clip_target"] != "point":
-        reasons.append(f"its consistency loss had --clip-target {config['clip_target']} and not point")
+    target = config.get("clip_target", "global")  # older checkpoints do not say
+    if target != "point":
+        reasons.append(f"its consistency loss had --clip-target {target} and not point")
     end = config["clip_warmup"][-1]
     if last_epoch <= end:
         reasons.append(f"the training ended with epoch {last_epoch}, within --clip-warmup, which lasts to {end}")
@@ -799,7 +802,8 @@ def ask(args, device, tower=None):
     fusion = BiFusionEncoder(tower, nn.Identity()).to(device).eval()
     names = parse_queries(args.text) if args.text else [[name] for name in frames.class_names]
     class_names = [first for first, *_ in names]
-    if args.classes and class_names != frames.class_names:
+    are_classes = class_names == list(frames.class_names)
+    if args.classes and not are_classes:
         raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of "
                          "them, or the same names in the same order, with synonyms")
     queries = TextQueries(fusion.encoder_2d, names, attention=args.attention,
@@ -812,7 +816,7 @@ def ask(args, device, tower=None):
     options = dict(num_points=sys.maxsize, image_size=(height, width))
 
     def label(frames):
-        answer = partial(ask_batch, fusion, up=config["up"], queries=queries)
+        answer = partial(ask_batch, fusion, up=config["up"], queries=queries, are_classes=are_classes)
         prepared = PreparedFrames(upright(frames, config["up"]), options, collate_one)
         return label_frames(answer, prepared, queries, **use_cores(args.workers, device))
 

@@ -47,6 +47,14 @@ def test_a_class_list_is_asked_for_and_scored(tmp_path):
     assert 0 <= summary["scores"]["every pixel"]["miou"] <= 1
 
 
+def test_labels_of_other_classes_than_the_queries_are_not_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "open_frames", lambda *args, **options: RoomFrames("val", 1, 1, size=(48, 64)))
+    options = ["--data", "rooms", "--out", str(tmp_path / "out"), *CLIP]
+    assert predict.main([*options, "--text", "chair, sofa"])["scores"] == {}
+    names = RoomFrames("val", 1, 1).class_names
+    assert 0 <= predict.main([*options, "--text", ", ".join(names)])["scores"]["every pixel"]["miou"] <= 1
+
+
 @pytest.mark.parametrize("patch, size", [(14, (238, 322)), (16, (240, 320)), (32, (256, 320))])
 def test_clip_sees_whole_patches_nearest_to_240_x_320(patch, size, tmp_path):
     tiny = open_clip.get_model_config(TOWER)

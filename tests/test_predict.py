@@ -16,7 +16,7 @@ import predict
 import train
 from data import PointDataset, up_rotation
 from decoder import paint_instances
-from evaluate import evaluate, format_metrics, ground_truth_ids
+from evaluate import Scores, evaluate, format_metrics, ground_truth_ids
 from helpers import Forked, last_checkpoint, small, write_rooms_as_scannet, write_scannet
 from metrics import evaluate_semantics
 from model import batches_for, load_model
@@ -259,24 +259,43 @@ class OneScan:
         self.result = result
 
 
-def test_a_large_scan_is_predicted_as_if_each_tile_were_a_scan(loaded, frames, monkeypatch):
-    model, _, config = loaded
+@pytest.fixture
+def scan_fields(frames):
+    """Points of two views as vertices, with cubes as superpoints."""
     sample = PointDataset(frames, sys.maxsize, (48, 64), num_views=2)[0]
     points = sample["points"].numpy()
     cubes = np.floor(points / 0.3).astype(int)
-    fields = {"points": points, "colors": sample["features"].numpy(),
-              "superpoints": np.unique(cubes, axis=0, return_inverse=True)[1].reshape(-1)}
+    return {"points": points, "colors": sample["features"].numpy(),
+            "superpoints": np.unique(cubes, axis=0, return_inverse=True)[1].reshape(-1)}
+
+
+def test_a_scan_is_written_as_cloud_and_for_the_benchmark(path, loaded, frames, scan_fields, tmp_path):
+    model, class_names, config = loaded
+    args = predict.parse_args([str(path), "--data", "rooms", "--out", str(tmp_path)])
+    output = predict.Output(args, "z", config["class_ids"], class_names, None, partial(Scores, 16, True), [])
+    predict.predict_scans(model, OneScan(**scan_fields), frames, config, None, output, np.arange(101, 117))
+    labels = read_ply_vertices(tmp_path / "val0000.ply", {"scalar_label": ("f4",)})["scalar_label"]
+    lines = (tmp_path / "submission" / "semantic" / "val0000.txt").read_text().split()
+    assert [int(line) - 100 for line in lines] == labels.tolist() and len(labels) == len(scan_fields["points"])
+    assert (tmp_path / "submission" / "instance" / "val0000.txt").is_file()
+    assert output.counts.sum() == len(labels) and output.scenes["val0000"]["points"] == len(labels)
+
+
+def test_a_large_scan_is_predicted_as_if_each_tile_were_a_scan(loaded, frames, scan_fields, monkeypatch):
+    model, _, config = loaded
+    fields = scan_fields
+    points = torch.from_numpy(fields["points"])
 
     def predicted(rows):
         scan = OneScan(**{key: values[rows] for key, values in fields.items()})
         predict.predict_scans(model, scan, frames, config, None, scan, None)
         return scan.result
 
-    tiles = predict.split_into_tiles(sample["points"], len(points) // 2 + 1)
+    tiles = predict.split_into_tiles(points, len(points) // 2 + 1)
     alone = [predicted(rows.numpy()) for rows in tiles]
     monkeypatch.setattr(predict, "MAX_POINTS", len(points) // 2 + 1)
     tiled = predicted(np.arange(len(points)))
-    assert torch.equal(tiled["points"], sample["points"])
+    assert torch.equal(tiled["points"], points)
     numbers = 0
     for rows, one in zip(tiles, alone, strict=True):
         assert torch.equal(tiled["labels"][rows], one["labels"])
