@@ -96,7 +96,7 @@ def preparation(model, config):
     """`prepare` as a function of a sample, for a Segmenter and the options that it was trained with."""
     return partial(prepare, batch_options=model.batch_options(training=False),
                    num_points=config["num_points"], num_views=config["num_views"],
-                   at_once=4 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
+                   at_once=8 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
                    plan=getattr(model.fusion.encoder_3d, "plan", None))
 
 
