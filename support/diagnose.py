@@ -42,24 +42,23 @@ def every_kth_row(feats, max_rows=2048):
 
 @torch.no_grad()
 def fusion_statistics(out, batch_idx):
-    """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; docs/tensorboard.md
-    explains them.
+    """Scalars about one output of BiFusionEncoder, {tag: 0-d tensor}; docs/tensorboard.md explains them.
 
     batch_idx (N,) int64: the scene of each point. Gate and cosine are means over the points that a view
     sees.
     """
     feats = out["feat_fusion"].float()
     valid = out["valid"]
-    stats = {"effective_rank": effective_rank(every_kth_row(feats))}
+    stats = {"fusion/effective_rank": effective_rank(every_kth_row(feats))}
     if out["clip_global"] is None:
         return stats
     seen = valid.sum().clamp(min=1)
     alpha = out["alpha"].float().mean(1)  # 0 if not valid; a gate may have one value per channel
     mean = alpha.sum() / seen
     cosine = F.cosine_similarity(feats, out["clip_global"].float()[batch_idx])
-    return {**stats, "valid_share": valid.float().mean(), "gate_mean": mean,
-            "gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
-            "clip_cosine": cosine.where(valid, 0).sum() / seen}
+    return {**stats, "fusion/valid_share": valid.float().mean(), "fusion/gate_mean": mean,
+            "fusion/gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
+            "fusion/clip_cosine": cosine.where(valid, 0).sum() / seen}
 
 
 @torch.no_grad()
@@ -233,7 +232,7 @@ class NonFiniteGuard:
     FloatingPointError; each process saves that many steps at most.
     """
 
-    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None,
+    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=0,
                  bad_steps=0):
         self.model, self.folder, self.rank = model, Path(folder), rank
         self.report, self.save, self.gather = report, save, gather
@@ -312,7 +311,7 @@ class NonFiniteGuard:
         text = "\n  ".join([f"{', '.join(batch['name'])}:", *reasons])
         likeliest = min(self.gather(depth))
         if depth == likeliest and self.bad_steps <= MAX_BAD_STEPS:
-            suffix = "" if self.rank is None else f"_rank{self.rank}"
+            suffix = f"_rank{self.rank}" if self.rank else ""
             path = self.folder / f"bad_step_{facts['step']}{suffix}.pt"
             self.save({"model": self.model.state_dict(), "batch": batch, "findings": reasons, **facts}, path)
             text += f"\nrun it again with: python train.py --replay {path}"

@@ -12,6 +12,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -197,13 +198,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_args(self, args=None, namespace=None):
-        """argparse's, which also refuses an empty text, as an unset variable of a script gives it."""
-        words = ["", *(sys.argv[1:] if args is None else args)]
-        for option, word in zip(words, words[1:]):
+    def parse_args(self, args=None, namespace=None, defaults=()):
+        """argparse's, which also refuses an empty text, as an unset variable of a script gives it.
+
+        defaults: {name: value} of an earlier result, which stand in for options that are not given. They are
+        checked like these; others that the parser does not know are ignored.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        for option, word in zip(["", *words], words):
             if word == "" or word.startswith("--") and word.endswith("="):
                 self.error(f"{word.rstrip('=') or option or 'an argument'} is empty")
-        return super().parse_args(args, namespace)
+        known = vars(super().parse_args([])).keys() & defaults if defaults else ()
+        for name in known:
+            value = defaults[name]
+            text = re.sub(r"[][() ]|,\)", "", str(value))
+            if value is not None and value is not False:
+                words.insert(0, f"--{name.replace('_', '-')}" + f"={text}" * (value is not True))
+        return super().parse_args(words, namespace)
 
 
 def number_in(kind, low, high=math.inf, open_low=False):
@@ -267,6 +278,14 @@ def checked_by(check):
             raise argparse.ArgumentTypeError(str(error)) from None
         return text
     return convert
+
+
+def writable_folder(text):
+    """An argparse type: the path of a folder that can be written to or made."""
+    existing = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{existing} is not a folder that can be written to")
+    return text
 
 
 # what an error of torch or of the system says, and what helps

@@ -285,9 +285,8 @@ def test_features_that_cannot_be_kept_are_refused(tmp_path, encode, message):
     assert not entries(cache)
 
 
-def test_the_size_of_the_features_is_compared_with_the_disk_before_the_work(tmp_path, monkeypatch, capsys):
+def test_the_size_of_the_features_is_compared_with_the_disk_before_the_work(tmp_path, monkeypatch):
     build(tmp_path, IMAGES[:4])
-    assert "features of 4 images need 0.00 GiB" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(ValueError, match="6 images need .* GiB, .* has 0.00 GiB left"):
         build(tmp_path)

@@ -67,7 +67,8 @@ def test_no_more_rows_than_allowed_enter_the_rank(n):
 
 # ---------------------------------------------------------------------------------------------- statistics
 
-MEANS = ("valid_share", "gate_mean", "gate_std", "clip_cosine")
+MEANS = ("fusion/valid_share", "fusion/gate_mean", "fusion/gate_std", "fusion/clip_cosine")
+RANK = "fusion/effective_rank"
 
 
 def output(n=500, dtype=torch.float32, share=0.6):
@@ -90,7 +91,7 @@ def test_statistics_are_those_of_plain_formulas_over_the_seen_points(dtype):
     cosine = (feats * target).sum(1) / np.linalg.norm(feats, axis=1) / np.linalg.norm(target, axis=1)
     for name, value in zip(MEANS, (valid.mean(), gates.mean(), gates.std(), cosine[valid].mean())):
         assert stats[name].item() == pytest.approx(value, rel=1e-4), name
-    assert stats.keys() == {*MEANS, "effective_rank"}
+    assert stats.keys() == {*MEANS, RANK}
     assert all(value.dim() == 0 and not value.requires_grad for value in stats.values())
 
 
@@ -99,11 +100,11 @@ def test_an_unseen_point_has_no_influence_whatever_it_holds_and_is_reported_if_n
     changed = {**out, "feat_fusion": out["feat_fusion"].detach().clone()}
     changed["feat_fusion"][~out["valid"]] = math.nan
     own, other = (diagnose.fusion_statistics(o, batch_idx) for o in (out, changed))
-    assert all(own[name] == other[name] for name in MEANS) and other["effective_rank"].isnan()
+    assert all(own[name] == other[name] for name in MEANS) and other[RANK].isnan()
     nothing_seen = diagnose.fusion_statistics(*output(share=-1))
-    assert all(nothing_seen[name] == 0 for name in MEANS) and nothing_seen["effective_rank"].isfinite()
+    assert all(nothing_seen[name] == 0 for name in MEANS) and nothing_seen[RANK].isfinite()
     baseline = diagnose.fusion_statistics({**out, "clip_global": None}, batch_idx)
-    assert baseline.keys() == {"effective_rank"}
+    assert baseline.keys() == {RANK}
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 50])
@@ -368,7 +369,7 @@ def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, mon
 
 def test_the_fp16_scaler_may_search_for_its_scale_without_an_alarm(tmp_path, monkeypatch, capsys):
     first_scale(monkeypatch, 2.0 ** 20)
-    train.main(small(tmp_path, RUN, "--epochs 5 --eval-every 5", FP16))
+    train.main(small(tmp_path, RUN, "--epochs 5", FP16))
     state = checkpoint(tmp_path)
     assert state["bad_steps"] == 0 and 2 <= state["skipped_steps"] < 10 == state["step"]
     assert not saved_steps(tmp_path) and "is not finite" not in capsys.readouterr().out

@@ -97,13 +97,11 @@ def test_only_the_last_checkpoint_of_a_run_goes_on_in_its_folder(tmp_path):
     run.mkdir()
     for name in ("last.pt", "best.pt"):
         (run / name).touch()
-    assert not checkpoint.goes_on_in_place(run / "last.pt")  # a copy: the folder is not a run's
+    assert checkpoint.lock_in_place(run / "last.pt") is None  # a copy: the folder is not a run's
     checkpoint.lock_folder(run).close()
-    assert checkpoint.goes_on_in_place(run / "last.pt")
-    assert not checkpoint.goes_on_in_place(run / "best.pt") and not checkpoint.goes_on_in_place(None)
-    folder, lock = checkpoint.run_folder(run / "best.pt", tmp_path / "new")
-    lock.close()
-    assert folder == tmp_path / "new" and {path.name for path in run.iterdir()} == {"last.pt", "best.pt", "lock"}
+    checkpoint.lock_in_place(run / "last.pt").close()
+    assert checkpoint.lock_in_place(run / "best.pt") is None and checkpoint.lock_in_place(None) is None
+    assert {path.name for path in run.iterdir()} == {"last.pt", "best.pt", "lock"}
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_warns(tmp_path, monkeypatch):
