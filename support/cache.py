@@ -205,8 +205,7 @@ class FeatureCache:
         return {**self.__dict__, "encode": None}
 
     def get(self, image):
-        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without batch
-        dimension.
+        """Image (H, W, 3) uint8 -> what `encode` gave for it, float16 tensors without batch dimension.
 
         An image without a whole entry is encoded now. ValueError in a loader's worker, which cannot.
         """

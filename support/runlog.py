@@ -117,10 +117,9 @@ class RunLog:
                 self.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm())
 
     def write(self, latest):
-        """Writes the averages of the window and `latest`, {name: value of this step alone}, and begins
-        a new window.
+        """Writes the averages of the window, {name: float}, and `latest`, values of this step alone.
 
-        Every process must call it. Returns the averages as {name: float}.
+        Begins a new window and returns the averages. Every process must call it.
         """
         means = [torch.stack(values).float().mean() for values in self.window.values()]
         values = self.mean_over_processes(torch.stack(means)).tolist()  # one copy to the host
@@ -156,9 +155,7 @@ class RunLog:
                 self.call("add_image", tag, image, self.step)
 
     def add_clouds(self, clouds):
-        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}. What a tag shows already is not
-        written again.
-        """
+        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}, as `add_images`."""
         for tag, (points, colors) in clouds.items():
             if len(points) == 0:
                 continue
@@ -187,9 +184,7 @@ def peak_memory_gib(device):
 
 
 def mesh_scene(points):
-    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares that
-    close gaps.
-    """
+    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares."""
     low, high = points.min(0), points.max(0)
     extent = high - low
     centre = (low + high) / 2

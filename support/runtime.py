@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a command needs of its process: signals, loader workers, device settings, and errors of one
-line.
+"""What a command needs of its process: signals, loader workers, device settings, errors of one line.
 
     if __name__ == "__main__":
         run_command(main)
@@ -39,9 +38,7 @@ class StopRequest:
         self.armed = False
 
     def install(self):
-        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so.
-        Returns itself.
-        """
+        """Begins to listen, but not to signals that are ignored, as nohup does -> itself."""
         for name in STOP_SIGNALS:
             number = getattr(signal, name)
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -57,12 +54,11 @@ class StopRequest:
 
 
 def init_worker(worker_id):
-    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the
-    run to stop.
+    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal to stop.
 
-    Schedulers and terminals signal every process of a job. If the workers ended at once, the training
-    process could not finish its step. On Linux a worker is killed when its process ends, however that
-    ends: with a full pipe it would otherwise wait forever for somebody to read it.
+    Schedulers and terminals signal every process of a job, and without workers the training could not
+    finish its step. On Linux a worker is killed when its process ends, however that ends: with a full
+    pipe it would otherwise wait forever for somebody to read it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -250,9 +246,7 @@ def list_of(convert):
 
 
 def mean_std(text):
-    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as
-    it is.
-    """
+    """An argparse type: six numbers "m,m,m,s,s,s" -> ((m, m, m), (s, s, s)); a tag stays as it is."""
     if "," not in text:
         return text
     numbers = list_of(float)(text)
