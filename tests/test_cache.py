@@ -406,3 +406,26 @@ def test_no_worker_outlives_a_killed_build(tmp_path):
         os.kill(worker, signal.SIGKILL)
     assert process.exitcode == -signal.SIGKILL
     assert not survived
+
+
+def start_late(pipe):
+    while os.getppid() == multiprocessing.parent_process().pid:
+        time.sleep(0.01)
+    init_worker(0)
+    pipe.send("alive")
+
+
+def leave_a_late_worker(pipe):
+    FORK.Process(target=start_late, args=(pipe,)).start()
+    os._exit(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_whose_process_ended_while_it_started_ends_too():
+    mine, theirs = FORK.Pipe()
+    process = FORK.Process(target=leave_a_late_worker, args=(theirs,))
+    process.start()
+    theirs.close()
+    process.join()
+    with pytest.raises(EOFError):
+        mine.recv()
