@@ -45,12 +45,13 @@ def new_folder(path):
 
 
 def lock_in_place(path):
-    """The lock on the folder of a checkpoint in which a run goes on, or None for another path, and for None.
+    """The lock on the folder of a checkpoint if a run goes on in it, else None; also for no path.
 
     A run goes on in place from its last.pt alone, so that nothing else is written over.
     """
     path = Path(path or "")
-    return lock_folder(path.parent) if path.name == "last.pt" and (path.parent / "lock").exists() else None
+    is_last = path.name == "last.pt" and (path.parent / "lock").exists()
+    return lock_folder(path.parent) if is_last else None
 
 
 def lock_folder(folder):
@@ -159,7 +160,7 @@ def load_optimizer(optimizer, scaler, state):
 
 
 def resume_position(state, steps_per_epoch, global_batch):
-    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen."""
+    """(epoch, step within it) at which a checkpoint goes on, by the samples that its epoch has seen."""
     samples = state["next_step"] * state["global_batch"]
     return state["epoch"], min(samples // global_batch, steps_per_epoch)
 
@@ -170,5 +171,5 @@ def warn_of_changes(state, config, lr, warn):
     if changed:
         warn(f"the checkpoint was trained on other data: {', '.join(changed)} differ")
     if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
-        warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global batch or "
-             "the number of processes have changed")
+        warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global "
+             "batch or the number of processes have changed")

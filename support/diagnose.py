@@ -40,7 +40,7 @@ def every_kth_row(feats, max_rows=2048):
 
 @torch.no_grad()
 def fusion_statistics(out, batch_idx):
-    """Scalars about one output of BiFusionEncoder, {tag: 0-d tensor}; docs/tensorboard.md explains them.
+    """Scalars about one output of BiFusionEncoder, {tag: 0-d tensor}; see docs/tensorboard.md.
 
     batch_idx (N,) int64: the scene of each point. Gate and cosine are means over the points that a view
     sees.
@@ -82,7 +82,7 @@ def grouped(terms):
 
 
 def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
-    """How the loss terms pull at the fused features, {name: 0-d tensor}; docs/diagnostics.md explains them.
+    """How the loss terms pull at the fused features, {name: 0-d tensor}; see docs/diagnostics.md.
 
     terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were
     computed from. With g_i the gradient of term i at feat_fusion and g their sum: the norm |g_i|, the
@@ -99,8 +99,10 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
     total = sum(grads.values())
     tiny = torch.finfo(total.dtype).tiny
     stats = {f"grad_norm_{name}": grad.norm() for name, grad in grads.items()}
-    stats |= {f"share_{name}": grad @ total / (total @ total).clamp(min=tiny) for name, grad in grads.items()}
-    stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny) for a, b in combinations(grads, 2)}
+    for name, grad in grads.items():
+        stats[f"share_{name}"] = grad @ total / (total @ total).clamp(min=tiny)
+    for a, b in combinations(grads, 2):
+        stats[f"cosine_{a}_{b}"] = F.cosine_similarity(grads[a], grads[b], 0, tiny)
     with torch.no_grad():
         feats = every_kth_row(fused)
         baseline = every_kth_row(out["feat_3d"]).float()
@@ -152,16 +154,20 @@ def nonfinite_inputs(batch):
         first = bad.nonzero()[0].tolist()
         per_point = len(value) == len(batch["batch"])
         sample = int(batch["batch"][first[0]]) if per_point else first[0]
-        findings.append(Finding("input", f"field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
-                                         f"that are not finite, the first at {first} of {tuple(value.shape)}"))
+        text = (f"field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values that are not "
+                f"finite, the first at {first} of {tuple(value.shape)}")
+        findings.append(Finding("input", text))
     return findings
 
 
 def nonfinite_weights(model):
     """A finding for every parameter and buffer of a model that holds NaN or inf."""
-    return [Finding("weight", f"{name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not "
-                              "finite")
-            for name, value in (*model.named_parameters(), *model.named_buffers()) if not is_finite(value)]
+    findings = []
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            findings.append(Finding("weight", f"{name} {tuple(value.shape)} holds {bad} values that are not finite"))
+    return findings
 
 
 def locate_nonfinite(model, batch, losses, scale=1.0):
@@ -204,8 +210,9 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
             findings.append(Finding("loss", f"{term} is {value.item()}"))
         elif bad:  # the gradient of a loss that is not finite tells nothing more
             place = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
-            findings.append(Finding("gradient", f"of {term}, first not finite {place} and so at {len(bad)} of "
-                                                f"{len(grads)} weights, with a loss scale of {scale:g}"))
+            text = (f"of {term}, first not finite {place} and so at {len(bad)} of {len(grads)} weights, with a "
+                    f"loss scale of {scale:g}")
+            findings.append(Finding("gradient", text))
     return findings
 
 
@@ -215,11 +222,12 @@ MAX_BAD_STEPS = 10
 
 
 class NonFiniteGuard:
-    """Skips steps with a loss or gradient that is not finite, names their cause, and saves them for a replay.
+    """Skips steps with a loss or gradient that is not finite, names their cause, and saves them.
 
-    folder: of the run. report: takes the text about a bad step. save: `(dict, path)`, writes a file. gather:
-    `value -> list of the values of all processes`; rank: of this one. bad_steps: before a resumed run. After
-    MAX_BAD_STEPS in a row the run ends with a FloatingPointError; each process saves that many at most.
+    folder: of the run. report: takes the text about a bad step. save: `(dict, path)`, writes a file.
+    gather: `value -> list of the values of all processes`; rank: of this one. bad_steps: before a
+    resumed run. After MAX_BAD_STEPS in a row the run ends with a FloatingPointError; each process saves
+    that many at most.
     """
 
     def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=0,
@@ -248,9 +256,9 @@ class NonFiniteGuard:
     def end_step(self, finite, searches, micro_batches, losses, facts):
         """What follows a step -> whether it was skipped because fp16 searches for its loss scale.
 
-        finite: its loss and gradient; searches: not finite, but that is expected. Otherwise its cause is named
-        and saved. losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at least epoch,
-        step and scale.
+        finite: its loss and gradient; searches: not finite, but that is expected. Otherwise its cause is
+        named and saved. losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at
+        least epoch, step and scale.
         """
         if finite:
             self.bad_in_a_row = 0
@@ -260,8 +268,9 @@ class NonFiniteGuard:
             return True
         self.bad_steps += 1
         self.bad_in_a_row += 1
-        text = (f"epoch {facts['epoch']}, step {facts['step']} is not finite and is skipped, {self.bad_in_a_row} in a "
-                f"row; {self.find_cause(micro_batches, losses, facts)}")
+        cause = self.find_cause(micro_batches, losses, facts)
+        text = (f"epoch {facts['epoch']}, step {facts['step']} is not finite and is skipped, "
+                f"{self.bad_in_a_row} in a row; {cause}")
         self.report(text)
         if self.bad_in_a_row >= MAX_BAD_STEPS:
             raise FloatingPointError(f"{self.bad_in_a_row} steps in a row were not finite, the last: {text}")

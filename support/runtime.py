@@ -69,7 +69,7 @@ def init_worker(worker_id):
 
 
 def loader_options(workers):
-    """Keyword arguments of every DataLoader: its processes, how they end, and how long they may take for a batch."""
+    """Keyword arguments of every DataLoader: its processes, how they end, how long a batch may take."""
     return dict(num_workers=workers, worker_init_fn=init_worker, timeout=WORKER_TIMEOUT if workers else 0,
                 generator=torch.Generator())  # a separate one leaves the global one untouched
 
@@ -199,8 +199,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None, defaults=()):
         """argparse's, which also refuses an empty text, as an unset variable of a script gives it.
 
-        defaults: {name: value} of an earlier result, which stand in for options that are not given. They are
-        checked like these; others that the parser does not know are ignored.
+        defaults: {name: value} of an earlier result, for options that are not given. They are checked like
+        these; names that the parser does not know are ignored.
         """
         words = sys.argv[1:] if args is None else list(args)
         for option, word in zip(["", *words], words):
