@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""RGB-D frames as training samples: points with features and labels, and the images that they project
-into.
+"""RGB-D frames as training samples: points with features and labels, and images that they project into.
 
 A *frame* is a dict:
 
     name              "scene/stem"; frames of one scene share the part before the slash
     color             (H, W, 3) uint8, RGB
-    depth             (Hd, Wd) float, metres along the optical axis, 0 = unknown
+    depth             (Hd, Wd) float, meters along the optical axis, 0 = unknown
     world2cam         (4, 4) float, the pose of the color camera
     depth_world2cam   (4, 4) float, the pose of the depth camera; absent: the same
-    intrinsics        (3, 3) float, of the colour image
+    intrinsics        (3, 3) float, of the color image
     depth_intrinsics  (3, 3) float, of the depth image
-    label             (H, W) or (Hd, Wd) integers, an index into the class names, -1 = none; None or absent if unlabelled
+    label             (H, W) or (Hd, Wd) integers, an index into the class names, -1 = none; None or absent if unlabeled
     instance          of the same shapes, any number >= 0 per object, -1 = none; None or absent if there are none
-    features          (H, W, F) or (Hd, Wd, F) floats that the 3D encoder sees beside the colour, normals or intensity
+    features          (H, W, F) or (Hd, Wd, F) floats that the 3D encoder sees beside the color, normals or intensity
                       say; absent: none
 
-Cameras have OpenCV axes (x right, y down, z forward), and pixel centres have integer coordinates. The
+Cameras have OpenCV axes (x right, y down, z forward), and pixel centers have integer coordinates. The
 world's z axis points up, because augmentation turns about it; `upright` turns a source whose world has
 another up.
 
@@ -24,7 +23,7 @@ A *source* is any sequence of frames: a list of dicts made in a notebook, or a c
 when it is indexed. A source may also offer
 
     names             list of the frames' names, so that nothing is read to group frames into scenes
-    color(index)      the colour image alone
+    color(index)      the color image alone
     class_names       list of K class names; training needs it
     num_skipped       number of frames left out because their pose is unknown
     num_features      3 + F, if its frames have features
@@ -115,8 +114,7 @@ class Upright:
 
 
 def upright(source, up):
-    """A source whose world has the axis or vector `up` pointing up (see `up_rotation`) -> the same with
-    z up.
+    """A source whose world has `up` pointing up (see `up_rotation`) -> the same with z up.
 
     Points p' of the result are rotation @ p; `p' @ rotation` undoes it.
     """
@@ -124,9 +122,7 @@ def upright(source, up):
 
 
 def unproject(uv, depth, intrinsics, world2cam):
-    """Pixels uv (n, 2) at depth (n,) metres along the optical axis -> points (n, 3) float64 in the
-    world.
-    """
+    """Pixels uv (n, 2) at depth (n,) meters along the optical axis -> points (n, 3) float64 of the world."""
     pixels = np.column_stack([uv, np.ones(len(uv))])
     rays = pixels @ np.linalg.inv(intrinsics).T
     points_cam = rays * np.asarray(depth, np.float64)[:, None]
@@ -141,9 +137,7 @@ def camera_height(world2cam):
 
 
 def resize_intrinsics(intrinsics, old_size, new_size):
-    """Intrinsics (3, 3) of an image resized from old_size to new_size, both (H, W): `c -> (c + 0.5) * s
-    - 0.5`.
-    """
+    """Intrinsics (3, 3) of an image resized from old_size to new_size (H, W): c -> (c + 0.5) s - 0.5."""
     sy = new_size[0] / old_size[0]
     sx = new_size[1] / old_size[1]
     to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -168,8 +162,7 @@ def grid_cells(extent, granularity):
 
 
 def elastic(coords, rng, granularity, magnitude):
-    """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear in
-    between.
+    """Smooth random displacement: blurred normal noise on a grid of 2 * granularity, trilinear between.
 
     coords: (n, 3) float32; granularity and magnitude in the same unit. As in SPFormer, Mask3D and ESAM.
     The noise is clamped at 3 sigma, so no coordinate moves by more than 3 * magnitude (typically by a
@@ -198,9 +191,7 @@ def elastic(coords, rng, granularity, magnitude):
 
 
 def random_similarity(rng):
-    """Random flips of x and y (p 0.5), rotation about z, scale (0.8 to 1.2) as (3, 3), and shift (3,),
-    sigma 0.1 m.
-    """
+    """Flips of x and y, rotation about z, scale (0.8 to 1.2) in one matrix (3, 3); shift (3,), sigma 0.1 m."""
     angle = rng.uniform(-math.pi, math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
@@ -219,16 +210,14 @@ def turn_normals(normals, matrix):
 
 
 def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5, similarity=None):
-    """A random similarity about the cloud's centre, then, with probability elastic_p, two elastic
-    fields.
+    """A similarity, random unless given, about the cloud's center, then maybe two elastic fields.
 
-    coords (n, 3) float32 metres -> (n, 3) float32 metres. Granularity 6 and 20, magnitude 40 and 160
-    voxels.
+    coords (n, 3) float32 meters -> the same. Granularity 6 and 20, magnitude 40 and 160 voxels.
     """
     matrix, shift = random_similarity(rng) if similarity is None else similarity
-    centre = coords.mean(0)
-    turned = (coords - centre) @ matrix.T
-    coords = (turned + centre + shift).astype(np.float32)
+    center = coords.mean(0)
+    turned = (coords - center) @ matrix.T
+    coords = (turned + center + shift).astype(np.float32)
     if rng.random() < elastic_p:
         for granularity, magnitude in ((6, 40), (20, 160)):
             coords = elastic(coords, rng, granularity * voxel_size, magnitude * voxel_size)
@@ -236,9 +225,7 @@ def augment_points(coords, rng, voxel_size=0.02, elastic_p=0.5, similarity=None)
 
 
 def jitter_colors(colors, rng):
-    """Contrast (0.8 to 1.2 about the mean), shift per channel (sigma 0.05), noise (sigma 0.02). (n, 3)
-    in [0, 1].
-    """
+    """Contrast (0.8 to 1.2), shift per channel (sigma 0.05), noise (sigma 0.02) of (n, 3) in [0, 1]."""
     mean = colors.mean(0)
     contrast = rng.uniform(0.8, 1.2)
     colors = (colors - mean) * contrast + mean + rng.normal(0, 0.05, 3)
@@ -255,9 +242,7 @@ MATRICES = {"world2cam": (4, 4), "depth_world2cam": (4, 4),
 
 
 def check_frame(frame):
-    """Raises a ValueError that names frame, field and shape if a frame is not as this file's docstring
-    says.
-    """
+    """ValueError with frame, field and shape if a frame is not as this file's docstring says."""
     name = frame.get("name")
     if not isinstance(name, str) or "/" not in name:
         raise ValueError(f'a frame needs a name "scene/stem", got {name!r}')
@@ -345,9 +330,7 @@ def files_digest(sources, *settings):
 
 
 def resize_image(color, image_size):
-    """(H, W, 3) uint8 -> (h, w, 3) uint8, bicubic with antialiasing, the whole image; see
-    `resize_intrinsics`.
-    """
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, bicubic with antialiasing; see `resize_intrinsics`."""
     if color.shape[:2] == tuple(image_size):
         return color
     image = Image.fromarray(color)
@@ -361,9 +344,7 @@ def to_tensor(image):
 
 
 def stack_depth(images):
-    """Depth images (..., H, W) of any sizes -> (len(images), ..., H, W); zeros (unknown) fill up bottom
-    and right.
-    """
+    """Depth images (..., H, W) of any sizes -> (n, ..., H, W), filled with 0 at bottom and right."""
     height = max(image.shape[-2] for image in images)
     width = max(image.shape[-1] for image in images)
     padded = []
@@ -381,11 +362,9 @@ def depth_pose(frame):
 def depth_to_color(frame):
     """The known depth pixels that the color image shows, and the color pixels that they fall on.
 
-    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along
-    one ray, so
-    the map needs no depth: u_color = K_color inv(K_depth) u_depth. If they have two, points are carried
-    over, and those more than 5 cm behind another one at their color pixel are left out: the color
-    camera does not see them.
+    Returns flat indices (n,) into depth and (n,) into color. Cameras with one pose see a point along one
+    ray, so the map needs no depth: u_color = K_color inv(K_depth) u_depth. If they have two, points are
+    carried over, and those that another one at their color pixel hides by more than 5 cm are left out.
     """
     depth = frame["depth"]
     height, width = frame["color"].shape[:2]
@@ -424,9 +403,7 @@ def depth_to_color(frame):
 
 
 def register_color(frame, known, seen):
-    """Depth (Hd, Wd) and colours (Hd, Wd, 3), pixel by pixel; both are 0 except at the pairs of
-    `depth_to_color`.
-    """
+    """Depth (Hd, Wd) and colors (Hd, Wd, 3), both 0 except at the pairs of `depth_to_color`."""
     if known is seen:
         return frame["depth"], frame["color"]
     depth = np.zeros(frame["depth"].shape, np.float32)
@@ -469,11 +446,7 @@ def depth_normals(depth, intrinsics, known):
 
 
 def pixel_fields(frame, known, seen, normals=False):
-    """Depth pixels `known` (n,), which fall on colour pixels `seen` (n,) -> their points, features,
-    labels, instances.
-
-    Arrays (n, ...) by field name; known and seen are flat indices.
-    """
+    """Depth pixels `known` (n,), which fall on color pixels `seen` (n,), flat indices -> {field: (n, ...)}."""
     def rows_of(image):  # (H, W, C) or (Hd, Wd, C) -> (n, C)
         is_color_size = image.shape[:2] == frame["color"].shape[:2]
         return image.reshape(-1, *image.shape[2:])[seen if is_color_size else known]
@@ -509,9 +482,7 @@ class BlankSample(ValueError):
 
 
 class ResizedImages(Dataset):
-    """The resized images (h, w, 3) uint8 of a source, without points: what a feature cache is built
-    from.
-    """
+    """The resized images (h, w, 3) uint8 of a source: what a feature cache is built from."""
 
     def __init__(self, frames, image_size):
         self.frames = frames
@@ -526,16 +497,13 @@ class ResizedImages(Dataset):
         return resize_image(self.frames[index]["color"], self.image_size)
 
     def signature(self, indices):
-        """16 bytes that change when one of these images may have changed; None if the source has no
-        files.
-        """
+        """16 bytes that change when one of these images may have changed; None without `files`."""
         decoders = Image.__version__, codecs.version("jpg"), codecs.version("zlib")  # they decide the pixels
         return files_digest([(self.frames, indices)], self.image_size, *decoders)
 
 
 class PointDataset(Dataset):
-    """Samples of points with the views that they project into, drawn and augmented by (seed, epoch,
-    index) alone.
+    """Samples of points with the views that they project into; a function of (seed, epoch, index) alone.
 
     frames: a source of frames, see the docstring of this file.
     num_points: drawn without replacement from a sample's back-projected pixels; all of them if there
@@ -543,8 +511,8 @@ class PointDataset(Dataset):
     image_size: (H, W) of the images.
     num_views: consecutive frames of a scene per sample. If a scene's frames are not a multiple, its
     last sample overlaps the one before.
-    augment: for training. color=False: all colours are 1. images=False: samples hold no images.
-    voxel_size: metres; elastic augmentation is measured in voxels, see `augment_points`.
+    augment: for training. color=False: all colors are 1. images=False: samples hold no images.
+    voxel_size: meters; elastic augmentation is measured in voxels, see `augment_points`.
     feature_cache: a cache.FeatureCache built from `images_only`, or any object with get(image) ->
     tokens, pooled. Samples then hold clip_tokens, clip_pooled and, if the cache has dense features,
     clip_dense_map instead of images.
@@ -552,10 +520,10 @@ class PointDataset(Dataset):
     (n,), any integers, each within one view; `collate` numbers them.
     normals: features also hold unit normals, between color and other features.
 
-    A sample: name, seed (for what the network draws), points and coords (n, 3) metres, features (n, 3 +
-    F), the colours in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none,
+    A sample: name, seed (for what the network draws), points and coords (n, 3) meters, features (n, 3 +
+    F), the colors in [0, 1] and then the frames' features, labels and instances (n,) with -1 = none,
     images (V, 3, H, W) in [0, 1], world2cam (V, 4, 4), intrinsics (V, 3, 3) of the resized image, depth
-    (V, Hd, Wd) metres with 0 = unknown, depth_intrinsics (V, 3, 3).
+    (V, Hd, Wd) meters with 0 = unknown, depth_intrinsics (V, 3, 3).
     """
 
     def __init__(self, frames, num_points, image_size, num_views=1, augment=False, color=True, images=True,
@@ -582,16 +550,13 @@ class PointDataset(Dataset):
         self._members = []  # frame indices of each sample
         for scene, members in group_by_scene(frame_names(frames)).items():
             if len(members) < num_views:
-                raise ValueError(f"scene {scene} has {len(members)} frames, fewer than num_views="
-                                 f"{num_views}")
+                raise ValueError(f"scene {scene} has {len(members)} frames, fewer than num_views={num_views}")
             for start in range(0, len(members), num_views):
                 start = min(start, len(members) - num_views)
                 self._members.append(members[start:start + num_views])
 
     def set_epoch(self, epoch):
-        """Changes the draw and the augmentation of every sample if the set is augmented; others stay as
-        they are.
-        """
+        """Changes the draw and the augmentation of every sample, if the set is augmented."""
         self._epoch.fill_(epoch)
 
     def __len__(self):
@@ -607,10 +572,8 @@ class PointDataset(Dataset):
         return self._views(index, self._rng(index))
 
     def signature(self, indices):
-        """16 bytes that change when one of these samples may have changed; None if that cannot be told
-        from files.
-        """
-        owner = None if self.superpoints is None else getattr(self.superpoints, "owner", None)
+        """16 bytes that change when one of these samples may have changed; None if files do not tell."""
+        owner = getattr(self.superpoints, "owner", None)
         if self.superpoints is not None and owner is None:
             return None
         settings = (type(self).__name__, self.num_points, self.image_size, self.num_views, self.augment,
@@ -685,15 +648,15 @@ class PointDataset(Dataset):
         fields["features"] = np.concatenate([colors, normals, others], 1)
         sample = {"name": name, "seed": int(rng.integers(2 ** 62))}
         sample |= {key: torch.from_numpy(value) for key, value in fields.items()}
+        resized = [resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size) for frame in frames]
         cameras = {"world2cam": [frame["world2cam"] for frame in frames],
-                   "intrinsics": [self._resized_intrinsics(frame) for frame in frames],
+                   "intrinsics": resized,
                    "depth_world2cam": [depth_pose(frame) for frame in frames],
                    "depth_intrinsics": [frame["depth_intrinsics"] for frame in frames]}
         for key, matrices in cameras.items():
             sample[key] = torch.from_numpy(np.stack(matrices).astype(np.float32))
-        depth = [frame["depth"].astype(np.float32) for frame in frames]
-        known = [np.where(np.isfinite(image), image, 0) for image in depth]
-        sample["depth"] = stack_depth([torch.from_numpy(image) for image in known])
+        known = [np.where(np.isfinite(frame["depth"]), frame["depth"], 0) for frame in frames]
+        sample["depth"] = stack_depth([torch.from_numpy(image).float() for image in known])
         if not self.images:
             return sample
         images = [resize_image(frame["color"], self.image_size) for frame in frames]
@@ -706,16 +669,11 @@ class PointDataset(Dataset):
         return sample
 
 
-    def _resized_intrinsics(self, frame):
-        return resize_intrinsics(frame["intrinsics"], frame["color"].shape[:2], self.image_size)
-
-
 class SceneDataset(PointDataset):
-    """Samples of whole scans with `num_views` of their frames: evenly spread, or drawn anew each epoch
-    if augmented.
+    """Samples of whole scans with `num_views` of their frames: evenly spread, or drawn if augmented.
 
     scenes: a sequence of scans with `names`, such as scannet.ScanNetScenes; files(index) is optional. A
-    scan is a dict: name, points (P, 3) float32 metres in the world of the poses, colors (P, 3) float32
+    scan is a dict: name, points (P, 3) float32 meters in the world of the poses, colors (P, 3) float32
     in [0, 1], alignment (4, 4) to the axes of the 3D encoder, and optionally labels, instances and
     superpoints (P,) int64 and normals (P, 3) float32 in the axes of the points.
     frames: a source of frames of the same scenes, whose labels are not needed. All else is as in
@@ -796,7 +754,7 @@ def collate(samples, cell=None):
     images of different sizes are padded with 0 = unknown at bottom and right. Instances keep their
     numbers within the sample.
     cell: also number the superpoints of the whole batch, as `superpoint_index` does:
-    point_to_superpoint (N,) and superpoint_batch (S,). Cubes of `cell` metres stand in for superpoints
+    point_to_superpoint (N,) and superpoint_batch (S,). Cubes of `cell` meters stand in for superpoints
     that the samples do not have.
     Raises ValueError if another field differs in shape.
     """
@@ -860,9 +818,7 @@ def to_device(value, device):
 
 
 class CheckedSamples(Dataset):
-    """(name, smallest and largest label, number of labelled points) of each sample; None for a blank
-    one.
-    """
+    """(name, lowest and highest label, number of labeled points) of each sample; None for a blank one."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -896,12 +852,12 @@ def check_frames(dataset, store=None, rank=0, world_size=1, **loader_options):
     key = None if store is None else dataset.signature(share)
     known = None if key is None else store.get(key)
     if known is not None:
-        labelled, *blank = np.frombuffer(known, "<i8").tolist()
-        return labelled, blank
+        labeled, *blank = np.frombuffer(known, "<i8").tolist()
+        return labeled, blank
     samples = Subset(CheckedSamples(dataset), share)
     loader = DataLoader(samples, batch_size=None, **loader_options)
     num_classes = len(getattr(dataset.frames, "class_names", None) or ())
-    labelled, blank = 0, []
+    labeled, blank = 0, []
     for index, sample in zip(share, tqdm(loader, "reading frames", unit="sample", disable=rank > 0 or None)):
         if sample is None:
             blank.append(index)
@@ -910,7 +866,7 @@ def check_frames(dataset, store=None, rank=0, world_size=1, **loader_options):
         if num_classes and not -1 <= low <= high < num_classes:
             raise ValueError(f"{name}: labels from {low} to {high}, expected -1 or an index into the {num_classes} "
                              "class names")
-        labelled += count
+        labeled += count
     if key is not None:
-        store.put(key, np.array([labelled, *blank], "<i8").tobytes())
-    return labelled, blank
+        store.put(key, np.array([labeled, *blank], "<i8").tobytes())
+    return labeled, blank

@@ -8,12 +8,13 @@
 
 `global` is the target of a consistency loss, and a learned matrix could shrink it to a constant. Angles
 are kept at least as well as by other random projections (Johnson-Lindenstrauss). Text features pass
-through the same matrix. The top of fusion.py says what any image tower must offer.
+through the same matrix. `TimmTower` takes its tokens from a transformer of timm instead. The top of
+fusion.py says what any image tower must offer.
 
 CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021.
 NACLIP: Hajimiri et al., "Pay Attention to Your Neighbours: Training-Free Open-Vocabulary Semantic
 Segmentation", WACV 2025.
-Imports torch and open_clip.
+Imports torch, open_clip, and timm, which comes with open_clip.
 """
 import contextlib
 import difflib
@@ -28,12 +29,14 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import open_clip
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional as F
 
 WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # model names that stand for a config and its weights
-ATTENTIONS = ("naclip", "clearclip", "identity", "ordinary")
+ATTENTIONS = ("naclip", "clearclip", "identity", "tips", "ordinary")
 
 
 def set_tf32(products, convolutions):
@@ -68,14 +71,10 @@ def semi_orthogonal(rows, cols, seed=0):
     return q.T.contiguous() if rows < cols else q
 
 
-def resize_position_embedding(embedding, old_grid, new_grid):
-    """Bicubic, antialiased resize of a ViT's position embedding, as open_clip does it for its weights.
-
-    embedding (1 + h * w, D), class token first -> (1 + h' * w', D). old_grid (h, w), new_grid (h', w').
-    """
-    grid = embedding[1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([embedding[:1], grid.permute(0, 2, 3, 1).flatten(0, 2)])
+def whole_patches(size, patch):
+    """The multiples of a patch (h, w) that are nearest to an image size (H, W)."""
+    halves_down = 1e-3
+    return tuple(max(1, round(side / p - halves_down)) * p for side, p in zip(size, patch))
 
 
 def neighbor_bias(grid, sigma=5.0):
@@ -97,7 +96,8 @@ def last_block(block, x, grid, attention="naclip"):
         "naclip"     A = softmax(k k^T / s + neighbor_bias)
         "clearclip"  A = softmax(q q^T / s)  Lan et al., "ClearCLIP", ECCV 2024
         "identity"   A = 1, the value path   Zhou et al., "Extract Free Dense Labels from CLIP", ECCV 2022
-        "ordinary"   the block as it is, with residual and MLP
+        "tips"       A = 1                   TIPSv2, arXiv 2604.12012
+        "ordinary"   the block as it is
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention {attention!r}: must be one of {', '.join(ATTENTIONS)}")
@@ -105,14 +105,14 @@ def last_block(block, x, grid, attention="naclip"):
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     qkv = qkv.unflatten(-1, (3, attn.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, 1 + h * w, D / heads)
-    if attention == "identity":
+    if attention in ("identity", "tips"):
         out = v
     else:
         a, b = {"naclip": (k, k), "clearclip": (q, q), "ordinary": (q, k)}[attention]
         bias = neighbor_bias(grid).to(k) if attention == "naclip" else None
         out = F.scaled_dot_product_attention(a, b, v, attn_mask=bias)
     out = block.ls_1(attn.out_proj(out.transpose(1, 2).flatten(2)))
-    if attention != "ordinary":
+    if attention not in ("tips", "ordinary"):
         return out
     x = x + out
     return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -241,6 +241,23 @@ def load_clip(model_name, pretrained):
         raise error_type(message) from error
 
 
+def frozen(model, source):
+    """The model in float32, in eval mode, without gradients; ValueError if a weight is not finite."""
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: field {name} holds NaN or inf")
+    return model.float().eval().requires_grad_(False)
+
+
+def digest_of(text, model):
+    """Hex digest of a text and of all weights of a model."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Enhanced2DEncoder(nn.Module):
     """Spatial and global CLIP features of images; CLIP is frozen, except for `trainable_blocks`.
 
@@ -256,11 +273,8 @@ class Enhanced2DEncoder(nn.Module):
                  trainable_blocks=0, mean_std=None):
         super().__init__()
         scaling = image_scaling(model_name, pretrained, mean_std)
-        clip = load_clip(model_name, pretrained).float().eval().requires_grad_(False)
-        bad = [name for name, value in clip.state_dict().items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(f"CLIP weights {pretrained}: field {bad[0]} holds NaN or inf")
-        self.__dict__["clip"] = clip  # not registered
+        clip = load_clip(model_name, pretrained)
+        self.__dict__["clip"] = frozen(clip, f"CLIP weights {pretrained}")  # not registered
         self.model_name = model_name
         visual = clip.visual
         visual.preprocess_cfg = {**visual.preprocess_cfg, **scaling}
@@ -301,15 +315,17 @@ class Enhanced2DEncoder(nn.Module):
             image_size = [cells * p for cells, p in zip(native_grid, patch)]
         elif isinstance(image_size, int):
             image_size = (image_size, image_size)
-        if len(image_size) != 2 or any(size < p or size % p for size, p in zip(image_size, patch)):
-            raise ValueError(f"image_size {image_size}: must be multiples of the patch size {tuple(patch)}")
+        nearest = whole_patches(image_size, patch)
+        if len(nearest) != 2 or tuple(image_size) != nearest:
+            raise ValueError(f"image_size {image_size}: must be multiples of the patch size {tuple(patch)} of "
+                             f"{self.model_name}; nearest: --image-size {','.join(map(str, nearest))}")
         self.image_size = tuple(image_size)
         self.grid = tuple(size // p for size, p in zip(image_size, patch))
         if is_timm:
             visual.set_input_size(self.image_size)
         elif self.grid != native_grid:
-            embedding = visual.positional_embedding
-            embedding.data = resize_position_embedding(embedding.data, native_grid, self.grid)
+            embedding = visual.positional_embedding  # (1 + Hf * Wf, D), class token first
+            embedding.data = resample_abs_pos_embed(embedding.data[None], self.grid, native_grid)[0]
             visual.image_size = self.image_size
             visual.grid_size = self.grid
 
@@ -327,12 +343,7 @@ class Enhanced2DEncoder(nn.Module):
         visual = self.clip.visual
         scaling = [*visual.preprocess_cfg["mean"], *visual.preprocess_cfg["std"]]
         stateless = {type(module).__name__ for module in visual.modules() if not module.state_dict()}
-        text = f"{self.model_name} {self.image_size} {scaling} {sorted(stateless)}"
-        digest = hashlib.sha256(text.encode())
-        for name, tensor in sorted(visual.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest_of(f"{self.model_name} {self.image_size} {scaling} {sorted(stateless)}", visual)
 
     def encode(self, images):
         """images (B, 3, H, W), RGB in [0, 1] -> tokens (B, D, Hf, Wf), pooled (B, E): raw, in one pass.
@@ -378,8 +389,10 @@ class Enhanced2DEncoder(nn.Module):
             found = f"timm's {type(visual.trunk).__name__}"
         elif visual.attn_pool is not None:
             found = "an attention pool"
-        elif len(self.blocks) < 2 or not isinstance(self.blocks[-1].attn, nn.MultiheadAttention):
-            found = "a custom attention, or a single block"
+        elif len(visual.transformer.resblocks) < 2:
+            found = "a single block"
+        elif not isinstance(visual.transformer.resblocks[-1].attn, nn.MultiheadAttention):
+            found = "a custom attention"
         else:
             return
         raise ValueError(f"CLIP model {self.model_name}: dense features need open_clip's own ViT with plain "
@@ -447,6 +460,88 @@ class Enhanced2DEncoder(nn.Module):
         longer = tokenizer(prompts, context_length=tokens.shape[1] + 1)
         for prompt, row in zip(prompts, longer):
             if row[-1] != 0:  # padding is 0
-                raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is longer: "
-                                 f"{prompt!r}")
+                raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is "
+                                 f"longer: {prompt!r}")
         return self.clip.encode_text(tokens.to(self.global_proj.device))
+
+
+# -------------------------------------------------------------------------------- timm
+
+
+def load_timm(name, pretrained=None):
+    """A vision transformer of timm. name: such as "vit_base_patch14_dinov2", also with a tag.
+
+    pretrained: a file of weights, None for timm's download, or "none" for weights of a fixed seed.
+    Raises ValueError for an unknown model, one that is no transformer, and weights that cannot be had.
+    """
+    options = {"pretrained": pretrained != "none"}  # with its head: without one, timm takes any file
+    hub = offline_without_network() if pretrained is None else contextlib.nullcontext()
+    if pretrained not in (None, "none"):
+        options["pretrained_cfg_overlay"] = {"file": pretrained, "source": "", "custom_load": False}
+    try:
+        with hub, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(name, **options)
+    except Exception as error:  # timm raises many kinds
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0))
+        raise ValueError(f"timm model {name}, weights {pretrained or 'to download'}: {str(error)[:300]}; give a file "
+                         f"of weights, or 'none' for random ones; names near it: {near}") from error
+    takes_any_size = hasattr(model, "set_input_size") or hasattr(model, "embeds")  # the latter: NaFlexVit
+    if not takes_any_size or not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"timm model {name}: {type(model).__name__} is not a vision transformer, or takes images of "
+                         "one size alone")
+    return frozen(model, f"timm weights {pretrained or name}")
+
+
+class TimmTower(Enhanced2DEncoder):
+    """Spatial features of a timm vision transformer; CLIP gives global, dense and text features.
+
+    name: "timm:NAME". weights: see `load_timm`. clip: the arguments of `Enhanced2DEncoder`.
+    The transformer sees the images with its own mean and std, resized to the nearest multiples of its
+    patch size, so its grid may differ from CLIP's. Its class token and registers are dropped.
+    """
+
+    def __init__(self, name, weights=None, **clip):
+        kind, _, model_name = name.partition(":")
+        if kind != "timm":
+            raise ValueError(f"--tower {name}: must be timm:NAME, such as timm:vit_base_patch14_dinov2")
+        self.__dict__["timm"] = load_timm(model_name, weights)  # not registered
+        super().__init__(**clip)
+        self.timm_name = model_name
+        self.blocks += self.timm.blocks
+
+    def _set_image_size(self, image_size):
+        super()._set_image_size(image_size)
+        patch = self.timm.feature_info[-1]["reduction"]
+        self.timm_size = whole_patches(self.image_size, (patch, patch))
+        if hasattr(self.timm, "set_input_size"):  # NaFlexViT takes any
+            self.timm.set_input_size(img_size=self.timm_size)
+        for key in ("mean", "std"):
+            value = torch.tensor(self.timm.pretrained_cfg[key]).view(3, 1, 1)
+            self.register_buffer(f"timm_{key}", value, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        self.timm._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def fingerprint(self):
+        scaling = [self.timm.pretrained_cfg[key] for key in ("mean", "std")]
+        return digest_of(f"{super().fingerprint()} {self.timm_name} {self.timm_size} {scaling}", self.timm)
+
+    def encode(self, images):
+        _, pooled = super().encode(images)
+        return self._tokens(images), pooled
+
+    def encode_with_dense(self, images, attention="naclip"):
+        _, pooled, dense = super().encode_with_dense(images, attention)
+        return self._tokens(images), pooled, dense
+
+    @torch.no_grad()
+    def _tokens(self, images):
+        """images (B, 3, H, W) -> (B, D, Hf, Wf), after the final norm."""
+        if self.timm_size != self.image_size:
+            images = F.interpolate(images, self.timm_size, mode="bicubic", antialias=True).clamp(0, 1)
+        images = (images - self.timm_mean) / self.timm_std
+        with full_float32():
+            tokens, = self.timm.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        return tokens

@@ -19,8 +19,8 @@ An image tower is an nn.Module such as `encoder.Enhanced2DEncoder`. It has
 
 and, for (1) targets per point, (2) text queries, (3) torch.compile, (4) a learning rate of its own,
 
-    encode_with_dense(images)    -> tokens, pooled, dense (I, T, Hf, Wf)                        (1, 2)
-    project_dense_target(dense)  -> (I, C, Hf, Wf)                                              (1)
+    encode_with_dense(images)    -> tokens, pooled, dense (I, T, Ht, Wt)                        (1, 2)
+    project_dense_target(dense)  -> (I, C, Ht, Wt)                                              (1)
     encode_prompts(n strings)    -> (n, T), in the space of dense                               (2)
     project_global(prompts)      -> (n, C), in the space of global                              (2)
     blocks                       a list of modules whose inputs always have the same shape      (3)
@@ -243,11 +243,6 @@ class BiFusionEncoder(nn.Module):
             self.gate = FusionGate(embed_dim) if gate is None else gate
         self.depth_tolerance = depth_tolerance
 
-    @property
-    def gate_name(self):
-        """The class of the gate, for checkpoints to name; None for the 3D baseline."""
-        return None if self.encoder_2d is None else type(self.gate).__name__
-
     def encode_images(self, batch, with_dense=False):
         """Images or cached features -> spatial (I, C, Hf, Wf), global (I, C), dense or None, image_size."""
         encoder = self.encoder_2d
@@ -281,16 +276,19 @@ class BiFusionEncoder(nn.Module):
         return uv, visible, view
 
     def sample(self, batch, image_size, maps):
-        """Maps (I, C, Hf, Wf) of equal Hf, Wf at the batch's points -> valid (N,), one (N, C) per map."""
+        """Maps (I, C, Hf, Wf) at the batch's points -> valid (N,), one (N, C) per map."""
         parts = []
         chunks = zip(batch["points"].split(CHUNK), batch["batch"].split(CHUNK))
         for points, owner in chunks:
             chunk = {**batch, "points": points, "batch": owner}
             uv, visible, view = self.project(chunk, image_size)
-            index, weight = view_cells(uv, image_size, maps[0].shape, view, visible)
-            parts.append((visible.any(1), index, weight))
-        valid, index, weight = (torch.cat(part) for part in zip(*parts))
-        return valid, [sample_cells(feature_map, index, weight) for feature_map in maps]
+            part = [visible.any(1)]
+            for feature_map in maps:
+                part += view_cells(uv, image_size, feature_map.shape, view, visible)
+            parts.append(part)
+        valid, *cells = (torch.cat(part) for part in zip(*parts))
+        index, weight = cells[::2], cells[1::2]
+        return valid, list(map(sample_cells, maps, index, weight))
 
     def forward(self, batch, with_dense=False):
         """A batch as `check_batch` describes it -> dict of
@@ -385,7 +383,7 @@ def check_batch(batch, with_images, with_dense=False):
         else:
             shapes |= {"clip_tokens": "B V D Hf Wf", "clip_pooled": "B V E"}
             if with_dense:
-                shapes["clip_dense_map"] = "B V T Hf Wf"
+                shapes["clip_dense_map"] = "B V T Ht Wt"
         if "depth" in batch:
             shapes |= {"depth": "B V Hd Wd", "depth_intrinsics": "B V 3 3"}
             if "depth_world2cam" in batch:

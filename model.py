@@ -20,7 +20,7 @@ from torch import nn
 
 from data import collate, mix_scenes
 from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
-from encoder import Enhanced2DEncoder
+from encoder import Enhanced2DEncoder, TimmTower
 from fusion import BiFusionEncoder
 from losses import instance_targets
 from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
@@ -139,12 +139,15 @@ def batches_for(model, training, mix=0.0):
 
 
 def build_tower(config):
-    """The CLIP tower that the options of a run name, or None for the 3D baseline."""
+    """The image tower that the options of a run name, or None for the 3D baseline."""
     if config["no_clip"]:
         return None
-    pretrained = None if config["clip_pretrained"] == "none" else config["clip_pretrained"]
-    return Enhanced2DEncoder(config["clip_model"], pretrained, image_size=tuple(config["image_size"]),
-                             trainable_blocks=config["clip_blocks"], mean_std=config["clip_mean_std"])
+    clip = {"model_name": config["clip_model"], "image_size": tuple(config["image_size"]),
+            "pretrained": None if config["clip_pretrained"] == "none" else config["clip_pretrained"],
+            "trainable_blocks": config["clip_blocks"], "mean_std": config["clip_mean_std"]}
+    if config.get("tower"):  # older checkpoints do not say
+        return TimmTower(config["tower"], config["tower_pretrained"], **clip)
+    return Enhanced2DEncoder(**clip)
 
 
 def open_backbone(args):
@@ -213,18 +216,18 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
 
 
-def load_model(path, device=None, clip_pretrained=None, tower=None):
-    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run as a
-    dict).
+def load_model(path, device=None, clip_pretrained=None, tower=None, tower_pretrained=None):
+    """Checkpoint of train.py -> (Segmenter in eval mode, class names, the options of its run).
 
-    device: default cuda if there is one, else cpu. CLIP's frozen weights are not part of a checkpoint:
-    they are loaded as in training, or from clip_pretrained, if their file lies elsewhere now. tower: an
-    image encoder of your own that it was trained with. Raises FileNotFoundError or ValueError, with the
-    path, if a file is missing, damaged, or belongs to another tower.
+    device: default cuda if there is one, else cpu. Frozen weights are not part of a checkpoint: they are
+    loaded as in training, or from clip_pretrained and tower_pretrained, if their files lie elsewhere
+    now. tower: an image encoder of your own that it was trained with. Raises FileNotFoundError or
+    ValueError, with the path, if a file is missing, damaged, or belongs to another tower.
     """
     state = read_checkpoint(path)
     config = state["config"]
     config["clip_pretrained"] = clip_pretrained or config["clip_pretrained"]
+    config["tower_pretrained"] = tower_pretrained or config.get("tower_pretrained")
     for text in state["warnings"]:
         warnings.warn(f"{path}: {text}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

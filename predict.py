@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and
-scores.
+"""A trained network on frames: labels for every pixel of known depth, merged clouds, text queries, and scores.
 
     python predict.py runs/NAME/best.pt --data DIR --out OUT
     python predict.py runs/NAME/best.pt --data DIR --out OUT --text "chair, red sofa | couch, something to sit on"
-    python predict.py runs/NAME/best.pt --data 7SCENES/chess --out OUT --intrinsics 585,585,320,240
     python predict.py runs/NAME/best.pt --data PHONE --out OUT           a capture, see docs/captures.md
+    python predict.py runs/NAME/best.pt --data cloud.ply --out OUT       a mesh or cloud alone
     python predict.py --data PHONE --out OUT --text "chair, mug"         CLIP alone, without a training
     python predict.py runs/NAME/best.pt --data DIR --scans SCANS --out OUT --submission scannet20
 
@@ -18,153 +17,187 @@ docs/predict.md describes what it writes. In a notebook:
     for result in predict_frames(model, open_frames("DATA", labels=False), config):
         print(result["name"], result["labels"].shape)
 
-The file reads from top to bottom: prediction of one sample, text queries, files, and `main`.
+The file reads from top to bottom: one sample, frames, scans, files, and the command.
 
-Imports siblings: check, data, decoder, evaluate, model, superpoints, sources/ and support/.
+Imports siblings: check, data, decoder, encoder, evaluate, fusion, model, superpoints, sources/ and support/.
 """
 import json
+import math
 import os
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from os.path import samefile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from check import pinhole, quick_check, unknowns
-from data import (PER_POINT, PER_VIEW, BlankSample, PointDataset, SceneDataset, camera_height, check_frames, collate,
+from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
-from decoder import paint_instances, scene_instances
-from encoder import ATTENTIONS
-from evaluate import Scores, evaluate, format_metrics
+from decoder import instances_from_logits, paint_instances
+from encoder import ATTENTIONS, Enhanced2DEncoder, read_config
+from evaluate import Scores, format_metrics
 from fusion import BiFusionEncoder
-from model import batches_for, build_tower, load_model
+from model import load_model, make_batch
 from sources.captures import FORMATS, POSES
-from sources.open import open_frames, open_scans
+from sources.open import open_cloud, open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
-from support.cache import FeatureCache
+from support.checkpoint import read_checkpoint
 from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
-from support.queries import NEUTRAL, TEMPLATES, TextQueries, field_names, parse_queries
+from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
-from support.runtime import Parser, checked_by, configure_device, image_size, positive_float, run_command
-from support.visualize import clouds, label_colors
+from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, nonnegative_int,
+                             positive_float, run_command)
+from support.visualize import clouds, heat_image, label_colors
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
 INSTANCE_SCORE = 0.3  # instances with a lower score are not written
+MAX_POINTS = 2 ** 20  # of a scan that the network sees at once, in some 8 GB
 
 # ------------------------------------------------------------------------------------------- one sample
 
 
-def fuse_in_draws(fusion, batch, draw_size, at_once=8):
-    """Fused features of all points of one sample, as if they were drawn in training: (N, C), and the
-    gate (N,).
+def prepare(sample, batch_options, num_points, num_views, at_once, plan=None):
+    """A sample of which every point is used -> the batch of `model.make_batch`, with "draws".
 
-    Every point is in exactly one of several random draws of at most draw_size points, which are
-    independent samples for the network, `at_once` of them per forward pass. Images are encoded once.
-    The draws depend on the number of points alone. The gate is averaged over channels.
+    Every point is in exactly one of several random draws of at most num_points per num_views, which
+    are independent scenes for the network, as in training. They depend on the number of points alone.
+    An entry of "draws" holds at_once of them: "rows" (n,), "batch" (n,), their "count" and, if the 3D
+    encoder plans (see `make_batch`), "plan". A worker may do this, as it needs no network.
     """
+    batch = make_batch([sample], **batch_options)
     n = len(batch["points"])
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(batch["points"].device)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    draw_size = max(1, num_points * len(sample["world2cam"]) // num_views)
     draws = order.tensor_split(-(-n // draw_size))
-    feat_fusion = gate = None
+    batch["draws"] = []
     for start in range(0, len(draws), at_once):
         some = draws[start:start + at_once]
-        rows = torch.cat(some)
-        sizes = torch.tensor([len(draw) for draw in some], device=rows.device)
-        part = {key: batch[key][rows] for key in PER_POINT if key in batch}
-        part["batch"] = torch.repeat_interleave(torch.arange(len(some), device=rows.device), sizes)
-        part |= {key: batch[key].expand(len(some), *batch[key].shape[1:]) for key in PER_VIEW if key in batch}
+        sizes = torch.tensor([len(draw) for draw in some])
+        owner = torch.arange(len(some)).repeat_interleave(sizes)
+        draw = {"rows": torch.cat(some), "batch": owner, "count": len(some)}
+        if plan is not None:
+            draw["plan"] = plan({"coords": batch["coords"][draw["rows"]], "batch": owner})
+        batch["draws"].append(draw)
+    return batch
+
+
+def preparation(model, config):
+    """`prepare` as a function of a sample, for a Segmenter and the options that it was trained with."""
+    return partial(prepare, batch_options=model.batch_options(training=False),
+                   num_points=config["num_points"], num_views=config["num_views"],
+                   at_once=4 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
+                   plan=getattr(model.fusion.encoder_3d, "plan", None))
+
+
+def fuse_draws(fusion, batch, names=("feat_fusion",)):
+    """Named outputs of `fusion` for a batch of `prepare` with encoded images -> {name: (N, C)}, gate
+    (N,).
+    """
+    n = len(batch["points"])
+    feats = {}
+    gate = batch["points"].new_empty(n, dtype=torch.float32)
+    for draw in batch["draws"]:
+        rows = draw["rows"]
+        part = dict(draw)
+        for key in ("points", "coords", "features"):
+            part[key] = batch[key][rows]
+        for key in batch.keys() & set(PER_VIEW):
+            part[key] = batch[key].expand(draw["count"], *batch[key].shape[1:])
         fused = fusion(part)
-        if feat_fusion is None:
-            feat_fusion = fused["feat_fusion"].new_empty(n, fused["feat_fusion"].shape[1])
-            gate = fused["alpha"].new_empty(n, dtype=torch.float32)
-        feat_fusion[rows] = fused["feat_fusion"]
+        for name in names:
+            if name not in feats:
+                feats[name] = fused[name].new_empty(n, fused[name].shape[1])
+            feats[name][rows] = fused[name]
         gate[rows] = fused["alpha"].float().mean(1)
-    return feat_fusion, gate
+    return feats, gate
+
+
+def known_fields(batch, up):
+    """What is known of the points of a batch without a network. up: of the data's own world."""
+    points = batch["points"]
+    if up != "z":
+        points = torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
+    height = camera_height(batch["world2cam"][0]).mean()
+    return {"points": points, "colors": batch["features"][:, :3], "truth": batch["labels"],
+            "truth_instances": batch["instances"], "camera_height": height}
 
 
 @torch.no_grad()
-def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_SCORE):
-    """The network's answers for all points of one sample, a dict of tensors on the model's device.
+def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SCORE):
+    """The network's answers for all points of one sample, a dict of tensors on the CPU.
 
-    sample: of a data set that draws every point, with z up. queries: a TextQueries. Holds points (N,
-    3), of the data's own world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K),
-    labels (N,), gate (N,), and with queries cosines (N, T). If the model has a decoder, also "scene",
-    all instances as decoder.instances_from_logits gives them, and of those that score above
-    instance_score instance_labels and scores (R,), and instances (N,), the best one at each point, -1 =
-    none. camera_height is the mean height of its cameras, meters along the world's up axis.
+    batch: of `prepare`, with z up. queries: a TextQueries. Holds points (N, 3), of the data's own
+    world, colors (N, 3), truth and truth_instances (N,), probabilities (N, K), labels (N,), gate (N,),
+    camera_height (mean, meters along the world's up axis), and with queries cosines (N, T). With a
+    decoder also "scene", all instances as decoder.instances_from_logits gives them, and of those that
+    score above instance_score instance_labels and scores (R,), and instances (N,), the best one at
+    each point, -1 = none.
     """
-    device = model.head.weight.device
-    batch = to_device(batches_for(model, training=False)([sample]), device)
-    colors = batch["features"][:, :3]
+    result = known_fields(batch, config["up"])
+    batch = to_device(batch, model.head.weight.device)
     if config["no_color"]:
-        batch["features"] = torch.cat([torch.ones_like(colors), batch["features"][:, 3:]], 1)
-    dense = None
+        colors, others = batch["features"].tensor_split([3], 1)
+        batch["features"] = torch.cat([torch.ones_like(colors), others], 1)
+    dense = []
     tower = model.fusion.encoder_2d
     if tower is not None:  # each image is encoded once
-        images = batch.pop("images")[0]
-        tokens, pooled, *dense = tower.encode(images) if queries is None else queries.encode(tower, images)
+        encode = tower.encode if queries is None else partial(queries.encode, tower)
+        tokens, pooled, *dense = encode(batch.pop("images")[0])
         batch |= {"clip_tokens": tokens[None], "clip_pooled": pooled[None]}
-    num_views = batch["world2cam"].shape[1]
-    draw_size = max(1, config["num_points"] * num_views // config["num_views"])
-    feat_fusion, gate = fuse_in_draws(model.fusion, batch, draw_size)
+    asked = "feat_3d" if queries is not None and queries.source == "3d" else "feat_fusion"
+    feats, gate = fuse_draws(model.fusion, batch, {"feat_fusion", asked})
 
     # the rest of the network sees all points at once, so a superpoint is the mean of all of its points
-    out = model.decode(feat_fusion, batch)
-    probabilities = out["logits"].float().softmax(1)
-    result = {"points": own_world(sample["points"], config["up"]).to(device), "colors": colors,
-              "truth": batch["labels"], "truth_instances": batch["instances"],
-              "camera_height": camera_height(batch["world2cam"][0]).mean(),
-              "gate": gate, "probabilities": probabilities, "labels": probabilities.argmax(1)}
+    out = model.decode(feats["feat_fusion"], batch)
+    probabilities = out["logits"].float().softmax(1).cpu()
+    result |= {"gate": gate.cpu(), "probabilities": probabilities, "labels": probabilities.argmax(1)}
     if queries is not None:
-        result["cosines"] = queries.cosines(model.fusion, batch, feat_fusion, *dense)
+        result["cosines"] = queries.cosines(model.fusion, batch, feats[asked], *dense).cpu()
     if model.decoder is not None:
-        scene, = scene_instances(out["decoder"], batch["point_to_superpoint"], batch["batch"],
-                                 min_points=config["min_instance_points"])
-        good = scene["scores"] > instance_score
-        result |= {"scene": scene, "instances": paint_instances(scene["masks"][good]),
-                   "instance_labels": scene["labels"][good], "scores": scene["scores"][good]}
+        last = {key: out["decoder"][key][-1, 0] for key in ("class_logits", "mask_logits", "quality")}
+        scene = instances_from_logits(**last, point_to_superpoint=batch["point_to_superpoint"],
+                                      min_points=config["min_instance_points"])
+        scores = scene["scores"].cpu()
+        good = int((scores > instance_score).sum())  # the best come first
+        result |= {"scene": scene, "instances": paint_instances(scene["masks"][:good]).cpu(),
+                   "instance_labels": scene["labels"][:good].cpu(), "scores": scores[:good]}
     return result
 
 
 @torch.no_grad()
-def ask_sample(fusion, sample, up, queries):
-    """CLIP's own answers for all points of one sample, without a trained network: as of `predict_sample`.
+def ask_batch(fusion, batch, up, queries, are_classes):
+    """CLIP's own answers for all points of one sample, as of `predict_batch`, without a training.
 
-    fusion: a BiFusionEncoder whose tower has dense features. Every query is a class; the gate is 1 if a view sees it.
+    fusion: a BiFusionEncoder whose tower has dense features. Each query is a class; without are_classes
+    they are not those of the data's labels, which are left out. The gate says whether a view sees a point.
     """
-    batch = to_device(collate([sample]), queries.embedding.device)
+    result = known_fields(batch, up)
+    if not are_classes:
+        result["truth"] = torch.full_like(result["truth"], -1)
+    batch = to_device(batch, queries.embedding.device)
     *_, dense = queries.encode(fusion.encoder_2d, batch["images"][0])
-    cosines = queries.cosines(fusion, batch, None, dense)
+    cosines = queries.cosines(fusion, batch, None, dense).cpu()
     probabilities = queries.probabilities(cosines)
-    return {"points": own_world(sample["points"], up).to(cosines.device), "colors": batch["features"][:, :3],
-            "truth": batch["labels"], "truth_instances": batch["instances"],
-            "camera_height": camera_height(batch["world2cam"][0]).mean(), "gate": cosines.any(1).float(),
-            "probabilities": probabilities, "labels": probabilities.argmax(1), "cosines": cosines}
+    return {**result, "gate": cosines.any(1).float(), "probabilities": probabilities,
+            "labels": probabilities.argmax(1), "cosines": cosines}
 
 
-def own_world(points, up):
-    """Points (N, 3) of a world with z up, back in the data's own."""
-    if up == "z":
-        return points
-    return torch.from_numpy((points.numpy() @ up_rotation(up)).astype(np.float32))
+# --------------------------------------------------------------------------------------------- frames
 
 
 def cloud_voxel(frame):
-    """The voxel size for merging the frames of a scene, meters: two pixels of the median depth, from 2
-    mm to 2 cm.
-
-    A room gets 1 to 2 cm, a table top a few millimeters.
-    """
+    """The voxels of a merged scene, in meters: two pixels of the median depth, from 2 mm to 2 cm."""
     depth = frame["depth"]
     known = depth[(depth > 0) & np.isfinite(depth)]
     if len(known) == 0:
@@ -175,81 +208,190 @@ def cloud_voxel(frame):
 
 def sample_options(model, config):
     """Keyword arguments of data.PointDataset that draw every point of a frame, with its color."""
-    options = dict(num_points=sys.maxsize, image_size=tuple(config["image_size"]), images=not config["no_clip"],
-                   normals=config.get("normals", False))  # older checkpoints do not say
+    options = {"num_points": sys.maxsize, "image_size": tuple(config["image_size"]),
+               "images": not config["no_clip"], "normals": config.get("normals", False)}  # older ones do not say
     if model.decoder is not None and config["superpoints"]:
         options["superpoints"] = partial(oversegment, count=config["superpoints"])
     return options
 
 
-def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabilities=False, queries=None):
+class PreparedFrames(Dataset):
+    """Of each frame: name, shape of the depth image, flat depth pixel of each point, batch of `prepare`.
+
+    The batch is None if no pixel has known depth. options: of a PointDataset.
+    """
+
+    def __init__(self, frames, options, prepare_sample):
+        self.frames = frames
+        self.options = options
+        self.prepare_sample = prepare_sample
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, index):
+        frame = self.frames[index]
+        check_frame(frame)
+        pixels, _ = depth_to_color(frame)
+        batch = None
+        if len(pixels):
+            batch = self.prepare_sample(PointDataset([frame], **self.options)[0])
+        return frame["name"], frame["depth"].shape, pixels, batch
+
+
+def in_order(function, items, threads):
+    """function(item) of each item, in order; up to `threads` items are worked on ahead."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def predict_frames(model, frames, config, instance_score=INSTANCE_SCORE, probabilities=False, queries=None,
+                   workers=0, threads=0):
     """Labels every pixel of known depth, frame by frame; a generator of one dict per frame.
 
     model: a Segmenter in eval mode. frames: a sequence of frame dicts (see data.py); labels are not
     needed. config: the options that the model was trained with. instance_score: instances with a lower
-    score are left out. queries: a TextQueries. A result holds "name", and of the depth image's size:
-    "labels" (Hd, Wd) int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the
-    best first, if the model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries"
-    (Hd, Wd, Q) float32, the probability of every query. Pixels of unknown depth, and those outside the
-    colour image, hold -1 (probabilities and queries: 0). "scores" and "instance_labels" are lists with
-    one entry per instance. "points" is the result of `predict_sample`, with one row per point; None for
-    a frame without any depth, which holds nothing else but "labels".
+    score are left out. queries: a TextQueries. workers: processes that read frames. threads: that work
+    ahead with the network. A result holds "name", and of the depth image's size: "labels" (Hd, Wd)
+    int64, index of the class; "instances" (Hd, Wd) int64, numbered from 0 with the best first, if the
+    model has a decoder; "probabilities" (Hd, Wd, K) float32 on demand; "queries" (Hd, Wd, Q) float32,
+    the probability of every query, and then also "colors" (Hd, Wd, 3). Pixels of unknown depth, and
+    those outside the color image, hold -1 (probabilities and queries: 0). "scores" and
+    "instance_labels" are lists with one entry per instance. "points" is the result of `predict_batch`;
+    None for a frame without any depth, which holds nothing else but "labels".
     """
-    answer = partial(predict_sample, model, config=config, queries=queries, instance_score=instance_score)
-    return label_frames(answer, frames, sample_options(model, config), config["up"], queries, probabilities)
+    answer = partial(predict_batch, model, config=config, queries=queries, instance_score=instance_score)
+    options = sample_options(model, config)
+    prepared = PreparedFrames(upright(frames, config["up"]), options, preparation(model, config))
+    return label_frames(answer, prepared, queries, probabilities, workers, threads)
 
 
-def label_frames(answer, frames, options, up, queries=None, probabilities=False):
-    """The results of `predict_frames`. answer: sample -> result of `predict_sample`. options: of the PointDataset."""
-    frames = upright(frames, up)
-    for index in range(len(frames)):
-        frame = frames[index]
-        blank = np.full(frame["depth"].shape, -1)
-        result = {"name": frame["name"], "points": None, "labels": blank}
-        try:
-            sample = PointDataset([frame], **options)[0]
-        except BlankSample:
-            yield result
-            continue
-        points = answer(sample)
-        pixels = depth_to_color(frame)[0]  # flat index of each point, in the order of the points
+def label_frames(answer, frames, queries=None, probabilities=False, workers=0, threads=0):
+    """The results of `predict_frames` for PreparedFrames. answer: as `predict_batch`, of a batch."""
+    def label(item):
+        name, shape, pixels, batch = item
 
         def to_image(values, fill=-1):
             """(N, ...) -> (Hd, Wd, ...)"""
-            values = values.cpu().numpy()
-            image = np.full((blank.size, *values.shape[1:]), fill, values.dtype)
+            values = values.numpy()
+            image = np.full((math.prod(shape), *values.shape[1:]), fill, values.dtype)
             image[pixels] = values
-            return image.reshape(*blank.shape, *values.shape[1:])
+            return image.reshape(*shape, *values.shape[1:])
 
-        result |= {"points": points, "labels": to_image(points["labels"])}
+        if batch is None:
+            return {"name": name, "points": None, "labels": np.full(shape, -1)}
+        points = answer(batch)
+        result = {"name": name, "points": points, "labels": to_image(points["labels"])}
         if probabilities:
             result["probabilities"] = to_image(points["probabilities"], 0)
         if queries is not None:
             result["queries"] = to_image(queries.probabilities(points["cosines"]), 0)
+            result["colors"] = to_image(points["colors"], 0)
         if "instances" in points:
             result["instances"] = to_image(points["instances"])
             result["scores"] = points["scores"].tolist()
             result["instance_labels"] = points["instance_labels"].tolist()
-        yield result
+        return result
+
+    loader = DataLoader(frames, batch_size=None, collate_fn=as_is, **loader_options(workers))
+    return in_order(label, loader, threads)
+
+
+def collate_one(sample):
+    """A batch of one sample."""
+    return collate([sample])
+
+
+def as_is(item):
+    """What a DataLoader does to an item: nothing."""
+    return item
+
+
+# ---------------------------------------------------------------------------------------------- scans
+
+
+def predict_scans(model, scans, frames, config, queries, output, ids):
+    """Predicts every scan, a large one tile by tile, and writes and scores it."""
+    options = sample_options(model, config)
+    options.pop("superpoints", None)  # scans bring their own
+    dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
+                           num_views=config["num_views"], **options)
+    prepare_sample = preparation(model, config)
+    for index in tqdm(range(len(dataset)), unit="scan", disable=None):
+        name = scans.names[index]
+        sample = dataset[index]
+        tiles = split_into_tiles(sample["points"], MAX_POINTS)
+        if ids is not None and len(tiles) > 1:
+            raise ValueError(f"scan {name}: --submission is for scans of at most {MAX_POINTS:,} points, "
+                             f"and it has {len(sample['points']):,}")
+        results = []
+        for rows in tiles:
+            part = {key: value[rows] if key in PER_POINT else value for key, value in sample.items()}
+            result = predict_batch(model, prepare_sample(part), config, queries)
+            result["confidence"] = result.pop("probabilities").amax(1)
+            if ids is None:
+                result.pop("scene", None)  # its masks would fill the memory
+            results.append(result)
+        output.add_scan(name, results[0] if len(tiles) == 1 else join_tiles(results, tiles), ids)
+
+
+def split_into_tiles(points, most):
+    """Points (N, 3) -> rows of tiles: halves across the longer horizontal side down to `most` points.
+    """
+    tiles = [torch.arange(len(points))]
+    while len(tiles[0]) > most:  # the largest
+        halves = []
+        for rows in tiles:
+            plan = points[rows, :2]
+            axis = (plan.amax(0) - plan.amin(0)).argmax()
+            halves += rows[plan[:, axis].argsort()].tensor_split(2)
+        tiles = [rows.sort().values for rows in halves]
+    return tiles
+
+
+def join_tiles(results, tiles):
+    """The results of `predict_batch` for tiles -> one. An object that a seam cuts is two instances."""
+    order = torch.cat(tiles)
+    joined = {"camera_height": results[0]["camera_height"]}
+    if "instances" in results[0]:
+        shift = 0
+        for result in results:
+            result["instances"] += shift * (result["instances"] >= 0)
+            shift += len(result["scores"])
+        for key in ("scores", "instance_labels"):
+            joined[key] = torch.cat([result[key] for result in results])
+    for key in results[0].keys() - joined.keys():
+        values = torch.cat([result.pop(key) for result in results])
+        joined[key] = torch.empty_like(values).index_copy_(0, order, values)
+    return joined
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def write_frame(folder, stem, result, class_ids):
-    """label/<stem>.png, instance/<stem>.png (0 = none) and instance/<stem>.txt: number, class id,
-    confidence per line.
-    """
-    images = {"label": class_ids[result["labels"]]}  # the last class id stands for "none"
-    if "instances" in result:
-        images["instance"] = result["instances"] + 1
-    for kind, image in images.items():
+def write_frame(folder, stem, result, class_ids, query_names=()):
+    """Writes label/<stem>.png, instance/<stem>.png and .txt, query/<stem>.png: see docs/predict.md."""
+    def save(kind, image):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.astype(np.uint16)).save(folder / kind / f"{stem}.png")
+        Image.fromarray(image).save(folder / kind / f"{stem}.png")
+
+    save("label", class_ids[result["labels"]].astype(np.uint16))  # the last class id stands for "none"
     if "instances" in result:
+        save("instance", (result["instances"] + 1).astype(np.uint16))
         lines = [f"{number} {class_ids[label]} {score!r}\n" for number, (label, score) in
                  enumerate(zip(result["instance_labels"], result["scores"]), 1)]
         (folder / "instance" / f"{stem}.txt").write_text("".join(lines))
+    if query_names and "queries" in result:
+        save("query", heat_image(result["colors"], result["queries"], query_names))
 
 
 def benchmark_ids(benchmark, class_names):
@@ -258,7 +400,8 @@ def benchmark_ids(benchmark, class_names):
     ids = {name: key for key, name in load_classes(path).items() if name is not None}
     foreign = [name for name in class_names if name not in ids]
     if foreign:
-        raise ValueError(f"--submission {benchmark}: {path} does not list the network's classes {', '.join(foreign)}")
+        raise ValueError(f"--submission {benchmark}: {path} does not list the network's classes "
+                         f"{', '.join(foreign)}")
     return np.array([ids[name] for name in class_names])
 
 
@@ -268,52 +411,43 @@ def benchmark_ids(benchmark, class_names):
 def parse_args(argv=None):
     """The options of the command."""
     parser = Parser("predict.py", "Labels every pixel of known depth and merges the frames of a scene.")
-    parser.add_argument("checkpoint", nargs="?", help="a best.pt or last.pt of train.py; not given: --text is "
-        "answered by CLIP alone, without a trained network")
-    parser.add_argument("--data", required=True, help="folder in ScanNet's exported 2D layout, "
-        "labelled or not; with --intrinsics a folder of frame-*.color.*, .depth.png, .pose.txt; or "
-        "'rooms' (built in)")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write into")
-    parser.add_argument("--split", help="file with one scene or scene/frame per line; not given: "
-        "everything")
-    parser.add_argument("--classes", help="class list of the data, one 'id name' pair per line; not "
-        "given: classes.txt in the folder, else the list that the network was trained with")
-    parser.add_argument("--label-map", help="scannetv2-labels.combined.tsv, as in train.py; not given: "
-        "that of training, if its class list is used")
-    parser.add_argument("--scans", help="folder of whole ScanNet scans: points from there, views from "
-        "--data")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
-        "images, for frame-* files and captures that do not tell them")
-    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies in the "
-        "folder decides, see docs/captures.md")
-    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
-    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture, if "
-        "no file tells")
-    parser.add_argument("--up", type=checked_by(up_rotation), help="axis of the data's world that "
-        "points up; not given: as in training")
-    parser.add_argument("--text", help="queries, such as \"chair, red sofa | couch, something to sit "
-        "on\"; | separates names of one query")
-    parser.add_argument("--text-from", choices=("clip", "fused"), default="clip",
-        help="compare the text with CLIP's dense features or with the network's own, if its "
-        "consistency loss was on")
-    parser.add_argument("--attention", choices=ATTENTIONS, help="of CLIP's dense features, see docs/towers.md; "
-        "not given: naclip")
-    parser.add_argument("--clip-model", default="ViT-B-16", help="without a checkpoint: an open_clip vision "
-        "transformer")
-    parser.add_argument("--image-size", type=image_size, default=(240, 320), help="without a checkpoint: "
-        "height,width that CLIP sees")
-    parser.add_argument("--cloud-voxel", type=positive_float, help="meters, the voxels of merged clouds; not "
-                        "given: two pixels of a scene's median depth, from 0.002 to 0.02")
-    parser.add_argument("--tensorboard", action="store_true", help="also show the merged clouds in "
-        "TensorBoard's mesh view: tensorboard --logdir OUT")
-    parser.add_argument("--submission", choices=("scannet20", "scannet200"), help="write files for "
-        "this benchmark; needs --scans")
-    parser.add_argument("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie "
-        "where they lay in training; without a checkpoint also an open_clip tag, openai if not given")
-    parser.add_argument("--cache", default=".cache", help="folder for what scoring reads; 'none': keep "
-        "nothing")
-    parser.add_argument("--device", help="not given: cuda if there is one, else cpu")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="of train.py; not given: CLIP alone answers --text")
+    add("--data", required=True, help="folder in ScanNet's exported 2D layout, labeled or not; a "
+        "capture, see docs/captures.md; a .ply cloud alone; or 'rooms' (built in)")
+    add("--out", required=True, type=Path, help="folder to write into")
+    add("--split", help="file with one scene or scene/frame per line; not given: everything")
+    add("--classes", help="class list of the data, one 'id name' pair per line; not given: "
+        "classes.txt in the folder, else that of the training")
+    add("--label-map", help="as in train.py; not given: as in training, if its class list is used")
+    add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
+    add("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of color, of a capture, if no "
+        "file tells")
+    add("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies there decides")
+    add("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
+    add("--depth-scale", type=positive_float, help="units per meter of a capture, if no file tells")
+    add("--up", type=checked_by(up_rotation), help="axis that points up; not given: as in training, "
+        "or z")
+    add("--text", help="queries: \"chair, red sofa | couch\"; | separates names of one query")
+    add("--text-from", choices=SOURCES, default="clip", help="what the text is compared with: "
+        "CLIP's dense features; fused or 3D ones of the network, if its consistency loss was on; "
+        "mean of clip and fused")
+    add("--attention", choices=ATTENTIONS, help="of CLIP's dense features; not given: naclip")
+    add("--text-embeddings", metavar="FILE", help="vectors of another text encoder, see docs/towers.md")
+    add("--clip-model", help="without a checkpoint: of open_clip; not given: ViT-B-16")
+    add("--image-size", type=image_size, help="without a checkpoint: height,width that CLIP sees; "
+        "not given: the whole patches nearest to 240,320")
+    add("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where they "
+        "lay in training; without a checkpoint also an open_clip tag, openai if not given")
+    add("--tower-pretrained", metavar="FILE", help="the same of --tower")
+    add("--cloud-voxel", type=positive_float, help="meters, of merged clouds; not given: two pixels "
+        "of a scene's median depth, from 0.002 to 0.02")
+    add("--tensorboard", action="store_true", help="also show the clouds: tensorboard --logdir OUT")
+    add("--submission", choices=("scannet20", "scannet200"), help="write its files; needs --scans")
+    add("--workers", type=nonnegative_int, help="that read frames; not given: one per two cores, up "
+        "to 8")
+    add("--device", help="not given: cuda if there is one, else cpu")
+    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.submission and not args.scans:
         parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")
@@ -321,15 +455,20 @@ def parse_args(argv=None):
         parser.error("--intrinsics and --scans exclude each other")
     if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
         parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
+    given = args.split or args.classes or args.scans or args.intrinsics is not None
+    if args.data.endswith(".ply") and (given or args.checkpoint is None):
+        parser.error("a cloud alone needs a checkpoint, and takes no --split, --classes, --scans or --intrinsics")
     asks = args.text or args.checkpoint is None and args.classes
-    if not asks and (args.text_from != "clip" or args.attention):
-        parser.error("--text-from and --attention need --text")
-    if args.checkpoint is None and (args.scans or args.text_from != "clip" or not (args.text or args.classes)):
-        parser.error("without a checkpoint, --text or --classes says what to look for, and CLIP alone answers in frames")
+    if args.checkpoint and not asks and (args.text_from != "clip" or args.attention or args.text_embeddings):
+        parser.error("--text-from, --attention and --text-embeddings need --text")
+    if args.checkpoint and (args.clip_model or args.image_size):
+        parser.error("with a checkpoint, --clip-model and --image-size are those of the training")
+    if args.checkpoint is None and (args.scans or args.text_from != "clip" or not asks):
+        parser.error("without a checkpoint CLIP alone answers --text or --classes, and only in frames")
     out = args.out.resolve()
     for option, folder in (("--data", args.data), ("--scans", args.scans)):
-        if folder is not None and (out == Path(folder).resolve() or out in Path(folder).resolve().parents):
-            parser.error(f"--out {args.out} is or holds {option} {folder}: nothing is written among the data")
+        if folder is not None and Path(folder).resolve().is_relative_to(out):
+            parser.error(f"--out {args.out} is or holds {option} {folder}: nothing is written among data")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         parser.error(f"--out {args.out}: {existing} is not a folder that can be written to")
@@ -337,53 +476,60 @@ def parse_args(argv=None):
 
 
 def find_classes(args, config, class_names):
-    """The class list {id: name} of the data in the network's order, or None if there is none of the
-    same classes.
+    """The class list {id: name} of the data in the network's order, None if it has other classes.
 
     Sets args.label_map to the training's if its class list is used.
     """
-    own, trained_with = f"{args.data}/classes.txt", config["classes"] or f"{config['data']}/classes.txt"
-    paths = [args.classes] if args.classes else [own, trained_with]
-    for path in paths:
-        if not args.classes and not Path(path).is_file():
-            continue
-        classes = load_classes(path)
-        names = {name for name in classes.values() if name is not None}
-        if names != set(class_names):
-            if args.classes:
-                raise ValueError(f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}")
-            print(f"{path}: its classes are not the network's, so labels of the data are not read")
+    trained_with = config["classes"] or f"{config['data']}/classes.txt"
+    path = args.classes
+    if path is None:
+        found = filter(os.path.isfile, (f"{args.data}/classes.txt", trained_with))
+        path = next(found, None)
+        if path is None:
             return None
-        if not args.classes and not args.label_map and Path(trained_with).is_file() and samefile(path, trained_with):
-            if bool(args.scans) == bool(config["scans"]):
-                args.label_map = config["label_map"]
-            elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
-                print(f"{path}: its ids may be others here than in training, so labels of the data are not read; give "
-                      "--classes, and --label-map if they need it")
-                return None
-        place = {name: i for i, name in enumerate(class_names)}
-        return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
-    return None
+    classes = load_classes(path)
+    names = {name for name in classes.values() if name is not None}
+    if names != set(class_names):
+        text = f"{path}: its classes {sorted(names)} are not the network's, {sorted(class_names)}"
+        if args.classes:
+            raise ValueError(text)
+        print(f"{text}, so labels of the data are not read")
+        return None
+    given = args.classes or args.label_map
+    if not given and os.path.isfile(trained_with) and os.path.samefile(path, trained_with):
+        if bool(args.scans) == bool(config["scans"]):
+            args.label_map = config["label_map"]
+        elif not config["label_map"]:  # ids of scans are NYU40's, those of exported frames the table's
+            print(f"{path}: its ids may be others here than in training, so labels of the data are not "
+                  "read; give --classes, and --label-map if they need it")
+            return None
+    place = {name: i for i, name in enumerate(class_names)}
+    return dict(sorted(classes.items(), key=lambda item: place.get(item[1], -1)))
 
 
-def open_source(args, config, classes, class_names):
-    """What --data and --scans name -> frames, scans or None. Labels are read if there is a class list."""
+def open_source(args, config, classes, class_names=None):
+    """What --data and --scans name -> frames, scans or None. Labels are read if there are classes."""
     labels = None if classes is not None else False
     scans = None
-    if args.scans:
+    if args.data.endswith(".ply"):
+        scans, frames = open_cloud(args.data, config["num_views"], config.get("normals", False))
+        if not config["no_clip"]:
+            warn(f"{args.data} has no frames: no view sees its points, so the network gets no CLIP features")
+    elif args.scans:
         scans, frames = open_scans(args.scans, args.data, args.split, classes, args.label_map, labels,
                                    config.get("normals", False))
     else:  # of the built-in rooms those that validate a training with these options
         val_rooms = config.get("val_rooms", -(-config["rooms"] * 3 // 8))  # older checkpoints do not say
         rooms = val_rooms, config["frames_per_room"]
         split = "val" if args.data == "rooms" else args.split
-        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels, rooms=rooms,
-                             format=args.format, pose=args.pose, depth_scale=args.depth_scale)
+        frames = open_frames(args.data, split, classes, args.label_map, args.intrinsics, labels,
+                             rooms=rooms, format=args.format, pose=args.pose, depth_scale=args.depth_scale)
         if hasattr(frames, "description"):
             print(frames.description)
     names = (scans or frames).class_names
-    if names and list(names) != class_names:
-        raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of {args.checkpoint}")
+    if class_names and names and list(names) != class_names:
+        raise ValueError(f"--data {args.data}: its classes {', '.join(names)} are not those of "
+                         f"{args.checkpoint}")
     return frames, scans
 
 
@@ -398,23 +544,40 @@ def open_queries(args, model, config):
         return None
     if config["clip_pretrained"] == "none":
         warn(RANDOM_CLIP)
-    elif args.text_from == "fused" and max(config["clip_weights"]) == 0:
-        warn("--text-from fused: the consistency loss had no weight in training, so the answers mean nothing")
-    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention)
+    elif args.text_from != "clip":
+        state = read_checkpoint(args.checkpoint)
+        for reason in text_doubts(config, state["epoch"] - (state["next_step"] == 0)):
+            warn(f"--text-from {args.text_from}: {reason}, so these features hardly answer to text")
+    queries = TextQueries(model.fusion.encoder_2d, args.text, args.text_from, args.attention,
+                          args.text_embeddings)
     say_queries(queries)
     return queries
+
+
+def text_doubts(config, last_epoch):
+    """Reasons why a network's features may not answer to text. last_epoch: of its training, from 0."""
+    if max(config["clip_weights"]) == 0:
+        return ["the consistency loss had no weight in training"]
+    reasons = []
+    target = config.get("clip_target", "global")  # older checkpoints do not say
+    if target != "point":
+        reasons.append(f"its consistency loss had --clip-target {target} and not point")
+    end = config["clip_warmup"][-1]
+    if last_epoch <= end:
+        reasons.append(f"the training ended with epoch {last_epoch}, within --clip-warmup, which lasts to {end}")
+    return reasons
 
 
 def say_queries(queries):
     """Prints what the answers depend on."""
     for field, names in zip(field_names(queries.names), queries.names):
         print(f"query {field}: {', '.join(names)}")
-    print(f"beside them: {', '.join(NEUTRAL)}; templates: {', '.join(TEMPLATES)}")
+    print(f"beside them: {', '.join(NEUTRAL)}; {queries.origin}")
 
 
 def warn_of_faults(args, frames, up):
     """What the quick part of check.py finds in somebody's frames."""
-    if args.data == "rooms":
+    if args.data == "rooms" or args.data.endswith(".ply"):
         return
     rows = quick_check(frames, up)
     for row in rows:
@@ -445,15 +608,16 @@ SCORED = ("labels", "truth", "instances", "instance_labels", "scores", "truth_in
 class Output:
     """What a run of the command writes into its folder, and what it counts and scores on the way.
 
-    new_scores: a function that makes empty `Scores`. comments: lines for the header of PLY files.
-    log_up: the data's up, see `data.up_rotation`, if the clouds are to be shown in TensorBoard; or
-    None.
+    args: of the command. up: of the data's world, see `data.up_rotation`. new_scores: a function that
+    makes empty `Scores`. comments: lines for the header of PLY files.
     """
 
-    def __init__(self, folder, class_ids, class_names, queries, new_scores, comments, log_up):
-        self.folder = folder
-        self.log_up = log_up
-        self.class_ids = class_ids
+    def __init__(self, args, up, class_ids, class_names, queries, new_scores, comments):
+        self.start = time.perf_counter()
+        self.folder = args.out
+        self.log_up = up if args.tensorboard else None
+        self.drawn_queries = [names[0] for names in queries.names] if args.text else []
+        self.class_ids = write_classes(args.out / "classes.txt", class_ids, class_names)
         self.class_names = class_names
         self.queries = queries
         self.comments = comments
@@ -466,40 +630,39 @@ class Output:
     def add_frame(self, result):
         """Images and scores of a result of `predict_frames`."""
         scene, stem = result["name"].split("/", 1)
-        write_frame(self.folder / scene, stem, result, self.class_ids)
+        write_frame(self.folder / scene, stem, result, self.class_ids, self.drawn_queries)
         if result["points"] is None:
             self.num_blank += 1
         else:
             self.score(self.points, result["points"])
 
     def score(self, scores, points):
-        """Counts points with their labels, truth and instances; nothing if no point has a true label."""
+        """Counts the labels of points and, if there is truth, scores them."""
         points = {key: torch.as_tensor(points[key]) for key in SCORED if key in points}
         labels, truth = points["labels"], points["truth"]
         if scores is self.points:
-            self.counts += torch.bincount(labels, minlength=len(self.class_names)).cpu().numpy()
+            self.counts += torch.bincount(labels, minlength=len(self.class_names)).numpy()
         if not (truth >= 0).any():
             return
         scores.update(labels, truth)
         if "instances" in points:
-            kinds = points["instance_labels"]
-            numbers = torch.arange(len(kinds), device=kinds.device)
-            scene = {"masks": points["instances"] == numbers[:, None], "labels": kinds, "scores": points["scores"]}
+            numbers = torch.arange(len(points["scores"]))
+            masks = points["instances"] == numbers[:, None]
+            scene = {"masks": masks, "labels": points["instance_labels"], "scores": points["scores"]}
             scores.update_instances(scene, truth, points["truth_instances"])
 
     def add_cloud(self, name, cloud, camera_height):
-        """The PLY files of a scene; cloud: as `SceneMerger.cloud` gives it. camera_height: mean,
-        meters.
-        """
+        """The PLY files of a cloud as of `SceneMerger.cloud`. camera_height: mean, meters."""
         scalars = {"label": self.class_ids[cloud["labels"]], "confidence": cloud["confidence"],
                    "gate": cloud["gate"]}
         entry = {"points": len(cloud["labels"]), "instances": []}
         if "instances" in cloud:
             scalars["instance"] = cloud["instances"] + 1
-            sizes = np.bincount(cloud["instances"] + 1, minlength=len(cloud["scores"]) + 1)[1:].tolist()
-            for i, (label, score) in enumerate(zip(cloud["instance_labels"], cloud["scores"].tolist())):
-                entry["instances"].append({"id": i + 1, "class": self.class_names[label], "points": sizes[i],
-                                           "confidence": score})
+            sizes = np.bincount(scalars["instance"], minlength=len(cloud["scores"]) + 1)
+            found = zip(cloud["instance_labels"], sizes[1:].tolist(), cloud["scores"].tolist())
+            for number, (label, size, score) in enumerate(found, 1):
+                instance = {"id": number, "class": self.class_names[label], "points": size, "confidence": score}
+                entry["instances"].append(instance)
         if self.queries is not None:
             scalars |= dict(zip(field_names(self.queries.names), cloud["queries"].T))
         painted = label_colors(torch.as_tensor(cloud["labels"])).numpy()
@@ -529,32 +692,23 @@ class Output:
         log.close()
 
     def add_scan(self, name, points, ids):
-        """The files of a scan, a result of `predict_sample`; ids: of a benchmark, or None."""
-        cloud = to_numpy(points)
-        cloud["confidence"] = cloud["probabilities"].max(1)
+        """The files of a scan, a result of `predict_batch`; ids: of a benchmark, or None."""
+        cloud = {key: value.numpy() for key, value in points.items() if key != "scene"}
         if self.queries is not None:
-            cloud["queries"] = self.queries.probabilities(points["cosines"]).cpu().numpy()
+            cloud["queries"] = self.queries.probabilities(points["cosines"]).numpy()
         self.add_cloud(name, cloud, float(points["camera_height"]))
         self.score(self.points, points)
         if ids is not None:
-            scene = to_numpy(points["scene"]) if "scene" in points else None
-            write_submission(self.folder / "submission", name, cloud["labels"], scene, ids)
+            scene = {key: value.cpu().numpy() for key, value in points.get("scene", {}).items()}
+            write_submission(self.folder / "submission", name, cloud["labels"], scene or None, ids)
 
 
-def to_numpy(values):
-    """The tensors of a dict as arrays."""
-    return {key: value.cpu().numpy() for key, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-def predict_scans(model, scans, frames, config, queries, output, ids):
-    """Predicts every scan, and writes and scores it."""
-    options = sample_options(model, config)
-    options.pop("superpoints", None)  # scans bring their own
-    dataset = SceneDataset(upright(scans, config["up"]), upright(frames, config["up"]),
-                           num_views=config["num_views"], **options)
-    for index in tqdm(range(len(dataset)), unit="scan", disable=None):
-        result = predict_sample(model, dataset[index], config, queries)
-        output.add_scan(scans.names[index], result, ids)
+def use_cores(workers, device):
+    """Options of `label_frames`: on a CPU two frames share the cores, each with half of the threads."""
+    cores = torch.get_num_threads()
+    threads = 1 if device.type == "cuda" else min(2, cores)
+    torch.set_num_threads(cores // threads)
+    return {"workers": max(1, min(8, cores // 2)) if workers is None else workers, "threads": threads}
 
 
 def predict_scenes(label, frames, config, queries, output, voxel_size):
@@ -562,13 +716,14 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
 
     label: frames -> results of `predict_frames`. voxel_size: meters, or None.
     """
-    bar = tqdm(total=len(frames), unit="frame", disable=None)
-    for scene, members in group_by_scene(frame_names(frames)).items():
+    scenes = group_by_scene(frame_names(frames))
+    results = label(frames=Subset(frames, sum(scenes.values(), [])))
+    results = iter(tqdm(results, total=len(frames), unit="frame", disable=None))
+    for scene, members in scenes.items():
         merger = SceneMerger(len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
         heights = []
-        for result in label(frames=Subset(frames, members)):
+        for result in islice(results, len(members)):
             output.add_frame(result)
-            bar.update()
             if result["points"] is not None:
                 merger.add(result["points"])
                 heights.append(float(result["points"]["camera_height"]))
@@ -576,46 +731,26 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
             cloud = merger.cloud(config["min_instance_points"], queries)
             output.add_cloud(scene, cloud, sum(heights) / len(heights))
             output.score(output.merged, cloud)
-    bar.close()
 
 
-def same_points(model, config, frames, scans, cache):
-    """A loader of the points that `train.py --eval` draws from these frames."""
-    options = sample_options(model, config)
-    options |= {"num_points": config["num_points"], "num_views": config["num_views"], "seed": config["seed"],
-                "color": not config["no_color"]}
-    frames = upright(frames, config["up"])
-    if scans is None:
-        dataset = PointDataset(frames, **options)
-        dataset.leave_out(check_frames(dataset)[1])
-    else:
-        options.pop("superpoints", None)
-        dataset = SceneDataset(upright(scans, config["up"]), frames, **options)
-    tower = model.fusion.encoder_2d
-    if tower is not None and config["clip_blocks"] == 0 and cache != "none":  # features in fp16, as in training
-        device = model.head.weight.device
-        features = FeatureCache(cache, f"clip {tower.fingerprint()}", lambda images: tower.encode(images.to(device)))
-        features.build(dataset.images_only)
-        dataset.feature_cache = features
-    return DataLoader(dataset, config["batch_size"], collate_fn=batches_for(model, training=False))
-
-
-def write_summary(args, config, frames, scans, output, seconds, scores):
-    """Writes summary.json and says what was done; returns its content."""
-    kind, count = ("frame", len(frames)) if scans is None else ("scan", len(scans))
-    skipped = getattr(frames, "num_skipped", 0)
+def write_summary(args, config, frames, scans, output):
+    """Prints scores, writes summary.json and says what was done; returns its content."""
+    seconds = time.perf_counter() - output.start
+    kind, piece = ("frame", "pixel") if scans is None else ("scan", "vertex")
+    count = len(frames if scans is None else scans)
     total = int(output.counts.sum())
     share = output.counts / max(total, 1)
+    skipped = getattr(frames, "num_skipped", 0)
     summary = {
         "checkpoint": args.checkpoint,
         "options": {key: str(value) for key, value in vars(args).items() if value is not None},
-        "training": config,
+        "training": config if args.checkpoint else None,
         "rotation_to_z_up": up_rotation(config["up"]).tolist(),
         f"{kind}s": count, "frames_skipped": skipped, "frames_without_depth": output.num_blank,
         "seconds": seconds, f"seconds_per_{kind}": seconds / count,
         "points": total, "share_of_points": dict(zip(output.class_names, share.tolist())),
         "queries": None if output.queries is None else output.queries.described(),
-        "scores": scores,
+        "scores": print_scores(output, f"every {piece}"),
         "scenes": output.scenes}
     summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -624,65 +759,69 @@ def write_summary(args, config, frames, scans, output, seconds, scores):
     return summary
 
 
-def score_all(model, config, frames, scans, output, cache):
-    """{which points: metrics}, printed; empty if nothing has a true label."""
+def print_scores(output, whole):
+    """Prints scores -> {which points: metrics}, empty without truth. whole: the name of the first."""
     if not output.points.semantics.confusion.any():
         return {}
-    scores = {}
-    smallest = min(map(len, group_by_scene(frame_names(frames)).values()))
-    if smallest >= config["num_views"]:
-        loader = same_points(model, config, frames, scans, cache)
-        metrics = evaluate(model, loader, config["min_instance_points"], AMP_DTYPES[config["amp"]])
-        scores["the points that train.py --eval draws"] = metrics
-        print(format_metrics(metrics, output.class_names))
-    else:
-        print(f"a scene has {smallest} frames, fewer than the {config['num_views']} views of a sample in training: "
-              "no scores of the points that train.py --eval draws")
-    if scans is None:
-        scores["every pixel"] = output.points.compute()
+    scores = {whole: output.points.compute()}
+    print(format_metrics(scores[whole], output.class_names))
+    if output.merged.semantics.confusion.any():
         scores["merged scenes"] = output.merged.compute()
-    else:
-        scores["every vertex"] = output.points.compute()
     for name, metrics in scores.items():
         means = {key: value for key, value in metrics.items() if key not in ("iou", "aps")}
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
     return scores
 
 
+def open_tower(args):
+    """The CLIP tower of --clip-model, for images of --image-size."""
+    name = args.clip_model or "ViT-B-16"
+    patch = read_config(name)["model_cfg"]["vision_cfg"].get("patch_size")
+    if not patch:
+        raise ValueError(f"--clip-model {name} has no dense features that answer to text; open_clip's own "
+                         "vision transformers have, such as ViT-B-16")
+    whole = tuple(round(side / patch) * patch for side in (240, 320))
+    pretrained = None if args.clip_pretrained == "none" else args.clip_pretrained or "openai"
+    return Enhanced2DEncoder(name, pretrained, image_size=args.image_size or whole)
+
+
 def ask(args, device, tower=None):
-    """The command without a checkpoint: text answered by CLIP's dense features, merged over the frames of a scene."""
-    config = {"no_clip": False, "clip_model": args.clip_model, "clip_pretrained": args.clip_pretrained or "openai",
-              "clip_mean_std": None, "clip_blocks": 0, "image_size": args.image_size, "up": args.up or "z",
-              "min_instance_points": 1}
+    """The command without a checkpoint: CLIP's dense features answer text, merged over frames."""
+    config = {"up": args.up or "z", "min_instance_points": 1, "rooms": 32, "frames_per_room": 4}
     classes = None if args.classes is None else load_classes(args.classes)
-    frames = open_frames(args.data, args.split, classes, args.label_map, args.intrinsics,
-                         False if classes is None else None, format=args.format, pose=args.pose,
-                         depth_scale=args.depth_scale)
+    frames, _ = open_source(args, config, classes)
     warn_of_faults(args, frames, config["up"])
-    if config["clip_pretrained"] == "none":
-        warn(RANDOM_CLIP)
-    fusion = BiFusionEncoder(tower or build_tower(config), nn.Identity()).to(device).eval()
+    if tower is None:
+        tower = open_tower(args)
+        if args.clip_pretrained == "none":
+            warn(RANDOM_CLIP)
+    height, width = tower.image_size
+    if args.image_size not in (None, (height, width)):
+        raise ValueError(f"--image-size {args.image_size}: the tower takes images of {height},{width}")
+    print(f"CLIP sees images of {height} x {width} pixels")
+    fusion = BiFusionEncoder(tower, nn.Identity()).to(device).eval()
     names = parse_queries(args.text) if args.text else [[name] for name in frames.class_names]
-    if classes is not None and [first for first, *_ in names] != frames.class_names:
-        raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of them, or "
-                         "the same names in the same order, with synonyms")
-    queries = TextQueries(fusion.encoder_2d, names, attention=args.attention)
-    say_queries(queries)
     class_names = [first for first, *_ in names]
-    class_ids = write_classes(args.out / "classes.txt", getattr(frames, "class_ids", range(1, len(names) + 1)) or
-                              range(1, len(names) + 1), class_names)
-    output = Output(args.out, class_ids, class_names, queries, partial(Scores, len(names), False),
-                    [f"CLIP {args.clip_model}"], config["up"] if args.tensorboard else None)
-    options = dict(num_points=sys.maxsize, image_size=tuple(args.image_size))
-    answer = partial(ask_sample, fusion, up=config["up"], queries=queries)
-    start = time.perf_counter()
-    predict_scenes(partial(label_frames, answer, options=options, up=config["up"], queries=queries), frames, config,
-                   queries, output, args.cloud_voxel)
-    scores = {}
-    if output.points.semantics.confusion.any():
-        scores = {"every pixel": output.points.compute(), "merged scenes": output.merged.compute()}
-        print(format_metrics(scores["merged scenes"], class_names))
-    return write_summary(args, config, frames, None, output, time.perf_counter() - start, scores)
+    are_classes = class_names == list(frames.class_names)
+    if args.classes and not are_classes:
+        raise ValueError(f"--text {args.text!r} and --classes {args.classes} name other classes; give one of "
+                         "them, or the same names in the same order, with synonyms")
+    queries = TextQueries(fusion.encoder_2d, names, attention=args.attention,
+                          embeddings=args.text_embeddings)
+    say_queries(queries)
+    class_ids = getattr(frames, "class_ids", None) or range(1, len(names) + 1)
+    comments = [f"CLIP {getattr(tower, 'model_name', type(tower).__name__)}"]
+    new_scores = partial(Scores, len(names), False)
+    output = Output(args, config["up"], class_ids, class_names, queries, new_scores, comments)
+    options = dict(num_points=sys.maxsize, image_size=(height, width))
+
+    def label(frames):
+        answer = partial(ask_batch, fusion, up=config["up"], queries=queries, are_classes=are_classes)
+        prepared = PreparedFrames(upright(frames, config["up"]), options, collate_one)
+        return label_frames(answer, prepared, queries, **use_cores(args.workers, device))
+
+    predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
+    return write_summary(args, config, frames, None, output)
 
 
 def main(argv=None, tower=None):
@@ -692,29 +831,24 @@ def main(argv=None, tower=None):
     configure_device(device)
     if args.checkpoint is None:
         return ask(args, device, tower)
-    model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained, tower)
+    model, class_names, config = load_model(args.checkpoint, device, args.clip_pretrained, tower,
+                                            args.tower_pretrained)
     config["up"] = args.up or config["up"]
     ids = benchmark_ids(args.submission, class_names) if args.submission else None
     classes = find_classes(args, config, class_names)
     frames, scans = open_source(args, config, classes, class_names)
     warn_of_faults(args, frames, config["up"])
     queries = open_queries(args, model, config)
-    class_ids = write_classes(args.out / "classes.txt", config["class_ids"], class_names)
     comments = [f"checkpoint {args.checkpoint}"]
-    comments += [f"class {key} {name}" for key, name in zip(class_ids, class_names)]
+    comments += [f"class {key} {name}" for key, name in zip(config["class_ids"], class_names)]
     new_scores = partial(Scores, len(class_names), model.decoder is not None, config["min_instance_points"])
-    output = Output(args.out, class_ids, class_names, queries, new_scores, comments,
-                    config["up"] if args.tensorboard else None)
-
-    start = time.perf_counter()
+    output = Output(args, config["up"], config["class_ids"], class_names, queries, new_scores, comments)
     if scans is not None:
         predict_scans(model, scans, frames, config, queries, output, ids)
     else:
-        label = partial(predict_frames, model, config=config, queries=queries)
+        label = partial(predict_frames, model, config=config, queries=queries, **use_cores(args.workers, device))
         predict_scenes(label, frames, config, queries, output, args.cloud_voxel)
-    seconds = time.perf_counter() - start
-    scores = score_all(model, config, frames, scans, output, args.cache)
-    return write_summary(args, config, frames, scans, output, seconds, scores)
+    return write_summary(args, config, frames, scans, output)
 
 
 if __name__ == "__main__":

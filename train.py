@@ -115,6 +115,10 @@ def build_parser():
     add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP "
         "weights from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag "
         "that has it; needed if the tags of the model disagree")
+    add("--tower", metavar="timm:NAME", help="fuse the patch tokens of a timm vision transformer instead "
+        "of CLIP's, which stays the target of the CLIP loss and answers to text; see docs/towers.md")
+    add("--tower-pretrained", metavar="FILE", help="weights of --tower, or 'none': random; not given: "
+        "timm's download")
     add("--clip-blocks", type=nonnegative_int, default=0, help="last blocks of CLIP to train")
 
     add = parser.add_argument_group("loss").add_argument
@@ -194,6 +198,10 @@ def check_options(args, error):
         "--scans holds only points: give --data, the folder of their frames, too": from_rooms and args.scans,
         "--label-map belongs to scans and frames, and --data is rooms": from_rooms and args.label_map,
         "--drop-path is for --backbone volt-*": args.drop_path and not is_volt,
+        "--tower fuses other features than CLIP's: give neither --no-clip nor --clip-blocks":
+            args.tower and (args.no_clip or args.clip_blocks),
+        "--tower-pretrained holds the weights of --tower, which is not given":
+            args.tower_pretrained and not args.tower,
         "--colors ones hides normals, too: give no --normals": args.normals and args.colors == "ones",
         "--init-3d begins a run, and a checkpoint has weights": args.init_3d and (args.resume or args.eval),
         "--diagnose runs two backward passes, which --compile does not allow": args.compile and args.diagnose,
@@ -285,6 +293,8 @@ def read_every_frame(datasets, args, rank, world_size, console):
 
 def open_tower(args, config, log_warning):
     """The CLIP tower of the options; on the built-in rooms a random one if there are no weights."""
+    if args.tower_pretrained == "none" and not (args.resume or args.eval):
+        log_warning(f"--tower {args.tower} IS RANDOMLY INITIALISED: good for trying things out, not for results.")
     try:
         return build_tower(config)
     except FileNotFoundError as error:

@@ -4,13 +4,11 @@
     python sources/captures.py DIR                what lies there, and how it is read
     python sources/captures.py DIR --to OUT       the same in ScanNet's layout, for other tools
 
-A format is one function `folder, options -> list of View`, and one line of FORMATS. Docs:
-docs/captures.md.
+A format is one function `folder, options -> list of View`, and one line of FORMATS (docs/captures.md).
 
-Imports numpy, PIL, and support/files.py.
+Imports numpy and support/files.py.
 """
 import argparse
-import io
 import struct
 import sys
 import zlib
@@ -21,106 +19,384 @@ import numpy as np
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # of the repository
-from support.files import (as_matrix, as_pose, check_intrinsics, decode_color, decode_image, depth_in_meters, image_size,
-                           read_bytes, read_color, read_index_image, read_intrinsics, read_json, read_rows)
+from support.files import (as_intrinsics, as_matrix, as_pose, check_exists, decode_color, depth_in_meters,
+                           image_size, read_color, read_depth, read_index_image, read_intrinsics, read_json,
+                           read_rows)
 
 MAX_GAP = 0.02  # seconds between two images, or an image and a pose, that belong together
 OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x right, y up, z backward)
-ORDERS = ("xyzw", "wxyz")
-POSES = ("c2w", "w2c", *ORDERS, "w2c-xyzw", "w2c-wxyz")  # --pose
+POSES = ("c2w", "w2c", "xyzw", "wxyz", "w2c-xyzw", "w2c-wxyz")  # --pose
 
 
 class View(NamedTuple):
     """One frame of a capture, as its files describe it."""
-
     stem: str
-    color: object                    # path of an image, or (path, offset, bytes) of one inside a file
-    depth: object                    # path, or (path, offset, bytes, (H, W))
+    color: Path                      # of an image
+    depth: Path
     cam2world: np.ndarray            # (4, 4), OpenCV axes; None: lost
     intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
     units_per_meter: float           # of depth
     depth_intrinsics: object = None  # (3, 3); None: those of color, scaled to the depth image's size
     depth_cam2world: object = None   # (4, 4), if the depth camera has another pose
     confidence: object = None        # path of an image; 0 = no reading
-    distortion: tuple = ()           # (model, coefficients), see `undistortion`
+    distortion: tuple = ()           # (model, coefficients), see support/lens.py
+    part: tuple = ()                 # of a .sens file: offset, bytes of color, bytes of depth, (H, W) of depth
 
 
 class Options(NamedTuple):
     """What the caller knows and the files do not say; None: not given."""
-
     intrinsics: object = None   # (3, 3) of the color images
     pose: object = None         # one of POSES
     depth_scale: object = None  # units of depth per meter
 
 
-# ---------------------------------------------------------------------------------------------- poses
+def parse_pose(numbers, path, options, axes=np.eye(4)):
+    """A pose in a file -> cam2world (4, 4), or None if it is lost.
 
-
-def quaternion_rotation(q, path):
-    """(4,) as x, y, z, w -> rotation (3, 3). ValueError if its norm is not near 1."""
-    norm = np.linalg.norm(q)
-    if not 0.9 < norm < 1.1:
-        raise ValueError(f"{path}: a quaternion has norm {norm:.3f}: {q.tolist()}")
-    x, y, z, w = q / norm
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + 2 * w * cross + 2 * cross @ cross
-
-
-def parse_pose(numbers, path, pose=None, order="xyzw"):
-    """A pose as 7 numbers (translation and quaternion), 12 (3 x 4) or 16 (4 x 4) -> cam2world (4, 4),
-    or None if lost.
-
-    order: of quaternions in this format; pose: one of POSES overrules it, and the direction.
+    numbers: 7, translation and quaternion xyzw, or a matrix as of `as_pose`. options.pose overrules the
+    order of quaternions and the direction. axes (4, 4): from the camera with OpenCV's axes to the file's.
     """
-    numbers = as_matrix([numbers], path, "pose", [(1, 7), (1, 12), (1, 16)])[0]
-    words = (pose or "").split("-")
-    order = next((name for name in ORDERS if name in words), order)
-    if len(numbers) != 7:
-        matrix = as_pose(numbers, path)
-    elif np.isfinite(numbers).all() and np.abs(numbers[3:]).any():
-        q = numbers[3:] if order == "xyzw" else numbers[[4, 5, 6, 3]]
+    how = options.pose or ""
+    if np.shape(numbers) == (7,):
+        numbers = as_matrix([numbers], path, "pose", [(1, 7)])[0]
+        x, y, z, w = numbers[[4, 5, 6, 3] if "wxyz" in how else [3, 4, 5, 6]]
+        square = x * x + y * y + z * z + w * w
+        if square == 0 or not np.isfinite(numbers).all():
+            return None
+        if not 0.8 < square < 1.2:
+            raise ValueError(f"{path}: a quaternion has norm {square ** 0.5:.3f}: {numbers.tolist()}")
+        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
         matrix = np.eye(4)
-        matrix[:3, :3] = quaternion_rotation(q, path)
+        matrix[:3, :3] += 2 / square * (w * cross + cross @ cross)
         matrix[:3, 3] = numbers[:3]
     else:
-        matrix = None
-    if matrix is None or "w2c" not in words:
-        return matrix
-    return np.linalg.inv(matrix)
+        matrix = as_pose(numbers, path)
+    if matrix is None:
+        return None
+    return (np.linalg.inv(matrix) if "w2c" in how else matrix) @ axes
 
 
-# ---------------------------------------------------------------------------------------------- files
+def table_of(path, field):
+    """Rows of words, separated by spaces or commas, without comments."""
+    rows = [" ".join(row).replace(",", " ").split() for row in read_rows(path, field)]
+    return [row for row in rows if not row[0].startswith("#")]
 
 
-def images_in(folder, names):
-    """Images in the first of the subfolders `names` that exists, by name -> list of paths."""
-    place = next((folder / name for name in names if (folder / name).is_dir()), None)
-    if place is None:
-        raise FileNotFoundError(f"{folder}: none of the folders {', '.join(names)} is there")
-    endings = (".jpg", ".jpeg", ".png")
-    paths = [path for path in place.iterdir() if path.suffix.lower() in endings and path.name[0] != "."]
-    if not paths:
-        raise FileNotFoundError(f"{place}: no image (.jpg, .jpeg or .png) in it")
-    return sorted(paths, key=lambda path: (len(path.stem), path.stem))  # 2 before 10
+def images_in(folder, *patterns):
+    """The images that the first of the patterns finds which finds any, by name -> list of paths."""
+    for pattern in patterns:
+        paths = [path for path in folder.glob(pattern) if path.name[0] != "."]
+        paths = [path for path in paths if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        if paths:
+            return sorted(paths, key=lambda path: (len(path.stem), path.stem))  # 2 before 10
+    raise FileNotFoundError(f"{folder}: no .jpg, .jpeg or .png image; looked for {', '.join(patterns)}")
 
 
-def as_views(folder, colors, depths, poses, **shared):
-    """A View per color image, depth image and pose; ValueError with their numbers if they differ."""
-    if not len(colors) == len(depths) == len(poses):
-        raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(poses)} poses")
-    return [View(stem=color.stem, color=color, depth=depth, cam2world=pose, **shared)
-            for color, depth, pose in zip(colors, depths, poses)]
+def from_folders(folder, options, path, rows, intrinsics, units_per_meter=1000,
+                 colors=("color/*", "rgb/*", "image/*", "images/*"), depths="depth/*"):
+    """Views of color images, depth images and rows of poses, of a file, in the same order."""
+    colors, depths = images_in(folder, *colors), images_in(folder, depths)
+    if not len(colors) == len(depths) == len(rows):
+        raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
+    return [View(color.stem, color, depth, parse_pose(row, path, options), intrinsics, units_per_meter)
+            for color, depth, row in zip(colors, depths, rows)]
 
 
-def pinhole_of(fx, fy, cx, cy):
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+def intrinsics_in(folder, options, known=""):
+    """Intrinsics (3, 3) of the options, or of a file. known: more words for the error."""
+    if options.intrinsics is not None:
+        return options.intrinsics
+    path = next(folder.glob("*intrinsic.json"), folder / "intrinsics.txt")
+    if path.suffix == ".json":
+        numbers = read_json(path, "intrinsics").get("intrinsic_matrix", ())
+        return as_intrinsics(np.reshape(numbers, (3, 3)).T, path, "intrinsic_matrix")
+    if not path.is_file():
+        raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
+                         f"intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY{known}")
+    return read_intrinsics(path, "intrinsics")
 
 
-def given(options, format, what):
-    """The intrinsics of the options; ValueError that says what to give if they are not there."""
-    if options.intrinsics is None:
-        raise ValueError(f"{format} captures do not tell their intrinsics: give {what}")
-    return options.intrinsics
+def require(values, names, where):
+    """ValueError if a name is missing."""
+    lacking = [name for name in names if name not in values]
+    if lacking:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+
+
+# -------------------------------------------------------------------------------------------- formats
+
+
+def read_transforms(folder, options):
+    """transforms.json of nerfstudio and instant-ngp: OpenGL axes, pixel centers at 0.5."""
+    path = folder / "transforms.json"
+    scene = read_json(path, "transforms")
+    views = []
+    for number, frame in enumerate(scene.get("frames", ())):
+        where = f"{path}: frames[{number}]"
+        values = {**scene, **frame}
+        require(values, ("file_path", "transform_matrix"), where)
+        depth = values.get("depth_file_path", values.get("depth_path"))
+        if depth is None:
+            raise ValueError(f"{where} has no depth_file_path: 3D points need depth")
+        color = folder / values["file_path"]
+        if not color.suffix:  # as instant-ngp writes it
+            color = color.with_suffix(".png")
+        cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
+        unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
+        intrinsics = transforms_intrinsics(values, color, where)
+        views.append(View(f"{number:06d}", color, folder / depth, cam2world, intrinsics, 1 / unit,
+                          distortion=transforms_distortion(values, where)))
+    if not views:
+        raise ValueError(f"{path}: it has no list of frames")
+    return views
+
+
+def transforms_intrinsics(values, color, where):
+    """The pinhole matrix of an entry of transforms.json, with integer pixel centers."""
+    if not {"fl_x", "cx", "cy"} <= values.keys():
+        height, width = image_size(color, "color")
+        values = {"cx": width / 2, "cy": height / 2, **values}
+    if "fl_x" not in values:
+        require(values, ["camera_angle_x"], f"{where} lacks fl_x, and")
+        values["fl_x"] = width / 2 / np.tan(values["camera_angle_x"] / 2)
+    fx, cx, cy = (values[name] for name in ("fl_x", "cx", "cy"))
+    return as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics")
+
+
+def transforms_distortion(values, where):
+    """(model, coefficients) of an entry of transforms.json, or () if there is no distortion."""
+    model = values.get("camera_model", "OPENCV")
+    names = {"OPENCV": ("k1", "k2", "p1", "p2", "k3"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4"),
+             "PINHOLE": (), "SIMPLE_PINHOLE": ()}
+    if model not in names:
+        raise ValueError(f"{where} has camera_model {model}, which is not read: undistort to PINHOLE")
+    coefficients = tuple(float(values.get(name, 0)) for name in names[model])
+    return (model, coefficients) if any(coefficients) or model == "OPENCV_FISHEYE" else ()
+
+
+def read_tum(folder, options):
+    """TUM RGB-D: "seconds file" in rgb.txt and depth.txt, "seconds t q" in groundtruth.txt."""
+    intrinsics = intrinsics_in(folder, options, " (fr1: 517.3,516.5,318.6,255.3, fr2: "
+                               "520.9,521.0,325.1,249.7, fr3: 535.4,539.2,320.1,247.6)")
+    times, rows = {}, {}
+    for name in ("rgb", "depth", "groundtruth"):
+        path = folder / f"{name}.txt"
+        rows[name] = table_of(path, name)
+        first = [row[:1] for row in rows[name]]
+        times[name] = as_matrix(first, path, "times", [(len(first), 1)])[:, 0]
+    views = []
+    for time, (_, file, *_) in zip(times["rgb"], rows["rgb"]):
+        depth, pose = (np.abs(times[name] - time).argmin() for name in ("depth", "groundtruth"))
+        if max(abs(times["depth"][depth] - time), abs(times["groundtruth"][pose] - time)) <= MAX_GAP:
+            cam2world = parse_pose(rows["groundtruth"][pose][1:], path, options)
+            depth = folder / rows["depth"][depth][1]
+            views.append(View(Path(file).stem, folder / file, depth, cam2world, intrinsics, 5000))
+    if not views:
+        raise ValueError(f"{folder}: no image has a depth image and a pose within {MAX_GAP} s")
+    return views
+
+
+def read_replica(folder, options):
+    """NICE-SLAM's Replica: traj.txt, 16 numbers per line, results/, cam_params.json there or above."""
+    path = next(folder.glob("cam_params.json"), folder.parent / "cam_params.json")
+    camera = read_json(path, "cam_params").get("camera", {})
+    require(camera, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
+    intrinsics = as_intrinsics([[camera[name] for name in ("fx", "fy", "cx", "cy")]], path, "camera")
+    path = folder / "traj.txt"
+    return from_folders(folder, options, path, table_of(path, "poses"), intrinsics, camera["scale"],
+                        ["results/frame*"], "results/depth*")
+
+
+def read_redwood(folder, options):
+    """Open3D and Redwood: trajectory.log with a line of numbers and four of a matrix per pose."""
+    path = folder / "trajectory.log"
+    rows = read_rows(path, "poses")
+    rows = [sum(rows[i + 1:i + 5], []) for i in range(0, len(rows), 5)]
+    return from_folders(folder, options, path, rows, intrinsics_in(folder, options))
+
+
+def read_pose_list(folder, options):
+    """A pose per line: 7 numbers t q (or 8, after a time or number), 12 (KITTI) or 16."""
+    path, *others = sorted(folder.glob("pose*.txt"))
+    if others:
+        raise ValueError(f"{folder}: {path.name} and {others[0].name} are two lists of poses: keep one")
+    rows = [row[1:] if len(row) == 8 else row for row in table_of(path, "poses")]
+    return from_folders(folder, options, path, rows, intrinsics_in(folder, options))
+
+
+def read_posed(folder, options):
+    """7-Scenes: frame-<n>.color.jpg|png, .depth.png and .pose.txt."""
+    intrinsics = intrinsics_in(folder, options, " (7-Scenes: 585,585,320,240)")
+    views = []
+    for color in images_in(folder, "frame-*.color.*"):
+        stem = color.name.split(".")[0]
+        path = folder / f"{stem}.pose.txt"
+        pose = parse_pose(read_rows(path, "pose"), path, options)
+        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, intrinsics, 1000))
+    return views
+
+
+def read_stray(folder, options):
+    """Stray Scanner: odometry.csv, camera_matrix.csv, depth/, confidence/; rgb/ instead of rgb.mp4."""
+    if not (folder / "rgb").is_dir():
+        raise FileNotFoundError(f"{folder}: no rgb/; unpack the video: mkdir rgb && ffmpeg -i rgb.mp4 rgb/%06d.png")
+    path = folder / "odometry.csv"
+    header, *rows = table_of(path, "odometry")
+    names = ("x", "y", "z", "qx", "qy", "qz", "qw")
+    require(header, names, f"{path}: the first line")
+    rows = [[row[header.index(name)] for name in names] for row in rows]
+    camera = folder / "camera_matrix.csv"
+    intrinsics = as_intrinsics(table_of(camera, "camera"), camera, "camera_matrix")
+    views = from_folders(folder, options, path, rows, intrinsics)
+    if not (folder / "confidence").is_dir():
+        return views
+    return [view._replace(confidence=folder / "confidence" / view.depth.name) for view in views]
+
+
+SENS_HEAD = struct.Struct("<64f2i4IfQ")  # 4 matrices, 2 compressions, 4 sizes, units per meter, frames
+SENS_FRAME = struct.Struct("<16f4Q")     # pose, 2 time stamps, bytes of color and depth
+
+
+def read_sens(folder, options):
+    """ScanNet's .sens, version 4: places of JPEG or PNG color and zlib depth in the file."""
+    path = next(folder.glob("*.sens"))
+    content = np.memmap(path, np.uint8, "r")
+    views = []
+    try:
+        version, length = struct.unpack_from("<IQ", content)
+        place = 12 + length
+        *matrices, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack_from(content, place)
+        if version != 4 or color_kind not in (1, 2) or depth_kind != 1:
+            raise ValueError(f"{path}: version {version}, compressions {color_kind} and {depth_kind} are not read")
+        color, color_pose, depth, depth_pose = np.array(matrices).reshape(4, 4, 4)
+        place += SENS_HEAD.size
+        for number in range(count):
+            *pose, _, _, color_size, depth_size = SENS_FRAME.unpack_from(content, place)
+            start = place + SENS_FRAME.size
+            place = start + color_size + depth_size
+            cam2world, depth_cam2world = (parse_pose(pose, f"{path}: frame {number}", options, extrinsics)
+                                          for extrinsics in (color_pose, depth_pose))
+            views.append(View(str(number), path, path, cam2world, color[:3, :3], units, depth[:3, :3],
+                              depth_cam2world, part=(start, color_size, depth_size, (height, width))))
+    except struct.error:
+        place = len(content) + 1
+    if place > len(content):
+        raise ValueError(f"{path}: truncated after {len(views)} frames")
+    return views
+
+
+# name: what must lie in the folder, how poses are read, the reader; the first that fits is taken
+FORMATS = {
+    "nerfstudio": ("transforms.json", "camera to world, OpenGL axes", read_transforms),
+    "sens": ("*.sens", "camera to world", read_sens),
+    "stray": ("odometry.csv", "camera to world, quaternions xyzw", read_stray),
+    "tum": ("groundtruth.txt", "camera to world, quaternions xyzw", read_tum),
+    "redwood": ("trajectory.log", "camera to world", read_redwood),
+    "replica": ("results/frame*", "camera to world", read_replica),
+    "7scenes": ("frame-*.color.*", "camera to world", read_posed),
+    "poses": ("pose*.txt", "camera to world, quaternions xyzw", read_pose_list),
+}
+
+
+def format_of(folder, format=None):
+    """The name of the format of a capture in a folder, or None. format: insist on that one."""
+    names = [format] if format else FORMATS
+    return next((name for name in names if any(folder.glob(FORMATS[name][0]))), None)
+
+
+class CaptureFrames:
+    """A source of frames (see data.py): a folder that holds one capture, which is a scene, or several.
+
+    format: a key of FORMATS; None: what lies there decides. options: what the files do not say.
+    split: a file with one `scene` or `scene/stem` per line; None: all frames. undistort: that of
+    support/lens.py, for lenses with a distortion. No format has labels.
+
+    Attributes: names, num_skipped (frames with a lost pose), description (how it is read, in a line).
+    """
+
+    class_names = ()
+
+    def __init__(self, root, format=None, options=Options(), split=None, undistort=None):
+        root = Path(root)
+        self.undistort = undistort
+        folders = [root] if format_of(root, format) else sorted(filter(Path.is_dir, root.iterdir()))
+        found = {folder: format_of(folder, format) for folder in folders}
+        kinds = sorted(set(found.values()) - {None})
+        if not kinds:
+            looked_for = ", ".join(FORMATS[name][0] for name in ([format] if format else FORMATS))
+            raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in "
+                             f"its folders, see docs/captures.md#{format or 'formats'}")
+        self.settings = repr((options, kinds))
+        views = {}
+        for folder, name in found.items():
+            scene = folder.resolve().name if folder == root else folder.name
+            for view in self._read_views(folder, name, options) if name else ():
+                views[f"{scene}/{view.stem}"] = view
+        if split is not None:
+            wanted = {" ".join(row) for row in read_rows(split, "split")}
+            views = {name: view for name, view in views.items() if {name, name.split("/")[0]} & wanted}
+            unknown = wanted - views.keys() - {name.split("/")[0] for name in views}
+            if unknown:
+                raise FileNotFoundError(f"split file {split}: no scene or frame {min(unknown)!r} in {root}")
+        known = {name: view for name, view in views.items() if view.cam2world is not None}
+        self.names, self.views = list(known), list(known.values())
+        self.num_skipped = len(views) - len(known)
+        if not known:
+            raise ValueError(f"{split or root}: no frame left ({self.num_skipped} have lost their pose)")
+        words = [f"{name}: {FORMATS[name][0]}, {FORMATS[name][1]}" for name in kinds]
+        words += [f"{len(known)} frames, {self.num_skipped} without a pose"]
+        words += [f"{scale:g} units of depth per meter" for scale in {view.units_per_meter for view in self.views}]
+        self.description = "; ".join(words)
+
+    def _read_views(self, folder, name, options):
+        """The views of a capture; errors point to the paragraph of its format."""
+        try:
+            views = FORMATS[name][2](folder, options)
+            for path in {path for view in views for path in files_of(view)}:
+                check_exists(path, "image")
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{error} (read as {name}, see docs/captures.md#{name})") from error
+        scale = options.depth_scale
+        return [view._replace(units_per_meter=scale) for view in views] if scale else views
+
+    def __len__(self):
+        return len(self.views)
+
+    def files(self, index):
+        """Paths of all files that a frame is read from."""
+        return files_of(self.views[index])
+
+    def color(self, index):
+        """(H, W, 3) uint8 RGB of one frame."""
+        view = self.views[index]
+        if view.part:
+            offset, size, *_ = view.part
+            image = decode_color(np.memmap(view.color, np.uint8, "r", offset, size).tobytes(), view.color)
+        else:
+            image = read_color(view.color)
+        return self.undistort(image, view.intrinsics, *view.distortion) if view.distortion else image
+
+    def __getitem__(self, index):
+        view = self.views[index]
+        color = self.color(index)
+        depth = read_depth_of(view)
+        depth_intrinsics = view.depth_intrinsics
+        if depth_intrinsics is None:
+            depth_intrinsics = resized(view.intrinsics, color.shape[:2], depth.shape)
+        if view.distortion:
+            depth = self.undistort(depth, depth_intrinsics, *view.distortion)
+        frame = {"name": self.names[index], "color": color, "depth": depth,
+                 "world2cam": np.linalg.inv(view.cam2world), "intrinsics": view.intrinsics,
+                 "depth_intrinsics": depth_intrinsics}
+        own = view.depth_cam2world
+        if own is not None and not np.array_equal(own, view.cam2world):
+            frame["depth_world2cam"] = np.linalg.inv(own)
+        return frame
+
+
+def files_of(view):
+    """Paths of the files of a View."""
+    return [str(path) for path in (view.color, view.depth, view.confidence) if path is not None]
 
 
 def resized(intrinsics, old_size, new_size):
@@ -131,405 +407,43 @@ def resized(intrinsics, old_size, new_size):
     return matrix
 
 
-# -------------------------------------------------------------------------------------------- formats
-
-
-def read_transforms(folder, options):
-    """nerfstudio's and instant-ngp's transforms.json: Polycam, Record3D, NeRFCapture, KIRI, ScanNet++
-    iPhone.
-
-    OpenGL axes; the principal point counts from the image's corner, so its pixel centers lie at 0.5.
-    """
-    path = folder / "transforms.json"
-    scene = read_json(path, "transforms")
-    frames = scene.get("frames")
-    if not isinstance(frames, list) or not frames:
-        raise ValueError(f"{path}: it has no list of frames")
-    scale = scene.get("depth_unit_scale_factor", scene.get("integer_depth_scale", 0.001))
-    views = []
-    for number, frame in enumerate(frames):
-        where = f"{path}: frames[{number}]"
-        values = {**scene, **frame}
-        if not {"file_path", "transform_matrix"} <= values.keys():
-            raise ValueError(f"{where} lacks file_path or transform_matrix")
-        depth = values.get("depth_file_path", values.get("depth_path"))
-        if depth is None:
-            raise ValueError(f"{where} has no depth_file_path: depth is needed for 3D points")
-        color = folder / values["file_path"]
-        if not color.suffix:  # as instant-ngp writes it
-            color = color.with_suffix(".png")
-        cam2world = as_pose(values["transform_matrix"], where)
-        views.append(View(
-            stem=f"{number:06d}", color=color, depth=folder / depth,
-            cam2world=None if cam2world is None else cam2world @ OPENGL,
-            intrinsics=transforms_intrinsics(values, color, where),
-            units_per_meter=options.depth_scale or 1 / scale,
-            distortion=transforms_distortion(values, where)))
-    return views
-
-
-def transforms_intrinsics(values, color, where):
-    """The pinhole matrix of an entry of transforms.json, with integer pixel centers."""
-    if "fl_x" in values:
-        fx = values["fl_x"]
-        fy = values.get("fl_y", fx)
-    elif "camera_angle_x" in values:
-        width = values.get("w") or image_size(color, "color")[1]
-        fx = fy = width / 2 / np.tan(values["camera_angle_x"] / 2)
-    else:
-        raise ValueError(f"{where} has neither fl_x nor camera_angle_x")
-    if "cx" in values and "cy" in values:
-        cx, cy = values["cx"], values["cy"]
-    else:
-        height, width = image_size(color, "color")
-        cx, cy = width / 2, height / 2
-    matrix = pinhole_of(fx, fy, cx - 0.5, cy - 0.5)
-    check_intrinsics(matrix, where, "intrinsics")
-    return matrix
-
-
-def transforms_distortion(values, where):
-    """(model, coefficients) of an entry of transforms.json, or () if there is no distortion."""
-    model = values.get("camera_model", "OPENCV")
-    names = {"OPENCV": ("k1", "k2", "p1", "p2", "k3"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4")}
-    if model in ("PINHOLE", "SIMPLE_PINHOLE"):
-        return ()
-    if model not in names:
-        raise ValueError(f"{where} has camera_model {model}, which is not read: undistort the images to PINHOLE")
-    coefficients = tuple(float(values.get(name, 0)) for name in names[model])
-    return (model, coefficients) if any(coefficients) or model == "OPENCV_FISHEYE" else ()
-
-
-def read_tum(folder, options):
-    """TUM RGB-D: rgb.txt, depth.txt and groundtruth.txt, lines "seconds file" and "seconds tx ty tz qx
-    qy qz qw".
-    """
-    intrinsics = given(options, "TUM", "--intrinsics 517.3,516.5,318.6,255.3 (fr1), 520.9,521.0,325.1,249.7 (fr2), "
-                       "535.4,539.2,320.1,247.6 (fr3), or those of your camera")
-    tables = {}
-    for name in ("rgb", "depth", "groundtruth"):
-        path = folder / f"{name}.txt"
-        rows = [row for row in read_rows(path, name) if not row[0].startswith("#")]
-        times = as_matrix([row[:1] for row in rows], path, "time stamps", [(len(rows), 1)])[:, 0]
-        order = np.argsort(times, kind="stable")
-        tables[name] = times[order], [rows[i][1:] for i in order]
-    times, files = tables["rgb"]
-    views = []
-    for time, (file, *_) in zip(times, files):
-        depth, pose = (nearest(*tables[name], time) for name in ("depth", "groundtruth"))
-        if depth is not None and pose is not None:
-            cam2world = parse_pose(pose, folder / "groundtruth.txt", options.pose)
-            views.append(View(stem=Path(file).stem, color=folder / file, depth=folder / depth[0], cam2world=cam2world,
-                              intrinsics=intrinsics, units_per_meter=options.depth_scale or 5000))
-    if not views:
-        raise ValueError(f"{folder}: no image has a depth image and a pose within {MAX_GAP} s")
-    return views
-
-
-def nearest(times, rows, time):
-    """The row whose time stamp is nearest, or None if none is within MAX_GAP."""
-    place = np.clip(np.searchsorted(times, time), 1, len(times) - 1) if len(times) > 1 else 0
-    around = [max(place - 1, 0), place]
-    best = min(around, key=lambda i: abs(times[i] - time))
-    return rows[best] if abs(times[best] - time) <= MAX_GAP else None
-
-
-def read_trajectory_log(folder, options):
-    """Open3D and Redwood: trajectory.log, five lines a pose, images in color/ or image/ and depth/."""
-    path = folder / "trajectory.log"
-    rows = read_rows(path, "trajectory")
-    if len(rows) % 5:
-        raise ValueError(f"{path}: {len(rows)} lines are no multiple of 5: numbers, and a 4 x 4 matrix")
-    poses = [parse_pose(sum(rows[i + 1:i + 5], []), path, options.pose) for i in range(0, len(rows), 5)]
-    return from_folders(folder, options, poses, "Redwood", 1000)
-
-
-def read_replica(folder, options):
-    """NICE-SLAM's Replica: traj.txt, 16 numbers a line, results/frame*.jpg and depth*.png,
-    ../cam_params.json.
-    """
-    path = next((p / "cam_params.json" for p in (folder, folder.parent) if (p / "cam_params.json").is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder}: cam_params.json lies neither there nor beside it")
-    camera = read_json(path, "cam_params").get("camera", {})
-    lacking = {"fx", "fy", "cx", "cy", "scale"} - camera.keys()
-    if lacking:
-        raise ValueError(f"{path}: camera lacks {', '.join(sorted(lacking))}")
-    intrinsics = pinhole_of(*(camera[name] for name in ("fx", "fy", "cx", "cy")))
-    check_intrinsics(intrinsics, path, "camera")
-    images = images_in(folder, ["results"])
-    colors = [image for image in images if image.stem.startswith("frame")]
-    depths = [image for image in images if image.stem.startswith("depth")]
-    poses = [parse_pose(row, folder / "traj.txt", options.pose) for row in read_rows(folder / "traj.txt", "poses")]
-    return as_views(folder, colors, depths, poses, intrinsics=intrinsics,
-                    units_per_meter=options.depth_scale or camera["scale"])
-
-
-def read_pose_list(folder, options):
-    """A list of poses, a line per image: 7 numbers t q (or 8, after a time or number), 12 or 16 numbers
-    (KITTI's).
-    """
-    path = next(folder / name for name in POSE_LISTS if (folder / name).is_file())
-    rows = [row for row in read_rows(path, "poses") if not row[0].startswith("#")]
-    poses = [parse_pose(row[1:] if len(row) == 8 else row, path, options.pose) for row in rows]
-    return from_folders(folder, options, poses, f"{path.name}'s", 1000)
-
-
-POSE_LISTS = ("poses.txt", "pose.txt", "traj.txt")
-
-
-def from_folders(folder, options, poses, format, units_per_meter):
-    """Views of images in color/, rgb/ or image/ and in depth/, in order, with intrinsics from a file or
-    the options.
-    """
-    intrinsics = options.intrinsics
-    for name in ("camera_intrinsic.json", "intrinsic.json"):
-        if intrinsics is None and (folder / name).is_file():
-            numbers = read_json(folder / name, "intrinsics").get("intrinsic_matrix", [])
-            intrinsics = as_matrix([numbers], folder / name, "intrinsic_matrix", [(1, 9)]).reshape(3, 3).T  # Open3D's
-            check_intrinsics(intrinsics, folder / name, "intrinsic_matrix")
-    if intrinsics is None and (folder / "intrinsics.txt").is_file():
-        intrinsics = read_intrinsics(folder / "intrinsics.txt", "intrinsics")
-    if intrinsics is None:
-        intrinsics = given(options, format, "camera_intrinsic.json, intrinsics.txt, or --intrinsics FX,FY,CX,CY")
-    colors = images_in(folder, ["color", "rgb", "image", "images"])
-    depths = images_in(folder, ["depth"])
-    return as_views(folder, colors, depths, poses, intrinsics=intrinsics,
-                    units_per_meter=options.depth_scale or units_per_meter)
-
-
-def read_stray(folder, options):
-    """Stray Scanner: odometry.csv, camera_matrix.csv, depth/, confidence/, and rgb.mp4 as images in
-    rgb/.
-    """
-    if not (folder / "rgb").is_dir():
-        raise FileNotFoundError(f"{folder}: unpack the video first: mkdir rgb && ffmpeg -i rgb.mp4 -start_number 0 "
-                                "rgb/%06d.png")
-    path = folder / "odometry.csv"
-    header, *rows = [" ".join(row).replace(",", " ").split() for row in read_rows(path, "odometry")]
-    lacking = {"x", "y", "z", "qx", "qy", "qz", "qw"} - set(header)
-    if lacking:
-        raise ValueError(f"{path}: the first line lacks {', '.join(sorted(lacking))}: {header}")
-    columns = [header.index(name) for name in ("x", "y", "z", "qx", "qy", "qz", "qw")]
-    poses = [parse_pose([row[i] for i in columns], path, options.pose) for row in rows]
-    matrix = [" ".join(row).replace(",", " ").split() for row in read_rows(folder / "camera_matrix.csv", "camera")]
-    intrinsics = as_matrix(matrix, folder / "camera_matrix.csv", "camera_matrix", [(3, 3)])
-    check_intrinsics(intrinsics, folder / "camera_matrix.csv", "camera_matrix")
-    views = as_views(folder, images_in(folder, ["rgb"]), images_in(folder, ["depth"]), poses, intrinsics=intrinsics,
-                     units_per_meter=options.depth_scale or 1000)
-    if not (folder / "confidence").is_dir():
-        return views
-    return [view._replace(confidence=folder / "confidence" / view.depth.name) for view in views]
-
-
-SENS_HEAD = struct.Struct("<64f2i4IfQ")  # 4 matrices, 2 compressions, 4 sizes, units per meter, number of frames
-SENS_FRAME = struct.Struct("<16f4Q")     # pose, 2 time stamps, bytes of color and depth
-
-
-def read_sens(folder, options):
-    """ScanNet's .sens, version 4, read in place: JPEG or PNG color, zlib depth. An index of offsets is
-    built once.
-    """
-    path = next(folder.glob("*.sens"))
-    size = path.stat().st_size
-    views = []
-    with open(path, "rb") as file:
-        version, length = struct.unpack("<IQ", read_exactly(file, 12, path))
-        if version != 4 or length > 4096:
-            raise ValueError(f"{path}: not a .sens file of version 4")
-        file.seek(length, 1)
-        *numbers, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack(
-            read_exactly(file, SENS_HEAD.size, path))
-        if color_kind not in (1, 2) or depth_kind != 1:
-            raise ValueError(f"{path}: color of compression {color_kind} and depth of {depth_kind} are not read, only "
-                             "PNG, JPEG and zlib")
-        color, color_pose, depth, depth_pose = np.array(numbers).reshape(4, 4, 4)
-        for number in range(count):
-            *pose, _, _, color_size, depth_size = SENS_FRAME.unpack(read_exactly(file, SENS_FRAME.size, path))
-            place = file.tell()
-            if place + color_size + depth_size > size:
-                raise ValueError(f"{path}: truncated in frame {number} of {count}")
-            file.seek(color_size + depth_size, 1)
-            cam2world = as_pose(pose, f"{path}: frame {number}")
-            lost = cam2world is None
-            views.append(View(
-                stem=str(number), color=(path, place, color_size),
-                depth=(path, place + color_size, depth_size, (height, width)),
-                cam2world=None if lost else cam2world @ color_pose,
-                depth_cam2world=None if lost else cam2world @ depth_pose,
-                intrinsics=color[:3, :3], depth_intrinsics=depth[:3, :3],
-                units_per_meter=options.depth_scale or units))
-    return views
-
-
-def read_exactly(file, count, path):
-    content = file.read(count)
-    if len(content) < count:
-        raise ValueError(f"{path}: truncated at byte {file.tell()}")
-    return content
-
-
-# name: what is said of it, what must lie in the folder, its reader; the first that fits is taken
-FORMATS = {
-    "nerfstudio": ("transforms.json, OpenGL axes", "transforms.json", read_transforms),
-    "sens": (".sens, camera to world", "*.sens", read_sens),
-    "stray": ("Stray Scanner's odometry.csv, camera to world, quaternions xyzw", "odometry.csv", read_stray),
-    "tum": ("rgb.txt, depth.txt, groundtruth.txt, camera to world, quaternions xyzw", "groundtruth.txt", read_tum),
-    "redwood": ("trajectory.log, camera to world", "trajectory.log", read_trajectory_log),
-    "replica": ("traj.txt with cam_params.json, camera to world", "results/frame*", read_replica),
-    "poses": ("a list of poses, camera to world, quaternions xyzw", "pose*.txt", read_pose_list),
-}
-
-
-def format_of(folder, format=None):
-    """The name of the format of a capture in a folder, or None. format: insist on that one."""
-    names = [format] if format else FORMATS
-    return next((name for name in names if any(folder.glob(FORMATS[name][1]))), None)
-
-
-# ---------------------------------------------------------------------------------------------- frames
-
-
-class CaptureFrames:
-    """A source of frames (see data.py): a folder with one capture, which is a scene, or a folder of
-    such folders.
-
-    format: a key of FORMATS; None: what lies there decides. options: what the files do not say. split:
-    a file with one `scene` or `scene/stem` per line; None: all frames. undistort: of support/lens.py.
-    No format has labels.
-
-    Attributes: names, num_skipped (frames with a lost pose), description (how it is read, in a line).
-    """
-
-    class_names = ()
-
-    def __init__(self, root, format=None, options=Options(), split=None, undistort=None):
-        root = Path(root)
-        self.undistort = undistort
-        self.title = str(split or root)
-        folders = [folder for folder in (root, *sorted(root.iterdir())) if folder.is_dir()]
-        found = {folder: format_of(folder, format) for folder in folders}
-        if found[root]:
-            found = {root: found[root]}
-        found = {folder: name for folder, name in found.items() if name}
-        if not found:
-            looked_for = ", ".join(pattern for _, pattern, _ in FORMATS.values())
-            raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in its "
-                             "folders, see docs/captures.md")
-        self.settings = repr((options, sorted(found.values())))
-        self.names, self.views, self.num_skipped = [], [], 0
-        wanted = None if split is None else {tuple(row[0].partition("/")[::2]) for row in read_rows(split, "split")}
-        for folder, name in found.items():
-            scene = folder.resolve().name
-            for view in FORMATS[name][2](folder, options):
-                if wanted is not None and not {(scene, ""), (scene, view.stem)} & wanted:
-                    continue
-                if view.cam2world is None:
-                    self.num_skipped += 1
-                    continue
-                if view.distortion and undistort is None:
-                    raise ValueError(f"{folder}: its lens has a distortion, and no function to undo it is given")
-                self.names.append(f"{scene}/{view.stem}")
-                self.views.append(view)
-        if not self.views:
-            raise ValueError(f"{self.title}: no frame left ({self.num_skipped} skipped for a lost pose)")
-        names = sorted(set(found.values()))
-        kinds = "; ".join(f"{name}: {FORMATS[name][0]}" for name in names)
-        scales = sorted({view.units_per_meter for view in self.views})
-        self.description = (f"{kinds}; {len(self.views)} frames, {self.num_skipped} without a pose, "
-                            f"{', '.join(f'{scale:g}' for scale in scales)} units of depth per meter")
-
-    def __len__(self):
-        return len(self.views)
-
-    def files(self, index):
-        """Paths of all files that a frame is read from."""
-        view = self.views[index]
-        parts = [part for part in (view.color, view.depth, view.confidence) if part is not None]
-        return [str(part[0] if isinstance(part, tuple) else part) for part in parts]
-
-    def color(self, index):
-        """(H, W, 3) uint8 RGB of one frame."""
-        view = self.views[index]
-        if isinstance(view.color, tuple):
-            image = decode_color(part_of(*view.color), view.color[0])
-        else:
-            image = read_color(view.color)
-        return self._straight(image, view.intrinsics, view.distortion)
-
-    def _straight(self, image, intrinsics, distortion):
-        return self.undistort(image, intrinsics, *distortion) if distortion else image
-
-    def __getitem__(self, index):
-        view = self.views[index]
-        color = self.color(index)
-        depth = read_depth_of(view)
-        depth_intrinsics = view.depth_intrinsics
-        if depth_intrinsics is None:
-            depth_intrinsics = resized(view.intrinsics, color.shape[:2], depth.shape)
-        depth = self._straight(depth, depth_intrinsics, view.distortion)
-        frame = {"name": self.names[index], "color": color, "depth": depth, "label": None, "instance": None,
-                 "world2cam": np.linalg.inv(view.cam2world), "intrinsics": view.intrinsics,
-                 "depth_intrinsics": depth_intrinsics}
-        if view.depth_cam2world is not None and not np.array_equal(view.depth_cam2world, view.cam2world):
-            frame["depth_world2cam"] = np.linalg.inv(view.depth_cam2world)
-        return frame
-
-
-def part_of(path, offset, size):
-    """Bytes of a part of a file."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return read_exactly(file, size, path)
-
-
 def read_depth_of(view):
-    """Depth (Hd, Wd) float32 meters of a View, 0 = no reading: 16-bit PNG, NPY, or TIFF of floats."""
-    path = view.depth
-    if isinstance(path, tuple):
-        path, offset, size, shape = path
-        depth = np.frombuffer(zlib.decompress(part_of(path, offset, size)), "<u2")
-        return depth_in_meters(depth.reshape(shape), view.units_per_meter)
-    ending = path.suffix.lower()
-    if ending == ".png":
-        depth = depth_in_meters(read_index_image(path, "depth", (16,)), view.units_per_meter)
-    elif ending in (".npy", ".tif", ".tiff"):
-        content = read_bytes(path, "depth")
-        if ending == ".npy":
-            depth = np.load(io.BytesIO(content), allow_pickle=False)
-        else:
-            depth = np.asarray(decode_image(content, path, "depth", ("TIFF",)))
-        if depth.ndim != 2 or depth.dtype.kind not in "uf":
-            raise ValueError(f"{path}: depth has shape {depth.shape} of {depth.dtype}, expected (H, W) of numbers")
-        depth = np.nan_to_num(depth.astype(np.float32), nan=0, posinf=0, neginf=0) / np.float32(view.units_per_meter)
+    """Depth (Hd, Wd) float32 meters of a View, 0 = no reading."""
+    if view.part:
+        offset, color_size, size, shape = view.part
+        content = zlib.decompress(np.memmap(view.depth, np.uint8, "r", offset + color_size, size))
+        depth = depth_in_meters(np.frombuffer(content, "<u2").reshape(shape), view.units_per_meter)
     else:
-        raise ValueError(f"{path}: depth as {ending} is not read: convert it to .npy, .tiff or 16-bit .png")
-    if view.confidence is not None:
-        confidence = read_index_image(view.confidence, "confidence")
-        if confidence.shape != depth.shape:
-            raise ValueError(f"{view.confidence}: confidence {confidence.shape} is not of the size of depth "
-                             f"{depth.shape}")
-        depth = np.where(confidence > 0, depth, 0)
-    return depth
+        depth = read_depth(view.depth, view.units_per_meter)
+    if view.confidence is None:
+        return depth
+    confidence = read_index_image(view.confidence, "confidence")
+    if confidence.shape != depth.shape:
+        raise ValueError(f"{view.confidence}: {confidence.shape} is not the size of depth {depth.shape}")
+    return np.where(confidence > 0, depth, 0)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("captures.py", description="Says how a capture is read, and exports it.")
+    """The command."""
+    parser = argparse.ArgumentParser("captures.py", description="Says how a capture is read; exports it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help="write it in ScanNet's layout into this folder")
     parser.add_argument("--format", choices=FORMATS, help="not given: what lies in the folder decides")
-    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order of the format")
+    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order")
     parser.add_argument("--depth-scale", type=float, help="units of depth per meter, if no file tells")
     parser.add_argument("--intrinsics", help="FX,FY,CX,CY of the color images, if no file tells")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    intrinsics = args.intrinsics and pinhole_of(*map(float, args.intrinsics.split(",")))
-    frames = CaptureFrames(args.folder, args.format, Options(intrinsics, args.pose, args.depth_scale))
+    from sources.scannet import write_frames  # here, because all else needs no sibling
+    from support.lens import undistort
+    intrinsics = args.intrinsics and as_intrinsics([args.intrinsics.split(",")], "--intrinsics", "FX,FY,CX,CY")
+    options = Options(intrinsics, args.pose, args.depth_scale)
+    frames = CaptureFrames(args.folder, args.format, options, undistort=undistort)
     print(frames.description)
     if args.to:
-        from sources.scannet import write_frames
         write_frames(frames, args.to)
-        print(f"{len(frames)} frames in {args.to}")
 
 
 if __name__ == "__main__":
-    main()
+    from support.runtime import run_command
+    run_command(main)

@@ -7,9 +7,11 @@ Imports sources.captures, sources.rooms, sources.scannet and support.lens.
 """
 from pathlib import Path
 
+import numpy as np
+
 from sources.captures import CaptureFrames, Options
 from sources.rooms import RoomFrames
-from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from sources.scannet import CloudFile, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
 from support.lens import undistort
 
 
@@ -17,13 +19,13 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
                 unlisted=False, rooms=(32, 4), format=None, pose=None, depth_scale=None):
     """The frames that `data` names -> a source, whose class_names are empty if labels are not read.
 
-    data: a folder in ScanNet's exported 2D layout, of frame-* files, or of captures (see captures.py), or
-    "rooms" (built in). Your own data set gets a line.
-    split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms "train",
-    "val" or "test".
+    data: a folder in ScanNet's exported 2D layout, or of captures (see captures.py), or "rooms", which are
+    built in. Your own data set gets a line.
+    split: a file with one `scene` or `scene/frame` per line, or None: all frames. For the rooms
+    "train", "val" or "test".
     classes: a class list, as a file or {id: name}; None: data/classes.txt.
     label_map: path of scannetv2-labels.combined.tsv, if the class list holds NYU40's ids (ScanNet20).
-    intrinsics: (3, 3) in pixels, of frame-* files and of captures that do not tell them.
+    intrinsics: (3, 3) in pixels, of captures that do not tell them.
     format, pose, depth_scale: how a capture is read, if not as its layout says; see captures.py.
     labels: True: needed; None: read if there is a class list; False: not read.
     unlisted: ids that the class list lacks become classes "id N", after the first `num_listed` classes.
@@ -33,14 +35,9 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
     """
     if data == "rooms":
         return RoomFrames(split or "train", *rooms)
-    kind = kind_of(Path(data), format)
-    if kind != "scannet" and labels:
-        raise ValueError(f"{data}: frame-* files and captures have no labels, and they are needed here")
-    if kind == "frame-*":
-        if intrinsics is None:
-            raise ValueError(f"{data}: frame-* files need --intrinsics FX,FY,CX,CY")
-        return PosedFrames(data, intrinsics, split)
-    if kind == "capture":
+    if not is_exported(Path(data)) or format:
+        if labels:
+            raise ValueError(f"{data}: captures have no labels, which are needed here (docs/captures.md)")
         return CaptureFrames(data, format, Options(intrinsics, pose, depth_scale), split, undistort)
     if not has_classes(data, classes, labels):
         return ScanNetFrames(data, None, split)
@@ -58,23 +55,25 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
     return frames
 
 
-def kind_of(folder, format=None):
-    """Which reader a folder is for: "scannet", "frame-*" or "capture". format: insists on a capture."""
+def is_exported(folder):
+    """Whether a folder has ScanNet's exported layout; else it holds captures."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, expected a folder of frames; predict.py with a checkpoint takes "
+                         "a .ply cloud alone (docs/captures.md#a-mesh-or-cloud-alone)")
     if not folder.is_dir():
         raise FileNotFoundError(f"frame folder {folder} does not exist")
-    if format is None and any(folder.glob("*/color")) and any(folder.glob("*/pose")):
-        return "scannet"
-    is_posed = any(folder.glob("frame-*.color.*")) or any(folder.glob("*/frame-*.color.*"))
-    return "frame-*" if format is None and is_posed else "capture"
+    if (folder / "color").is_dir() and (folder / "pose").is_dir():
+        raise ValueError(f"{folder} is one scene in ScanNet's layout: give the folder that holds it")
+    return any(folder.glob("*/color")) and any(folder.glob("*/pose"))
 
 
 def open_scans(scans, data, split=None, classes=None, label_map=None, labels=True, normals=False):
     """Whole scans of ScanNet in a folder, and their views, the frames in `data` -> (scans, frames).
 
     split, classes: as in `open_frames`. The class list holds NYU40's ids, or those of the label map
-    (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list and
-    every scan is annotated; False: not read. If they are not needed, either all scans or none have an axis
-    alignment (the test split has none). normals: scans also hold the normals of their meshes.
+    (ScanNet200). labels: True: needed, and axis alignments, too; None: read if there is a class list
+    and every scan is annotated; False: not read. If not needed, all scans or none have an alignment
+    (the test split has none). normals: scans also hold the normals of their meshes.
     """
     frames = ScanNetFrames(data, None, split)
     options = dict(split=split, normals=normals)
@@ -92,6 +91,20 @@ def open_scans(scans, data, split=None, classes=None, label_map=None, labels=Tru
         known = read_classes(data, classes)
         return ScanNetScenes(scans, known, label_map=label_map, align=all(aligned), **options), frames
     return ScanNetScenes(scans, None, align=all(aligned), **options), frames
+
+
+def open_cloud(path, num_views, normals=False):
+    """A mesh or cloud alone, a PLY file with colors -> (scans, frames) as `open_scans`.
+
+    The frames are num_views views that see no point: black, and 10 km above, looking up.
+    """
+    scans = CloudFile(path, normals)
+    pose = np.eye(4)
+    pose[2, 3] = -1e4
+    view = {"name": f"{scans.names[0]}/0", "color": np.zeros((1, 1, 3), np.uint8),
+            "depth": np.zeros((1, 1), np.float32), "world2cam": pose,
+            "intrinsics": np.eye(3), "depth_intrinsics": np.eye(3)}
+    return scans, [view] * num_views
 
 
 def has_classes(data, classes, labels):

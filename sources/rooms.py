@@ -100,37 +100,28 @@ def draw_look(rng, kind, width=0.0, height=0.0):
     color = draw_color(rng, "shape" if kind in SHAPES else kind)
     if kind == "wall":
         share = rng.choice([0.0, 0.05])
-        palette = vary(rng, color, share)
-        return Look(palette, rng.uniform(0.1, 0.3))
+        return Look(vary(rng, color, share), rng.uniform(0.1, 0.3))
     if kind == "planks":
         palette = vary(rng, color, 0.15)
-        width = rng.uniform(0.12, 0.2)
-        length = rng.uniform(0.8, 1.4)
-        return Look(palette, width, length,
-                    joint_u=0.008, joint_v=0.008, joint_color=0.5 * color)
+        width, length = rng.uniform(0.12, 0.2), rng.uniform(0.8, 1.4)
+        return Look(palette, width, length, joint_u=0.008, joint_v=0.008, joint_color=0.5 * color)
     if kind == "tiles":
         side = rng.uniform(0.3, 0.6)
-        palette = vary(rng, color, 0.08)
-        return Look(palette, side, side,
-                    joint_u=0.015, joint_v=0.015, joint_color=1.4 * color)
+        return Look(vary(rng, color, 0.08), side, side, joint_u=0.015, joint_v=0.015, joint_color=1.4 * color)
     if kind in SHAPES:
         share = rng.choice([0.0, 0.1])
-        palette = vary(rng, color, share)
-        return Look(palette, rng.uniform(0.05, 0.2))
+        return Look(vary(rng, color, share), rng.uniform(0.05, 0.2))
     if kind == "cabinet":
         palette = vary(rng, color, 0.1)
         height = height / rng.integers(1, 4)
-        return Look(palette, width / 2, height,
-                    joint_u=0.015, joint_v=0.015, joint_color=0.4 * color)
+        return Look(palette, width / 2, height, joint_u=0.015, joint_v=0.015, joint_color=0.4 * color)
     if kind == "refrigerator":
         door = rng.uniform(0.5, 0.7) * height
         return Look(color, cell_v=door, joint_v=0.02, joint_color=0.4 * color)
     if kind == "bookshelf":
         books = [draw_color(rng, "book") for _ in range(16)]
-        thickness = rng.uniform(0.04, 0.07)
-        board = rng.uniform(0.25, 0.35)
-        return Look(books, thickness, board,
-                    joint_v=0.04, joint_color=color, rim=0.04, rim_color=color)
+        thickness, board = rng.uniform(0.04, 0.07), rng.uniform(0.25, 0.35)
+        return Look(books, thickness, board, joint_v=0.04, joint_color=color, rim=0.04, rim_color=color)
     return Look(color)
 
 
@@ -138,35 +129,32 @@ def draw_panel_look(rng, kind, width, height):
     if kind == "picture":
         side = rng.uniform(0.12, 0.3)
         palette = [draw_color(rng, kind) for _ in range(16)]
-        frame = draw_color(rng, "frame")
-        return Look(palette, side, side, rim=0.06, rim_color=frame)
+        return Look(palette, side, side, rim=0.06, rim_color=draw_color(rng, "frame"))
     if kind == "whiteboard":
         marks = [draw_color(rng, "marker") for _ in range(3)]
         white = vary(rng, np.full(3, 0.97), 0.03, 20)
-        palette = np.concatenate([white, marks])
-        width = rng.uniform(0.06, 0.1)
-        height = rng.uniform(0.05, 0.08)
-        return Look(palette, width, height,
-                    rim=0.04, rim_color=rng.uniform(0.5, 0.7))
+        width, height = rng.uniform(0.06, 0.1), rng.uniform(0.05, 0.08)
+        gray = rng.uniform(0.5, 0.7)
+        return Look(np.concatenate([white, marks]), width, height, rim=0.04, rim_color=gray)
     color = draw_color(rng, kind)
     if kind == "curtain":
         palette = vary(rng, color, 0.08)
-        width = rng.uniform(0.1, 0.25)
-        return Look(palette, width, fold=rng.uniform(0.3, 0.6))
+        width, fold = rng.uniform(0.1, 0.25), rng.uniform(0.3, 0.6)
+        return Look(palette, width, fold=fold)
     if kind == "door":
         palette = vary(rng, color, 0.15)
         board = width / rng.integers(3, 7)
-        return Look(palette, board, joint_u=0.01, joint_color=0.5 * color,
-                    rim=rng.uniform(0.04, 0.1), rim_color=0.7 * color)
+        rim = rng.uniform(0.04, 0.1)
+        return Look(palette, board, joint_u=0.01, joint_color=0.5 * color, rim=rim, rim_color=0.7 * color)
     sky = draw_color(rng, "sky")  # of a window, with land below and white bars
     horizon = rng.uniform(0.1, 0.4)
     share = (np.arange(16) / 15 - horizon) / 0.15
     share = np.clip(share, 0, 1)[:, None]
     palette = color + share * (sky - color)
     pane = width / rng.integers(1, 4)
-    return Look(palette, pane, height / 15.99, step_u=0, step_v=1,
-                joint_u=0.05, joint_color=0.95,
-                rim=rng.uniform(0.04, 0.08), rim_color=0.95)
+    rim = rng.uniform(0.04, 0.08)
+    return Look(palette, pane, height / 15.99, step_u=0, step_v=1, joint_u=0.05, joint_color=0.95, rim=rim,
+                rim_color=0.95)
 
 
 def texture(look, u, v, width, height):
@@ -211,8 +199,7 @@ def draw_furniture(rng, kind):
     if kind == "lamp":
         w, h = rng.uniform([0.3, 1.3], [0.45, 1.7])
         low, high = 0.2 * w, 0.8 * w
-        left = w / 2 - 0.02
-        right = w / 2 + 0.02
+        left, right = w / 2 - 0.02, w / 2 + 0.02
         parts = [(low, low, 0, high, high, 0.04),
                  (left, left, 0.04, right, right, h - w),
                  (0, 0, h - w, w, w, h)]
@@ -269,12 +256,10 @@ def build_shell(room, rng):
     """Surfaces of walls, floor and ceiling, 10 cm thick."""
     surfaces = []
     wall = draw_look(rng, "wall")
-    kinds = ("wall", "wall", "wall", "wall", "floor", "ceiling")
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate(("wall", "wall", "wall", "wall", "floor", "ceiling")):
         axis, end = divmod(i, 2)
         box = np.stack([np.full(3, -0.1), room + 0.1])
-        inner = box[end, axis] + (0.1, -0.1)[end]
-        box[1 - end, axis] = inner
+        box[1 - end, axis] = box[end, axis] + (0.1, -0.1)[end]
         look = wall if kind == "wall" else draw_look(rng, kind)
         surfaces.append((kind, -1, box, False, look))
     return surfaces
@@ -296,8 +281,7 @@ def hang_panels(room, surfaces, instances, rng):
                 continue
             panels.append((side, left, right, bottom))
             box = (0, 0, bottom, w, rng.uniform(0.002, 0.009), bottom + h)
-            origin = against_wall(room, side, left)
-            box = turn(box, side, origin)
+            box = turn(box, side, against_wall(room, side, left))
             look = draw_look(rng, kind, w, h)
             surfaces.append((kind, next(instances), box, False, look))
             break
@@ -326,13 +310,11 @@ def furnish(room, panels, surfaces, instances, rng):
 def draw_origin(room, kind, size, side, panels, rng):
     """Where a piece may stand, somewhere or at a wall; None if it would hide a panel."""
     if kind in MOVABLE:
-        place = rng.uniform(0.1, room[:2] - 0.1)
-        return np.append(place, 0.0)
+        return np.append(rng.uniform(0.1, room[:2] - 0.1), 0.0)
     width, _, height = size
     left = rng.uniform(0.02, room[side % 2] - width - 0.02)
-    right = left + width
     for wall, start, stop, bottom in panels:
-        if wall == side and left < stop and right > start and height > bottom + 0.3:
+        if wall == side and left < stop and left + width > start and height > bottom + 0.3:
             return None
     return against_wall(room, side, left)
 
@@ -353,16 +335,14 @@ def add_furniture(surfaces, kind, size, parts, side, origin, instance, rng):
     look = draw_look(rng, kind, size[0], size[2])
     for part in parts:
         is_shade = kind == "lamp" and part is parts[-1]
-        box = turn(part, side, origin)
-        surfaces.append((kind, instance, box, is_shade, look))
+        surfaces.append((kind, instance, turn(part, side, origin), is_shade, look))
     if kind == "table":
         for _ in range(rng.integers(0, 4)):
             place = rng.uniform(0.05, size[:2] - 0.3)
             low = np.append(place, size[2])
             high = low + rng.uniform(*SIZES["clutter"])
             box = turn([low, high], side, origin)
-            look = Look(draw_color(rng, "clutter"))
-            surfaces.append((None, -1, box, False, look))
+            surfaces.append((None, -1, box, False, Look(draw_color(rng, "clutter"))))
 
 
 def make_room(seed):
@@ -382,7 +362,7 @@ def make_room(seed):
     kinds, instance, corners, ellipsoid, look = zip(*surfaces)
     label = [CLASSES.index(kind) if kind else -1 for kind in kinds]
     ambient = rng.uniform(0.5, 0.7)
-    place = rng.uniform(0.3, 0.7, 2) * room[:2]
+    light = np.append(rng.uniform(0.3, 0.7, 2) * room[:2], room[2] - 0.2)
     return {
         "size": room,
         "corners": np.array(corners),
@@ -391,7 +371,7 @@ def make_room(seed):
         "instance": np.array(instance, np.int32),
         "look": look,
         "ambient": ambient,
-        "light": np.append(place, room[2] - 0.2),
+        "light": light,
         "tint": rng.uniform(0.92, 1.08, 3)}
 
 
@@ -423,9 +403,8 @@ def draw_camera(scene, rng):
         eye = rng.uniform([0.35, 0.35, 1.2], [x, y, 1.8])
         seen = rng.choice(np.unique(scene["instance"]))  # -1: wall, floor, ceiling or clutter
         surface = rng.choice(np.flatnonzero(scene["instance"] == seen))
-        center = scene["corners"][surface].mean(0)
         offset = rng.uniform(-1, 1, 3) * [0.5, 0.5, 0.8]
-        target = center + offset
+        target = scene["corners"][surface].mean(0) + offset
         roll = rng.uniform(-0.05, 0.05)
         dx, dy, dz = target - eye
         distance = np.hypot(dx, dy)
@@ -455,19 +434,15 @@ def windows(corners, world2cam, intrinsics, size):
     in_front = z.min(0) > 0.01
     start = np.where(in_front, np.floor(uv.min(1)), 0)
     stop = np.where(in_front, np.ceil(uv.max(1)) + 1, np.inf)
-    height, width = size
-    limit = np.where(z.max(0) > 0.01, [[width], [height]], 0)
-    start = start.clip(0, limit)
-    stop = stop.clip(0, limit)
-    return np.concatenate([start, stop]).astype(int).T
+    limit = np.where(z.max(0) > 0.01, np.array(size)[::-1, None], 0)
+    return np.concatenate([start.clip(0, limit), stop.clip(0, limit)]).astype(int).T
 
 
 def hit_box(low, high, slope):
     """Depth (h, w) of a box, corners (3,) from the eye, on rays 1 / slope (3, h, w); whether it is hit."""
     near, far = -np.inf, np.inf
     for start, stop, inverse in zip(low, high, slope):
-        a = start * inverse
-        b = stop * inverse
+        a, b = start * inverse, stop * inverse
         near = np.maximum(near, np.minimum(a, b))
         far = np.minimum(far, np.maximum(a, b))
     return near, near <= far
@@ -534,9 +509,7 @@ def shade(scene, index, hit, rays):
     offset = hit - low
     u = offset[across, n]
     v = offset[up, n]
-    width = extent[across, 0]
-    height = extent[up, 0]
-    color = texture(scene["look"][index], u, v, width, height)
+    color = texture(scene["look"][index], u, v, extent[across, 0], extent[up, 0])
 
     to_light = scene["light"].astype(np.float32)[:, None] - hit
     square = (to_light * to_light).sum(0)
@@ -553,8 +526,7 @@ def shade(scene, index, hit, rays):
 def add_noise(color, depth, cosine, rng):
     """Noise on color (H, W, 3), in place, and on depth (H, W), with holes; cosine (H, W) to normals."""
     height, width = depth.shape
-    exposure = rng.uniform(0.9, 1.1)
-    gain = exposure * rng.uniform(0.97, 1.03, 3)
+    gain = rng.uniform(0.9, 1.1) * rng.uniform(0.97, 1.03, 3)  # exposure, white balance
     color *= gain.astype(np.float32)
     color += 0.012 * rng.standard_normal(color.shape, np.float32)
     draw = rng.random(depth.shape, np.float32)
@@ -562,8 +534,7 @@ def add_noise(color, depth, cosine, rng):
     kept &= depth < 8 - 2 * draw
     across = np.abs(np.diff(depth, axis=1, prepend=depth[:, :1]))
     down = np.abs(np.diff(depth, axis=0, prepend=depth[:1]))
-    is_edge = np.maximum(across, down) > 0.1
-    kept &= ~is_edge | (draw >= 0.5)
+    kept &= (np.maximum(across, down) <= 0.1) | (draw >= 0.5)
     rows, columns = np.ogrid[:height, :width]
     limits = [height, width, height / 12, height / 12]
     for _ in range(rng.integers(2, 7)):  # blobs
@@ -637,8 +608,7 @@ def frames(split, num_rooms, frames_per_room, seed=0, size=(240, 320)):
             frame = render(scene, world2cam, intrinsics, size, rng)
             frame["name"] = f"{split}{room:04d}/{number}"
             frame["world2cam"] = world2cam
-            frame["intrinsics"] = intrinsics
-            frame["depth_intrinsics"] = intrinsics.copy()
+            frame["intrinsics"] = frame["depth_intrinsics"] = intrinsics
             result.append(frame)
     return result
 

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""RGB-D frames and scans in files: ScanNet (Dai et al. 2017) as its tools write it, and posed frames.
+"""RGB-D frames and scans of ScanNet (Dai et al. 2017), in files as its tools write them.
 
 `ScanNetFrames` reads the 2D layout of ScanNet's exporter, to which many data sets are converted, and
-that of its small download scannet_frames_25k; `PosedFrames` unlabeled folders of frame-*.color, depth and
-pose files, such as 7-Scenes; `ScanNetScenes` mesh, labels, instances and oversegmentation of whole scans.
-All read a file when they are indexed, and name missing files when they are made.
+that of its small download scannet_frames_25k; `ScanNetScenes` mesh, labels, instances and oversegmentation
+of whole scans. Both read a file when they are indexed, and name missing files when they are made.
 
 Imports numpy, PIL and support.files.
 """
 import csv
 import io
-import os
 import re
 import warnings
 from collections import Counter
@@ -177,18 +175,15 @@ def check_splits(sources, kinds=("label-filt", "instance-filt")):
 
 class Scene(NamedTuple):
     """What the frames of a scene share."""
-
     folder: Path
     colors: dict    # stem: path of the color image
-    paths: dict     # "pose", "depth" and, if they are read, "label" and "instance": as PATHS
-    missing: dict   # stem: a file that its frame lacks
+    folders: dict   # "pose", "depth" and, if they are read, "label" and "instance": name of the folder
     matrices: dict  # "color intrinsics", ...: a matrix
     cameras: list   # files that these were read from
     sizes: dict     # "color", "depth": (H, W) of the first image, and its path
 
     def path(self, kind, stem):
-        folder, ending = self.paths[kind]
-        return self.folder / folder / (stem + ending)
+        return self.folder / self.folders[kind] / (stem + (".txt" if kind == "pose" else ".png"))
 
 
 class ScanNetFrames:
@@ -212,11 +207,6 @@ class ScanNetFrames:
     label-filt and instance-filt it has}, title (split or root).
     """
 
-    COLORS = "color"  # folder of the color images in that of a scene
-    COLOR = r"(.+)\.(?:jpg|jpeg|png)"  # their names
-    OTHERS = r".+"  # other names there that count as left out
-    PATHS = {"pose": ("pose", ".txt"), "depth": ("depth", ".png")}  # folder, and what follows the stem
-
     def __init__(self, root, classes, split=None):
         self.root = Path(root)
         self.title = str(split or root)
@@ -224,72 +214,60 @@ class ScanNetFrames:
             raise FileNotFoundError(f"frame folder {self.root} does not exist")
         self._labeled = classes is not None
         self._table = ClassTable(classes)
-        self.class_names = self._table.names
-        self.class_ids = self._table.ids
+        self.class_names, self.class_ids = self._table.names, self._table.ids
         self.settings = repr(self._table.classes)  # with the files, all that the frames depend on
         self.folders = {}
         self.left_out = Counter()
         self.num_skipped = 0
-        self.names, self._poses, self._scenes = [], [], {}
-        folders = self._list_scenes()
-        pairs = [(scene, "") for scene in sorted(folders, key=natural_key)]
-        for scene, frame in pairs if split is None else read_split(split):
-            if scene not in folders:
-                raise FileNotFoundError(f"split file {split}: no scene {scene!r} with color images in "
-                                        f"{self.root}")
-            if scene not in self._scenes:
-                self._scenes[scene] = self._open_scene(folders[scene])
-            colors = self._scenes[scene].colors
+        self.names = []
+        self._frames = []  # (scene, stem, pose)
+        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
+        scenes = {name: path for name, path in folders.items() if (path / "color").is_dir()}
+        if not scenes:
+            raise ValueError(f"{self.root}: no <scene>/color folder in it")
+        if len(folders) > len(scenes):
+            self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
+        opened = {}
+        pairs = [(name, "") for name in sorted(scenes, key=natural_key)] if split is None else read_split(split)
+        for name, frame in pairs:
+            if name not in scenes:
+                raise FileNotFoundError(f"split file {split}: no scene {name!r} with color images in {self.root}")
+            if name not in opened:
+                opened[name] = self._open_scene(scenes[name])
+            colors = opened[name].colors
             if frame and frame not in colors:
-                raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene "
-                                        f"{scene!r}")
+                raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene {name!r}")
             for stem in [frame] if frame else sorted(colors, key=natural_key):
-                self._add_frame(scene, stem)
+                self._add_frame(f"{name}/{stem}", opened[name], stem)
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         if twice:
             raise ValueError(f"{split}: frame {twice[0]} is named more than once")
         if not self.names:
             raise ValueError(f"{self.title}: no frame left ({self.num_skipped} skipped for a lost pose)")
 
-    def _list_scenes(self):
-        """{name: folder} of all scenes."""
-        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
-        scenes = {name: path for name, path in folders.items() if (path / self.COLORS).is_dir()}
-        if not scenes:
-            raise ValueError(f"{self.root}: no <scene>/color folder in it")
-        if len(folders) > len(scenes):
-            self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
-        return scenes
-
     def _open_scene(self, folder):
         colors = {}
-        for path in sorted((folder / self.COLORS).iterdir()):
-            match = re.fullmatch(self.COLOR, path.name, re.IGNORECASE)
+        for path in sorted((folder / "color").iterdir()):
+            is_image = path.suffix.lower() in (".jpg", ".jpeg", ".png")
             if path.name.startswith("."):
                 self.left_out["dot files"] += 1
-            elif match and match[1] in colors:
-                raise ValueError(f"{path} and {colors[match[1]].name} are two images of one frame")
-            elif match:
-                colors[match[1]] = path
-            elif re.fullmatch(self.OTHERS, path.name):
+            elif not is_image:
                 self.left_out["files with other endings than .jpg, .jpeg and .png"] += 1
+            elif path.stem in colors:
+                raise ValueError(f"{path} and {colors[path.stem].name} are two images of one frame")
+            else:
+                colors[path.stem] = path
         if not colors:
-            raise ValueError(f"{folder / self.COLORS}: no color image (.jpg, .jpeg or .png) in it")
+            raise ValueError(f"{folder / 'color'}: no color image (.jpg, .jpeg or .png) in it")
 
         is_small = (folder / "intrinsics_color.txt").is_file()  # scannet_frames_25k
-        paths = dict(self.PATHS)
+        folders = {"pose": "pose", "depth": "depth"}
         for kind in ("label", "instance") if self._labeled else ():
             name = kind if is_small else f"{kind}-filt"
             if (folder / name).is_dir():
-                paths[kind] = name, ".png"
-        self.folders[folder] = [f"{kind}-filt" for kind in paths if kind not in self.PATHS]
-        scene = Scene(folder, colors, paths, {}, *self._read_cameras(folder, is_small), {})
-        for kind, (name, ending) in paths.items():
-            path = folder / name
-            present = set(os.listdir(path)) if path.is_dir() else ()  # faster than one look-up per file
-            missing = (stem for stem in colors if stem + ending not in present)
-            scene.missing.update((stem, scene.path(kind, stem)) for stem in missing)
-        return scene
+                folders[kind] = name
+        self.folders[folder] = [f"{kind}-filt" for kind in ("label", "instance") if kind in folders]
+        return Scene(folder, colors, folders, *self._read_cameras(folder, is_small), {})
 
     def _read_cameras(self, folder, is_small):
         """Matrices by name, and the files that they are read from."""
@@ -306,44 +284,40 @@ class ScanNetFrames:
             raise ValueError(f"{folder}/intrinsic: extrinsics hold inf or NaN")
         return matrices, files
 
-    def _add_frame(self, name, stem):
-        scene = self._scenes[name]
-        if stem in scene.missing:
-            raise FileNotFoundError(f"{scene.missing[stem]} does not exist, but {scene.colors[stem]} does")
+    def _add_frame(self, name, scene, stem):
+        for path in (scene.path(kind, stem) for kind in scene.folders):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist, but {scene.colors[stem]} does")
         if not scene.sizes:
             for kind, path in (("color", scene.colors[stem]), ("depth", scene.path("depth", stem))):
                 size = image_size(path, kind)
                 scene.sizes[kind] = size, path
-                if f"{kind} intrinsics" in scene.matrices:
-                    where = f"{scene.folder}: {kind} intrinsics"
-                    check_principal_point(scene.matrices[f"{kind} intrinsics"], size, where)
+                field = f"{kind} intrinsics"
+                if field in scene.matrices:
+                    check_principal_point(scene.matrices[field], size, f"{scene.folder}: {field}")
         pose = read_pose(scene.path("pose", stem))
         if pose is None:
             self.num_skipped += 1
         else:
-            self.names.append(f"{name}/{stem}")
-            self._poses.append(pose)
+            self.names.append(name)
+            self._frames.append((scene, stem, pose))
 
     def __len__(self):
         return len(self.names)
 
-    def _scene_of(self, index):
-        name, stem = self.names[index].split("/")
-        return self._scenes[name], stem
-
     def files(self, index):
         """Paths of all files that a frame is read from."""
-        scene, stem = self._scene_of(index)
-        paths = [scene.path(kind, stem) for kind in scene.paths]
+        scene, stem, _ = self._frames[index]
+        paths = [scene.path(kind, stem) for kind in scene.folders]
         return list(map(str, (scene.colors[stem], *paths, *scene.cameras)))
 
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
-        scene, stem = self._scene_of(index)
+        scene, stem, _ = self._frames[index]
         return read_color(scene.colors[stem])
 
     def __getitem__(self, index):
-        scene, stem = self._scene_of(index)
+        scene, stem, pose = self._frames[index]
         path = scene.path("depth", stem)
         color = self.color(index)
         depth = read_depth(path)
@@ -356,15 +330,14 @@ class ScanNetFrames:
             if image.shape[:2] != size:
                 raise ValueError(f"{file}: the {kind} image has size {image.shape[:2]}, but {first.name} "
                                  f"has {size}, and the intrinsics of the scene fit one size alone")
-        pose = self._poses[index]
         color_pose = pose @ scene.matrices.get("color extrinsics", np.eye(4))
         depth_pose = pose @ scene.matrices.get("depth extrinsics", np.eye(4))
-        frame = {"name": self.names[index], "color": color, "depth": depth, "label": None,
-                 "instance": None, "world2cam": np.linalg.inv(color_pose), "intrinsics": intrinsics,
+        frame = {"name": self.names[index], "color": color, "depth": depth, "label": None, "instance": None,
+                 "world2cam": np.linalg.inv(color_pose), "intrinsics": intrinsics,
                  "depth_intrinsics": scene.matrices.get("depth intrinsics", intrinsics)}
         if not np.array_equal(color_pose, depth_pose):
             frame["depth_world2cam"] = np.linalg.inv(depth_pose)
-        for kind in scene.paths.keys() - self.PATHS:
+        for kind in scene.folders.keys() & {"label", "instance"}:
             path = scene.path(kind, stem)
             ids = read_index_image(path, kind)
             if ids.shape not in (color.shape[:2], depth.shape):
@@ -375,43 +348,6 @@ class ScanNetFrames:
             else:
                 frame["instance"] = np.where(ids > 0, ids.astype(np.int32), -1)
         return frame
-
-
-class PosedFrames(ScanNetFrames):
-    """A source of unlabeled frames (see data.py) in folders such as those of 7-Scenes, read when indexed.
-
-    root/[<scene>/]frame-<n>{.color.jpg|png, .depth.png (uint16 millimeters, 0 and 65535 = none), .pose.txt
-    (camera to world)}; frames directly in root are one scene with root's name.
-    intrinsics: (3, 3) of both images of all frames, or a text file of it. 7-Scenes: f 585, c 320 240; its
-    depth is not registered to the color images: near objects are off by some pixels.
-    split, attributes: as in `ScanNetFrames`.
-    """
-
-    COLORS = ""
-    COLOR = r"(frame-\d+)\.color\.(?:jpg|jpeg|png)"
-    OTHERS = r"frame-\d+\.color\..*"
-    PATHS = {"pose": ("", ".pose.txt"), "depth": ("", ".depth.png")}
-
-    def __init__(self, root, intrinsics, split=None):
-        self._cameras = []
-        if isinstance(intrinsics, (str, Path)):
-            self._cameras = [Path(intrinsics)]
-            intrinsics = read_intrinsics(intrinsics, "intrinsics")
-        self.intrinsics = as_matrix(intrinsics, root, "intrinsics", [(3, 3)])
-        check_intrinsics(self.intrinsics, root, "intrinsics")
-        super().__init__(root, None, split)
-        self.settings = repr(self.intrinsics.tolist())
-
-    def _list_scenes(self):
-        if any(self.root.glob("frame-*.color.*")):
-            return {self.root.resolve().name: self.root}
-        scenes = {path.parent.name: path.parent for path in self.root.glob("*/frame-*.color.*")}
-        if not scenes:
-            raise ValueError(f"{self.root}: neither frame-*.color.* nor <scene>/frame-*.color.* in it")
-        return scenes
-
-    def _read_cameras(self, folder, is_small):
-        return {"color intrinsics": self.intrinsics}, self._cameras
 
 
 def write_frames(frames, root):
@@ -457,16 +393,19 @@ GEOMETRY = {**dict.fromkeys("xyz", ("f4", "f8")), **dict.fromkeys(("red", "green
 
 
 def read_ply_vertices(path, fields):
-    """Vertices of a binary PLY file -> structured array (P,) with at least `fields`, {name: types}."""
+    """Vertices of a PLY file, ascii or binary, that begins with them -> structured array (P,) with at least
+    `fields`, {name: types}.
+    """
     content = read_bytes(path, "mesh")
-    head, mark, _ = content[:2 ** 16].partition(b"end_header\n")
-    text = re.sub(r"(comment|obj_info).*\n", "", head.decode("ascii", "replace"))
-    match = re.match(r"ply\nformat binary_little_endian 1.0\n"
-                     r"element vertex (\d{1,9})\n((?:property \w+ \S+\n)+)(?:element|\Z)", text)
-    if not mark or not match:
-        raise ValueError(f"{path} is not a binary_little_endian PLY file that begins with its vertices")
-    count = int(match[1])
-    properties = [line.split()[1:] for line in match[2].splitlines()]
+    header = re.match(rb"ply.*?\nend_header\r?\n", content[:2 ** 16], re.DOTALL)
+    text = header[0].decode("ascii", "replace").replace("\r", "") if header else ""
+    text = re.sub(r"(comment|obj_info).*\n", "", text)
+    match = re.match(r"ply\nformat (ascii|binary_little_endian) 1.0\n"
+                     r"element vertex (\d{1,9})\n((?:property \w+ \S+\n)+)(?:element|end_header)", text)
+    if not match:
+        raise ValueError(f"{path} is not an ascii or binary_little_endian PLY file that begins with its vertices")
+    count = int(match[2])
+    properties = [line.split()[1:] for line in match[3].splitlines()]
     types = {name: PLY_TYPES.get(word) for word, name in properties}
     if len(types) < len(properties) or None in types.values() or count == 0:
         raise ValueError(f"{path}: {count} vertices with properties {properties}, not plain numbers")
@@ -474,7 +413,14 @@ def read_ply_vertices(path, fields):
         if types.get(name) not in allowed:
             raise ValueError(f"{path}: vertices have no property {name} of type {allowed}, but {types}")
     dtype = np.dtype([(name, f"<{kind}") for name, kind in types.items()])
-    start = len(head) + len(mark)
+    start = header.end()
+    if match[1] == "ascii":
+        words = content[start:].split(None, count * len(types))[:count * len(types)]
+        table = as_matrix([words], path, f"table of {count} vertices", [(1, count * len(types))])
+        vertices = np.empty(count, dtype)
+        for name, column in zip(types, table.reshape(count, -1).T):
+            vertices[name] = column
+        return vertices
     if len(content) - start < count * dtype.itemsize:
         raise ValueError(f"{path} is truncated: {count} vertices of {dtype.itemsize} bytes, "
                          f"{len(content) - start} bytes left")
@@ -511,6 +457,40 @@ def vertex_normals(points, triangles):
     normals = np.stack(total, 1)
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)
+
+
+def read_mesh(path, normals=False):
+    """A PLY file with colors -> points, colors and, if asked for, normals, as of `ScanNetScenes`."""
+    mesh = read_ply_vertices(path, GEOMETRY)
+    points = np.stack([mesh[axis] for axis in "xyz"], 1).astype(np.float32)
+    colors = np.stack([mesh[channel] for channel in ("red", "green", "blue")], 1).astype(np.float32)
+    if not (np.abs(points) < 1e4).all():  # also NaN
+        raise ValueError(f"{path}: vertices are not finite, or more than 10 km from the origin, where float32 is too "
+                         "coarse: subtract an offset (docs/cameras.md)")
+    fields = {"points": points, "colors": colors / 255}
+    if normals:
+        triangles = read_ply_triangles(path)
+        if triangles.max() >= len(points):
+            raise ValueError(f"{path}: a face has vertex {triangles.max()} of {len(points)}")
+        fields["normals"] = vertex_normals(points, triangles)
+    return fields
+
+
+class CloudFile:
+    """A mesh or cloud in one PLY file, as a scan without labels: what data.SceneDataset takes."""
+
+    class_names = ()
+
+    def __init__(self, path, normals=False):
+        self.path = Path(path)
+        self.normals = normals
+        self.names = [self.path.stem]
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return {"name": self.names[index], **read_mesh(self.path, self.normals), "alignment": np.eye(4)}
 
 
 def read_axis_alignment(path):
@@ -613,30 +593,20 @@ class ScanNetScenes:
 
     def __getitem__(self, index):
         name = self.names[index]
-        path = self._path(name, "_vh_clean_2.ply")
-        mesh = read_ply_vertices(path, GEOMETRY)
-        points = np.stack([mesh[axis] for axis in "xyz"], 1).astype(np.float32)
-        colors = np.stack([mesh[channel] for channel in ("red", "green", "blue")], 1).astype(np.float32)
-        scan = {"name": name, "points": points, "colors": colors / 255, "alignment": np.eye(4)}
+        scan = {"name": name, **read_mesh(self._path(name, "_vh_clean_2.ply"), self.normals), "alignment": np.eye(4)}
+        count = len(scan["points"])
         if self.align:
             scan["alignment"] = read_axis_alignment(self._path(name, ".txt"))
-        if not (np.abs(points) < 1e8).all():  # also NaN
-            raise ValueError(f"{path}: vertices are not finite, or beyond 1e8 m")
-        if self.normals:
-            triangles = read_ply_triangles(path)
-            if triangles.max() >= len(points):
-                raise ValueError(f"{path}: a face has vertex {triangles.max()} of {len(points)}")
-            scan["normals"] = vertex_normals(points, triangles)
         if not self._labeled:
             return scan
-        ids, instances, segments = self._read_annotation(name, len(mesh))
+        ids, instances, segments = self._read_annotation(name, count)
         path = self._path(name, ".aggregation.json")
         if self._label_map is None:
             path = self._path(name, "_vh_clean_2.labels.ply")
             ids = read_ply_vertices(path, {"label": WHOLE})["label"].astype(np.int64)
-            if len(ids) != len(mesh) or ids.min() < 0:
+            if len(ids) != count or ids.min() < 0:
                 raise ValueError(f"{path} has {len(ids)} vertices with labels from {ids.min()}, expected "
-                                 f"labels >= 0 of the {len(mesh)} vertices of the mesh")
+                                 f"labels >= 0 of the {count} vertices of the mesh")
         labels = self._table.indices(ids, path).astype(np.int64)
         return {**scan, "labels": labels, "instances": instances, "superpoints": segments}
 

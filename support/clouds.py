@@ -8,14 +8,19 @@
 
 Imports torch, numpy.
 """
+import os
 import re
 
 import numpy as np
 import torch
 
+PAGES = os.sysconf("SC_PHYS_PAGES")  # of the machine's memory
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 ONE = 2 ** 14    # 1 in fixed point: int32 holds 131,071 votes
 OVERLAP = 0.5    # of two instances that join
 HALF = 2 ** 20   # cells of the grid from the origin to its end, along each axis
+PART = 2 ** 18   # voxels of a cloud that are worked on at once
+CLOUD_BYTES = 96  # of a voxel of a cloud, without queries
 STRIDES = np.array([4 * HALF ** 2, 2 * HALF, 1])  # of the key of a cell
 
 
@@ -33,16 +38,18 @@ class SceneMerger:
     def __init__(self, num_classes, voxel_size):
         self.num_classes = num_classes
         self.voxel_size = voxel_size             # meters
+        self.max_bytes = PAGES * PAGE_BYTES // 2
         self.keys = np.empty(0, np.int64)        # (M,) sorted, one per voxel
-        self.sums = None                         # (M, F) int32, see `voxel_means`
-        self.owner = np.empty((0, 2), np.int64)  # (M, 2) instance of the scene, and its lead
-        self.truth = np.empty((0, 2), np.int64)  # (M, 2) true label and instance in one, and its lead
+        self.rows = np.empty(0, np.int64)        # (M,) its row in the tables, which have free rows at their end
+        self.sums = None                         # F columns of int32, see `voxel_means`
+        self.owner = np.empty((0, 2), np.int64)  # instance of the scene, and its lead
+        self.truth = np.empty((0, 2), np.int64)  # true label and instance in one, and its lead
         self.labels = np.empty(0, np.int64)      # (S,) class of each instance of the scene
         self.scores = np.empty((0, 2))           # (S, 2) sum of the scores of its parts, their number
 
     def add(self, result):
-        """Adds the points of a frame, as `predict_sample` gives them."""
-        points = result["points"].cpu().double().numpy()
+        """Adds the points of a frame, as `predict_batch` gives them."""
+        points = result["points"].double().numpy()
         position = points / self.voxel_size
         cell = np.floor(position)
         if len(cell) and not np.abs(cell).max() < HALF:
@@ -55,30 +62,36 @@ class SceneMerger:
 
         rows = self.find_rows(keys, means.shape[1])
         self.sums[rows] += np.rint(means * ONE).astype(np.int32)
-        truth = result["truth"].cpu().numpy()[first]
-        instance = result["truth_instances"].cpu().numpy()[first]
+        truth = result["truth"].numpy()[first]
+        instance = result["truth_instances"].numpy()[first]
         code = truth * 2 ** 32 + instance + 1
         code = np.where(truth >= 0, code, -1)
         vote(self.truth, rows, code)
         if "instances" in result:
-            instances = result["instances"].cpu().numpy()[first]
-            labels = result["instance_labels"].cpu().numpy()
-            scores = result["scores"].cpu().numpy()
+            instances = result["instances"].numpy()[first]
+            labels = result["instance_labels"].numpy()
+            scores = result["scores"].numpy()
             self.add_instances(rows, instances, labels, scores)
 
     def find_rows(self, keys, width):
-        """Row of each voxel; new voxels get new rows."""
+        """Row of each voxel in the tables; new voxels get the next free ones."""
         if self.sums is None:
             self.sums = np.empty((0, width), np.int32)
         place = np.searchsorted(self.keys, keys)
         is_new = np.append(self.keys, -1)[place] != keys
-        if is_new.any():
-            place = place[is_new]
-            self.keys = np.insert(self.keys, place, keys[is_new])
-            self.sums = np.insert(self.sums, place, 0, axis=0)
-            self.owner = np.insert(self.owner, place, [-1, 0], axis=0)
-            self.truth = np.insert(self.truth, place, [-1, 0], axis=0)
-        return np.searchsorted(self.keys, keys)
+        count = len(self.keys)
+        total = count + is_new.sum()
+        bytes_each = 4 * width + 6 * 8 + CLOUD_BYTES
+        if total * bytes_each > self.max_bytes:
+            raise ValueError(f"{total:,} voxels of {self.voxel_size:.3g} m, {bytes_each} bytes each, are more "
+                             "than half of the memory: merge larger voxels, or fewer frames at once")
+        place = place[is_new]
+        self.keys = np.insert(self.keys, place, keys[is_new])
+        self.rows = np.insert(self.rows, place, np.arange(count, total))
+        self.sums = with_room(self.sums, total, 0)
+        self.owner = with_room(self.owner, total, [-1, 0])
+        self.truth = with_room(self.truth, total, [-1, 0])
+        return self.rows[np.searchsorted(self.keys, keys)]
 
     def add_instances(self, rows, instances, labels, scores):
         """Instances of a frame vote: (m,) per voxel with -1 = none, labels and scores (R,)."""
@@ -121,18 +134,27 @@ class SceneMerger:
         truth_instances (M,), and queries (M, Q) if there are any. Instances with fewer than min_points
         voxels are left out.
         """
-        means = self.sums / self.sums[:, -1:]
-        limits = [3, 6, 7, 7 + self.num_classes, -1]
-        offset, colors, gate, likely, cosines, _ = np.split(means, limits, 1)
-        cell = self.keys[:, None] // STRIDES % (2 * HALF) - HALF
-        truth = self.truth[:, 0]
-        owner = self.owner[:, 0]
         score = self.scores[:, 0] / self.scores[:, 1]
         best = np.argsort(-score, kind="stable")
-        best = best[count(owner, len(score))[best] >= min_points]
+        best = best[count(self.owner[:, 0], len(score))[best] >= min_points]
         number = np.full(len(score), -1)
         number[best] = np.arange(len(best))
-        cloud = {
+        parts = []
+        for start in range(0, max(1, len(self.keys)), PART):  # copies of few rows at once
+            part = slice(start, start + PART)
+            parts.append(self.part_of_cloud(self.keys[part], self.rows[part], number, queries))
+        cloud = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {**cloud, "instance_labels": self.labels[best], "scores": score[best]}
+
+    def part_of_cloud(self, keys, rows, number, queries):
+        """The rows of `cloud` for some voxels. number: of each instance of the scene in the cloud, or -1."""
+        sums = self.sums[rows]
+        limits = [3, 6, 7, 7 + self.num_classes, -1]
+        means = sums / sums[:, -1:]
+        offset, colors, gate, likely, cosines, _ = np.split(means, limits, 1)
+        cell = keys[:, None] // STRIDES % (2 * HALF) - HALF
+        truth = self.truth[rows, 0]
+        part = {
             "points": (cell + offset) * self.voxel_size,
             "colors": colors,
             "gate": gate[:, 0],
@@ -140,31 +162,34 @@ class SceneMerger:
             "confidence": likely.max(1),
             "truth": truth >> 32,  # -1 stays
             "truth_instances": np.where(truth < 0, -1, truth % 2 ** 32 - 1),
-            "instances": renumber(owner, number),
-            "instance_labels": self.labels[best],
-            "scores": score[best]}
+            "instances": renumber(self.owner[rows, 0], number)}
         if queries is not None:
             cosines = torch.from_numpy(cosines.astype(np.float32))
-            cloud["queries"] = queries.probabilities(cosines).numpy()
-        return cloud
+            part["queries"] = queries.probabilities(cosines).numpy()
+        return part
+
+
+def with_room(table, size, fill):
+    """A table with at least `size` rows, new ones filled; it grows by half, so that few frames copy it."""
+    if size <= len(table):
+        return table
+    extra = max(size - len(table), len(table) // 2)
+    more = np.full((extra, table.shape[1]), fill, table.dtype)
+    return np.concatenate([table, more])
 
 
 def voxel_means(result, offset, voxel):
     """Means of offset, color, gate, probabilities, cosines and 1 over the points of each voxel: (m, F)."""
-    device = result["points"].device
-    offset = torch.from_numpy(offset).float().to(device)
-    fields = [offset]
-    fields += [result["colors"], result["gate"][:, None]]
-    fields += [result["probabilities"]]
+    columns = [torch.from_numpy(offset), result["colors"], result["gate"][:, None]]
+    columns.append(result["probabilities"])
     if "cosines" in result:
-        fields += [result["cosines"]]
-    fields += [torch.ones_like(offset[:, :1])]
-    fields = torch.cat([field.float() for field in fields], 1)  # (n, F)
+        columns.append(result["cosines"])
+    columns.append(torch.ones(len(offset), 1))
+    fields = torch.cat([column.float() for column in columns], 1)  # (n, F)
     sizes = np.bincount(voxel)
     sums = fields.new_zeros(len(sizes), fields.shape[1])
-    voxel = torch.from_numpy(voxel).to(device)
-    sums.index_add_(0, voxel, fields)
-    return sums.cpu().numpy() / sizes[:, None]
+    sums.index_add_(0, torch.from_numpy(voxel), fields)
+    return sums.numpy() / sizes[:, None]
 
 
 def renumber(codes, numbers):

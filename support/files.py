@@ -136,11 +136,19 @@ def read_pose(path, field="pose"):
     return as_pose(read_rows(path, field), path, field)
 
 
+def as_intrinsics(values, path, field):
+    """Rows of a 3 x 3 or 4 x 4 matrix, or fx, fy, cx, cy -> (3, 3) float64 pinhole intrinsics."""
+    matrix = as_matrix(values, path, field, [(3, 3), (4, 4), (1, 4)])
+    if len(matrix) == 1:
+        fx, fy, cx, cy = matrix[0]
+        matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    check_intrinsics(matrix[:3, :3], path, field)
+    return matrix[:3, :3]
+
+
 def read_intrinsics(path, field):
-    """Text file of a 3 x 3 or 4 x 4 matrix -> (3, 3) float64 pinhole intrinsics."""
-    matrix = as_matrix(read_rows(path, field), path, field, [(3, 3), (4, 4)])[:3, :3]
-    check_intrinsics(matrix, path, field)
-    return matrix
+    """Text file of intrinsics, see `as_intrinsics`."""
+    return as_intrinsics(read_rows(path, field), path, field)
 
 
 def check_intrinsics(matrix, path, field):
@@ -239,13 +247,24 @@ def read_index_image(path, field, bits=(8, 16)):
 
 
 def read_depth(path, units_per_meter=1000):
-    """16-bit PNG file of depth along the optical axis -> (H, W) float32, see `depth_in_meters`."""
-    return depth_in_meters(read_index_image(path, "depth", (16,)), units_per_meter)
+    """Depth along the optical axis, 16-bit PNG, NPY or TIFF -> (H, W) float32, see `depth_in_meters`."""
+    ending = Path(path).suffix.lower()
+    if ending == ".png":
+        depth = read_index_image(path, "depth", (16,))
+    elif ending == ".npy":
+        depth = np.load(io.BytesIO(read_bytes(path, "depth")), allow_pickle=False)
+    elif ending in (".tif", ".tiff"):
+        depth = np.asarray(decode_image(read_bytes(path, "depth"), path, "depth", ("TIFF",)))
+    else:
+        raise ValueError(f"{path}: depth as {ending} is not read: convert it to .npy, .tiff or 16-bit .png")
+    if depth.ndim != 2 or depth.dtype.kind not in "iuf":
+        raise ValueError(f"{path}: depth has shape {depth.shape} of {depth.dtype}, expected (H, W) of numbers")
+    return depth_in_meters(depth, units_per_meter)
 
 
 def depth_in_meters(depth, units_per_meter):
-    """(H, W) uint16 -> (H, W) float32 meters, 0 = no reading, for which files have 0 or 65535."""
-    known = np.where(depth == 65535, 0, depth)
+    """(H, W) -> (H, W) float32 meters, 0 = no reading, for which files have 0, 65535, NaN or inf."""
+    known = np.where((depth != 65535) & np.isfinite(depth), depth, 0)
     return known.astype(np.float32) * np.float32(1 / units_per_meter)
 
 

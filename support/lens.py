@@ -3,8 +3,8 @@
 
     straight = undistort(image, intrinsics, "OPENCV", (k1, k2, p1, p2, k3))
 
-The mapping of a camera is computed once. Models: OpenCV's (Brown, "Decentering distortion of lenses", 1966), and its
-fisheye model (Kannala and Brandt, "A generic camera model", 2006).
+The mapping of a camera is computed once. Models: OpenCV's (Brown, "Decentering distortion of lenses",
+1966), and its fisheye model (Kannala and Brandt, "A generic camera model", 2006).
 
 Imports torch and numpy.
 """
@@ -17,50 +17,60 @@ from torch.nn import functional as F
 
 @functools.lru_cache(maxsize=16)
 def distorted_pixels(size, camera, model, coefficients):
-    """Where the pixels of an ideal pinhole image of size (H, W) lie in that of a lens: x and y, (H, W) float32 each.
+    """Where the pixels of an ideal pinhole image of size (H, W) lie in that of a lens: x and y (H, W) float32.
 
-    camera: fx, fy, cx, cy of both. model: "OPENCV" with k1, k2, p1, p2, k3, or "OPENCV_FISHEYE" (Kannala-Brandt)
-    with k1 to k4.
+    camera: fx, fy, cx, cy of both. model: "OPENCV" with k1, k2, p1, p2, k3, or "OPENCV_FISHEYE" with k1 to k4.
     """
     fx, fy, cx, cy = camera
     v, u = np.indices(size)
-    x, y = (u - cx) / fx, (v - cy) / fy
+    x = (u - cx) / fx
+    y = (v - cy) / fy
     r2 = x * x + y * y
     if model == "OPENCV":
         k1, k2, p1, p2, k3 = coefficients
-        radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
-        shift_x = 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
-        shift_y = p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
-        x, y = x * radial + shift_x, y * radial + shift_y
+        scale = np.polyval([k3, k2, k1, 1], r2)
+        shift_x = 2 * p1 * x * y
+        shift_x += p2 * (r2 + 2 * x * x)
+        shift_y = p1 * (r2 + 2 * y * y)
+        shift_y += 2 * p2 * x * y
     else:
-        k1, k2, k3, k4 = coefficients
         r = np.sqrt(r2)
         theta = np.arctan(r)
-        t2 = theta * theta
-        bent = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4))))
+        bent = theta * np.polyval([*reversed(coefficients), 1], theta * theta)
         scale = np.divide(bent, r, out=np.ones_like(r), where=r > 0)
-        x, y = x * scale, y * scale
-    return (x * fx + cx).astype(np.float32), (y * fy + cy).astype(np.float32)
+        shift_x = 0
+        shift_y = 0
+    x = (x * scale + shift_x) * fx + cx
+    y = (y * scale + shift_y) * fy + cy
+    return x.astype(np.float32), y.astype(np.float32)
 
 
 def undistort(image, intrinsics, model, coefficients):
     """An image of a lens -> that of the pinhole camera with the same intrinsics (3, 3); 0 outside.
 
-    Colors (H, W, 3) uint8 are interpolated; of depth (H, W) the nearest pixel is taken, because a mean of two surfaces
-    is neither. model, coefficients: see `distorted_pixels`.
+    Colors (H, W, 3) uint8 are interpolated; of depth (H, W) the nearest pixel is taken, because a mean of two
+    surfaces is neither. model, coefficients: see `distorted_pixels`.
     """
     height, width = image.shape[:2]
-    camera = tuple(intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]].tolist())
+    focal = intrinsics.diagonal()[:2].tolist()
+    center = intrinsics[:2, 2].tolist()
+    camera = (*focal, *center)
     x, y = distorted_pixels((height, width), camera, model, coefficients)
-    inside = (x > -0.5) & (x < width - 0.5)
-    inside &= (y > -0.5) & (y < height - 0.5)
-    x, y = np.where(inside, x, 0), np.where(inside, y, 0)
+    inside = (x > -0.5) & (y > -0.5)
+    inside &= x < width - 0.5
+    inside &= y < height - 0.5
+    x = np.where(inside, x, 0)
+    y = np.where(inside, y, 0)
     if image.ndim == 2:
-        nearest = image[np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)]
+        row = np.rint(y).astype(np.int64)
+        column = np.rint(x).astype(np.int64)
+        nearest = image[row, column]
         return np.where(inside, nearest, 0).astype(image.dtype)
-    grid = np.stack([(x + 0.5) * 2 / width - 1, (y + 0.5) * 2 / height - 1], -1).astype(np.float32)
-    colors = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32)) / 255
-    sampled = F.grid_sample(colors[None], torch.from_numpy(grid)[None], padding_mode="border",
-                            align_corners=False)[0]
-    straight = (sampled * 255).round().byte().permute(1, 2, 0).numpy()
+    grid = np.stack([x, y], -1) + np.float32(0.5)
+    grid = grid * 2 / np.float32([width, height]) - 1
+    grid = torch.from_numpy(grid)
+    colors = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
+    sampled = F.grid_sample(colors[None] / 255, grid[None], padding_mode="border", align_corners=False)
+    straight = (sampled[0] * 255).round().byte()
+    straight = straight.permute(1, 2, 0).numpy()
     return np.where(inside[..., None], straight, 0)

@@ -129,7 +129,8 @@ def match_instances(truth, predicted, iou=0.25):
     num_ids = len(ids)
     found = predicted >= 0
     pairs = predicted[found] * num_ids + column[found]
-    shared = torch.bincount(pairs, minlength=R * num_ids).view(R, num_ids).double()
+    shared = torch.bincount(pairs, minlength=R * num_ids).double()
+    shared = shared.view(R, num_ids)
     true_sizes = torch.bincount(column, minlength=num_ids)
     union = shared.sum(1, keepdim=True) + true_sizes - shared
     overlap = shared / union.clamp(min=1)
@@ -172,7 +173,8 @@ def splat(image, uv, colors, radius=1):
     for dv, du in itertools.product(offsets, offsets):
         u = center_u + du
         v = center_v + dv
-        inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
+        inside = (u >= 0) & (v >= 0)
+        inside &= (u < width) & (v < height)
         image[:, v[inside], u[inside]] = colors[inside].T.to(image)
     return image
 
@@ -218,6 +220,37 @@ def class_rows(labels, class_names):
     return rows
 
 
+def shown_size(image):
+    """image (3, H, W) in [0, 1] -> the same SHOWN_HEIGHT pixels high."""
+    height, width = image.shape[1:]
+    scale = SHOWN_HEIGHT / height
+    size = SHOWN_HEIGHT, round(width * scale)
+    resized = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)
+    return resized[0].clamp(0, 1)
+
+
+def heat_image(colors, heats, names):
+    """An image, and beside it the heat of each query on it, with their names -> (H', W', 3) uint8 NumPy.
+
+    colors (H, W, 3) and heats (H, W, Q) in [0, 1], NumPy; names: Q texts. The scale is `heat_colors`'.
+    """
+    image = torch.from_numpy(colors).float().permute(2, 0, 1)
+    gray = image.mean(0)
+    layers = {"image": image}
+    for q, name in enumerate(names):
+        heat = torch.from_numpy(heats[:, :, q].flatten())
+        painted = heat_colors(heat).T.view_as(image)
+        layers[name] = 0.4 * gray + 0.6 * painted
+    panels = []
+    for name, layer in layers.items():
+        panel = shown_size(layer)
+        title = legend([(None, name)], (LEGEND_ROW, panel.shape[2]))
+        panels.append(torch.cat([title, panel], 1))
+    row = torch.cat(panels, 2)  # (3, H', W')
+    pixels = (row * 255).round().byte()
+    return pixels.permute(1, 2, 0).numpy()
+
+
 def visualizations(views, class_names):
     """What some views of samples show -> {"sample/kind": image (3, H, W) in [0, 1] with its legend}.
 
@@ -242,11 +275,9 @@ def visualizations(views, class_names):
 
 def sample_images(view, class_names, fused_colors, clip_colors):
     """The images of one view; fused_colors (n, 3) of the points that it sees, clip_colors of its cells."""
-    height, width = view["image"].shape[1:]
-    scale = SHOWN_HEIGHT / height
-    size = SHOWN_HEIGHT, round(width * scale)
-    image = F.interpolate(view["image"][None], size=size, mode="bilinear", antialias=True)[0]
-    image = image.clamp(0, 1)
+    image = shown_size(view["image"])
+    size = image.shape[1:]
+    scale = SHOWN_HEIGHT / view["image"].shape[1]
     gray = image.mean(0, keepdim=True).expand(3, -1, -1)
     gray = (gray * 8).round() / 8  # a fifth of the bytes as PNG
 

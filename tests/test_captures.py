@@ -1,172 +1,226 @@
 # SPDX-License-Identifier: MIT
-"""captures.py: each format, written here from its own description, gives back the points of the built-in rooms."""
+"""captures.py: each format, written here from its own description, gives back the points of rooms and of real frames."""
 import io
 import json
+import re
+import runpy
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import depth_to_color, pixel_fields
-from sources.captures import CaptureFrames, Options
+import predict
+import train
+from check import first_fault, quick_check, unknowns
+from data import PointDataset, depth_to_color, pixel_fields
+from helpers import ROOT, last_checkpoint, small
+from model import load_model
+from predict import predict_frames
+from sources.captures import FORMATS, CaptureFrames, Options
+from sources.open import open_frames
 from sources.rooms import RoomFrames
-from support.lens import undistort
+from sources.scannet import ScanNetFrames, read_ply_vertices
+from support.lens import distorted_pixels, undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
 K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames
 SCENE = [{**ROOMS[i], "intrinsics": K, "depth_intrinsics": K} for i in range(len(ROOMS))]
-POSES = [np.linalg.inv(frame["world2cam"]) for frame in SCENE]  # camera to world
-FX, FY, CX, CY = K[[0, 1, 0, 1], [0, 1, 2, 2]]
+
+
+def cam2world(frame):
+    return np.linalg.inv(frame["world2cam"])
+
+
+def camera_of(scene):
+    """fx, fy, cx, cy."""
+    return scene[0]["intrinsics"][[0, 1, 0, 1], [0, 1, 2, 2]].tolist()
+
+
+def line_of(*numbers):
+    return " ".join(map(repr, map(float, numbers)))
 
 
 def points_of(frame):
     return pixel_fields(frame, *depth_to_color(frame))["points"]
 
 
-def quaternion(pose):
-    """x, y, z, w of a rotation, by its eigenvector of eigenvalue 1."""
-    rotation = pose[:3, :3]
-    k = np.empty((4, 4))
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = rotation
+def translation_and_quaternion(pose):
+    """tx ty tz, and qx qy qz qw by the eigenvector of eigenvalue 1."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = pose[:3, :3]
     k = np.array([[xx - yy - zz, yx + xy, zx + xz, zy - yz], [yx + xy, yy - xx - zz, zy + yz, xz - zx],
                   [zx + xz, zy + yz, zz - xx - yy, yx - xy], [zy - yz, xz - zx, yx - xy, xx + yy + zz]]) / 3
-    return np.linalg.eigh(k)[1][:, -1]
+    return *pose[:3, 3], *np.linalg.eigh(k)[1][:, -1]
 
 
 def save(folder, name, image):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    Image.fromarray(image).save(path, compress_level=1)
 
 
 def in_units(frame, per_meter):
     return np.rint(frame["depth"] * per_meter).astype(np.uint16)
 
 
-def write_images(folder, color, depth, per_meter):
-    for i, frame in enumerate(SCENE):
+def write_images(folder, scene, color, depth, per_meter):
+    for i, frame in enumerate(scene):
         save(folder, color.format(i), frame["color"])
         save(folder, depth.format(i), in_units(frame, per_meter))
 
 
-def write_transforms(folder, **more):
-    write_images(folder, "images/{}.png", "depth/{}.png", 1000)
+def write_transforms(folder, scene=SCENE):
+    write_images(folder, scene, "images/{}.png", "depth/{}.png", 1000)
     frames = [{"file_path": f"images/{i}.png", "depth_file_path": f"depth/{i}.png",
-               "transform_matrix": (pose @ np.diag([1, -1, -1, 1])).tolist()} for i, pose in enumerate(POSES)]
-    camera = {"fl_x": FX, "fl_y": FY, "cx": CX + 0.5, "cy": CY + 0.5, "w": 80, "h": 60}
-    (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames, **more}))
+               "transform_matrix": (cam2world(frame) @ np.diag([1, -1, -1, 1])).tolist()} for i, frame in enumerate(scene)]
+    fx, fy, cx, cy = camera_of(scene)
+    camera = {"fl_x": fx, "fl_y": fy, "cx": cx + 0.5, "cy": cy + 0.5}
+    (folder / "transforms.json").write_text(json.dumps({**camera, "frames": frames}))
     return 1000, Options()
 
 
-def write_tum(folder):
-    write_images(folder, "rgb/{}.png", "depth/{}.png", 5000)
+def write_tum(folder, scene=SCENE):
+    write_images(folder, scene, "rgb/{}.png", "depth/{}.png", 5000)
     rows = {"rgb": ["# time file"], "depth": [], "groundtruth": ["# time tx ty tz qx qy qz qw"]}
-    for i, pose in enumerate(POSES):
+    for i, frame in enumerate(scene):
         rows["rgb"].append(f"{i}.000 rgb/{i}.png")
         rows["depth"].append(f"{i}.015 depth/{i}.png")
-        rows["groundtruth"].append(" ".join(map(repr, map(float, [i - 0.01, *pose[:3, 3], *quaternion(pose)]))))
-    rows["rgb"].append("9.0 rgb/0.png")  # without a depth image
+        rows["groundtruth"].append(line_of(i - 0.01, *translation_and_quaternion(cam2world(frame))))
+    rows["rgb"].append("99.0 rgb/0.png")  # without a depth image
     for name, lines in rows.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return 5000, Options(intrinsics=K)
+    return 5000, Options(intrinsics=scene[0]["intrinsics"])
 
 
-def write_redwood(folder):
-    write_images(folder, "color/{:06d}.png", "depth/{:06d}.png", 1000)
+def write_redwood(folder, scene=SCENE):
+    write_images(folder, scene, "color/{:06d}.png", "depth/{:06d}.png", 1000)
     lines = []
-    for i, pose in enumerate(POSES):
-        lines += [f"{i} {i} {i + 1}", *(" ".join(map(repr, row)) for row in pose.tolist())]
+    for i, frame in enumerate(scene):
+        lines += [f"{i} {i} {i + 1}", *(line_of(*row) for row in cam2world(frame))]
     (folder / "trajectory.log").write_text("\n".join(lines))
     (folder / "camera_intrinsic.json").write_text(json.dumps(
-        {"width": 80, "height": 60, "intrinsic_matrix": K.T.ravel().tolist()}))
+        {"intrinsic_matrix": scene[0]["intrinsics"].T.ravel().tolist()}))
     return 1000, Options()
 
 
-def write_replica(folder):
-    write_images(folder, "results/frame{:06d}.png", "results/depth{:06d}.png", 6553.5)
-    (folder / "traj.txt").write_text("\n".join(" ".join(map(repr, pose.ravel().tolist())) for pose in POSES))
-    camera = {"w": 80, "h": 60, "fx": FX, "fy": FY, "cx": CX, "cy": CY, "scale": 6553.5}
+def write_replica(folder, scene=SCENE):
+    write_images(folder, scene, "results/frame{:06d}.png", "results/depth{:06d}.png", 6553.5)
+    (folder / "traj.txt").write_text("\n".join(line_of(*cam2world(frame).ravel()) for frame in scene))
+    camera = dict(zip(("fx", "fy", "cx", "cy"), camera_of(scene)), scale=6553.5)
     (folder.parent / "cam_params.json").write_text(json.dumps({"camera": camera}))
     return 6553.5, Options()
 
 
-def write_stray(folder):
-    for i, frame in enumerate(SCENE):
-        save(folder, f"rgb/{i:06d}.png", frame["color"])
-        save(folder, f"depth/{i:06d}.png", in_units(frame, 1000))
-        save(folder, f"confidence/{i:06d}.png", np.full((60, 80), 2, np.uint8))
+def write_posed(folder, scene=SCENE):
+    """7-Scenes."""
+    write_images(folder, scene, "frame-{:06d}.color.png", "frame-{:06d}.depth.png", 1000)
+    for i, frame in enumerate(scene):
+        np.savetxt(folder / f"frame-{i:06d}.pose.txt", cam2world(frame), "%.17g")
+    return 1000, Options(intrinsics=scene[0]["intrinsics"])
+
+
+def write_stray(folder, scene=SCENE):
+    write_images(folder, scene, "rgb/{:06d}.png", "depth/{:06d}.png", 1000)
     lines = ["timestamp, frame, x, y, z, qx, qy, qz, qw"]
-    for i, pose in enumerate(POSES):
-        lines.append(", ".join([f"{i}.5", f"{i:06d}", *map(repr, map(float, [*pose[:3, 3], *quaternion(pose)]))]))
+    for i, frame in enumerate(scene):
+        save(folder, f"confidence/{i:06d}.png", np.full(frame["depth"].shape, 2, np.uint8))
+        lines.append(line_of(i, i, *translation_and_quaternion(cam2world(frame))).replace(" ", ", "))
     (folder / "odometry.csv").write_text("\n".join(lines))
-    (folder / "camera_matrix.csv").write_text("\n".join(", ".join(map(repr, row))
-                                                        for row in K.tolist()))
+    (folder / "camera_matrix.csv").write_text("\n".join(line_of(*row).replace(" ", ", ") for row in scene[0]["intrinsics"]))
     return 1000, Options()
 
 
-def write_kitti(folder):
-    write_images(folder, "image/{}.png", "depth/{}.png", 256)
-    (folder / "poses.txt").write_text("\n".join(" ".join(map(repr, pose[:3].ravel().tolist())) for pose in POSES))
-    np.savetxt(folder / "intrinsics.txt", K, "%.17g")
+def write_kitti(folder, scene=SCENE):
+    write_images(folder, scene, "image/{}.png", "depth/{}.png", 256)
+    (folder / "poses.txt").write_text("\n".join(line_of(*cam2world(frame)[:3].ravel()) for frame in scene))
+    np.savetxt(folder / "intrinsics.txt", scene[0]["intrinsics"], "%.17g")
     return 256, Options(depth_scale=256)
 
 
-def write_quaternions(folder):
+def write_quaternions(folder, scene=SCENE):
     """World to camera, with the real part of quaternions first."""
-    write_images(folder, "rgb/{}.png", "depth/{}.png", 1000)
+    write_images(folder, scene, "rgb/{}.png", "depth/{}.png", 1000)
     lines = []
-    for i, frame in enumerate(SCENE):
-        x, y, z, w = quaternion(frame["world2cam"])
-        lines.append(" ".join(map(repr, map(float, [i, *frame["world2cam"][:3, 3], w, x, y, z]))))
+    for i, frame in enumerate(scene):
+        tx, ty, tz, x, y, z, w = translation_and_quaternion(frame["world2cam"])
+        lines.append(line_of(i, tx, ty, tz, w, x, y, z))
     (folder / "pose.txt").write_text("\n".join(lines))
-    return 1000, Options(intrinsics=K, pose="w2c-wxyz")
+    return 1000, Options(intrinsics=scene[0]["intrinsics"], pose="w2c-wxyz")
 
 
-def write_sens(folder):
+def write_sens(folder, scene=SCENE):
     matrix = np.eye(4, dtype="<f4")
-    matrix[:3, :3] = K
+    matrix[:3, :3] = scene[0]["intrinsics"]
+    height, width = scene[0]["depth"].shape
     head = struct.pack("<IQ6s", 4, 6, b"sensor")
     for m in (matrix, np.eye(4, dtype="<f4"), matrix, np.eye(4, dtype="<f4")):
         head += m.astype("<f4").tobytes()
-    head += struct.pack("<iiIIIIfQ", 2, 1, 80, 60, 80, 60, 1000.0, len(SCENE))
-    for i, (frame, pose) in enumerate(zip(SCENE, POSES)):
+    head += struct.pack("<iiIIIIfQ", 2, 1, width, height, width, height, 1000.0, len(scene))
+    for i, frame in enumerate(scene):
         buffer = io.BytesIO()
         Image.fromarray(frame["color"]).save(buffer, "JPEG", quality=95)
         depth = zlib.compress(in_units(frame, 1000).tobytes())
-        head += pose.astype("<f4").tobytes() + struct.pack("<QQQQ", i, i, len(buffer.getvalue()), len(depth))
+        head += cam2world(frame).astype("<f4").tobytes() + struct.pack("<QQQQ", i, i, len(buffer.getvalue()), len(depth))
         head += buffer.getvalue() + depth
     (folder / "scene.sens").write_bytes(head)
     return 1000, Options()
 
 
 WRITERS = {"nerfstudio": write_transforms, "tum": write_tum, "redwood": write_redwood, "replica": write_replica,
-           "stray": write_stray, "poses": write_kitti, "poses, w2c-wxyz": write_quaternions, "sens": write_sens}
+           "7scenes": write_posed, "stray": write_stray, "poses": write_kitti, "poses, w2c-wxyz": write_quaternions, "sens": write_sens}
+
+
+def check_read_back(folder, scene, name):
+    """Writes frames in a format, reads them again and compares them -> the source."""
+    folder.mkdir()
+    per_meter, options = WRITERS[name](folder, scene)
+    frames = CaptureFrames(folder, options=options)
+    assert len(frames) == len(scene) and frames.description.startswith(name.partition(",")[0])
+    for i, expected in enumerate(scene):
+        frame = frames[i]
+        rounded = {**expected, "depth": (in_units(expected, per_meter) / per_meter).astype(np.float32)}
+        assert np.abs(points_of(frame) - points_of(rounded)).max() < 1e-5
+        if name != "sens":  # JPEG
+            assert np.array_equal(frame["color"], expected["color"])
+        assert frames.names[i].split("/")[0] == folder.name and frames.files(i)
+    return frames
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_points_and_colors_are_those_of_the_rooms(tmp_path, name):
-    folder = tmp_path / "capture"
-    folder.mkdir()
-    per_meter, options = WRITERS[name](folder)
-    frames = CaptureFrames(folder, options=options)
-    assert len(frames) == len(SCENE) and frames.description.startswith(name.partition(",")[0])
-    for i, expected in enumerate(SCENE):
-        rounded = {**expected, "depth": (in_units(expected, per_meter) / per_meter).astype(np.float32)}
-        assert np.abs(points_of(frames[i]) - points_of(rounded)).max() < 1e-5
-        if name != "sens":  # JPEG
-            assert np.array_equal(frames[i]["color"], expected["color"])
-        assert frames.names[i].split("/")[0] == "capture" and frames.files(i)
+    check_read_back(tmp_path / "capture", SCENE, name)
+
+
+@pytest.mark.parametrize("name", ["nerfstudio", "tum", "redwood", "stray", "sens"])
+def test_real_frames_come_back_from_every_format_and_nothing_is_wrong_with_them(tmp_path, shared, name):
+    source = ScanNetFrames(shared / "data/ycbv", None)
+    half = np.diag([0.5, 0.5, 1])
+    scene = []
+    for frame in (source[i] for i in range(6)):  # every second pixel of every second row: quicker
+        camera = half @ frame["intrinsics"]
+        images = {key: frame[key][::2, ::2].copy() for key in ("color", "depth")}
+        scene.append({**frame, **images, "intrinsics": camera, "depth_intrinsics": camera})
+    frames = check_read_back(tmp_path / "capture", scene, name)
+    rows = quick_check(frames)
+    assert first_fault(rows) is None and not list(unknowns(rows))
 
 
 def test_several_captures_in_a_folder_are_scenes_and_a_split_chooses(tmp_path):
+    """Also if they are links to folders of one name."""
+    root, split = tmp_path / "all", tmp_path / "split.txt"
+    root.mkdir()
     for scene in "ab":
-        (tmp_path / scene).mkdir()
-        write_redwood(tmp_path / scene)
-    assert len(CaptureFrames(tmp_path)) == 2 * len(SCENE)
-    (tmp_path / "split.txt").write_text("b/000001\n")
-    assert CaptureFrames(tmp_path, split=tmp_path / "split.txt").names == ["b/000001"]
+        (tmp_path / scene / "capture").mkdir(parents=True)
+        write_redwood(tmp_path / scene / "capture")
+        (root / scene).symlink_to(tmp_path / scene / "capture")
+    assert len(CaptureFrames(root)) == 2 * len(SCENE)
+    split.write_text("b/000001\n")
+    assert CaptureFrames(root, split=split).names == ["b/000001"]
+    split.write_text("b/000001\nc\n")
+    with pytest.raises(FileNotFoundError, match="split.txt: no scene or frame 'c'"):
+        CaptureFrames(root, split=split)
 
 
 def test_low_confidence_and_lost_poses_are_left_out(tmp_path):
@@ -188,6 +242,30 @@ def test_depth_of_another_size_gets_the_cameras_of_its_size(tmp_path):
     assert np.abs(points_of(CaptureFrames(tmp_path)[0]) - points_of(expected)).max() < 1e-5
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.001])
+@pytest.mark.parametrize("ending, dtype", [("npy", np.float32), ("npy", np.float64), ("npy", np.uint16),
+                                           ("tiff", np.float32), ("tif", np.uint16)])
+def test_depth_may_be_npy_or_tiff_in_any_unit_with_nan_and_inf_as_no_reading(tmp_path, ending, dtype, unit):
+    write_transforms(tmp_path)
+    values = (SCENE[0]["depth"] / unit).astype(dtype)
+    if dtype != np.uint16:
+        values[0, :2] = np.nan, np.inf
+    path = tmp_path / f"depth/0.{ending}"
+    np.save(path, values) if ending == "npy" else Image.fromarray(values).save(path)
+    edit(tmp_path, lambda s: s["frames"][0].update(depth_file_path=f"depth/0.{ending}", depth_unit_scale_factor=unit))
+    expected = np.where(np.isfinite(values), values * unit, 0)
+    depth = CaptureFrames(tmp_path)[0]["depth"]
+    assert depth.dtype == np.float32 and np.abs(depth - expected).max() < 1e-6
+
+
+def test_the_direction_of_any_format_can_be_overruled(tmp_path):
+    write_transforms(tmp_path)
+    expected = CaptureFrames(tmp_path)[1]["world2cam"]
+    edit(tmp_path, lambda s: [f.update(transform_matrix=np.linalg.inv(f["transform_matrix"]).tolist()) for f in s["frames"]])
+    frame = CaptureFrames(tmp_path, options=Options(pose="w2c"))[1]
+    assert np.allclose(frame["world2cam"], expected)
+
+
 def test_each_frame_may_have_a_camera_of_its_own(tmp_path):
     write_transforms(tmp_path)
     edit(tmp_path, lambda s: s["frames"][1].update(fl_x=ROOMS[1]["intrinsics"][0, 0]))
@@ -198,32 +276,17 @@ def test_each_frame_may_have_a_camera_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("model, coefficients", [("OPENCV", (0.2, -0.1, 0.003, -0.002, 0.05)),
                                                  ("OPENCV_FISHEYE", (0.1, -0.02, 0.003, 0.001))])
-def test_undistortion_inverts_the_lens(model, coefficients):
-    """A smooth image drawn through the lens comes back as it is without."""
+def test_colors_of_a_lens_are_interpolated_where_it_put_them(model, coefficients):
+    """An image that holds 3 times its column and row; tests/test_fusion.py compares the lens with OpenCV's."""
     k = np.array([[90.0, 0, 39], [0, 88, 31], [0, 0, 1]])
-    v, u = np.indices((60, 80)).astype(float)
-
-    def scene(x, y):  # brightness in the direction (x, y, 1)
-        return 128 + 60 * np.sin(6 * x) * np.cos(5 * y)
-
-    x, y = (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
-    ideal_x, ideal_y = x.copy(), y.copy()  # the direction that the lens puts at a pixel, by fixed-point iteration
-    for _ in range(200):
-        r2 = ideal_x ** 2 + ideal_y ** 2
-        if model == "OPENCV":
-            k1, k2, p1, p2, k3 = coefficients
-            radial = 1 + k1 * r2 + k2 * r2 ** 2 + k3 * r2 ** 3
-            ideal_x, ideal_y = ((x - 2 * p1 * ideal_x * ideal_y - p2 * (r2 + 2 * ideal_x ** 2)) / radial,
-                                (y - p1 * (r2 + 2 * ideal_y ** 2) - 2 * p2 * ideal_x * ideal_y) / radial)
-        else:
-            r = np.sqrt(r2) + 1e-12
-            theta = np.arctan(r)
-            bent = theta + sum(c * theta ** (3 + 2 * i) for i, c in enumerate(coefficients))
-            ideal_x, ideal_y = x * r / bent, y * r / bent
-    seen = np.repeat(scene(ideal_x, ideal_y)[..., None], 3, 2).round().astype(np.uint8)
-    straight = undistort(seen, k, model, coefficients)[5:-5, 5:-5, 0]
-    inside = straight > 0
-    assert inside.mean() > 0.8 and np.abs(straight - scene(x, y)[5:-5, 5:-5])[inside].max() < 2.5
+    v, u = np.indices((60, 80))
+    seen = np.stack([3 * u, 3 * v, 0 * u], 2).astype(np.uint8)
+    x, y = distorted_pixels((60, 80), (90.0, 88.0, 39.0, 31.0), model, coefficients)
+    inside = (x > 0) & (x < 79) & (y > 0) & (y < 59)
+    straight = undistort(seen, k, model, coefficients)
+    error = straight[..., :2] - 3 * np.stack([x, y], 2)
+    assert inside.mean() > 0.8 and np.abs(error[inside]).max() < 0.51
+    assert not straight[(x > 79.5) | (y > 59.5)].any()
 
 
 REFUSED = {
@@ -233,7 +296,8 @@ REFUSED = {
     "other lens": (lambda f: edit(f, lambda s: s.update(camera_model="EQUIRECTANGULAR")), "EQUIRECTANGULAR"),
     "mirrored": (lambda f: edit(f, lambda s: s["frames"][0].update(transform_matrix=np.diag([1, 1, -1, 1]).tolist())),
                  "mirrored"),
-    "other depth": (lambda f: edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")), "exr"),
+    "other depth": (lambda f: (edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")),
+                               (f / "depth/0.exr").touch()), "depth as .exr is not read: convert it to .npy"),
     "not json": (lambda f: (f / "transforms.json").write_text("{"), "JSON"),
     "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md")}
 
@@ -254,7 +318,92 @@ def test_what_cannot_be_read_is_refused_with_what_was_looked_for(tmp_path, fault
         CaptureFrames(tmp_path)[0]
 
 
-def test_cameras_that_no_file_tells_are_asked_for(tmp_path):
-    write_tum(tmp_path)
-    with pytest.raises(ValueError, match="--intrinsics"):
+@pytest.mark.parametrize("name", ["tum", "7scenes", "poses, w2c-wxyz"])
+def test_cameras_that_no_file_tells_are_asked_for_and_taken_from_a_file(tmp_path, name):
+    _, options = WRITERS[name](tmp_path)
+    kind = name.partition(",")[0]
+    with pytest.raises(ValueError, match=rf"looked for intrinsics .* --intrinsics .*docs/captures.md#{kind}\)"):
         CaptureFrames(tmp_path)
+    np.savetxt(tmp_path / "intrinsics.txt", K, "%.17g")
+    assert np.array_equal(CaptureFrames(tmp_path, options=Options(pose=options.pose))[0]["intrinsics"], K)
+
+
+@pytest.mark.parametrize("name, file", [("7scenes", "frame-000001.depth.png"), ("7scenes", "frame-000001.pose.txt"),
+                                        ("nerfstudio", "images/1.png"), ("stray", "confidence/000001.png"),
+                                        ("replica", "results/depth000001.png"), ("tum", "depth.txt")])
+def test_missing_files_are_named_at_once_with_the_paragraph_of_the_format(tmp_path, name, file):
+    (tmp_path / "a").mkdir()
+    _, options = WRITERS[name](tmp_path / "a")
+    (tmp_path / "a" / file).unlink()
+    missing = "4 color images, 3 depth images" if name == "replica" else f"{file} does not exist"
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{missing}.*read as {name}, .*captures.md#{name}\)"):
+        CaptureFrames(tmp_path / "a", options=options)
+
+
+def test_every_format_has_a_paragraph_of_its_own():
+    page = (ROOT / "docs/captures.md").read_text()
+    assert re.findall(r"^### (\w+)", page, re.M) == list(FORMATS)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_capture_that_was_exported_elsewhere_is_the_same(tmp_path, name, monkeypatch):
+    """From any folder, by the command itself; distortion is undone."""
+    source = tmp_path / "capture"
+    source.mkdir()
+    _, options = WRITERS[name](source)
+    if name == "nerfstudio":
+        edit(source, lambda s: s.update(k1=0.01))
+    monkeypatch.chdir(tmp_path)
+    given = ["--pose", options.pose] if options.pose else []
+    given += ["--depth-scale", str(options.depth_scale)] if options.depth_scale else []
+    given += ["--intrinsics", ",".join(map(repr, camera_of(SCENE)))] if options.intrinsics is not None else []
+    monkeypatch.setattr("sys.argv", ["captures.py", "capture", "--to", "out", *given])
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    runpy.run_path(str(ROOT / "sources/captures.py"), run_name="__main__")
+    exported = open_frames("out", labels=False)
+    with pytest.raises(ValueError, match="capture is one scene in ScanNet's layout: give the folder"):
+        open_frames("out/capture", labels=False)
+    frames = CaptureFrames(source, options=options, undistort=undistort)
+    assert exported.names == frames.names
+    for one, other in zip(exported, frames):
+        assert np.abs(one["depth"] - other["depth"]).max() <= 0.000501
+        assert all(np.abs(one[key] - other[key]).max() < 1e-6 for key in ("world2cam", "intrinsics", "depth_intrinsics"))
+
+
+# ------------------------------------------------------------------------------------- a cloud alone
+
+
+def write_cloud(path, sample):
+    """An ascii PLY file of the points of a sample."""
+    colors = (sample["features"] * 255).round().int().tolist()
+    lines = ["ply", "format ascii 1.0", f"element vertex {len(colors)}", *(f"property float {c}" for c in "xyz"),
+             *(f"property uchar {c}" for c in ("red", "green", "blue")), "end_header"]
+    lines += [" ".join(map(repr, row)) for row in map(list.__add__, sample["points"].tolist(), colors)]
+    path.write_text("\n".join(lines))
+
+
+def predict_cloud(checkpoint, folder, frame):
+    """Predicts the points of a frame as a cloud without it -> vertices of what is written."""
+    write_cloud(folder / "cloud.ply", PointDataset([frame], 10 ** 6, (96, 128))[0])
+    predict.main([str(checkpoint), "--data", str(folder / "cloud.ply"), "--out", str(folder / "out"), "--device", "cpu"])
+    return read_ply_vertices(folder / "out/cloud.ply", dict.fromkeys(["scalar_label", "scalar_gate"], ("f4",)))
+
+
+def test_a_network_without_clip_labels_a_cloud_as_it_labels_the_frame_of_these_points(tmp_path, quick_runs):
+    train.main(small(tmp_path, "--no-clip --no-instances --epochs 1"))
+    model, _, config = load_model(last_checkpoint(tmp_path), "cpu")
+    vertices = predict_cloud(last_checkpoint(tmp_path), tmp_path, ROOMS[0])
+    result, = predict_frames(model, [ROOMS[0]], config)
+    labels = np.array(config["class_ids"])[result["labels"][ROOMS[0]["depth"] > 0]]
+    assert np.array_equal(vertices["scalar_label"], labels)
+
+
+def test_no_view_sees_a_cloud_alone_and_a_network_with_clip_says_so(tmp_path, trained, capsys):
+    vertices = predict_cloud(last_checkpoint(trained[0]), tmp_path, ROOMS[0])
+    assert not vertices["scalar_gate"].any()
+    assert capsys.readouterr().err.count("no view sees its points") == 1
+    with pytest.raises(ValueError, match="cloud.ply is a file, expected a folder of frames"):
+        open_frames(tmp_path / "cloud.ply", labels=False)
+    with pytest.raises(SystemExit):
+        predict.main(["--data", str(tmp_path / "cloud.ply"), "--out", str(tmp_path / "out"), "--text", "chair"])
+    assert "a cloud alone needs a checkpoint" in capsys.readouterr().err

@@ -19,13 +19,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import encoder as encoder_module
-from encoder import (ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip,
+from encoder import (ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling, last_block, load_clip, load_timm,
                      offline_without_network, semi_orthogonal, set_tf32)
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -99,14 +98,14 @@ def from_file(checkpoint, **options):
 
 @pytest.mark.parametrize("name", VITS)
 def test_pooled_equals_open_clips_encode_image(device, name):
-    encoder = Enhanced2DEncoder(name, None, image_size=64).to(device)
+    encoder = Enhanced2DEncoder(name, None, image_size=(64, 96)).to(device)
     images = sample_images(encoder)
     tokens, pooled = encoder.encode(images)
     cfg = encoder.clip.visual.preprocess_cfg
     with torch.no_grad():
         expected = encoder.clip.encode_image(normalized(images, cfg["mean"], cfg["std"]))
     assert_close(pooled, expected, rtol=1e-5, atol=1e-6)  # of a CoCa: both are normalized
-    assert tokens.shape[0] == 2 and tokens.shape[2:] == encoder.grid == (4, 4)
+    assert tokens.shape[0] == 2 and tokens.shape[2:] == encoder.grid == (4, 6)
 
 
 @pytest.mark.parametrize("field, bad", [("visual.conv1.weight", math.nan), ("text_projection", math.inf)])
@@ -193,17 +192,21 @@ def test_dense_features_equal_those_written_out_head_by_head_in_float64():
     y = block.ln_1(before).double().numpy()
     weight, offset = (x.double().numpy() for x in (block.attn.in_proj_weight, block.attn.in_proj_bias))
     q, k, v = (y @ weight[i:i + 64].T + offset[i:i + 64] for i in (0, 64, 128))
-    heads = {name: [] for name in ("naclip", "clearclip", "identity")}
+    heads = {name: [] for name in ("naclip", "clearclip", "identity", "tips")}
     for h in (slice(0, 32), slice(32, 64)):
         for name, logits in (("naclip", k[..., h] @ k[..., h].transpose(0, 2, 1) / 32**0.5 + bias),
                              ("clearclip", q[..., h] @ q[..., h].transpose(0, 2, 1) / 32**0.5)):
             a = np.exp(logits - logits.max(-1, keepdims=True))
             heads[name].append(a / a.sum(-1, keepdims=True) @ v[..., h])
         heads["identity"].append(v[..., h])
+        heads["tips"].append(v[..., h])
+    exact, norm = copy.deepcopy(block).double(), copy.deepcopy(visual.ln_post).double()
     for name, parts in heads.items():
-        project, norm = (copy.deepcopy(layer).double() for layer in (block.attn.out_proj, visual.ln_post))
-        out = norm(project(torch.tensor(np.concatenate(parts, -1))))
-        expected = F.normalize(out[:, 1:] @ visual.proj.double(), dim=-1)
+        out = exact.attn.out_proj(torch.tensor(np.concatenate(parts, -1)))
+        if name == "tips":
+            out = out + before.double()
+            out = out + exact.mlp(exact.ln_2(out))
+        expected = F.normalize(norm(out)[:, 1:] @ visual.proj.double(), dim=-1)
         dense = encoder.encode_dense(images, name)
         assert dense.shape == (2, 32, 2, 6)
         assert_close(dense.double(), expected.transpose(1, 2).unflatten(2, (2, 6)), rtol=1e-5, atol=1e-5)
@@ -245,19 +248,11 @@ def test_position_embedding_is_resized_as_open_clip_does(checkpoint, size):
         with torch.no_grad():
             assert_close(encoder.encode(images)[1], model.encode_image(normalized(images)))
     else:  # open_clip compares counts only, and would read the rows of one grid as those of another
-        resized = encoder.clip.visual.positional_embedding
-        assert not torch.allclose(resized, native)
-        assert_close(resized[None], resample_abs_pos_embed(native[None], list(grid), [4, 4]))
+        expected = F.interpolate(native[1:].T.view(1, -1, 4, 4), grid, mode="bicubic", antialias=True)
+        assert_close(encoder.clip.visual.positional_embedding[1:].T, expected[0].flatten(1))
     assert torch.equal(encoder.clip.visual.positional_embedding[0], native[0])
     assert encoder.image_size == size and encoder.grid == grid
     assert encoder.encode(sample_images(encoder))[0].shape == (2, 64, *grid)
-
-
-@pytest.mark.parametrize("size", [(64, 96), (32, 128)])
-def test_timm_towers_take_other_sizes(size):
-    encoder = Enhanced2DEncoder("tiny-timm", None, image_size=size)
-    tokens, _ = encoder.encode(sample_images(encoder))
-    assert tokens.shape == (2, 192, size[0] // 16, size[1] // 16)
 
 
 def test_the_border_that_the_patches_do_not_cover_is_left_out():
@@ -440,6 +435,8 @@ def test_without_a_network_the_hub_client_does_not_retry(monkeypatch, tmp_path, 
     monkeypatch.setattr(encoder_module, "getproxies", dict)
     with pytest.raises(FileNotFoundError, match="ViT-B-32.*laion2b_e16 could not be loaded"):
         load_clip("ViT-B-32", "laion2b_e16")
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224, weights to download: .*give a file"):
+        load_timm("vit_tiny_patch16_224")
     assert "Retry" not in caplog.text
 
 
@@ -583,14 +580,15 @@ def dense(name):
       for pair in ((0, 0, 0, 1, 1, 1), ((0, 0, 0), (1, 0, 1)), ((0, 0, float("nan")), (1, 1, 1)))),
     (lambda: Enhanced2DEncoder("tiny-resnet", None), "tiny-resnet: ModifiedResNet is not a vision transformer"),
     (lambda: Enhanced2DEncoder("ViT-B-32", "missing.pt"), r"missing\.pt.*no such file.*laion400m_e32"),
-    *((lambda size=size: vit(image_size=size), r"image_size.*\(16, 16\)")
-      for size in (60, (64, 60), 0, (64,), (64, 64, 64), (-64, 64), 8)),
+    *((lambda size=size: vit(image_size=size), r"image_size.*\(16, 16\) of tiny-vit; nearest: --image-size " + near)
+      for size, near in ((60, "64,64"), ((64, 60), "64,64"), (0, "16,16"), ((64,), "64"), ((64, 64, 64), "64,64"),
+                         ((-64, 64), "16,64"), (8, "16,16"), ((240, 328), "240,320"))),
     *((lambda k=k: vit(trainable_blocks=k), f"trainable_blocks={k}.*3 blocks") for k in (-1, 4)),
     *((lambda shape=shape: vit().encode(torch.zeros(shape)), r"\(B, 3, 64, 64\).*" + re.escape(str(shape)))
       for shape in ((3, 64, 64), (1, 1, 64, 64), (1, 3, 64, 32), (1, 64, 64, 3))),
     (lambda: vit().encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), r"floats.*uint8 \(1, 3, 64, 64\)"),
     *((lambda name=name: dense(name), message) for name, message in (
-        ("tiny-timm", "tiny-timm.*ViT-B-16.*timm's VisionTransformer"), ("tiny-short", "or a single block"),
+        ("tiny-timm", "tiny-timm.*ViT-B-16.*timm's VisionTransformer"), ("tiny-short", "this one has a single block"),
         ("tiny-attention-pool", "tiny-attention-pool.*linear head.*an attention pool"))),
     (lambda: vit().encode_dense(torch.zeros(1, 3, 64, 64), "sclip"), "'sclip'.*naclip, clearclip"),
     (lambda: vit().encode_dense(torch.zeros(1, 3, 64, 32)), r"\(B, 3, 64, 64\).*\(1, 3, 64, 32\)"),
@@ -632,14 +630,14 @@ def test_tf32_is_off_inside_and_what_it_was_outside_also_after_an_error(set_befo
 # -------------------------------------------------------------------------------- towers by name
 
 PAGE = (Path(__file__).parent.parent / "docs" / "towers.md").read_text()
-ROWS = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (\S+ \| \d* \|.*) \|$", PAGE, re.M)]
+ROWS = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (\S+ \| \d+ \|.*) \|$", PAGE, re.M)]
 REASONS = {"yes": None, "no: timm": "timm's", "no: attention pool": "an attention pool",
            "needs `transformers`": "pip install transformers"}
 slow = pytest.mark.skipif(os.environ.get("BIFUSION_SLOW") != "1", reason="large towers: BIFUSION_SLOW=1")
 
 
 @slow
-@pytest.mark.parametrize("row", [row for row in ROWS if row[1]], ids=lambda row: row[0])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 @torch.no_grad()
 def test_towers_by_name_give_what_the_table_says(row):
     name, millions, patch, grid, dense, text = row
@@ -662,10 +660,10 @@ def test_towers_by_name_give_what_the_table_says(row):
 
 
 @slow
-@pytest.mark.parametrize("row", [row for row in ROWS if not row[1]], ids=lambda row: row[0])
-def test_towers_that_are_refused_by_name_say_why(row, monkeypatch):
+@pytest.mark.parametrize("name, reason", [
+    ("RN50", "ModifiedResNet is not"), ("convnext_base", "ConvNeXt is not"), ("MobileCLIP-S1", "FastVit is not"),
+    ("swin_base_patch4_window7_224", "SwinTransformer is not"), ("roberta-ViT-B-32", "pip install transformers")])
+def test_towers_that_are_refused_by_name_say_why(name, reason, monkeypatch):
     monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
-    found = row[4].removeprefix("refused: ").removesuffix(" is not a vision transformer")
-    reason = "pip install transformers" if "transformers" in found else f"{found} is not a vision transformer"
-    with pytest.raises(ValueError, match=f"{row[0]}.*{reason}"):
-        Enhanced2DEncoder(row[0], None)
+    with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+        Enhanced2DEncoder(name, None)

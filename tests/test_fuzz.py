@@ -19,7 +19,8 @@ from torch import nn
 
 from helpers import CLASSES, write_scannet
 from test_scannet import TABLE, write_scan
-from sources.scannet import PosedFrames, ScanNetFrames, ScanNetScenes
+from sources.captures import CaptureFrames, Options
+from sources.scannet import ScanNetFrames, ScanNetScenes
 from sparse_unet import NETWORKS, Res16UNet34C
 from support import checkpoint
 from support.cache import FeatureCache, SuperpointCache
@@ -103,7 +104,7 @@ def posed_frame(folder):
     Image.fromarray(np.full((24, 32), 1000, np.uint16)).save(folder / "frame-000000.depth.png")
     np.savetxt(folder / "frame-000000.pose.txt", np.eye(4))
     matrix = np.array([[30, 0, 16], [0, 30, 12], [0, 0, 1]])
-    return folder / "frame-000000.depth.png", lambda: PosedFrames(folder, matrix)[0]
+    return folder / "frame-000000.depth.png", lambda: CaptureFrames(folder, options=Options(matrix))[0]
 
 
 @kind("cached features", checksum=True)

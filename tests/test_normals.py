@@ -162,7 +162,7 @@ def test_scans_without_faces_are_refused_by_name(scans, room):
         scans[0]
 
 
-def test_weights_that_see_normals_need_them_and_a_checkpoint_remembers(tmp_path, monkeypatch):
+def test_weights_that_see_normals_need_them_and_a_checkpoint_remembers(tmp_path, monkeypatch, quick_runs):
     tiny = partial(Volt, embed_dim=64, num_heads=1, depth=2, out_channels=32)
     monkeypatch.setitem(model.BACKBONES, "volt-small", tiny)
     weights = {f"backbone.{key}": value for key, value in tiny(6).state_dict().items()}

@@ -11,9 +11,9 @@ from PIL import Image
 import data
 from helpers import CLASSES, POSE, write_scannet
 from sources.rooms import RoomFrames
-from sources.scannet import (GEOMETRY, ClassTable, PosedFrames, ScanNetFrames, ScanNetScenes, check_splits,
+from sources.scannet import (GEOMETRY, ClassTable, ScanNetFrames, ScanNetScenes, check_splits,
                              frame_classes, load_classes, read_axis_alignment, read_label_map,
-                             read_ply_vertices, write_frames)
+                             read_mesh, read_ply_vertices, write_frames)
 
 ROOT = Path(__file__).resolve().parents[1]
 ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
@@ -347,62 +347,6 @@ def test_frames_that_are_written_come_back(tmp_path):
         write_frames([moved], tmp_path / "moved")
 
 
-# --------------------------------------------------------------------------------------- posed frames
-
-PINHOLE = np.array([[58.5, 0, 32], [0, 58.5, 24], [0, 0, 1.0]])
-
-
-def write_posed(folder, frames=2, suffix="png"):
-    """A folder as in 7-Scenes; color and depth hold the frame's number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(frames):
-        stem = folder / f"frame-{number:06d}"
-        save(f"{stem}.color.{suffix}", number, (48, 64, 3), np.uint8)
-        save(f"{stem}.depth.png", 1000 + number, (48, 64))
-        np.savetxt(f"{stem}.pose.txt", POSE)
-    return folder
-
-
-def test_posed_frames_arrive_as_they_were_written(tmp_path):
-    """Also with the intrinsics in a file, and frames directly in the folder."""
-    root = write_posed(tmp_path / "chess/seq-01").parent
-    write_posed(root / "seq-02", 11, "JPG")
-    (root / "seq-02/._frame-000001.color.png").write_bytes(b"x")
-    np.savetxt(tmp_path / "k.txt", PINHOLE)
-    for frames in (PosedFrames(root, PINHOLE), PosedFrames(str(root), tmp_path / "k.txt")):
-        assert frames.names[1:3] == ["seq-01/frame-000001", "seq-02/frame-000000"]
-        assert len(frames) == 13
-        assert frames.left_out == {"dot files": 1}
-        frame = frames[12]
-        data.check_frame(frame)
-        assert frame["name"] == "seq-02/frame-000010"
-        assert (frame["color"] == 10).all()
-        assert np.abs(frame["depth"] - 1.01).max() < 1e-6
-        assert np.abs(frame["world2cam"] @ POSE - np.eye(4)).max() < 1e-12
-        assert np.array_equal(frame["intrinsics"], PINHOLE)
-        assert np.array_equal(frame["depth_intrinsics"], PINHOLE)
-        assert all(Path(path).is_file() for path in frames.files(12))
-    alone = PosedFrames(root / "seq-01", PINHOLE)
-    assert alone.names == ["seq-01/frame-000000", "seq-01/frame-000001"]
-
-
-def test_faults_of_posed_frames_are_named(tmp_path):
-    folder = write_posed(tmp_path / "frames/a")
-    save(folder / "frame-000001.depth.png", 1, (9, 9))
-    with refused(r"frame-000001.depth.png: depth has size \(9, 9\), color has size \(48, 64\)"):
-        PosedFrames(folder, PINHOLE)[1]
-    (folder / "frame-000001.depth.png").unlink()
-    with refused("frame-000001.depth.png does not", FileNotFoundError):
-        PosedFrames(folder, PINHOLE)
-    for intrinsics, message in ((np.eye(4), "shape"), (PINHOLE * 2, "not a pinhole"),
-                                (PINHOLE @ np.diag([1, 1, 99]), "not a pinhole"),
-                                (np.diag([0.9, 0.9, 1]), "not in pixels")):
-        with refused(message):
-            PosedFrames(folder, intrinsics)
-    with refused("neither frame-"):
-        PosedFrames(tmp_path, PINHOLE)
-
-
 # ----------------------------------------------------------------------------------------------- scans
 
 NYU40 = {1: "wall", 5: "chair", "*": None}
@@ -470,8 +414,8 @@ def test_missing_files_of_a_scan_are_named(scans, suffix):
 
 
 @pytest.mark.parametrize("text, message", [
-    *((text, "not a binary_little_endian PLY") for text in (
-        "", "ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n",
+    *((text, "not an ascii or binary_little_endian PLY") for text in (
+        "", "ply\nformat binary_big_endian 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n",
         "ply\nformat binary_little_endian 1.0\nelement face 9\nend_header\n",
         f"{PLY} many\nproperty float x\nend_header\n", f"{PLY} 1{'0' * 20}\nproperty float x\nend_header\n",
         f"{PLY} 9\nproperty float x\nproperty list uchar int y\nend_header\n")),
@@ -483,6 +427,22 @@ def test_malformed_meshes_are_named(scans, text, message):
     path.write_text(text)
     with refused(f"_vh_clean_2.ply.*{message}"):
         read_ply_vertices(path, GEOMETRY)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_an_ascii_mesh_holds_what_the_binary_one_does(scans, newline):
+    binary = read_mesh(scans / "scene0000_00/scene0000_00_vh_clean_2.ply")
+    lines = ["ply", "format ascii 1.0", "comment a test", "element vertex 6", *(f"property float {c}" for c in "xyz"),
+             *(f"property uchar {c}" for c in ("red", "green", "blue")), "element face 1",
+             "property list uchar int vertex_indices", "end_header"]
+    lines += [" ".join(map(repr, [*map(float, point), *map(int, color)])) for point, color in zip(POINTS, COLORS)]
+    path = scans / "ascii.ply"
+    path.write_bytes(newline.join([*lines, "3 0 1 2", ""]).encode())
+    mesh = read_mesh(path)
+    assert all(np.array_equal(mesh[key], binary[key]) for key in ("points", "colors"))
+    path.write_text("\n".join(lines[:-1]))
+    with refused(r"ascii.ply: table of 6 vertices has shape \(1, 30\), expected \(1, 36\)"):
+        read_mesh(path)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -535,7 +495,7 @@ def test_objects_that_are_listed_again_are_one_object(scans):
     ({"red": ("float", np.ones(6))}, "_vh_clean_2.ply", "no property red of type"),
     ({"x": ("ushort", np.ones(6))}, "_vh_clean_2.ply", "no property x of type"),
     ({"x": ("float", np.full(6, np.nan))}, "_vh_clean_2.ply", "vertices are not finite"),
-    ({"x": ("float", np.full(6, 1e9))}, "_vh_clean_2.ply", "beyond 1e8 m"),
+    ({"x": ("float", np.full(6, 1e9))}, "_vh_clean_2.ply", "more than 10 km from"),
     ({"label": ("float", np.ones(6))}, "_vh_clean_2.labels.ply", "no property label of type"),
     ({"label": ("ushort", np.full(6, 40))}, "_vh_clean_2.labels.ply", "label 40 is not in the class list"),
     ({"label": ("uchar", np.ones(5))}, "_vh_clean_2.labels.ply", "has 5 vertices with labels from 1, expected")])

@@ -149,6 +149,20 @@ def test_a_class_has_one_color_everywhere_and_points_without_a_label_are_gray():
         assert torch.allclose(visualize.clouds([given])[kind][1], label_colors(labels))
 
 
+def test_the_heat_of_each_query_lies_where_it_is_likely_and_the_image_comes_first():
+    colors = np.full((24, 32, 3), 0.5, np.float32)
+    heats = np.zeros((24, 32, 2), np.float32)
+    heats[:, 16:, 1] = 1
+    image = visualize.heat_image(colors, heats, ["chair", "sofa"])
+    width = SHOWN_HEIGHT * 4 // 3
+    assert image.shape == (SHOWN_HEIGHT + visualize.LEGEND_ROW, 3 * width, 3) and image.dtype == np.uint8
+    row = image[visualize.LEGEND_ROW + 100]
+    unlikely, likely = to_bytes(0.2 + 0.6 * visualize.heat_colors(torch.tensor([0.0, 1.0])))
+    assert (row[:width] == 128).all()
+    assert (row[width + 5:2 * width - 5] == unlikely).all()  # chair: nowhere
+    assert (row[2 * width + 5:-width // 2 - 5] == unlikely).all() and (row[-width // 2 + 5:] == likely).all()
+
+
 def test_clip_cells_lie_where_their_patch_lies():
     given = with_everything(5)
     image = visualize.visualizations([given], NAMES)["val_room_0/clip_pca"][:, :, :SHOWN_HEIGHT * 4 // 3]
