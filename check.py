@@ -28,6 +28,7 @@ from data import (AXES, check_frame, depth_pose, depth_to_color, frame_names, pi
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
+from support.cache import content_key
 from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, color_pixels, fit, look_up,
                                   make_views, off_center, project, sample, small_depth, small_gray)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
@@ -789,6 +790,27 @@ def unknowns(rows):
         yield "too few frames overlap to tell whether the poses are right"
     elif "up axis" in untested:
         yield "cameras and surfaces do not tell which way is up: --up is taken as it is"
+
+
+def check_cameras(dataset, store, up, data):
+    """`quick_check` of a data set for training -> what could not be told, as sentences.
+
+    ValueError if something is wrong. data: what --data names. store: a cache.Store that remembers which
+    files were right.
+    """
+    signature = dataset.signature(range(len(dataset)))
+    key = signature and content_key("cameras", signature)
+    if key and store.get(key) is not None:
+        return []
+    frames = getattr(dataset.frames, "source", dataset.frames)  # as in the files, not turned upright
+    rows = quick_check(frames, up)
+    faults = [f"{row.test}: {row.words}" for row in rows if row.verdict == "WRONG"]
+    if faults:
+        raise ValueError(f"{data}: {' '.join(faults)} `python check.py {data} --up={up}` tells more; "
+                         "--no-check insists")
+    if key:
+        store.put(key, b"right")
+    return unknowns(rows)
 
 
 def inspect(sources, up="z", num_frames=48, picture=None):

@@ -8,7 +8,7 @@
     python train.py --eval runs/NAME/best.pt                           score only
     python train.py --replay runs/NAME/bad_step_N.pt                   run a non-finite step again
     torchrun --nproc-per-node 4 train.py --amp bf16                    one node with 4 GPUs
-    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --amp bf16
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py
     tensorboard --logdir runs
 
 The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup
@@ -18,45 +18,57 @@ and loop. To change the network see model.py; a loss term is one entry of `loss_
 """
 import itertools
 import json
-import math
 import os
-import re
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from check import quick_check, unknowns
+from check import check_cameras
 from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
 from evaluate import evaluate, format_metrics, log_metrics, visualize
-from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion, SemanticCriterion,
-                    clip_loss_weight, lovasz_loss)
-from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features, fingerprint_of,
-                   gate_name, load_weights, logged_modules, open_backbone, restore_model)
+from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion,
+                    SemanticCriterion, clip_loss_weight, lovasz_loss)
+from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features,
+                   fingerprint_of, gate_name, load_weights, logged_modules, open_backbone, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
 from superpoints import VERSION, oversegment
 from support.average import MovingAverage
-from support.cache import FeatureCache, Store, SuperpointCache, content_key
-from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read_checkpoint, run_folder,
-                                write_atomically, write_or_warn)
+from support.cache import FeatureCache, Store, SuperpointCache
+from support.checkpoint import (STEP_FIELDS, load_optimizer, lock_folder, lock_in_place, new_folder,
+                                read_checkpoint, resume_position, warn_of_changes, write_atomically,
+                                write_or_warn)
 from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_step, term_statistics
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
 from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
                              image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
-                             nonnegative_int, number_in, positive_float, positive_int, run_command)
+                             nonnegative_int, number_in, positive_float, positive_int, run_command,
+                             writable_folder)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms",
-                "frames_per_room", "class_ids")
-LR_CLIP = 0.01  # learning rate multiplier of trained CLIP blocks
+# what a checkpoint does not carry over: where things are written, and what was asked of one start
+NOT_IN_CONFIG = ("cache", "runs", "resume", "eval", "replay", "device", "debug", "init_3d")
+
+# Settings without an option; a checkpoint keeps those that it was trained with.
+CONSTANTS = {
+    "frames_per_room": 4,        # images taken in each built-in room
+    "superpoints": 128,          # per frame, for instances
+    "min_instance_points": 100,  # smaller instances are neither predicted nor scored, as ScanNet does
+    "temperature": 0.07,         # of the CLIP loss, floored at 0.1
+    "weight_decay": 0.05,        # of AdamW, on matrices
+    "lr_warmup": 50,             # optimizer steps of linear warm-up
+    "lr_clip": 0.01,             # learning rate multiplier of trained CLIP blocks
+    "max_grad_norm": 10.0,       # larger gradients are scaled down to it
+    "log_every": 10,             # optimizer steps between TensorBoard entries
+    "eval_every": 5,             # epochs between evaluations; best.pt is written at the best of them
+    "save_every": 1000}          # optimizer steps between writings of last.pt within an epoch
 
 # ---------------------------------------------------------------------------------------------- options
 
@@ -65,51 +77,39 @@ def build_parser():
     """The one source of every default."""
     parser = Parser("train.py", "Trains 3D scene segmentation with frozen CLIP features fused in.")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's exported 2D "
-        "layout")
-    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt in the "
-        "folder")
+    add("--data", default="rooms", help="'rooms' (built in) or a folder in ScanNet's 2D layout")
+    add("--classes", help="class list, one 'id name' pair per line; not given: classes.txt of --data")
     add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
     add("--label-map", help="scannetv2-labels.combined.tsv: for scans if the class list holds that "
         "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
     add("--rooms", type=positive_int, default=32, help="built-in training rooms")
-    add("--val-rooms", type=positive_int, help="built-in validation rooms; not given: 3 per 8 training rooms")
-    add("--frames-per-room", type=positive_int, default=4, help="images taken in each room")
+    add("--val-rooms", type=positive_int, help="for validation; not given: 3 per 8 training rooms")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
-    add("--image-size", type=image_size, default=(240, 320), help="height,width that CLIP sees, "
+    add("--image-size", type=image_size, default=(240, 320), help="height,width of CLIP's images, in "
         "multiples of its patch size")
     add("--up", type=checked_by(up_rotation), default="z", help="axis of the data's world that points "
         "up, z, -y, ... or a vector x,y,z; negative ones as --up=-y")
-    add("--no-check", action="store_true", help="train although the cameras or depth look wrong, see "
-        "docs/check.md")
+    add("--no-check", action="store_true", help="insist on data that look wrong, see docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
-    add("--normals", action="store_true", help="show the 3D encoder the surface's normals, too: of depth, "
-        "or of the meshes of --scans")
-    add("--superpoints", type=nonnegative_int, default=128, help="superpoints per frame, for "
-        "instances; 0: cubes of 4 voxels stand in for them")
-    add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
-        "them every time")
-    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the "
-        "loop")
+    add("--normals", action="store_true", help="show it normals, of depth or of the meshes of --scans")
+    add("--cache", type=writable_folder, default=".cache", help="folder for CLIP features and superpoints; "
+        "'none': compute them every time")
+    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: the main one")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=tuple(BACKBONES), help="the 3D encoder; not given: small, or the network "
-        "of --init-3d")
+    add("--backbone", choices=tuple(BACKBONES), help="not given: small, or the network of --init-3d")
     add("--colors", choices=tuple(COLORS), help="what the 3D encoder sees of the points' colors, see "
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
     add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
     add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
         "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
-    add("--drop-path", type=number_in(float, 0.0, 0.9), default=0.0, help="of volt-*: how often the last "
-        "block is skipped for a token; the others less, the first never")
+    add("--drop-path", type=number_in(float, 0.0, 0.9), default=0.0, help="of volt-*: how often the "
+        "last block is skipped for a token; the others less, the first never")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
-    add("--no-instances", action="store_true", help="semantics only, even if the data has instance "
-        "labels")
-    add("--min-instance-points", type=positive_int, default=100, help="smaller instances are neither "
-        "predicted nor scored")
+    add("--no-instances", action="store_true", help="semantics only, even if there are instance labels")
     add("--clip-model", default="ViT-B-16", help="an open_clip vision transformer")
     add("--clip-pretrained", default="openai", help="open_clip tag, checkpoint file, or 'none': random")
     add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP "
@@ -119,29 +119,24 @@ def build_parser():
         "of CLIP's, which stays the target of the CLIP loss and answers to text; see docs/towers.md")
     add("--tower-pretrained", metavar="FILE", help="weights of --tower, or 'none': random; not given: "
         "timm's download")
-    add("--clip-blocks", type=nonnegative_int, default=0, help="last transformer blocks of CLIP to "
-        "train; 0: frozen")
+    add("--clip-blocks", type=nonnegative_int, default=0, help="last blocks of CLIP to train")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
-        "and 0.5 with --no-clip")
-    add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the 3D encoder sees "
-        "two samples of a batch as one scene (Mix3D)")
-    add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
-        "that the semantic loss spreads over all classes")
-    add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the Lovasz-softmax "
-        "loss, which follows the IoU; 0: none")
+    add("--semantic-weight", type=positive_float, help="not given: 0.4, and 0.5 with --no-clip")
+    add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the "
+        "3D encoder sees two samples of a batch as one scene (Mix3D)")
+    add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a "
+        "point's label that the semantic loss spreads over all classes")
+    add("--lovasz", type=nonnegative_float, default=0.0, metavar="W", help="weight of the "
+        "Lovasz-softmax loss, which follows the IoU; 0: none")
     add("--clip-warmup", type=list_of(int), default=(10, 20), help="last epoch, from 0, of each weight "
         "of the CLIP loss but the last; '--clip-warmup=-1 --clip-weights 0,W': W throughout")
     add("--clip-weights", type=list_of(nonnegative_float), default=(0.0, 0.001, 0.01),
         help="the weights: 0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on")
-    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="form of the CLIP loss, see "
-        "docs/losses.md")
+    add("--clip-loss", choices=CLIP_LOSSES, default="sigmoid", help="its form, see docs/losses.md")
     add("--clip-target", choices=("global", "point"), default="global", help="tie a point to the CLIP "
         "feature of its scene, or to the one that it projects to")
-    add("--temperature", type=nonnegative_float, default=0.07, help="of the CLIP loss; floored at 0.1")
-    add("--isolate-clip", action="store_true", help="weight 0 throughout: trains bit-exactly as "
-        "without the CLIP loss")
+    add("--isolate-clip", action="store_true", help="weight 0: bit-exactly as without the CLIP loss")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive_int, default=24, help="passes over the training samples")
@@ -149,68 +144,45 @@ def build_parser():
     add("--grad-accum", type=positive_int, default=1, help="micro-batches per optimizer step")
     add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW")
     add("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
-    add("--weight-decay", type=nonnegative_float, default=0.05, help="on matrices; 0: none")
-    add("--lr-warmup", type=nonnegative_int, default=50, help="optimizer steps of linear warm-up; 0: "
-        "none")
-    add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the moving "
-        "average of all weights, with a decay per step such as 0.999; 0: the last weights")
-    add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
-        "to it")
-    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
-        "on a GPU")
+    add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the "
+        "moving average of all weights, with a decay per step such as 0.999; 0: the last weights")
+    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast; on a GPU take bf16")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
         "always on a CPU; slower, see docs/gpus.md")
     add("--device", help="not given: cuda if there is one, else cpu")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--runs", default="runs", help="folder that TensorBoard watches")
-    add("--name", help="name of the run; not given: bifusion or baseline")
-    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard "
-        "entries")
-    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; best.pt is "
-        "written at the best of them")
-    add("--save-every", type=nonnegative_int, default=0, metavar="N", help="optimizer steps between "
-        "writings of last.pt; 0: once per epoch")
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--runs", type=writable_folder, default="runs", help="folder that TensorBoard watches")
     add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
         "entries under diagnose/, see docs/diagnostics.md; 0: none")
-    add("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options if none are "
-        "given")
-    add("--eval", metavar="CHECKPOINT", help="score only")
-    add("--replay", metavar="FILE", help="run the non-finite step of a bad_step_N.pt again, see "
-        "docs/diagnostics.md")
     add("--debug", action="store_true", help="show the traceback of an error")
+    one_of = group.add_mutually_exclusive_group().add_argument
+    one_of("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options unless given")
+    one_of("--eval", metavar="CHECKPOINT", help="score only")
+    one_of("--replay", metavar="FILE", help="run a bad step again, see docs/diagnostics.md")
     return parser
 
 
-# what a checkpoint does not carry over: where things are written, and what was asked of this one start
-NOT_IN_CONFIG = ("cache", "runs", "name", "resume", "eval", "replay", "device", "debug")
-
-
-def parse_args(argv=None, defaults=None):
-    """The options of a run. defaults: the config of a checkpoint, which stands in for options that are
-    not given.
-    """
+def parse_args(argv=None, config=None):
+    """The options of a run. config: of a checkpoint, in the place of options that are not given."""
     parser = build_parser()
-    for action in parser._actions if defaults else ():
-        value = defaults.get(action.dest)
-        if value is None or action.dest in (*NOT_IN_CONFIG, "init_3d"):  # those weights are in the checkpoint
-            continue
-        if action.choices and value not in action.choices:
-            parser.error(f"the checkpoint's config has {value!r} for {action.option_strings[0]}")
-        if action.type:  # as text, so that argparse checks it like an option that is given
-            value = re.sub(r"[][() ]|,\)", "", str(value))
-        parser.set_defaults(**{action.dest: value})
-    args = parser.parse_args(argv)
+    config = config or {}
+    known = {key: value for key, value in config.items() if key not in NOT_IN_CONFIG}
+    args = parser.parse_args(argv, defaults=known)
+    vars(args).update({name: config.get(name, value) for name, value in CONSTANTS.items()})
+    if args.isolate_clip or args.no_clip:
+        args.clip_weights = (0.0,) * len(args.clip_weights)
     check_options(args, parser.error)
 
-    if args.isolate_clip:
-        args.clip_weights = (0.0,) * len(args.clip_weights)
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if args.val_rooms is None:
         args.val_rooms = -(-args.rooms * 3 // 8)
+    if args.cache == "none":
+        args.cache = None
     if not args.init_3d:
         args.backbone = args.backbone or "small"
         args.colors = args.colors or "signed"
@@ -219,40 +191,29 @@ def parse_args(argv=None, defaults=None):
 
 def check_options(args, error):
     """Calls error(text) if options exclude each other or name what cannot be used."""
-    if sum(map(bool, (args.resume, args.eval, args.replay))) > 1:
-        error("--resume, --eval and --replay exclude each other")
-    if args.data == "rooms" and args.scans:
-        error("--scans holds only points: give --data, the folder of their frames, too")
-    if args.data == "rooms" and args.label_map:
-        error("--label-map belongs to scans and exported frames, and --data is rooms")
-    if args.drop_path and not (args.backbone or "").startswith("volt-"):
-        error("--drop-path is for --backbone volt-small, volt-small-plain or volt-base")
-    if args.tower and (args.no_clip or args.clip_blocks):
-        error("--tower fuses other features than CLIP's: give neither --no-clip nor --clip-blocks")
-    if args.tower_pretrained and not args.tower:
-        error("--tower-pretrained holds the weights of --tower, which is not given")
-    if args.normals and args.colors == "ones":
-        error("--colors ones hides all features of a point, its normal, too: give no --normals")
-    if args.init_3d and (args.resume or args.eval):
-        error("--init-3d begins a run; the weights of a checkpoint are in it")
-    if args.init_3d and not Path(args.init_3d).is_file():
-        error(f"--init-3d {args.init_3d}: no such file")
-    if args.compile and args.diagnose:
-        error("--diagnose runs two backward passes through one graph, which --compile does not allow")
+    from_rooms = args.data == "rooms"
+    is_volt = (args.backbone or "").startswith("volt-")
+    is_alone = args.clip_loss == "infonce" and args.clip_target == "global" and args.batch_size == 1
+    faults = {
+        "--scans holds only points: give --data, the folder of their frames, too": from_rooms and args.scans,
+        "--label-map belongs to scans and frames, and --data is rooms": from_rooms and args.label_map,
+        "--drop-path is for --backbone volt-*": args.drop_path and not is_volt,
+        "--tower fuses other features than CLIP's: give neither --no-clip nor --clip-blocks":
+            args.tower and (args.no_clip or args.clip_blocks),
+        "--tower-pretrained holds the weights of --tower, which is not given":
+            args.tower_pretrained and not args.tower,
+        "--colors ones hides normals, too: give no --normals": args.normals and args.colors == "ones",
+        "--init-3d begins a run, and a checkpoint has weights": args.init_3d and (args.resume or args.eval),
+        "--diagnose runs two backward passes, which --compile does not allow": args.compile and args.diagnose,
+        "--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or "
+        "more, or --clip-target point": is_alone and max(args.clip_weights) > 0}
+    for text, is_found in faults.items():
+        if is_found:
+            error(text)
     try:
         clip_loss_weight(0, args.clip_warmup, args.clip_weights)
     except ValueError as problem:
         error(f"--clip-warmup, --clip-weights: {problem}")
-    clip_is_on = max(args.clip_weights) > 0 and not args.no_clip and not args.isolate_clip
-    is_alone = args.batch_size == 1 and args.clip_target == "global"
-    if args.clip_loss == "infonce" and is_alone and clip_is_on:
-        error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 "
-              "or more, or --clip-target point")
-    for option, folder in (("--runs", args.runs), ("--cache", args.cache)):
-        paths = (Path(folder), *Path(folder).absolute().parents)
-        existing = next(path for path in paths if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            error(f"{option} {folder}: {existing} is not a folder that can be written to")
 
 
 # --------------------------------------------------------------------------------------- parts of a run
@@ -260,42 +221,38 @@ def check_options(args, error):
 
 def build_datasets(args):
     """Training and validation set, class names, and whether instances are trained."""
-    splits = (args.train_split, args.val_split)
-    counts = [(rooms, args.frames_per_room) for rooms in (args.rooms, args.val_rooms)]
-    if args.data == "rooms":
-        splits = ("train", "val")
-    elif None in splits:
+    splits = ("train", "val") if args.data == "rooms" else (args.train_split, args.val_split)
+    if None in splits:
         raise ValueError(f"--data {args.data} needs --train-split FILE and --val-split FILE")
     labels = args.classes, args.label_map
-    scans = None
-    if args.scans:
-        opened = [open_scans(args.scans, args.data, split, *labels, normals=args.normals) for split in splits]
-        scans, frames = zip(*opened)
-        check_splits(scans, ())
-        check_splits(frames, ())
-        scans = [upright(part, args.up) for part in scans]
-    else:
-        frames = [open_frames(args.data, split, *labels, rooms=rooms)
-                  for split, rooms in zip(splits, counts)]
-        check_splits(frames, () if args.no_instances else ("instance-filt",))
-    frames = [upright(part, args.up) for part in frames]
+    sources = []  # per split (frames,), or (scans, frames)
+    for split, rooms in zip(splits, (args.rooms, args.val_rooms)):
+        if args.scans:
+            sources.append(open_scans(args.scans, args.data, split, *labels, normals=args.normals))
+        else:
+            sources.append([open_frames(args.data, split, *labels, rooms=(rooms, args.frames_per_room))])
+    for of_splits in zip(*sources):
+        check_splits(of_splits, () if args.scans or args.no_instances else ("instance-filt",))
 
     options = dict(num_points=args.num_points, image_size=args.image_size, num_views=args.num_views,
-                   color=not args.no_color, images=not args.no_clip, seed=args.seed, normals=args.normals,
+                   color=not args.no_color, images=not args.no_clip, normals=args.normals, seed=args.seed,
                    voxel_size=min(args.voxel_size, 0.02))  # of elastic augmentation, at most that much
-    if scans:
-        sets = [SceneDataset(*sources, augment=augment, **options)
-                for *sources, augment in zip(scans, frames, (True, False))]
-        return *sets, scans[0].class_names, not args.no_instances
-    sets = [PointDataset(part, augment=augment, **options)
-            for part, augment in zip(frames, (True, False))]
-    instances = not args.no_instances and all(part[0].get("instance") is not None for part in frames)
-    if instances and args.superpoints:
-        cache = SuperpointCache(cache_folder(args), partial(oversegment, count=args.superpoints),
-                                f"superpoints {VERSION} {args.superpoints}")
+    kind = SceneDataset if args.scans else PointDataset
+    sets = []
+    for source, augment in zip(sources, (True, False)):
+        parts = [upright(part, args.up) for part in source]
+        sets.append(kind(*parts, augment=augment, **options))
+    class_names = sources[0][0].class_names
+    if args.scans or args.no_instances:
+        return *sets, class_names, not args.no_instances
+
+    instances = all(frames[0].get("instance") is not None for frames, in sources)
+    if instances:
+        owner = f"superpoints {VERSION} {args.superpoints}"
+        cache = SuperpointCache(args.cache, partial(oversegment, count=args.superpoints), owner)
         for dataset in sets:
             dataset.superpoints = cache
-    return *sets, frames[0].class_names, instances
+    return *sets, class_names, instances
 
 
 def class_ids_of(dataset, class_names):
@@ -304,67 +261,38 @@ def class_ids_of(dataset, class_names):
     return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
 
 
-def describe(train_set, val_set, class_names):
-    """What was opened and what was not taken, as text."""
-    lines = [f"{len(train_set)} training and {len(val_set)} validation samples, {len(class_names)} classes"]
-    for dataset, name in ((train_set, "training"), (val_set, "validation")):
-        skipped = getattr(dataset.frames, "num_skipped", 0)
-        left_out = dict(getattr(dataset.frames, "left_out", {}))
-        if skipped:
-            left_out["frames with a lost pose"] = skipped
-        if left_out:
-            lines.append(f"{name}, left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
-    return "\n".join(lines)
-
-
-def cache_folder(args):
-    """The folder of --cache, or None."""
-    return None if args.cache == "none" else args.cache
+def describe(dataset, blank):
+    """How many samples a set has, and what was not taken, as text. blank: samples without any depth."""
+    frames, scenes = dataset.frames, getattr(dataset, "scenes", None)
+    left_out = {"samples without depth": len(blank), "lost poses": getattr(frames, "num_skipped", 0),
+                **getattr(frames, "left_out", {}), **getattr(scenes, "left_out", {})}
+    counts = [f"{count} {what}" for what, count in left_out.items() if count]
+    samples = f"{len(dataset)} {'training' if dataset.augment else 'validation'} samples"
+    return ", ".join([samples, "left out: " + "; ".join(counts)] if counts else [samples])
 
 
 def read_every_frame(datasets, args, rank, world_size, console):
-    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
-    Samples without any depth are left out.
+    """Fails if a file is broken, a camera wrong, or no point of a split labelled, before anything is written.
 
-    Frames that the cache remembers, with the size and time of their files, are not read again.
+    Samples without any depth are left out. Frames whose files are as the cache remembers them, by size and
+    time, are not read again.
     """
-    store = Store(args.cache, "frames") if cache_folder(args) else None
+    store = Store(args.cache, "frames")
     for dataset in datasets:
         found = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
         labelled, blank = zip(*gather_objects(found, world_size))
-        blank = sum(blank, [])
-        if blank:
-            console.print(f"{len(blank)} of {len(dataset)} samples have no depth and are left out")
-            dataset.leave_out(blank)
+        dataset.leave_out(sum(blank, []))
         if sum(labelled) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label "
-                             "of the class list")
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of "
+                             "the class list")
+        console.print(describe(dataset, sum(blank, [])))
         if rank == 0 and not args.no_check:
-            check_cameras(dataset, store, args, console)
-
-
-def check_cameras(dataset, store, args, console):
-    """The quick part of check.py, once for unchanged files."""
-    signature = dataset.signature(range(len(dataset)))
-    key = content_key("cameras", signature) if store is not None and signature is not None else None
-    if key is not None and store.get(key) is not None:
-        return
-    frames = getattr(dataset.frames, "source", dataset.frames)  # as in the files, not turned upright
-    rows = quick_check(frames, args.up)
-    faults = [f"{row.test}: {row.words}" for row in rows if row.verdict == "WRONG"]
-    if faults:
-        raise ValueError(f"{args.data}: {' '.join(faults)} `python check.py {args.data} --up={args.up}` "
-                         "tells more; --no-check insists")
-    for text in unknowns(rows):
-        console.print(text)
-    if key is not None:
-        store.put(key, b"right")
+            for text in check_cameras(dataset, store, args.up, args.data):
+                console.print(text)
 
 
 def open_tower(args, config, log_warning):
-    """The CLIP tower of the options; the built-in rooms fall back on a random one if its weights cannot
-    be had.
-    """
+    """The CLIP tower of the options; on the built-in rooms a random one if there are no weights."""
     if args.tower_pretrained == "none" and not (args.resume or args.eval):
         log_warning(f"--tower {args.tower} IS RANDOMLY INITIALISED: good for trying things out, not for results.")
     try:
@@ -372,9 +300,8 @@ def open_tower(args, config, log_warning):
     except FileNotFoundError as error:
         if args.data != "rooms":
             raise FileNotFoundError(f"{error} (--clip-pretrained, --clip-model)") from None
-        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. The built-in rooms train with a random tower, "
-                    "which shows colors and textures but no meaning: good for trying things out, not for "
-                    "results.")
+        log_warning(f"CLIP IS RANDOMLY INITIALISED: {error}. A random tower shows colors and textures but no "
+                    "meaning: good for trying things out, not for results.")
         config["clip_pretrained"] = args.clip_pretrained = "none"  # what the checkpoint will say
         return build_tower(config)
 
@@ -382,28 +309,16 @@ def open_tower(args, config, log_warning):
 def clip_loss_is_never_on(args):
     """Whether the CLIP loss has a weight, but in no epoch of this run."""
     weights = [loss_weights(args, epoch)["clip"] for epoch in range(args.epochs)]
-    return not args.no_clip and max(weights) == 0 < max(args.clip_weights)
+    return max(weights) == 0 < max(args.clip_weights)
 
 
 def needs_dense(args):
     """Whether the CLIP loss ties points to dense features."""
-    return args.clip_target == "point" and max(args.clip_weights) > 0 and not args.no_clip
-
-
-def check_tower(tower, args):
-    """Fails before the training starts if the loss needs dense features and the tower has none."""
-    if not needs_dense(args):
-        return
-    if not hasattr(tower, "encode_with_dense"):
-        raise ValueError(f"--clip-target point needs dense features, and the tower {type(tower).__name__} has no "
-                         "encode_with_dense")
-    tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
+    return args.clip_target == "point" and max(args.clip_weights) > 0
 
 
 def cache_features(tower, datasets, args, device, rank, world_size):
-    """A frozen tower encodes every image once; from then on the samples of the data sets hold its
-    features.
-    """
+    """A frozen tower encodes every image once; from then on the samples hold its features."""
     owner, encode = f"clip {tower.fingerprint()}", tower.encode
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
@@ -423,9 +338,7 @@ def data_loader(dataset, sampler, args, device, collate_fn):
 
 
 def build_criteria(args, clip_criterion=None):
-    """The loss functions; their weights are in `loss_weights`. clip_criterion: in the place of
-    ClipConsCriterion.
-    """
+    """The loss functions. clip_criterion: in the place of ClipConsCriterion."""
     clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss,
                                                world_mean=world_mean)
     return {"semantic": SemanticCriterion(world_mean=world_mean, label_smoothing=args.label_smoothing),
@@ -441,8 +354,7 @@ def loss_weights(args, epoch):
 
 
 def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, dense_target=False):
-    """One forward pass -> the model's output, {name: raw loss}, and the counts of the CLIP loss, or
-    None.
+    """One forward pass -> the model's output, {name: raw loss}, counts of the CLIP loss or None.
 
     A CLIP term of weight 0 is not computed. dense_target: it ties points to dense features, not to
     their scene's. Every process must return the same terms, whatever its batch: multiply by 0 instead
@@ -450,7 +362,7 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     """
     device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
-    torch.manual_seed(batch["seed"][0])  # what the network draws, drop path say, can repeat
+    torch.manual_seed(batch["seed"][0])  # random draws of a step depend on its samples alone: they repeat
     with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
         out = model(batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
@@ -463,76 +375,39 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     if clip_is_on:
         target = out["clip_dense"] if dense_target else out["clip_global"]
         batch_idx = None if dense_target else batch["batch"]
-        # random draws of a step depend on its samples alone, so that they can repeat
-        seed = batch["seed"][0]
-        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"], seed)
+        terms["clip"], counts = criteria["clip"](out["feat_fusion"], target, batch_idx, out["valid"],
+                                                 batch["seed"][0])
     return out, terms, counts
 
 
 def weight_terms(terms, weights):
-    """{name: what the term adds to the total loss}."""
-    for name in terms:
-        if name not in weights or name == "total":
-            raise ValueError(f"loss term {name!r} needs a weight in loss_weights, and a name other than "
-                             "total")
+    """{name: what the term adds to the total loss}; KeyError if a term has no weight."""
     return {name: weights[name] * term for name, term in terms.items()}
 
 
+def weighted_losses(model, criteria, weights, amp_dtype, dense_target):
+    """`batch -> {name: weighted term}`: the forward pass of a step, to find what is not finite."""
+    def losses(batch):
+        _, terms, _ = compute_losses(model, batch, criteria, weights, amp_dtype, dense_target)
+        return weight_terms(terms, weights)
+    return losses
+
+
 def parameter_groups(model, args):
-    """AdamW groups: one per part of the model, split by whether weight decay applies (not to 1-d
-    tensors).
-    """
+    """AdamW groups: one per part of the model, split by whether weight decay applies (to matrices)."""
     parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d),
-             "fusion.encoder_2d.trainable.": ("clip", LR_CLIP),
+             "fusion.encoder_2d.trainable.": ("clip", args.lr_clip),
              "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
-        is_matrix = parameter.dim() > 1
-        weight_decay = args.weight_decay if is_matrix else 0.0
-        group = groups.setdefault((part, is_matrix), {
+        weight_decay = args.weight_decay if parameter.dim() > 1 else 0.0
+        group = groups.setdefault((part, weight_decay), {
             "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def set_learning_rate(optimizer, lr):
-    """Every group gets the learning rate times its own multiplier."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
-
-
-def load_optimizer(optimizer, scaler, state):
-    """Loads their states from a checkpoint, but keeps the multipliers and weight decay of this run."""
-    keys = ("lr_mult", "weight_decay")
-    own = [{key: group[key] for key in keys} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
-    for group, options in zip(optimizer.param_groups, own):
-        group.update(options)
-    if state["scaler"]:  # empty if the checkpoint was written without fp16
-        scaler.load_state_dict(state["scaler"])
-
-
-def resume_position(state, steps_per_epoch, global_batch):
-    """(epoch, step within it) at which a checkpoint goes on, after the samples that its epoch has seen
-    so far.
-    """
-    samples = state["next_step"] * state["global_batch"]
-    if state["global_batch"] == global_batch:
-        return state["epoch"], state["next_step"]
-    return state["epoch"], min(samples // global_batch, steps_per_epoch)
-
-
-def warn_of_changes(state, config, lr, console):
-    """What makes a resumed run another one than that of its checkpoint."""
-    changed = [key for key in DATA_OPTIONS if state["config"].get(key) != config[key]]
-    if changed:
-        console.warn(f"the checkpoint was trained on other data: {', '.join(changed)} differ")
-    if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
-        console.warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the "
-                     "global batch or the number of processes have changed")
 
 
 def lr_factor(step, total_steps, warmup):
@@ -547,20 +422,13 @@ def lr_factor(step, total_steps, warmup):
 # --------------------------------------------------------------------------------------------- one step
 
 
-class StepResult(NamedTuple):
-    """What the loop needs to know about a step."""
-
-    out: dict  # of the last forward pass
-    finite: bool  # loss and gradient
-    loss_finite: bool
-    stop: bool  # whether any process was asked to stop
-
-
 def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, max_grad_norm=10.0,
                amp_dtype=torch.float32, dense_target=False, world_size=1, diagnose=False, stop=None):
-    """One optimizer step over micro-batches, for every dtype and number of processes -> StepResult.
+    """One optimizer step over micro-batches, for every dtype and number of processes.
 
-    A step with a loss or gradient that is not finite changes no weight. stop: a StopRequest, or None.
+    Returns the output of the last forward pass, whether loss and gradient are finite, whether the loss
+    is, and whether any process was asked to stop. A step that is not finite changes no weight. stop: a
+    StopRequest, or None.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step_loss = torch.zeros((), device=parameters[0].device)
@@ -592,45 +460,29 @@ def train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, 
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(out, finite, loss_finite, stop)
+    return out, finite, loss_finite, stop
 
 
-def open_log(args, folder, model, console, step):
-    """The TensorBoard of a run that goes on after `step`; folder: None in the other processes."""
-    purge_step = step + 1 if args.resume else None
-    log = RunLog(folder, args.log_every, purge_step, logged_modules(model), world_mean, console.warn)
-    log.step = step
-    log.add_table("config", vars(args))
-    for text in console.warnings:
-        log.add_text("warning", text)
-    return log
-
-
-def latest_values(out, batch_idx, optimizer):
-    """{tag: value} of this step alone: learning rates, and what fusion does to the features."""
-    latest = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-    statistics = fusion_statistics(out, batch_idx)
-    return latest | {f"fusion/{name}": value for name, value in statistics.items()}
+def latest_values(out, batch_idx, optimizer, scaler, weights):
+    """{tag: value} of this step alone, not averaged over steps."""
+    learning_rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+    return {**learning_rates, **fusion_statistics(out, batch_idx), "clip/weight": weights["clip"],
+            "amp/scale": scaler.get_scale(), "memory/peak_gib": peak_memory_gib(batch_idx.device)}
 
 
 def replay(args, argv, clip_criterion=None, tower=None):
     """Runs the step of a bad_step_N.pt again; returns [] if it is finite here.
 
-    If not, it raises FloatingPointError, or, for a gradient, the RuntimeError of torch's anomaly
-    detection.
+    If not, it raises FloatingPointError, or for a gradient the RuntimeError of anomaly detection.
     """
     state = read_checkpoint(args.replay, STEP_FIELDS)
-    args = parse_args(argv, defaults=state["config"])
+    args = parse_args(argv, state["config"])
     _, _, device = setup(args.device)
     configure_device(device, args.deterministic)
     model = restore_model(state, args.replay, tower).to(device).train()
     criteria = build_criteria(args, clip_criterion)
-
-    def losses(batch):
-        _, terms, _ = compute_losses(model, batch, criteria, state["weights"], AMP_DTYPES[args.amp],
-                                     args.clip_target == "point")
-        return weight_terms(terms, state["weights"])
-
+    losses = weighted_losses(model, criteria, state["weights"], AMP_DTYPES[args.amp],
+                             args.clip_target == "point")
     batch = to_device(state["batch"], device)
     print(f"epoch {state['epoch']}, step {state['step']}: {', '.join(batch['name'])}")
     findings = replay_step(model, batch, losses, state["scale"])
@@ -645,8 +497,8 @@ def replay(args, argv, clip_criterion=None, tower=None):
 def main(argv=None, clip_criterion=None, tower=None, stop=None):
     """One run, from options to the final table; returns the final validation metrics.
 
-    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of the one
-    that the options name, see fusion.py. stop: a StopRequest that listens to signals.
+    clip_criterion: a module in the place of ClipConsCriterion. tower: an image encoder in the place of
+    the one that the options name, see fusion.py. stop: a StopRequest that listens to signals.
     """
     # options; processes, one or as many as torchrun started; the checkpoint to go on from or to score
     args = parse_args(argv)
@@ -655,79 +507,73 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     rank, world_size, device = setup(args.device)
     main_process = rank == 0
     path = args.resume or args.eval
-    state = lock = None
-    if path:
-        state = read_checkpoint(path)
-        lock = lock_folder(Path(path).parent) if goes_on_in_place(args.resume) and main_process else None
-        args = parse_args(argv, defaults=state["config"])
+    lock = lock_in_place(args.resume) if main_process else None
+    state = read_checkpoint(path) if path else {}
+    args = parse_args(argv, state.get("config"))
     init_3d = open_backbone(args) if args.init_3d else None
     config = {key: value for key, value in vars(args).items() if key not in NOT_IN_CONFIG}
     amp_dtype = AMP_DTYPES[args.amp]
     dense_target = args.clip_target == "point"
     stop = stop or StopRequest()
     configure_device(device, args.deterministic)
-    console = Console(main_process, state["warnings"] if state else ())
+    console = Console(main_process, state.get("warnings", ()))
     if device.type == "cpu":
-        console.print(choose_threads(args.workers, state["config"].get("threads") if state else None))
+        console.print(choose_threads(args.workers, state.get("config", {}).get("threads")))
         config["threads"] = torch.get_num_threads()
 
-    # the tower and the data, what is quick to refuse first; every frame is read before anything is written
+    # tower and data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
     tower = tower or open_tower(args, config, console.warn)
-    check_tower(tower, args)
+    if needs_dense(args):  # not every tower has such features: fails here, and not after hours
+        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [train_set, val_set]
-    console.print(describe(train_set, val_set, class_names))
+    console.print(f"{len(class_names)} classes: {', '.join(class_names)}")
     read_every_frame(used_sets, args, rank, world_size, console)
 
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
-    config["gate"] = gate_name(model)
-    config["class_ids"] = class_ids_of(train_set, class_names)
+    config |= {"gate": gate_name(model), "class_ids": class_ids_of(train_set, class_names)}
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     model.to(device)
     synchronize_batch_norm(model)
-    if state is not None:
+    if path:
         load_weights(model, state, path, class_names)
     if args.compile:
         compile_parts(model)
     criteria = build_criteria(args, clip_criterion)
 
     # loaders
-    if tower is not None and args.clip_blocks == 0 and cache_folder(args):
+    if tower is not None and args.clip_blocks == 0 and args.cache:
         cache_features(tower, used_sets, args, device, rank, world_size)
     sampler = ResumableSampler(train_set, world_size, rank, shuffle=True, seed=args.seed)
     train_loader = data_loader(train_set, sampler, args, device, batches_for(model, training=True, mix=args.mix))
-    val_share = range(rank, len(val_set), world_size)
-    val_loader = data_loader(val_set, val_share, args, device, batches_for(model, training=False))
+    val_loader = data_loader(val_set, range(rank, len(val_set), world_size), args, device,
+                             batches_for(model, training=False))
     score = partial(evaluate, model, val_loader, args.min_instance_points, amp_dtype, world_size)
 
     # optimizer and schedule
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, fused=True)
-    in_optimizer = sum(len(group["params"]) for group in optimizer.param_groups)
-    trainable = sum(p.requires_grad for p in model.parameters())
-    assert in_optimizer == trainable, f"{in_optimizer} of {trainable} parameters reached the optimizer"
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     average = MovingAverage(model, args.ema)
-    average.load_state_dict(state.get("ema", {}) if state else {})
+    average.load_state_dict(state.get("ema", {}))
     steps_per_epoch = -(-len(train_loader) // args.grad_accum)
-    total_steps = args.epochs * steps_per_epoch
     global_batch = args.batch_size * args.grad_accum * world_size
     start_epoch, first_step, step, skipped_steps, best = 0, 0, 0, 0, -1.0
 
     def lr_at(epoch, i):
-        return args.lr * lr_factor(epoch * steps_per_epoch + i, total_steps, args.lr_warmup)
+        position, end = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+        return args.lr * lr_factor(position, end, args.lr_warmup)
 
     if args.resume:
         start_epoch, first_step = resume_position(state, steps_per_epoch, global_batch)
         step, skipped_steps, best = state["step"], state["skipped_steps"], state["best"]
         load_optimizer(optimizer, scaler, state)
         console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
-        warn_of_changes(state, config, lr_at(start_epoch, first_step), console)
+        warn_of_changes(state, config, lr_at(start_epoch, first_step), console.warn)
     elif not args.eval and clip_loss_is_never_on(args):
-        console.warn(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
-
+        console.warn(f"the CLIP loss will never be on: --clip-warmup ends after {args.epochs} epochs")
     if args.eval or start_epoch >= args.epochs:
         with average.applied():
             metrics = score()
@@ -735,29 +581,30 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         leave_processes()
         return metrics
 
-    # log and guard
-    name = f"{args.name or ('baseline' if args.no_clip else 'bifusion')}__{args.seed}__"
-    if main_process:  # nobody else may write into the folder while `lock` is open
-        folder, lock = run_folder(args.resume, Path(args.runs) / (name + time.strftime("%Y%m%d-%H%M%S")), lock)
+    # the run's folder, its log, and the guard
+    if main_process:
+        name = f"{'baseline' if args.no_clip else 'bifusion'}__{args.seed}"
+        folder = Path(path).parent if lock else new_folder(Path(args.runs) / name)
+        lock = lock or lock_folder(folder)  # nobody else may write into the folder while it is open
     folder = gather_objects(folder if main_process else None, world_size)[0]
-    log = open_log(args, folder if main_process else None, model, console, step)
+    log = RunLog(folder if main_process else None, args.log_every, logged_modules(model), world_mean,
+                 console.warn, step)
+    log.add_table("config", vars(args))
+    log.add_text("warning", "\n".join(console.warnings) or "none")
     guard = NonFiniteGuard(model, folder, lambda text: (console.print(text), log.add_text("guard", text)),
-                           write_atomically, partial(gather_objects, world_size=world_size),
-                           rank if world_size > 1 else None, bad_steps=state["bad_steps"] if args.resume else 0)
+                           write_atomically, partial(gather_objects, world_size=world_size), rank,
+                           state.get("bad_steps", 0))
     identity = {"config": config, "class_names": class_names, "clip_fingerprint": fingerprint_of(tower)}
 
     def save(name, epoch, next_step):
-        """Writes a checkpoint that goes on at a step of an epoch, or keeps the old file if the disk is full."""
+        """Writes a checkpoint that goes on at a step of an epoch; a full disk keeps the old file."""
         if main_process:
             write_or_warn(folder / name, console.warn, {
-                "model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "epoch": epoch, "next_step": next_step, "step": step, "global_batch": global_batch,
-                "next_lr": lr_at(epoch, next_step), "best": best, "skipped_steps": skipped_steps,
-                "bad_steps": guard.bad_steps, "warnings": console.warnings, **identity})
-
-    def weighted_losses(batch):
-        _, terms, _ = compute_losses(model, batch, criteria, weights, amp_dtype, dense_target)
-        return weight_terms(terms, weights)
+                "model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "epoch": epoch, "next_step": next_step, "step": step,
+                "global_batch": global_batch, "next_lr": lr_at(epoch, next_step), "best": best,
+                "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps,
+                "warnings": console.warnings, **identity})
 
     # training
     bar = ProgressBar(args.epochs * len(train_set), start_epoch * len(train_set) + first_step * global_batch,
@@ -769,23 +616,25 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         sampler.skip = first_step * args.grad_accum * args.batch_size
         train_set.set_epoch(epoch)
         weights = loss_weights(args, epoch)
+        losses = weighted_losses(model, criteria, weights, amp_dtype, dense_target)
         batches = iter(train_loader)
         for i in range(first_step, steps_per_epoch):
             start = time.perf_counter()
             micro_batches = [to_device(batch, device) for batch in itertools.islice(batches, args.grad_accum)]
             waited = time.perf_counter() - start
-            set_learning_rate(optimizer, lr_at(epoch, i))  # by position: `step` differs after another batch size
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(epoch, i) * group["lr_mult"]
             guard.begin_step()
             log.begin_step(step + 1, last=(epoch + 1, i + 1) == (args.epochs, steps_per_epoch))
             scale = scaler.get_scale()
             diagnose = args.diagnose > 0 and (step + 1) % args.diagnose == 0 and main_process
-            result = train_step(model, micro_batches, criteria, weights, optimizer, scaler, log, args.max_grad_norm,
-                                amp_dtype, dense_target, world_size, diagnose, stop)
-            searches = result.loss_finite and scaler.get_scale() < scale >= 1  # fp16 overflows to find its scale
+            out, finite, loss_finite, is_stopped = train_step(
+                model, micro_batches, criteria, weights, optimizer, scaler, log, args.max_grad_norm, amp_dtype,
+                dense_target, world_size, diagnose, stop)
+            searches = loss_finite and scaler.get_scale() < scale >= 1  # fp16 overflows to find its scale
             facts = {"epoch": epoch, "step": step, "scale": scale / len(micro_batches), "weights": weights}
-            skipped_steps += guard.end_step(result.finite, searches, micro_batches, weighted_losses,
-                                            {**facts, **identity})
-            if result.finite:
+            skipped_steps += guard.end_step(finite, searches, micro_batches, losses, {**facts, **identity})
+            if finite:
                 average.update(step)
             step += 1
 
@@ -796,21 +645,17 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
             log.add("speed/data_wait", waited / spent)
             bar.update(min(samples, (epoch + 1) * len(train_set) - bar.done))
             if log.due:
-                averages = log.write({
-                    **latest_values(result.out, micro_batches[-1]["batch"], optimizer), "epoch": epoch,
-                    "clip/weight": weights["clip"], "amp/scale": scaler.get_scale(),
-                    "amp/skipped_steps": skipped_steps, "guard/bad_steps": guard.bad_steps,
-                    "memory/peak_gib": peak_memory_gib(device)})
-                bar.show(loss=averages["loss/total"])
+                latest = latest_values(out, micro_batches[-1]["batch"], optimizer, scaler, weights)
+                latest |= {"epoch": epoch, "amp/skipped_steps": skipped_steps, "guard/bad_steps": guard.bad_steps}
+                bar.show(loss=log.write(latest)["loss/total"])
 
             # save, and leave if a signal asks for it
-            if result.stop or args.save_every and step % args.save_every == 0:
+            if is_stopped or step % args.save_every == 0:
                 save("last.pt", epoch, i + 1)
-            if result.stop:
+            if is_stopped:
                 log.close()
                 bar.close()
-                console.print(f"stopped by a signal after step {step}; go on with: python train.py --resume "
-                              f"{folder}/last.pt")
+                console.print(f"stopped after step {step}; go on with: python train.py --resume {folder}/last.pt")
                 signum = max(gather_objects(stop.signum, world_size))
                 leave_processes()
                 raise SystemExit(128 + signum)
@@ -832,8 +677,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
 
     bar.close()
     console.print("\n".join(["", format_metrics(metrics, class_names), *console.notes(), "",
-                             f"best mIoU {best:.3f}: {folder}/best.pt; look at the run with: tensorboard --logdir "
-                             f"{args.runs}"]))
+                             f"best mIoU {best:.3f}: {folder}/best.pt; look at the run with: "
+                             f"tensorboard --logdir {args.runs}"]))
     log.add_text("result", json.dumps({**metrics, "classes": class_names}))
     log.close()
     leave_processes()

@@ -12,7 +12,7 @@ patience=1
 tests=(tests/test_gpu.py tests/test_fusion.py tests/test_losses.py tests/test_instance_losses.py tests/test_decoder.py
        tests/test_sparse_unet.py -k "cuda or test_gpu")
 main=(--clip-warmup "10,20" --workers 8)
-long=(--epochs 94 --eval-every 94 --workers 8)  # 94 epochs of 32 steps
+long=(--epochs 94 --val-rooms 1 --workers 8)  # 94 epochs of 32 steps
 step=(--device cuda --repeats 5)
 batches=(--batches 1 4 8 16 32)
 scale=()
@@ -20,10 +20,10 @@ encode=()
 if [[ ${1:-} == --smoke ]]; then
     device=cpu
     patience=20
-    tiny="--num-points 200 --image-size 32,48 --superpoints 8 --clip-model ViT-S-16-alt"
+    tiny="--num-points 200 --image-size 32,48 --clip-model ViT-S-16-alt"
     tests=(tests/test_losses.py -k warm_up)
     read -ra words <<< "$tiny"
-    main=("${words[@]}" --rooms 2 --frames-per-room 2 --epochs 1 --workers 0 --clip-pretrained none)
+    main=("${words[@]}" --rooms 1 --epochs 1 --workers 0 --clip-pretrained none)
     long=("${main[@]}")
     step=(--device cpu --repeats 2)
     batches=(--batches 1 --threads 1 --options "$tiny")

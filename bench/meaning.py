@@ -244,8 +244,8 @@ def feature_text_miou(model):
 
 # ---------------------------------------------------------------------------------------------- trainings
 
-RECIPE = (f"--no-instances --num-points {NUM_POINTS} --frames-per-room {FRAMES_PER_ROOM} "
-          f"--val-rooms {VAL_ROOMS} --workers 0 --no-check --eval-every 1000 --log-every 100").split()
+RECIPE = f"--no-instances --num-points {NUM_POINTS} --val-rooms {VAL_ROOMS} --workers 0 --no-check".split()
+CONSTANTS = dict(frames_per_room=FRAMES_PER_ROOM, eval_every=1000, log_every=100)
 DATA = {"4 rooms": "--rooms 4 --epochs 36", "32 rooms": "--rooms 32 --epochs 4",
         "labels in 4 of 32 rooms": "--rooms 32 --epochs 7"}
 LABELLED = {"labels in 4 of 32 rooms": 4}
@@ -356,6 +356,7 @@ def training_run(argv, data, name, tower):
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(mock.patch.object(train, "open_frames", opened))
+        stack.enter_context(mock.patch.dict(train.CONSTANTS, CONSTANTS))
         stack.enter_context(mock.patch.object(train, "visualize", lambda *_: None))
         if "text head" in name:
             stack.enter_context(mock.patch.object(train, "build_model", build_with_text_head))

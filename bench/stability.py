@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -146,9 +147,10 @@ def criterion_study(draws):
 # -------------------------------------------------------------------------------- short trainings
 
 # the warm-up is 0 for a quarter of the run, 0.001 for the next, then 0.01
-RECIPE = ("--rooms 32 --frames-per-room 1 --num-points 1024 --voxel-size 0.15 --no-instances "
+RECIPE = ("--rooms 32 --num-points 1024 --voxel-size 0.15 --no-instances "
           "--image-size 96,128 --clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 "
-          "--batch-size 4 --lr 4e-3 --lr-warmup 10 --clip-warmup 4,8 --log-every 4 --eval-every 1000").split()
+          "--batch-size 4 --lr 4e-3 --clip-warmup 4,8").split()
+CONSTANTS = dict(frames_per_room=1, lr_warmup=10, log_every=4, eval_every=1000)
 QUICK = ("--rooms 2 --num-points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 "
          "--clip-warmup 0,1").split()
 WEIGHT_1 = "--clip-weights 0,0.1,1"
@@ -222,7 +224,8 @@ def training_run(argv, setting):
     miou = error = None
     start = time.process_time()
     with (tempfile.TemporaryDirectory() as runs, open(os.devnull, "w") as nowhere,
-          contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)):
+          mock.patch.dict(train.CONSTANTS, CONSTANTS), contextlib.redirect_stdout(nowhere),
+          contextlib.redirect_stderr(nowhere)):
         try:
             miou = train.main([*argv, "--runs", runs], clip_criterion=criterion)["miou"]
         except FloatingPointError as lost:  # the subject of the study

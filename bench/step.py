@@ -112,8 +112,9 @@ def setup(network, device, folder, scenes=None, options=()):
     make_batch(n, cached=True): a batch of the first n scenes; cached features, kept in `folder`, stand in for
     the images.
     """
-    args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none",
-                             "--frames-per-room", "1", "--device", device, "--cache", folder, *options])
+    args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none", "--device", device,
+                             "--cache", folder, *options])
+    args.frames_per_room = 1
     if device == "cuda":
         args.batch_size = 8
     elif args.backbone == "res16unet34c":

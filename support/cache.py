@@ -205,8 +205,7 @@ class FeatureCache:
         return {**self.__dict__, "encode": None}
 
     def get(self, image):
-        """Image (H, W, 3) uint8 -> what `encode` gave for it, a tuple of float16 tensors without batch
-        dimension.
+        """Image (H, W, 3) uint8 -> what `encode` gave for it, float16 tensors without batch dimension.
 
         An image without a whole entry is encoded now. ValueError in a loader's worker, which cannot.
         """
@@ -268,22 +267,14 @@ class FeatureCache:
         bar = tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0 or None)
         for number, batch in enumerate(loader):
             entries = self._features(batch)
-            if number == 0:
-                self._announce(len(images) * len(entries[0]), len(images), rank)
+            needed, free = len(images) * len(entries[0]), shutil.disk_usage(self.store.folder).free
+            if number == 0 and needed > free:
+                raise ValueError(f"features of {len(images)} images need {needed / 2**30:.2f} GiB, {self.store.folder} "
+                                 f"has {free / 2**30:.2f} GiB left")
             for image, entry in zip(batch, entries):
                 self.store.put(image_key(image), entry)
             bar.update(len(batch))
         bar.close()
-
-    def _announce(self, size, count, rank):
-        """Says how many bytes of the disk the features take; ValueError if there are less."""
-        free = shutil.disk_usage(self.store.folder).free
-        text = f"features of {count} images need {size / 2**30:.2f} GiB, {self.store.folder} has " \
-               f"{free / 2**30:.2f} GiB left"
-        if size > free:
-            raise ValueError(text)
-        if rank == 0:
-            tqdm.write(text)
 
     @torch.no_grad()
     def _features(self, batch):

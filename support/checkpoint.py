@@ -10,8 +10,10 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import math
 import os
 import socket
+import time
 import warnings
 from pathlib import Path
 
@@ -25,11 +27,14 @@ FIELDS = ("class_names", "config", "model", "clip_fingerprint", "optimizer", "sc
 STEP_FIELDS = ("class_names", "config", "model", "clip_fingerprint", "batch", "weights", "scale", "epoch",
                "step", "findings")
 
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "class_ids")
+
 # --------------------------------------------------------------------------------------------- folders
 
 
 def new_folder(path):
-    """Makes a folder that no other run has: `path`, or else path-2, path-3, ... -> its Path."""
+    """Makes the folder path__TIME, or if there is one path__TIME-2, path__TIME-3, ... -> its Path."""
+    path = f"{path}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(path)
     for number in itertools.count(2):
         try:
@@ -39,21 +44,14 @@ def new_folder(path):
             folder = Path(f"{path}-{number}")
 
 
-def goes_on_in_place(path):
-    """Whether a run goes on in the folder of its checkpoint: only from the last.pt of a run, so that
-    nothing else is written over. path: None for a new run.
+def lock_in_place(path):
+    """The lock on the folder of a checkpoint if a run goes on in it, else None; also for no path.
+
+    A run goes on in place from its last.pt alone, so that nothing else is written over.
     """
     path = Path(path or "")
-    return path.name == "last.pt" and (path.parent / "lock").exists()
-
-
-def run_folder(resumed, new, lock=None):
-    """The folder of a run, and the lock on it: that of its checkpoint `resumed`, or else `new`.
-
-    lock: that of the first, if it is held already: a second lock would close the first file, which ends both.
-    """
-    folder = Path(resumed).parent if goes_on_in_place(resumed) else new_folder(new)
-    return folder, lock or lock_folder(folder)
+    is_last = path.name == "last.pt" and (path.parent / "lock").exists()
+    return lock_folder(path.parent) if is_last else None
 
 
 def lock_folder(folder):
@@ -146,3 +144,32 @@ def restore(model, state, path, class_names, fingerprint):
             raise ValueError(f"{path}: field {key!r} has shape {theirs.get(key, 'none (it is missing)')}, the "
                              f"model's has {own.get(key, 'none')}")
     model.load_state_dict(state["model"])
+
+
+# ------------------------------------------------------------------------------------------- resuming
+
+
+def load_optimizer(optimizer, scaler, state):
+    """Loads their states from a checkpoint, but keeps the multipliers of this run."""
+    own = [group["lr_mult"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, lr_mult in zip(optimizer.param_groups, own):
+        group["lr_mult"] = lr_mult
+    if state["scaler"]:  # empty if the checkpoint was written without fp16
+        scaler.load_state_dict(state["scaler"])
+
+
+def resume_position(state, steps_per_epoch, global_batch):
+    """(epoch, step within it) at which a checkpoint goes on, by the samples that its epoch has seen."""
+    samples = state["next_step"] * state["global_batch"]
+    return state["epoch"], min(samples // global_batch, steps_per_epoch)
+
+
+def warn_of_changes(state, config, lr, warn):
+    """Calls warn(text) for what makes a resumed run another one than that of its checkpoint."""
+    changed = [key for key in DATA_OPTIONS if state["config"].get(key) != config[key]]
+    if changed:
+        warn(f"the checkpoint was trained on other data: {', '.join(changed)} differ")
+    if not math.isclose(lr, state["next_lr"], rel_tol=1e-6):
+        warn(f"the learning rate goes on from {state['next_lr']:.3g} to {lr:.3g}: the options, the global "
+             "batch or the number of processes have changed")

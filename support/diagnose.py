@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Why a training goes wrong: a guard against non-finite steps, their replay, and statistics of
-conflicting loss terms.
+"""Why a training goes wrong: non-finite steps, their replay, and loss terms that conflict.
 
 `NonFiniteGuard` skips such a step, names its cause and saves it; `replay_step` runs it again, under
 anomaly detection. `term_statistics` tells how the loss terms pull at the fused features,
@@ -21,8 +20,7 @@ from torch.nn import functional as F
 
 
 def effective_rank(feats: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of the centred rows: how many directions are
-    in use.
+    """How many directions centered rows use: exp of the entropy of their normalized singular values.
 
     feats (N, C) -> scalar in [1, C]; 1 for fewer than two distinct rows, NaN if an entry is not finite.
     Roy and Vetterli, "The effective rank", 2007.
@@ -42,24 +40,23 @@ def every_kth_row(feats, max_rows=2048):
 
 @torch.no_grad()
 def fusion_statistics(out, batch_idx):
-    """Scalars about one output of BiFusionEncoder, as a dict of 0-d tensors; docs/tensorboard.md
-    explains them.
+    """Scalars about one output of BiFusionEncoder, {tag: 0-d tensor}; see docs/tensorboard.md.
 
     batch_idx (N,) int64: the scene of each point. Gate and cosine are means over the points that a view
     sees.
     """
     feats = out["feat_fusion"].float()
     valid = out["valid"]
-    stats = {"effective_rank": effective_rank(every_kth_row(feats))}
+    stats = {"fusion/effective_rank": effective_rank(every_kth_row(feats))}
     if out["clip_global"] is None:
         return stats
     seen = valid.sum().clamp(min=1)
     alpha = out["alpha"].float().mean(1)  # 0 if not valid; a gate may have one value per channel
     mean = alpha.sum() / seen
     cosine = F.cosine_similarity(feats, out["clip_global"].float()[batch_idx])
-    return {**stats, "valid_share": valid.float().mean(), "gate_mean": mean,
-            "gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
-            "clip_cosine": cosine.where(valid, 0).sum() / seen}
+    return {**stats, "fusion/valid_share": valid.float().mean(), "fusion/gate_mean": mean,
+            "fusion/gate_std": ((alpha - mean).square() * valid).sum().div(seen).sqrt(),
+            "fusion/clip_cosine": cosine.where(valid, 0).sum() / seen}
 
 
 @torch.no_grad()
@@ -77,9 +74,7 @@ def pairwise_cosine(feats: Tensor) -> Tensor:
 
 
 def grouped(terms):
-    """Loss terms with those of the instance criterion (instance_class, instance_bce, ...) summed to
-    one, instance.
-    """
+    """Loss terms, with instance_class, instance_bce and so on summed to one, instance."""
     groups = defaultdict(list)
     for name, term in terms.items():
         groups["instance" if name.startswith("instance_") else name].append(term)
@@ -87,14 +82,12 @@ def grouped(terms):
 
 
 def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
-    """How the loss terms pull at the fused features, as a dict of 0-d tensors; docs/diagnostics.md
-    explains them.
+    """How the loss terms pull at the fused features, {name: 0-d tensor}; see docs/diagnostics.md.
 
     terms: {name: weighted scalar} with a graph, which is kept; out: the model's output that they were
     computed from. With g_i the gradient of term i at feat_fusion and g their sum: the norm |g_i|, the
-    cosine of every pair, and the share <g_i, g> / <g, g> of the step that a term explains. Shares sum
-    to 1; a term with a negative share is overruled
-    by the others. scale: of the loss, so that half precision does not lose small gradients.
+    cosine of every pair, and the share <g_i, g> / <g, g> of the step that a term explains. scale: of
+    the loss, so that half precision does not lose small gradients.
     """
     fused = out["feat_fusion"]
     grads = {}
@@ -106,8 +99,10 @@ def term_statistics(terms: dict, out: dict, scale=1.0) -> dict:
     total = sum(grads.values())
     tiny = torch.finfo(total.dtype).tiny
     stats = {f"grad_norm_{name}": grad.norm() for name, grad in grads.items()}
-    stats |= {f"share_{name}": grad @ total / (total @ total).clamp(min=tiny) for name, grad in grads.items()}
-    stats |= {f"cosine_{a}_{b}": F.cosine_similarity(grads[a], grads[b], 0, tiny) for a, b in combinations(grads, 2)}
+    for name, grad in grads.items():
+        stats[f"share_{name}"] = grad @ total / (total @ total).clamp(min=tiny)
+    for a, b in combinations(grads, 2):
+        stats[f"cosine_{a}_{b}"] = F.cosine_similarity(grads[a], grads[b], 0, tiny)
     with torch.no_grad():
         feats = every_kth_row(fused)
         baseline = every_kth_row(out["feat_3d"]).float()
@@ -159,26 +154,28 @@ def nonfinite_inputs(batch):
         first = bad.nonzero()[0].tolist()
         per_point = len(value) == len(batch["batch"])
         sample = int(batch["batch"][first[0]]) if per_point else first[0]
-        findings.append(Finding("input", f"field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values "
-                                         f"that are not finite, the first at {first} of {tuple(value.shape)}"))
+        text = (f"field {name!r} of sample {batch['name'][sample]} holds {int(bad.sum())} values that are not "
+                f"finite, the first at {first} of {tuple(value.shape)}")
+        findings.append(Finding("input", text))
     return findings
 
 
 def nonfinite_weights(model):
     """A finding for every parameter and buffer of a model that holds NaN or inf."""
-    return [Finding("weight", f"{name} {tuple(value.shape)} holds {int((~value.isfinite()).sum())} values that are not "
-                              "finite")
-            for name, value in (*model.named_parameters(), *model.named_buffers()) if not is_finite(value)]
+    findings = []
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            findings.append(Finding("weight", f"{name} {tuple(value.shape)} holds {bad} values that are not finite"))
+    return findings
 
 
 def locate_nonfinite(model, batch, losses, scale=1.0):
-    """Where a step first stops being finite: a list of Finding, the likeliest cause first; empty if it
-    is finite.
+    """Where a step first stops being finite: a list of Finding, the likeliest cause first.
 
     losses: `batch -> {name: scalar}`, runs the model. scale: of the loss in the backward pass. It makes
-    one forward pass, and one backward pass per term, with hooks on every module. Gradients are left as
-    they are; buffers of the model are not. Which passes it makes does not depend on the data, so that
-    several processes may run it together.
+    one forward pass, and one backward pass per term, with hooks on every module, whatever the data, so
+    that several processes may run it together. It leaves gradients as they are, but not buffers.
     """
     findings = nonfinite_inputs(batch) + nonfinite_weights(model)
     outputs = []  # (name, class, whether its input was finite) in the order in which they were found
@@ -213,8 +210,9 @@ def locate_nonfinite(model, batch, losses, scale=1.0):
             findings.append(Finding("loss", f"{term} is {value.item()}"))
         elif bad:  # the gradient of a loss that is not finite tells nothing more
             place = f"at the output of module {gradients[term][0]}" if gradients[term] else f"at weight {bad[-1]}"
-            findings.append(Finding("gradient", f"of {term}, first not finite {place} and so at {len(bad)} of "
-                                                f"{len(grads)} weights, with a loss scale of {scale:g}"))
+            text = (f"of {term}, first not finite {place} and so at {len(bad)} of {len(grads)} weights, with a "
+                    f"loss scale of {scale:g}")
+            findings.append(Finding("gradient", text))
     return findings
 
 
@@ -224,20 +222,19 @@ MAX_BAD_STEPS = 10
 
 
 class NonFiniteGuard:
-    """Skips steps with a loss or gradient that is not finite, names the cause, and saves what is needed
-    to replay them.
+    """Skips steps with a loss or gradient that is not finite, names their cause, and saves them.
 
-    folder: of the run. save: `(dict, path)`, writes a file. gather: `value -> list of the values of all
-    processes`.
-    report: takes the text about a bad step. After MAX_BAD_STEPS in a row the run ends with a
-    FloatingPointError; each process saves that many steps at most.
+    folder: of the run. report: takes the text about a bad step. save: `(dict, path)`, writes a file.
+    gather: `value -> list of the values of all processes`; rank: of this one. bad_steps: before a
+    resumed run. After MAX_BAD_STEPS in a row the run ends with a FloatingPointError; each process saves
+    that many at most.
     """
 
-    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=None,
+    def __init__(self, model, folder, report=print, save=torch.save, gather=lambda value: [value], rank=0,
                  bad_steps=0):
         self.model, self.folder, self.rank = model, Path(folder), rank
         self.report, self.save, self.gather = report, save, gather
-        self.bad_steps = bad_steps  # since the start of the training
+        self.bad_steps = bad_steps
         self.bad_in_a_row = 0
         buffers = dict(model.named_buffers())
         self.statistics = [[buffer for name, buffer in buffers.items() if key in name]
@@ -259,36 +256,28 @@ class NonFiniteGuard:
     def end_step(self, finite, searches, micro_batches, losses, facts):
         """What follows a step -> whether it was skipped because fp16 searches for its loss scale.
 
-        finite: its loss and gradient; searches: not finite, but that is expected; all else as in `bad_step`.
+        finite: its loss and gradient; searches: not finite, but that is expected. Otherwise its cause is
+        named and saved. losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at
+        least epoch, step and scale.
         """
         if finite:
             self.bad_in_a_row = 0
-        elif searches:
-            self.skip_step()
-        else:
-            self.bad_step(micro_batches, losses, facts)
-        return not finite and searches
-
-    def bad_step(self, micro_batches, losses, facts):
-        """Names and saves the cause of a step that was not finite; raises FloatingPointError after too
-        many.
-
-        losses: `batch -> {name: weighted scalar}`. facts: what else the file holds, at least epoch,
-        step and scale.
-        """
+            return False
         self.skip_step()
+        if searches:
+            return True
         self.bad_steps += 1
         self.bad_in_a_row += 1
         cause = self.find_cause(micro_batches, losses, facts)
-        text = (f"epoch {facts['epoch']}, step {facts['step']} is not finite and is skipped, {self.bad_in_a_row} in a "
-                f"row; {cause}")
+        text = (f"epoch {facts['epoch']}, step {facts['step']} is not finite and is skipped, "
+                f"{self.bad_in_a_row} in a row; {cause}")
         self.report(text)
         if self.bad_in_a_row >= MAX_BAD_STEPS:
             raise FloatingPointError(f"{self.bad_in_a_row} steps in a row were not finite, the last: {text}")
+        return False
 
     def find_cause(self, micro_batches, losses, facts):
-        """Runs every micro-batch again, saves the one that holds the cause, and returns a text about
-        it.
+        """Runs every micro-batch again, saves the one that holds the cause -> a text about it.
 
         All of them are run, whatever is found in the first, because with several processes a pass has
         collectives. Of the processes the one that holds the cause saves it, not those that meet it in a
@@ -312,7 +301,7 @@ class NonFiniteGuard:
         text = "\n  ".join([f"{', '.join(batch['name'])}:", *reasons])
         likeliest = min(self.gather(depth))
         if depth == likeliest and self.bad_steps <= MAX_BAD_STEPS:
-            suffix = "" if self.rank is None else f"_rank{self.rank}"
+            suffix = f"_rank{self.rank}" if self.rank else ""
             path = self.folder / f"bad_step_{facts['step']}{suffix}.pt"
             self.save({"model": self.model.state_dict(), "batch": batch, "findings": reasons, **facts}, path)
             text += f"\nrun it again with: python train.py --replay {path}"

@@ -30,18 +30,15 @@ LINE_SECONDS = 180  # between lines about the progress, without a terminal
 class RunLog:
     """Collects what a step reports, and writes it every `log_every` steps.
 
-    folder: of the run, or None to write nothing (the other processes, benchmarks). purge_step: when a
-    run is resumed, the step from which on old entries are dropped. modules: {name: nn.Module} whose
-    gradient norms are logged.
-    mean_over_processes: averages a tensor over all processes; every process calls it equally often.
-    report: takes a text about a writer that fails.
+    folder: of the run, or None to write nothing (the other processes, benchmarks). modules: {name:
+    nn.Module} whose gradient norms are logged. mean_over_processes: averages a tensor over all processes;
+    every process calls it equally often. report: takes a text about a writer that fails. step: the last
+    one before a resumed run; what the folder holds of later steps is not shown any more.
     """
 
-    def __init__(self, folder=None, log_every=10, purge_step=None, modules=None, mean_over_processes=None,
-                 report=print):
+    def __init__(self, folder=None, log_every=10, modules=None, mean_over_processes=None, report=print, step=0):
         self.folder = folder
         self.writer = None
-        self.purge_step = purge_step
         self.report = report
         self.failed = False
         self.retry_at = -math.inf
@@ -51,7 +48,7 @@ class RunLog:
         self.mean_over_processes = mean_over_processes or (lambda values: values)
         self.window = defaultdict(list)  # 0-d tensors
         self.host_window = defaultdict(list)  # numbers of this process
-        self.step = 0
+        self.step = step
         self.due = False
         self.open_writer()
 
@@ -64,9 +61,8 @@ class RunLog:
             with tempfile.TemporaryFile(dir=self.folder) as file:  # fails here, and not in the writer's thread
                 file.write(bytes(2 ** 16))
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
             self.written.clear()
-            self.purge_step = None
         except Exception as error:  # whatever is wrong with TensorBoard: the training is worth more
             self.give_up(error)
 
@@ -121,10 +117,9 @@ class RunLog:
                 self.add_scalar(f"grad/{name}", torch.stack(torch._foreach_norm(grads)).norm())
 
     def write(self, latest):
-        """Writes the averages of the window and `latest`, {name: value of this step alone}, and begins
-        a new window.
+        """Writes the averages of the window, {name: float}, and `latest`, values of this step alone.
 
-        Every process must call it. Returns the averages as {name: float}.
+        Begins a new window and returns the averages. Every process must call it.
         """
         means = [torch.stack(values).float().mean() for values in self.window.values()]
         values = self.mean_over_processes(torch.stack(means)).tolist()  # one copy to the host
@@ -160,9 +155,7 @@ class RunLog:
                 self.call("add_image", tag, image, self.step)
 
     def add_clouds(self, clouds):
-        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}. What a tag shows already is not
-        written again.
-        """
+        """clouds: {tag: (points (N, 3) with z up, colors (N, 3))}, as `add_images`."""
         for tag, (points, colors) in clouds.items():
             if len(points) == 0:
                 continue
@@ -191,9 +184,7 @@ def peak_memory_gib(device):
 
 
 def mesh_scene(points):
-    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares that
-    close gaps.
-    """
+    """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares."""
     low, high = points.min(0), points.max(0)
     extent = high - low
     centre = (low + high) / 2

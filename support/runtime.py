@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a command needs of its process: signals, loader workers, device settings, and errors of one
-line.
+"""What a command needs of its process: signals, loader workers, device settings, errors of one line.
 
     if __name__ == "__main__":
         run_command(main)
@@ -12,6 +11,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -38,9 +38,7 @@ class StopRequest:
         self.armed = False
 
     def install(self):
-        """Begins to listen; only a main thread may. A signal that is ignored, as nohup does, stays so.
-        Returns itself.
-        """
+        """Begins to listen, but not to signals that are ignored, as nohup does -> itself."""
         for name in STOP_SIGNALS:
             number = getattr(signal, name)
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -56,21 +54,22 @@ class StopRequest:
 
 
 def init_worker(worker_id):
-    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal that asks the
-    run to stop.
+    """worker_init_fn of a DataLoader: a worker ends with its process, and not by a signal to stop.
 
-    Schedulers and terminals signal every process of a job. If the workers ended at once, the training
-    process could not finish its step. On Linux a worker is killed when its process ends, however that
-    ends: with a full pipe it would otherwise wait forever for somebody to read it.
+    Schedulers and terminals signal every process of a job, and without workers the training could not
+    finish its step. On Linux a worker is killed when its process ends, however that ends: with a full
+    pipe it would otherwise wait forever for somebody to read it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that was set
+            os._exit(1)
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def loader_options(workers):
-    """Keyword arguments of every DataLoader: its processes, how they end, and how long they may take for a batch."""
+    """Keyword arguments of every DataLoader: its processes, how they end, how long a batch may take."""
     return dict(num_workers=workers, worker_init_fn=init_worker, timeout=WORKER_TIMEOUT if workers else 0,
                 generator=torch.Generator())  # a separate one leaves the global one untouched
 
@@ -197,13 +196,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_args(self, args=None, namespace=None):
-        """argparse's, which also refuses an empty text, as an unset variable of a script gives it."""
-        words = ["", *(sys.argv[1:] if args is None else args)]
-        for option, word in zip(words, words[1:]):
+    def parse_args(self, args=None, namespace=None, defaults=()):
+        """argparse's, which also refuses an empty text, as an unset variable of a script gives it.
+
+        defaults: {name: value} of an earlier result, for options that are not given. They are checked like
+        these; names that the parser does not know are ignored.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        for option, word in zip(["", *words], words):
             if word == "" or word.startswith("--") and word.endswith("="):
                 self.error(f"{word.rstrip('=') or option or 'an argument'} is empty")
-        return super().parse_args(args, namespace)
+        known = vars(super().parse_args([])).keys() & defaults if defaults else ()
+        for name in known:
+            value = defaults[name]
+            text = re.sub(r"[][() ]|,\)", "", str(value))
+            if value is not None and value is not False:
+                words.insert(0, f"--{name.replace('_', '-')}" + f"={text}" * (value is not True))
+        return super().parse_args(words, namespace)
 
 
 def number_in(kind, low, high=math.inf, open_low=False):
@@ -239,9 +248,7 @@ def list_of(convert):
 
 
 def mean_std(text):
-    """An argparse type: "0.5,0.5,0.5,0.5,0.5,0.5" -> ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); a tag stays as
-    it is.
-    """
+    """An argparse type: six numbers "m,m,m,s,s,s" -> ((m, m, m), (s, s, s)); a tag stays as it is."""
     if "," not in text:
         return text
     numbers = list_of(float)(text)
@@ -267,6 +274,14 @@ def checked_by(check):
             raise argparse.ArgumentTypeError(str(error)) from None
         return text
     return convert
+
+
+def writable_folder(text):
+    """An argparse type: the path of a folder that can be written to or made."""
+    existing = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{existing} is not a folder that can be written to")
+    return text
 
 
 # what an error of torch or of the system says, and what helps

@@ -33,7 +33,7 @@ from sparse_unet import VoxelGrid, sparse_conv
 from support import clouds
 from support.visualize import label_colors
 
-SMOKE = ["--num-points", "200", "--image-size", "32,64", "--superpoints", "8", "--clip-model", TOWER]
+SMOKE = ["--num-points", "200", "--image-size", "32,64", "--clip-model", TOWER]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -216,7 +216,7 @@ def test_a_cloud_is_drawn_in_the_colors_of_its_classes_without_its_ceiling(tmp_p
 
 
 def test_speedrun_runs_in_small(capsys, quick_runs):
-    options = "--rooms 2 --frames-per-room 1 --epochs 2 --eval-every 1 --workers 0 --voxel-size 0.3"
+    options = "--rooms 2 --epochs 2 --workers 0 --voxel-size 0.3"
     main(["speedrun", "--target", "0", "--options", " ".join([options, *SMOKE])])
     printed = capsys.readouterr().out
     first, second = map(float, re.findall(r"(\d+) s  mIoU", printed))

@@ -183,7 +183,7 @@ def prepare(backbone):
     """The options of a small run, its network, and a batch as the loader makes it."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        options = "--rooms 4 --frames-per-room 1 --num-points 300 --batch-size 4 --backbone".split()
+        options = "--rooms 2 --num-points 300 --batch-size 4 --backbone".split()
         args = train.parse_args(helpers.small(Path(folder), *options, backbone))
         dataset, _, classes, instances = train.build_datasets(args)
         tower = build_tower(vars(args))

@@ -132,7 +132,7 @@ def test_the_host_rarely_waits_for_a_gpu_that_labels_a_frame(path, loaded):
 
 def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode(loaded):
     model, class_names, config = loaded
-    _, dataset, _, _ = train.build_datasets(train.parse_args([], defaults={**config, "cache": "none"}))
+    _, dataset, _, _ = train.build_datasets(train.parse_args([], {**config, "cache": "none"}))
     collate = batches_for(model, training=False)
     model.train()
     metrics = evaluate(model, DataLoader(dataset, 3, collate_fn=collate), config["min_instance_points"])

@@ -82,11 +82,11 @@ def test_an_image_or_cloud_that_has_not_changed_is_written_once_and_nothing_of_w
     assert torch.allclose(written, points[:, [0, 2, 1]] * torch.tensor([1, 1, -1]))  # y is up there
 
 
-def test_a_writer_that_fails_is_reported_once_and_opened_again(folder, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("queue"), TypeError("proto")])
+def test_a_writer_that_fails_is_reported_once_and_opened_again(folder, monkeypatch, error):
     monkeypatch.setattr(runlog, "RETRY_SECONDS", 0)
     reports = []
-    full = Mock(**{f"{name}.side_effect": OSError(28, "No space left on device")
-                   for name in ("add_scalar", "add_text", "add_image", "flush")})
+    full = Mock(**{f"{name}.side_effect": error for name in ("add_scalar", "add_text", "add_image", "flush")})
     log = runlog.RunLog(folder, log_every=1, report=reports.append)
     for step in (2, 3):
         log.writer = full
@@ -102,7 +102,7 @@ def test_a_writer_that_fails_is_reported_once_and_opened_again(folder, monkeypat
     log.close()
     events = scalars(folder.parents[1])
     assert events.Tags()["images"] == ["i"] and [(e.step, e.value) for e in events.Scalars("a")] == [(4, 5.0)]
-    assert len(reports) == 1 and "No space left on device" in reports[0] and str(folder) in reports[0]
+    assert len(reports) == 1 and str(error) in reports[0] and str(folder) in reports[0]
 
 
 def test_a_folder_that_is_gone_does_not_stop_a_log(folder):
