@@ -76,7 +76,8 @@ def parse_args(argv=None):
                   "with the same options is not repeated")
     add["meaning"]("--tower", default=".cache/meaning/tower", help="folder of the small CLIP model; "
                    "trained if it is not there")
-    add["check"]("--seeds", type=int, default=3, help="of rooms, and of walks through rooms")
+    add["check"]("--seeds", type=int, default=2, help="of rooms, and of walks through rooms")
+    add["check"]("--only", default="", help="sets with this in their title: rooms, walk or ycbv")
     add["picture"]("--checkpoint", default="best.pt", help="of a training on the built-in rooms")
     add["picture"]("--frames", type=int, nargs="+", default=[0, 5], help="which of 12 validation frames")
     add["picture"]("--cloud", metavar="FILE.ply", help="a cloud of predict.py instead")

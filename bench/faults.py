@@ -29,6 +29,9 @@ class Frames(list):
         frames = [{**frame, **{key: change(frame) for key, change in fields.items()}} for frame in self]
         return Frames(frames, self.class_names)
 
+    def without_labels(self):
+        return self.edited(label=lambda frame: None, instance=lambda frame: None)
+
     def with_poses(self, change):
         """A copy whose stored camera-to-world matrices went through `change`."""
         return self.edited(world2cam=lambda frame: np.linalg.inv(change(np.linalg.inv(frame["world2cam"]))))
@@ -155,6 +158,7 @@ def with_holes(value):
 CLEAN = {
     "as they are": lambda frames: frames,
     **{f"noise of 1 %, seed {seed}": with_noise(0.01, seed) for seed in range(3)},
+    "noise of 2 cm": with_noise(0, meters=0.02),
     "every fifth frame left out": every(lambda i: i % 5),
     "every second frame": every(lambda i: i % 2 == 0),
     "every third frame": every(lambda i: i % 3 == 0),
@@ -243,10 +247,16 @@ def of_images(change, *images):
     return lambda frames: frames.with_images(change, images or IMAGES)
 
 
-def shuffled(frames):
-    """Every frame has the pose of some other one."""
-    return Frames([{**frame, "world2cam": frames[i * 4 % len(frames)]["world2cam"]}
-                   for i, frame in enumerate(frames)], frames.class_names)
+def with_poses_of(place):
+    """Frame i has the pose of frame place(i, number of frames)."""
+    return lambda frames: Frames([{**frame, "world2cam": frames[place(i, len(frames))]["world2cam"]}
+                                  for i, frame in enumerate(frames)], frames.class_names)
+
+
+def every_second(plant):
+    """A fault in every second frame only."""
+    return lambda frames: Frames([b if i % 2 else a for i, (a, b) in enumerate(zip(frames, plant(frames)))],
+                                 frames.class_names)
 
 
 FAULTS = [  # fault, what is in its words, and how it is planted
@@ -275,7 +285,7 @@ FAULTS = [  # fault, what is in its words, and how it is planted
     ("units", "times 0.33", of_poses(scaled(1 / 0.34))),
     ("units", "times 0.7", of_poses(scaled(1.37))),
     ("depth along the ray", "", of_depth(lambda depth, frame: depth * ray_length(frame))),
-    ("inverse depth", "", of_depth(lambda depth, frame: 1 / depth)),
+    ("inverse depth", "", of_depth(lambda depth, frame: 1 / np.maximum(depth, 0.01))),
     ("far plane", "65.534 m", of_depth(filled(0.04, 65.534))),
     ("far plane", "10 m", of_depth(filled(0.1, 10))),
     ("far plane", "0.25 m", of_depth(filled(0.05, 0.25))),
@@ -311,7 +321,13 @@ FAULTS = [  # fault, what is in its words, and how it is planted
     ("up axis", "--up=y", of_poses(lambda pose: QUARTER_TURN @ pose)),
     ("up axis", "--up=-y", of_poses(lambda pose: QUARTER_TURN.T @ pose)),
     ("up axis", "26 degrees", of_poses(lambda pose: TILT @ pose)),
-    ("unconfirmed", "No known cause fits", shuffled),
+    ("units", "times 1.1", of_poses(scaled(1 / 1.12))),
+    ("far plane", "8 m", of_depth(filled(0.015, 8))),
+    ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: 4 * i % count)),
+    ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: count - 1 - i)),
+    ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: (i + 3) % count)),
+    ("unconfirmed", "No known cause fits", every_second(of_poses(np.linalg.inv))),
+    ("unconfirmed", "No known cause fits", of_depth(lambda depth, frame: depth + 0.2)),
     ("unconfirmed", "No known cause fits", of_poses(
         lambda pose: np.linalg.inv(scaled(3.3)(pose)) @ axes(-1, 1, -1))),
 ]

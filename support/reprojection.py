@@ -405,10 +405,9 @@ def image_size(views, field):
 
 
 def off_center(views, field):
-    """How far principal points are from the middle of the images, as a share of their size."""
+    """How far principal points are from the middle of the images (2,), as a share of their size."""
     points = getattr(views, field)[:, :2, 2] + 0.5
-    share = np.median(points / image_size(views, field), 0)
-    return np.abs(share - 0.5).max()
+    return np.median(points / image_size(views, field), 0) - 0.5
 
 
 def fit_to_images(views, fields):
@@ -447,7 +446,7 @@ def alternatives(views, upright=True):
     words = "color images flipped left to right"
     yield "color images mirrored", words, views._replace(gray=mirrored)
     words = "intrinsics that are rescaled to the images"
-    off = [field for field in BOTH if off_center(views, field) > 0.1]
+    off = [field for field in BOTH if np.abs(off_center(views, field)).max() > 0.1]
     for fault, fields in (("color intrinsics", COLOR), ("depth intrinsics", DEPTH),
                           ("intrinsics of both", BOTH)):
         if set(fields) <= set(off):
@@ -478,21 +477,20 @@ class Weighed(NamedTuple):
 
 
 class Judge:
-    """Weighs alternatives to `views` over pairs (P, 2). num_points: see `fit`."""
+    """Weighs alternatives to `views` over pairs (P, 2)."""
 
-    def __init__(self, views, pairs, num_points=300):
+    def __init__(self, views, pairs):
         self.views = views
         self.pairs = pairs
-        self.num_points = num_points
         self.median_depth = np.median(views.depth[views.depth > 0])
-        self.given = fit(views, pairs, num_points)
+        self.given = fit(views, pairs)
         still = np.broadcast_to(np.eye(4), views.world2cam.shape)
         self.still = self.fit_strictly(views._replace(world2cam=still))
 
     def fit_strictly(self, views):
         """`fit` with a tolerance that does not depend on the unit of depth."""
         tolerance = min(0.05, 0.02 * self.median_depth)
-        return fit(views, self.pairs, self.num_points, tolerance=tolerance)
+        return fit(views, self.pairs, tolerance=tolerance)
 
     def overlapping(self):
         """Number of pairs that overlap with the cameras as given."""
@@ -506,7 +504,7 @@ class Judge:
     def weigh(self, fault, words, views, x=None):
         """-> Weighed."""
         given = self.given
-        other = fit(views, self.pairs, self.num_points, radius=0)
+        other = fit(views, self.pairs, radius=0)
         own = other.overlap >= OVERLAP
         either = own | (given.overlap >= OVERLAP) & np.isfinite(other.overlap)
         if either.sum() < MIN_PAIRS:
