@@ -24,21 +24,26 @@ def find_filler(images):
 
     Returns it, or None, and the shares (F,) of the images that hold the most frequent value.
     """
-    depth = np.concatenate([known_values(image)[::7] for image in images])
-    values, counts = np.unique(depth, return_counts=True)
+    depth = [known_values(image)[::7] for image in images]
+    values, counts = np.unique(np.concatenate(depth), return_counts=True)
     most = counts.argmax()
-    near = np.delete(counts[max(0, most - 10):most + 11], min(most, 10))
-    shares = np.array([(image == values[most]).mean() for image in images])
-    spread = (shares > 0.005).sum() >= max(2, 0.2 * len(images))
-    found = spread and shares.mean() > 0.002 and counts[most] > 20 * np.median(near)
-    return (values[most] if found else None), shares
+    value = values[most]
+    around = counts[max(0, most - 10):most + 11]
+    near = np.delete(around, min(most, 10))
+    shares = [(image == value).mean() for image in images]
+    shares = np.array(shares)
+    in_several = (shares > 0.005).sum() >= max(2, 0.2 * len(images))
+    lonely = counts[most] > 20 * np.median(near)
+    found = in_several and lonely and shares.mean() > 0.002
+    return (value if found else None), shares
 
 
 def common_top(images):
     """The largest depth if it is the same in more than 90 % of at least 3 images, else None."""
-    tops = np.array([known_values(image).max() for image in images])
+    tops = [known_values(image).max() for image in images]
     middle = np.median(tops)
-    return middle if len(images) > 2 and (tops == middle).mean() > 0.9 else None
+    share = np.mean(tops == middle)
+    return middle if len(images) > 2 and share > 0.9 else None
 
 
 def smooth_points(depth, intrinsics):
@@ -48,10 +53,13 @@ def smooth_points(depth, intrinsics):
     blocks = (height, k, width, k, -1)
     depth = depth[:height * k, :width * k]
     v, u = np.indices(depth.shape)
-    rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(intrinsics).T
-    total = (rays * depth[..., None]).reshape(blocks).sum((1, 3))
+    pixels = np.stack([u, v, np.ones_like(u)], -1)
+    rays = pixels @ np.linalg.inv(intrinsics).T
+    points = rays * depth[..., None]
+    total = points.reshape(blocks).sum((1, 3))
     count = (depth > 0).reshape(blocks).sum((1, 3))
-    return total / np.where(count > k * k / 2, count, np.nan)
+    enough = count > k * k / 2
+    return total / np.where(enough, count, np.nan)
 
 
 def flatness(points):
@@ -65,17 +73,24 @@ def flatness(points):
         return None
     depth = points[:, 2]
     rays = points / depth[:, None]
-    triples = np.random.default_rng(0).integers(len(points), size=(600, 3))
-    extent = np.abs(np.diff(rays[triples], axis=1)).max((1, 2))
-    triples = triples[np.argsort(extent)[:150]]  # close together, so that many lie on one surface
-    triples = triples[np.abs(np.linalg.det(rays[triples])) > 1e-5]
+    rng = np.random.default_rng(0)
+    triples = rng.integers(len(points), size=(600, 3))
+    steps = np.diff(rays[triples], axis=1)
+    nearest = np.abs(steps).max((1, 2)).argsort()
+    triples = triples[nearest[:150]]  # close together, so that many lie on one surface
+    volume = np.linalg.det(rays[triples])
+    triples = triples[np.abs(volume) > 1e-5]
     costs = []
-    for inverse in (1 / depth, np.linalg.norm(rays, axis=1) / depth, depth):
-        planes = np.linalg.solve(rays[triples], inverse[triples][..., None])
-        error = np.abs((rays @ planes)[..., 0] / inverse - 1)
-        error = np.log(np.clip(error, 0.001, 0.05))  # (planes, n)
+    lengths = np.linalg.norm(rays, axis=1)
+    for inverse in (1 / depth, lengths / depth, depth):
+        corners = inverse[triples][..., None]
+        planes = np.linalg.solve(rays[triples], corners)
+        fitted = (rays @ planes)[..., 0]  # (planes, n)
+        error = np.abs(fitted / inverse - 1)
+        error = np.log(np.clip(error, 0.001, 0.05))
         first = error[error.mean(1).argmin()]
-        costs.append(np.minimum(error, first).mean(1).min())
+        both = np.minimum(error, first)
+        costs.append(both.mean(1).min())
     return np.array(costs)
 
 
@@ -88,24 +103,31 @@ def edge_correlation(pairs):
     pairs: of depth and of gray values (H, W), the latter seen at the pixels of the former, 160 wide.
     Returns (2 EDGE_SHIFT + 1, 2 EDGE_SHIFT + 1); a shift of (0, 0) is in the middle.
     """
-    total = np.zeros((2 * EDGE_SHIFT + 1,) * 2)
+    side = 2 * EDGE_SHIFT + 1
+    total = np.zeros((side, side))
     for depth, gray in pairs:
         logs = np.log(np.where(depth > 0, depth, np.nan))
-        jumps = 1.0 * (np.fmax(*np.abs(np.gradient(logs))) > 0.02)
-        steep = np.nan_to_num(np.log1p(np.hypot(*np.gradient(gray))))
+        slopes = np.abs(np.gradient(logs))
+        jumps = (np.fmax(*slopes) > 0.02).astype(float)
+        jumps -= jumps.mean()
+        steep = np.log1p(np.hypot(*np.gradient(gray)))
+        steep = np.nan_to_num(steep)
+        steep -= steep.mean()
         scale = jumps.std() * steep.std() * jumps.size
         if scale > 0:
             size = [extent + 2 * EDGE_SHIFT for extent in jumps.shape]
-            edges = np.fft.rfft2(jumps - jumps.mean(), size).conj()
-            spectrum = edges * np.fft.rfft2(steep - steep.mean(), size)
-            shifted = np.roll(np.fft.irfft2(spectrum, size), (EDGE_SHIFT, EDGE_SHIFT), (0, 1))
-            total += shifted[:len(total), :len(total)] / scale
+            spectrum = np.fft.rfft2(steep, size)
+            spectrum *= np.fft.rfft2(jumps, size).conj()
+            shifted = np.fft.irfft2(spectrum, size)
+            shifted = np.roll(shifted, (EDGE_SHIFT, EDGE_SHIFT), (0, 1))
+            total += shifted[:side, :side] / scale
     return total
 
 
 def peak(correlation):
     """Shift (v, u) with the largest correlation."""
-    return np.array(np.unravel_index(correlation.argmax(), correlation.shape)) - EDGE_SHIFT
+    place = np.unravel_index(correlation.argmax(), correlation.shape)
+    return np.array(place) - EDGE_SHIFT
 
 
 # -------------------------------------------------------------------------------------------------- up
@@ -116,21 +138,28 @@ def surface_normals(points):
     across = points[1:-1, 2:] - points[1:-1, :-2]
     down = points[2:, 1:-1] - points[:-2, 1:-1]
     normals = np.cross(down, across)
-    normals *= -np.sign((normals * points[1:-1, 1:-1]).sum(-1, keepdims=True))
+    middle = points[1:-1, 1:-1]
+    away = (normals * middle).sum(-1)
+    normals *= -np.sign(away)[..., None]
     normals = normals[np.isfinite(normals).all(-1)]
-    return normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12)
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    return normals / (lengths + 1e-12)
 
 
 def find_up(normals, cameras):
     """The most frequent of world normals (n, 3) near the cameras' mean up (3,); zero if unclear."""
-    near = normals[normals @ cameras > 0.6 * np.linalg.norm(cameras)]
-    if np.linalg.norm(cameras) < 0.5 or len(near) < 30:
+    length = np.linalg.norm(cameras)
+    near = normals[normals @ cameras > 0.6 * length]
+    if length < 0.5 or len(near) < 30:
         return np.zeros(3)
-    votes = near[::len(near) // 100 + 1] @ near.T > 0.985  # within 10 degrees
-    if votes.sum(1).max() < 0.05 * len(normals):
+    some = near[::len(near) // 100 + 1]
+    votes = some @ near.T > 0.985  # within 10 degrees
+    counts = votes.sum(1)
+    if counts.max() < 0.05 * len(normals):
         return np.zeros(3)
-    up = near[votes[votes.sum(1).argmax()]].mean(0)
-    up = near[near @ up > 0.985 * np.linalg.norm(up)].sum(0)
+    up = near[votes[counts.argmax()]].mean(0)
+    agreeing = near @ up > 0.985 * np.linalg.norm(up)
+    up = near[agreeing].sum(0)
     return up / np.linalg.norm(up)
 
 
@@ -142,23 +171,18 @@ def third_classes(label):
     result = np.zeros(2, np.int64)
     for image in (label, label.T):
         before, middle, after = image[:-4], image[2:-2], image[4:]
-        border = (before != after) & (np.minimum(np.minimum(before, middle), after) >= 0)
+        labelled = np.minimum(np.minimum(before, middle), after) >= 0
+        border = (before != after) & labelled
         third = border & (middle != before) & (middle != after)
         result += border.sum(), third.sum()
     return result
 
 
-def below_floor(height, is_floor):
-    """Share of points (n,) that lie 20 cm below the floor; None if hardly any point is floor."""
-    if is_floor.sum() <= 0.01 * len(height):
-        return None
-    return (height < np.median(height[is_floor]) - 0.2).mean()
-
-
 def count_instances(labels, instances):
     """Rows (label, instance, pixels) of the pixels (n,) of a frame that have a label; instance -1: none."""
-    pairs = np.stack([labels, instances], 1)[labels >= 0]
-    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
+    pairs = np.stack([labels, instances], 1)
+    labelled = pairs[labels >= 0]
+    pairs, counts = np.unique(labelled, axis=0, return_counts=True)
     return np.column_stack([pairs, counts])
 
 
