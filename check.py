@@ -36,6 +36,7 @@ from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correl
                             third_classes)
 
 NUM_PAIRS = 96  # of frames that are compared
+CLEAN_PAIR = 0.7  # share of points that are confirmed if fewer than MIN_PAIRS pairs overlap, at least
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
 SAME_TOP = "and the largest depth is the same in all images"
@@ -50,16 +51,15 @@ FIXES = {
     "inverse depth": "Store depth, not its inverse or a disparity.",
     "units of depth": "Store depth with 1000 units per meter.",
     "units of poses": "Multiply the translations of the poses by this factor, so that they are meters.",
-    "units": "Scale the poses (structure from motion has no unit) or the depth, whichever is not in "
-             "meters.",
+    "units": "Scale the poses (structure from motion has no unit) or the depth, whichever is not in meters.",
     "colors": "Export the images again.",
     "equal poses": "Export the pose of every frame.",
     "pose inverted": "The files hold world-to-camera matrices: store their inverses (camera to world).",
     "pose half inverted": "A camera-to-world matrix is [R, t] with t the camera's place in the world.",
     "quaternion order": "Read the quaternions in this order.",
     "OpenGL axes": "Multiply every camera-to-world matrix from the right by diag(1, -1, -1, 1).",
-    "camera axes": "Multiply every camera-to-world matrix from the right by the matrix of these axes; if "
-                   "the images lie on their side or head, turn them instead.",
+    "camera axes": "Multiply every camera-to-world matrix from the right by the matrix of these axes, or turn the "
+                   "images.",
     "images turned": "Turn the images, label images too (or the cameras about their axes).",
     "mirrored": "Undo the mirror S of the poses, by pose S, S pose or S pose S, or flip the images.",
     "color intrinsics": "Rescale intrinsic_color.txt to the size of the color images.",
@@ -72,11 +72,9 @@ FIXES = {
     "depth and color shifted in time": "Pair the two series of images by time stamp.",
     "poses off by one frame": "Pair poses and images by time stamp.",
     "depth and color cameras": "Give the extrinsics of the two cameras, or export registered depth.",
-    "unconfirmed": "No known cause fits: look at --picture, and at where poses, intrinsics and depth come "
-                   "from.",
+    "unconfirmed": "No known cause fits: look at --picture, and at where poses, intrinsics and depth come from.",
     "up axis": "Pass the up direction as --up, with an equals sign.",
-    "up axis or poses": "Give every scene more frames that see the same, or pass this direction as --up if the "
-                        "poses are sure to be right.",
+    "up axis or poses": "Check frames that overlap; if the poses are right, pass this direction as --up.",
     "label ids": "Correct the class list, or renumber the label images.",
     "void class": "Name it `unlabeled` in the class list.",
     "resized labels": "Resize label images with nearest-neighbor interpolation.",
@@ -330,7 +328,7 @@ def pose_rows(runs, up):
     if noisy:
         words = "poses that do not move explain the frames better than their own"
         rows.append(Row("noise of poses", "note", words))
-    elif not first_fault(rows) and count >= MIN_PAIRS:
+    elif not first_fault(rows) and count:
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
     if not first_fault(rows):
         rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
@@ -364,14 +362,15 @@ def unconfirmed_rows(judge, frames, told, helped):
 
     helped: an alternative is clearly better than what is given.
     """
-    if judge.given.share() < CLEAN:
+    enough = judge.overlapping() >= MIN_PAIRS
+    if judge.given.share() < (CLEAN if enough else CLEAN_PAIR):
         if common_top(depth_of(frames)):
             return [wrong("normalized depth", f"{told}, {SAME_TOP}.")]
         worst = min(range(len(frames)), key=judge.share_of)
         words = f"{told}, where clean captures reach {CLEAN:.0%}; of {frames[worst]['name']} it is " \
             f"{judge.share_of(worst):.0%}."
         return [wrong("unconfirmed", words)]
-    if helped:
+    if helped and enough:
         return [wrong("unconfirmed", f"{told}, but other readings of the frames are better, and none is good.")]
     return []
 
@@ -733,10 +732,8 @@ def contact_sheet(runs, path):
         tiles.append(draw_pair(a, b, share))
     if not tiles:
         return
-    width = max(tile.width for tile in tiles) + 10
-    height = max(tile.height for tile in tiles) + 10
-    rows = -(-len(tiles) // 3)
-    sheet = Image.new("RGB", (min(3, len(tiles)) * width, rows * height), "white")
+    width, height = np.max([tile.size for tile in tiles], 0) + 10
+    sheet = Image.new("RGB", (min(3, len(tiles)) * width, -(-len(tiles) // 3) * height), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % 3 * width, number // 3 * height))
     sheet.save(path)
