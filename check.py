@@ -464,7 +464,7 @@ def share_below_floor(fields, names, up):
     below = []
     for own in fields if up is not None and "floor" in names else ():
         is_floor = own["labels"] == names.index("floor")
-        if is_floor.mean() > 0.01:
+        if is_floor.sum() > 0.01 * len(is_floor):
             height = own["points"] @ up
             below.append((height < np.median(height[is_floor]) - 0.2).mean())
     return np.mean(below) if below else 0
