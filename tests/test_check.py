@@ -8,7 +8,8 @@ from helpers import ROOT, write_rooms_as_scannet
 from PIL import Image
 
 import check
-from bench.faults import (CLEAN, FAULTS, JITTER, QUARTER_TURN, SIZE, TILT, Frames, make_rooms, make_video, renamed,
+from bench.check import WRITERS, judge, outcome
+from bench.faults import (CLEAN, FAULTS, JITTER, QUARTER_TURN, SIZE, TILT, Frames, make_rooms, make_video,
                           with_holes)
 from sources.open import open_frames
 
@@ -76,6 +77,40 @@ def test_faults_are_named_in_real_frames_that_hardly_move(ycbv, plant):
     fault, _, change = FAULTS[plant]
     found, = faults(change(ycbv))
     assert found == fault or found == "units" and fault.startswith("units")  # too little motion to know which
+
+
+@pytest.mark.parametrize("plant", [0, 1, 3, 4, 10, 51])
+def test_no_wrong_cause_is_told_if_hardly_any_frames_overlap(plant):
+    fault, _, change = FAULTS[plant]
+    first = next(iter(faults(change(make_rooms(2, frames_per_room=2)))))
+    assert first in (fault, "unconfirmed", "up axis or poses")
+
+
+def test_another_up_of_frames_that_do_not_overlap_may_be_wrong_poses(rooms):
+    alone = CLEAN["one frame per scene"](rooms).with_poses(lambda pose: QUARTER_TURN @ pose)
+    assert list(faults(alone)) == ["up axis or poses"]
+    assert faults(alone, "y") == {}
+
+
+@pytest.mark.parametrize("plant", [0, 21, 55])
+def test_training_decides_as_the_command_does(video, plant):
+    frames = FAULTS[plant][2](video)
+    assert set(check.quick_check(frames)) < set(check.inspect({"all": frames}))
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_the_measurement_writes_captures_that_say_what_the_frames_say(video, layout):
+    assert judge(video, layout)[0] is None
+    fault, _, plant = FAULTS[0]
+    assert outcome(fault, *judge(plant(video), layout)) == "named"
+
+
+def test_the_measurement_tells_wrong_causes_from_what_cannot_be_told():
+    assert outcome("units of depth", "units", set()) == "named"
+    assert outcome("units", "unconfirmed", set()) == "no known cause"
+    assert outcome("units", "colors", set()) == "WRONG CAUSE"
+    assert outcome("units", None, {"units"}) == "not tested"
+    assert outcome("units", None, {"colors"}) == "MISSED"
 
 
 MORE = {
