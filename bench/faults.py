@@ -78,7 +78,7 @@ def make_rooms(seed=0, num_rooms=2, frames_per_room=6, size=SIZE):
     return Frames(frames)
 
 
-def make_video(count=7, seed=1, offset=np.eye(4)):
+def make_video(count=7, seed=1, offset=np.eye(4), speed=1.0):
     """A camera that walks through a room; offset: from the depth camera to the color camera."""
     rng = np.random.default_rng(seed)
     scene = make_room([0, 0, 7, seed])
@@ -90,9 +90,9 @@ def make_video(count=7, seed=1, offset=np.eye(4)):
     for i in range(count):
         velocity = 0.6 * velocity + rng.normal(0, 0.03, 3)
         spin = 0.9 * spin + rng.normal(0, 0.02)
-        eye, yaw, pitch = eye + velocity, yaw + spin, pitch + rng.normal(0, 0.015)
+        eye, yaw, pitch = eye + speed * velocity, yaw + speed * spin, pitch + speed * rng.normal(0, 0.015)
         forward = [np.cos(pitch) * np.cos(yaw), np.cos(pitch) * np.sin(yaw), np.sin(pitch)]
-        world2cam = look_at(eye, eye + forward, 0.03 * np.sin(i))
+        world2cam = look_at(eye, eye + forward, 0.03 * np.sin(speed * i))
         frame = render(scene, world2cam, CAMERA, SIZE, rng)
         if not np.array_equal(offset, np.eye(4)):
             frame["depth"] = render(scene, np.linalg.inv(offset) @ world2cam, CAMERA, SIZE, rng)["depth"]

@@ -623,5 +623,7 @@ class Judge:
         tried.append(self.search_focal(BOTH, "both images"))
         tried.append(self.search_focal(DEPTH, "depth"))
         tried.append(self.search_focal(COLOR, "color"))
-        late = ["mirrored"] if upright else ["mirrored", "images turned"]
+        late = ["mirrored", "depth and color shifted in time"]
+        if not upright:
+            late.append("images turned")
         return sorted(tried, key=lambda one: one.fault in late)
