@@ -264,8 +264,8 @@ def equal_pose_rows(runs, judge):
     return [wrong("equal poses", f"{words}{some(equal)}.")]
 
 
-def center_row(views, frame, count):
-    """Principal points far from the middle of the images: a fault if hardly any pairs, `count`, overlap.
+def center_rows(views, frame, count):
+    """Principal points off the middle of the images: a fault if hardly any pairs, `count`, overlap.
 
     Then it takes both coordinates to be off alike, as in intrinsics of images of another size.
     """
@@ -273,12 +273,10 @@ def center_row(views, frame, count):
     far = [image for image in off if np.abs(off[image]).min() > 0.2 and np.ptp(off[image]) < 0.1]
     if far and count < MIN_PAIRS:
         fault = "intrinsics of both" if len(far) > 1 else f"{far[0]} intrinsics"
-        return wrong(fault, f"{about_size(frame, fault)}.")
+        return [wrong(fault, f"{about_size(frame, fault)}.")]
     most = np.abs(list(off.values())).max()
-    if most < 0.1:
-        return Row("principal point", "ok", "near the middle of the images")
     words = f"principal points lie {most:.0%} of the image off its middle: were the images cropped?"
-    return Row("principal point", "note", words)
+    return [Row("principal point", "note", words)] if most > 0.1 else []
 
 
 def about_size(frame, fault):
@@ -323,7 +321,9 @@ def pose_rows(runs, up):
     tried = judge.weigh_all(upright)
     rows = cause_rows(judge, tried, frames, told)
     if not rows:
-        rows = [center_row(views, frames[0], count), alignment_row(frames)]
+        cropped = next(one for one in tried if one.fault == "cropped images")
+        rows = [] if cropped.worse else center_rows(views, frames[0], count)
+        rows.append(alignment_row(frames))
     noisy = judge.still.share() >= CLEAN and judge.given.cost() - judge.still.cost() > MARGIN
     if noisy:
         words = "poses that do not move explain the frames better than their own"

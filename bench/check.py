@@ -100,6 +100,7 @@ def make_sets(seeds):
     sets = {"few frames": make_rooms(seeds, frames_per_room=2)}
     for seed in range(seeds):
         sets |= {f"walk {seed}": make_video(12, seed), f"rooms {seed}": make_rooms(seed)}
+    sets["slow walk"] = make_video(64, 3, speed=0.15)  # as at 30 frames per second
     if REAL.is_dir():
         source = open_frames(str(REAL))
         sets["ycbv"] = Frames([source[i] for i in range(0, len(source), 2)], source.class_names)
