@@ -40,8 +40,8 @@ def write_tum(frames, folder):
         rows["rgb"].append(f"{i}.0 color/{i}.png")
         rows["depth"].append(f"{i}.0 depth/{i}.png")
         rows["groundtruth"].append(f"{i}.0 " + " ".join(map(str, [*pose[:3, 3], *to_quaternion(pose[:3, :3])])))
-    for name, lines in rows.items():
-        (folder / f"{name}.txt").write_text("\n".join(lines))
+    for name in rows:
+        (folder / f"{name}.txt").write_text("\n".join(rows[name]))
     return {"intrinsics": frames[0]["intrinsics"]}
 
 
@@ -50,8 +50,8 @@ def write_transforms(frames, folder):
     entries = [{"file_path": f"color/{i}.png", "depth_file_path": f"depth/{i}.png",
                 "transform_matrix": (pose * [1, -1, -1, 1]).tolist()}
                for i, (_, pose) in enumerate(write_images(frames, folder, 1000))]
-    matrix = frames[0]["intrinsics"]
-    camera = {"fl_x": matrix[0, 0], "fl_y": matrix[1, 1], "cx": matrix[0, 2] + 0.5, "cy": matrix[1, 2] + 0.5}
+    (fx, _, cx), (_, fy, cy), _ = frames[0]["intrinsics"]
+    camera = {"fl_x": fx, "fl_y": fy, "cx": cx + 0.5, "cy": cy + 0.5}
     (folder / "transforms.json").write_text(json.dumps({**camera, "frames": entries}))
     return {}
 
@@ -110,16 +110,15 @@ def make_sets(seeds):
 def run(args):
     """Prints what is judged wrongly as it goes, and then the counts."""
     sets = {title: frames for title, frames in make_sets(args.seeds).items() if args.only in title}
-    alarms = Counter()
-    for title, kind in itertools.product(sets, (CLEAN, JITTER)):
-        for name, plant in kind.items():
-            found, _ = judge(plant(sets[title]))
-            alarms["jittered" if kind is JITTER else "clean", found is not None] += 1
-            if found:
-                print(f"false alarm: {title}, {name}: {found}", flush=True)
+    clean, alarms = {**CLEAN, **JITTER}, 0
+    for title, name in itertools.product(sets, clean):
+        found, _ = judge(clean[name](sets[title]))
+        if found:
+            alarms += 1
+            print(f"false alarm: {title}, {name}: {found}", flush=True)
     planted = [("ScanNet", number) for number in range(len(FAULTS))]
     planted += list(itertools.product(("TUM", "transforms.json"), IN_CAPTURES))
-    table = {}
+    table = {}  # (layout, fault): outcomes
     for title, (layout, number) in itertools.product(sets, planted):
         fault, _, plant = FAULTS[number]
         found, untested = judge(plant(sets[title]).without_labels(), layout)
@@ -127,8 +126,7 @@ def run(args):
         table.setdefault((layout, fault), Counter())[result] += 1
         if result not in OUTCOMES[:2]:
             print(f"{title}, {layout}, {number} {fault}: {result}, {found}", flush=True)
-    for kind in ("clean", "jittered"):
-        print(f"{kind}: {alarms[kind, False]} without a finding, {alarms[kind, True]} false alarms")
+    print(f"{len(CLEAN) * len(sets)} clean sets, {len(JITTER) * len(sets)} with jitter: {alarms} false alarms")
     print(f"{'layout':<16} {'fault':<32}", *(f"{name:>14}" for name in OUTCOMES))
     for (layout, fault), counts in table.items():
         print(f"{layout:<16} {fault:<32}", *(f"{counts[name]:>14}" for name in OUTCOMES))
