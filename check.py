@@ -328,7 +328,7 @@ def pose_rows(runs, up):
     if noisy:
         words = "poses that do not move explain the frames better than their own"
         rows.append(Row("noise of poses", "note", words))
-    elif not first_fault(rows) and count:
+    elif not first_fault(rows):
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
     if not first_fault(rows):
         rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
@@ -362,14 +362,18 @@ def unconfirmed_rows(judge, frames, told, helped):
 
     helped: an alternative is clearly better than what is given.
     """
-    enough = judge.overlapping() >= MIN_PAIRS
-    if judge.given.share() < (CLEAN if enough else CLEAN_PAIR):
+    count = judge.overlapping()
+    enough = count >= MIN_PAIRS
+    if count and judge.given.share() < (CLEAN if enough else CLEAN_PAIR):
         if common_top(depth_of(frames)):
             return [wrong("normalized depth", f"{told}, {SAME_TOP}.")]
         worst = min(range(len(frames)), key=judge.share_of)
         words = f"{told}, where clean captures reach {CLEAN:.0%}; of {frames[worst]['name']} it is " \
             f"{judge.share_of(worst):.0%}."
         return [wrong("unconfirmed", words)]
+    alike = judge.look_alikes(judge.given)
+    if alike >= MIN_PAIRS:
+        return [wrong("unconfirmed", f"{alike} pairs of frames show the same, but with their poses they cannot.")]
     if helped and enough:
         return [wrong("unconfirmed", f"{told}, but other readings of the frames are better, and none is good.")]
     return []

@@ -333,7 +333,6 @@ FAULTS = [  # fault, what is in its words, and how it is planted
     ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: count - 1 - i)),
     ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: (i + 3) % count)),
     ("unconfirmed", "No known cause fits", every_second(of_poses(np.linalg.inv))),
-    ("unconfirmed", "No known cause fits", of_depth(lambda depth, frame: depth + 0.2)),
     ("unconfirmed", "No known cause fits", of_poses(
         lambda pose: np.linalg.inv(scaled(3.3)(pose)) @ axes(-1, 1, -1))),
 ]

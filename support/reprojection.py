@@ -519,6 +519,13 @@ class Judge:
         """Number of pairs that overlap with the cameras as given."""
         return np.count_nonzero(self.given.overlap >= OVERLAP)
 
+    def look_alikes(self, fit):
+        """Number of pairs that show the same, though by a Fit they do not overlap."""
+        still = self.still
+        alike = still.confirmed >= CLEAN * (still.confirmed + still.contradicted)
+        alike &= (still.overlap >= 0.5) & (still.costs[1] < np.log(0.5))
+        return np.count_nonzero(alike & (fit.overlap == 0))
+
     def share_of(self, place):
         """Share of confirmed points in the pairs of one frame; 1 without any."""
         own = (self.pairs == place).any(1)
@@ -555,7 +562,7 @@ class Judge:
         alike = parts.sum() > least and total.sum() > 2 * lost
         hinted = parts.sum() > max(HINT, 0.7 * gains.sum(0).std())
         better = beats_still and no_part_worse
-        fits = better and share >= CLEAN and alike
+        fits = better and share >= CLEAN and alike and self.look_alikes(other) < MIN_PAIRS
         return Weighed(fault, words, x, gain, share, fits, helps=better and hinted)
 
     def search(self, change, starts, step, fault, words):
@@ -584,7 +591,7 @@ class Judge:
 
     def search_scale(self):
         """The factor of the translations."""
-        logs = 0.35 * np.arange(1, 27)
+        logs = np.append(0.35 * np.arange(1, 27), [0.1, 0.2])
         best = self.search(scale_motion, [*-logs, *logs], 0.17, "units", lambda x: "")
         shrinks = best.gain > MARGIN and best.x < 0
         if shrinks and best.gain < self.weigh_scale(-20).gain + 0.8:
