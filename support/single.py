@@ -25,7 +25,8 @@ def find_filler(images):
     Returns it, or None, and the shares (F,) of the images that hold the most frequent value.
     """
     depth = [known_values(image)[::7] for image in images]
-    values, counts = np.unique(np.concatenate(depth), return_counts=True)
+    depth = np.concatenate(depth)
+    values, counts = np.unique(depth, return_counts=True)
     most = counts.argmax()
     value = values[most]
     around = counts[max(0, most - 10):most + 11]
@@ -57,7 +58,8 @@ def smooth_points(depth, intrinsics):
     rays = pixels @ np.linalg.inv(intrinsics).T
     points = rays * depth[..., None]
     total = points.reshape(blocks).sum((1, 3))
-    count = (depth > 0).reshape(blocks).sum((1, 3))
+    is_known = (depth > 0).reshape(blocks)
+    count = is_known.sum((1, 3))
     enough = count > k * k / 2
     return total / np.where(enough, count, np.nan)
 
