@@ -495,10 +495,6 @@ class Weighed(NamedTuple):
     worse: bool = False
 
 
-def gain_of(weighed):
-    return weighed.gain
-
-
 class Judge:
     """Weighs alternatives to `views` over pairs (P, 2)."""
 
@@ -573,7 +569,7 @@ class Judge:
         def weigh(x):
             return self.weigh(fault, words(x), change(self.views, x), x)
 
-        best = max(map(weigh, starts), key=gain_of)
+        best = max(map(weigh, starts), key=lambda one: one.gain)
         if best.gain < -0.3:
             return best
         axes = np.eye(np.size(best.x))
@@ -581,7 +577,7 @@ class Judge:
         for _ in range(6):
             x = best.x
             around = [x + step * axis for axis in (*axes, *-axes)]
-            best = max(best, *map(weigh, around), key=gain_of)
+            best = max(best, *map(weigh, around), key=lambda one: one.gain)
             step /= 2
         return best
 

@@ -175,7 +175,8 @@ def third_classes(label):
         before, middle, after = image[:-4], image[2:-2], image[4:]
         labelled = np.minimum(np.minimum(before, middle), after) >= 0
         border = (before != after) & labelled
-        third = border & (middle != before) & (middle != after)
+        differs = (middle != before) & (middle != after)
+        third = border & differs
         result += border.sum(), third.sum()
     return result
 

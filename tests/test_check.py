@@ -138,7 +138,7 @@ def test_a_world_with_another_up_is_fine_if_up_says_so(video, up, turn):
 
 
 def test_what_the_frames_cannot_tell_is_not_tested_rather_than_fine(rooms):
-    alone = CLEAN["one frame per scene"](rooms).edited(label=lambda frame: None, instance=lambda frame: None)
+    alone = CLEAN["one frame per scene"](rooms).without_labels()
     still = Frames([{**rooms[0], "name": f"scene/{i}"} for i in range(4)])
     for frames in (alone, still):
         verdicts = {row.test: row.verdict for row in check.inspect({"all": frames})}
