@@ -232,7 +232,7 @@ def alignment_row(frames):
     images = [depth_and_gray(frame) for frame in frames]
     halves = edge_correlation(images[::2]), edge_correlation(images[1::2])
     both = sum(halves)
-    clear = both.max() - both.mean() > 5 * both.std()  # of 12,769 shifts, one exceeds 4 by chance
+    clear = both.max() - both.mean() > 5 * both.std()  # some of 12,769 shifts reach 4 by chance
     if not clear or np.abs(peak(halves[0]) - peak(halves[1])).max() > 2:
         return Row(test, "not tested", "too few edges to tell")
     dv, du = peak(both)
