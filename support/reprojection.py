@@ -99,7 +99,7 @@ def color_pixels(frame, width, intrinsics):
     """
     depth, depth_intrinsics = small_depth(frame, width)
     known = depth > 0
-    depth = np.where(known, depth, np.median(depth[known]))
+    depth = np.where(known, depth, np.median(depth[known]) if known.any() else 1)
     rays = pixel_rays(depth_intrinsics, depth.shape)
     points = move(depth_to_color(frame), rays * depth.ravel())
     uv, _ = project(intrinsics, points[None])
