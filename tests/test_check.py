@@ -176,7 +176,8 @@ def interpolated(label):
 
 @pytest.mark.parametrize("fault, words, change", [
     ("label ids", "shifted or permuted", {"label": lambda frame: scrambled(frame["label"])}),
-    ("label ids", "the class list lacks: id 99", {"label": lambda frame: np.where(frame["label"] == 0, 16, frame["label"])}),
+    ("label ids", "the class list lacks: id 99", {"label": lambda frame: np.where(
+        frame["label"] == 0, 16, frame["label"])}),
     ("resized labels", "third one", {"label": lambda frame: interpolated(frame["label"])}),
     ("instance ids", "mostly of another class", {"instance": lambda frame: np.ones_like(frame["label"])}),
     ("instance ids", "the labels again", {"instance": lambda frame: frame["label"]}),
