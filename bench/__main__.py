@@ -29,10 +29,11 @@ COMMANDS = {
     "speedrun": "seconds to a mIoU of 0.60 on the built-in rooms",
     "stability": "the study of CLIP consistency losses on hostile features",
     "meaning": "what CLIP's meaning is worth, with a small tower trained here",
+    "check": "how often check.py errs, on clean data sets and on planted faults",
     "picture": "truth beside prediction on held-back rooms, as an image"}
 REPEATS = {"step": 9, "gpu": 7, "loader": 5, "encode": 9, "sample": 9, "sparse": 15}  # else: once
-ON_CPU = ("ap", "loader")  # these do not know a GPU
-NO_FIGURES = ("gpu", "speedrun", "meaning", "picture")
+ON_CPU = ("ap", "loader", "check")  # these do not know a GPU
+NO_FIGURES = ("gpu", "speedrun", "meaning", "picture", "check")
 TRAININGS = ("stability", "meaning")  # these run many; their bits depend on the threads
 
 
@@ -75,6 +76,8 @@ def parse_args(argv=None):
                   "with the same options is not repeated")
     add["meaning"]("--tower", default=".cache/meaning/tower", help="folder of the small CLIP model; "
                    "trained if it is not there")
+    add["check"]("--seeds", type=int, default=2, help="of rooms, and of walks through rooms")
+    add["check"]("--only", default="", help="sets with this in their title: rooms, walk or ycbv")
     add["picture"]("--checkpoint", default="best.pt", help="of a training on the built-in rooms")
     add["picture"]("--frames", type=int, nargs="+", default=[0, 5], help="which of 12 validation frames")
     add["picture"]("--cloud", metavar="FILE.ply", help="a cloud of predict.py instead")

@@ -27,6 +27,7 @@ OVERLAP = 0.1  # share of points on known depth, from which on two frames overla
 DEPTH = ("depth_intrinsics",)
 COLOR = ("intrinsics",)
 BOTH = DEPTH + COLOR
+POSES = ("world2cam",)
 
 
 class Views(NamedTuple):
@@ -72,8 +73,10 @@ def small_gray(frame, width):
     k = max(1, -(-color.shape[1] // width))
     height = color.shape[0] // k
     width = color.shape[1] // k
-    gray = color[:height * k, :width * k].mean(2, dtype=np.float32)
-    gray = gray.reshape(height, k, width, k).mean((1, 3))
+    color = color[:height * k, :width * k]
+    gray = color.mean(2, dtype=np.float32)
+    gray = gray.reshape(height, k, width, k)
+    gray = gray.mean((1, 3))
     for _ in range(2):  # down, then across
         first, last = gray[:1], gray[-1:]
         above = np.concatenate([first, gray[:-1]])
@@ -96,7 +99,7 @@ def color_pixels(frame, width, intrinsics):
     """
     depth, depth_intrinsics = small_depth(frame, width)
     known = depth > 0
-    depth = np.where(known, depth, np.median(depth[known]))
+    depth = np.where(known, depth, np.median(depth[known]) if known.any() else 1)
     rays = pixel_rays(depth_intrinsics, depth.shape)
     points = move(depth_to_color(frame), rays * depth.ravel())
     uv, _ = project(intrinsics, points[None])
@@ -108,8 +111,8 @@ def pixel_rays(intrinsics, size, step=1):
     rows = np.arange(step // 2, size[0], step)
     columns = np.arange(step // 2, size[1], step)
     v, u = np.meshgrid(rows, columns, indexing="ij")
-    pixels = np.stack([u, v, np.ones_like(u)]).reshape(3, -1)
-    return np.linalg.inv(intrinsics) @ pixels
+    pixels = np.stack([u, v, np.ones_like(u)])
+    return np.linalg.inv(intrinsics) @ pixels.reshape(3, -1)
 
 
 def move(motion, points):
@@ -140,20 +143,26 @@ def make_views(runs, width=320):
     for run in runs:
         places = np.arange(start, start + len(run))
         start += len(run)
-        own = np.array(list(itertools.combinations(places, 2)), np.int64).reshape(-1, 2)
+        own = list(itertools.combinations(places, 2))
+        own = np.array(own, np.int64).reshape(-1, 2)
         backward = own.sum(1) % 2 == 0
         own[backward] = own[backward, ::-1]
         pairs = np.concatenate([pairs, own])
-        positions = np.array([frame.get("position", i) for frame, i in zip(run, places)])
-        followed = places[:-1][np.diff(positions) == 1]
+        positions = [frame.get("position", i) for frame, i in zip(run, places)]
+        follows = np.diff(np.array(positions)) == 1
+        followed = places[:-1][follows]
         following[followed] = followed + 1
     depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
     gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
+    world2cam = [frame["world2cam"] for frame in frames]
     views = Views(
-        depth=pad(depth, 0), gray=pad(gray, np.nan),
-        depth_intrinsics=np.array(depth_intrinsics), intrinsics=np.array(intrinsics),
-        world2cam=np.array([frame["world2cam"] for frame in frames]),
-        depth_to_color=np.array([depth_to_color(frame) for frame in frames]), following=following)
+        depth=pad(depth, 0),
+        gray=pad(gray, np.nan),
+        depth_intrinsics=np.array(depth_intrinsics),
+        intrinsics=np.array(intrinsics),
+        world2cam=np.array(world2cam),
+        depth_to_color=np.array(list(map(depth_to_color, frames))),
+        following=following)
     return views, pairs
 
 
@@ -182,7 +191,8 @@ def sample(images, places, uv):
     above = values[index] * (1 - right) + values[index + 1] * right
     index += width
     below = values[index] * (1 - right) + values[index + 1] * right
-    return np.where(inside, above * (1 - down) + below * down, np.nan)
+    result = above * (1 - down) + below * down
+    return np.where(inside, result, np.nan)
 
 
 def look_up(depth, b, uv, radius=0):
@@ -199,7 +209,8 @@ def look_up(depth, b, uv, radius=0):
     offsets = (-radius, 0, radius) if radius else (0,)
     around = []
     for offset in itertools.product(offsets, repeat=2):
-        x, y = np.clip(pixel + np.array(offset)[:, None], 0, last).transpose(1, 0, 2)
+        moved = pixel + np.array(offset)[:, None]
+        x, y = np.clip(moved, 0, last).transpose(1, 0, 2)
         around.append(values[first + y * width + x])
     seen = around[len(around) // 2]  # without offset
     return np.where(inside, seen, 0), around
@@ -211,9 +222,10 @@ def correlation_cost(x, y, use):
     values = np.where(use, np.stack([x, y]), 0)  # (2, P, n)
     means = values.sum(2) / np.maximum(count, 1)
     x, y = np.where(use, values - means[..., None], 0)
-    scale = np.sqrt((x * x).sum(1) * (y * y).sum(1))
-    known = (count >= 30) & (scale > 0)
-    r = (x * y).sum(1) / np.where(known, scale, 1)
+    square = (x * x).sum(1) * (y * y).sum(1)
+    known = (count >= 30) & (square > 0)
+    scale = np.sqrt(np.where(known, square, 1))
+    r = (x * y).sum(1) / scale
     cost = np.log(np.clip(1 - r, 0.005, 1))
     return np.where(known, cost, 0)
 
@@ -251,11 +263,13 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     grid = views.depth[:, step // 2::step, step // 2::step]
     z = grid.reshape(len(grid), -1)[a]
     rays = pixel_rays(views.depth_intrinsics, (height, width), step)
-    motion = views.world2cam[b] @ np.linalg.inv(views.world2cam[a])
+    cam2world = np.linalg.inv(views.world2cam)
+    motion = views.world2cam[b] @ cam2world[a]
     points = move(views.depth_to_color[a], rays[a] * z[:, None])  # (P, 3, n) in the color camera of a
     moved = move(motion, points)
     color_to_depth = np.linalg.inv(views.depth_to_color)
-    uv, predicted = project(views.depth_intrinsics[b], move(color_to_depth[b], moved))
+    in_depth = move(color_to_depth[b], moved)
+    uv, predicted = project(views.depth_intrinsics[b], in_depth)
     seen, around = look_up(views.depth, b, uv, round(radius * width))
     use = (seen > 0) & (z > 0)
     count = use.sum(1)
@@ -272,23 +286,30 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     contradicted = use & ~confirmed & (predicted < seen)
     logs = np.log(np.clip(error / seen, 0.0005, 0.1)) * use
     depth_cost = logs.sum(1) / np.maximum(count, 1)
-    costs = np.array([np.where(enough, depth_cost, np.log(0.1)), np.zeros(len(a))])
+    depth_cost = np.where(enough, depth_cost, np.log(0.1))
 
-    gray_a = sample(views.gray, a, project(views.intrinsics[a], points)[0])
-    gray_b = sample(views.gray, b, project(views.intrinsics[b], moved)[0])
+    uv, _ = project(views.intrinsics[a], points)
+    gray_a = sample(views.gray, a, uv)
+    uv, _ = project(views.intrinsics[b], moved)
+    gray_b = sample(views.gray, b, uv)
     use &= np.isfinite(gray_a + gray_b) & (predicted < 1.1 * seen)
-    costs[1] = correlation_cost(gray_a, gray_b, use) * enough
-    known = np.where(np.isfinite(motion).all((1, 2)), 1, np.nan)
-    return Fit(overlap * enough * known, confirmed.sum(1), contradicted.sum(1), costs * known)
+    color_cost = correlation_cost(gray_a, gray_b, use) * enough
+    comparable = np.isfinite(motion).all((1, 2))
+    known = np.where(comparable, 1, np.nan)
+    return Fit(
+        overlap=overlap * enough * known,
+        confirmed=confirmed.sum(1),
+        contradicted=contradicted.sum(1),
+        costs=np.array([depth_cost, color_cost]) * known)
 
 
 # ---------------------------------------------------------------------------------------- alternatives
 
 
-def turn_images(views, k, fields):
-    """Views whose images are turned k times by 90 degrees counterclockwise."""
-    turned = {field: np.rot90(getattr(views, field), k, (1, 2)) for field in fields}
-    return views._replace(**turned)
+def edit(views, fields, change):
+    """Views of which some fields, arrays (F, ...), went through `change`."""
+    changed = {field: change(getattr(views, field)) for field in fields}
+    return views._replace(**changed)
 
 
 def change_poses(views, change):
@@ -317,7 +338,8 @@ def to_quaternion(rotation):
     matrix = np.zeros((4, 4))
     matrix[:3, :3] = rotation + rotation.T - trace * np.eye(3)
     skew = rotation - rotation.T
-    matrix[3] = skew[2, 1], skew[0, 2], skew[1, 0], trace
+    matrix[3, :3] = skew[2, 1], skew[0, 2], skew[1, 0]
+    matrix[3, 3] = trace
     _, vectors = np.linalg.eigh(matrix)  # of the lower triangle
     return vectors[:, -1]
 
@@ -330,26 +352,28 @@ def to_rotation(quaternion):
 
 
 def reorder(matrices, order):
-    """Rigid matrices (F, 4, 4), a copy, whose quaternions are read in another order."""
-    for matrix in matrices:
+    """Rigid matrices (F, 4, 4) whose quaternions are read in another order."""
+    result = matrices.copy()
+    for matrix in result:
         quaternion = to_quaternion(matrix[:3, :3])
         matrix[:3, :3] = to_rotation(quaternion[list(order)])
-    return matrices
+    return result
 
 
 def axis_changes():
-    """All 47 changes of axes (3, 3) but the identity."""
+    """All 47 changes of axes (4, 4) but the identity."""
     changes = []
-    for order in itertools.permutations(np.eye(3)):
+    for order in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
-            changes.append(np.diag(signs) @ np.array(order))
+            turn = np.eye(4)[[*order, 3]]
+            changes.append(np.diag([*signs, 1.0]) @ turn)
     return changes[1:]
 
 
 def name_axes(matrix, upright):
-    """A change of axes (3, 3) -> fault and words."""
+    """A change of axes (4, 4) -> fault and words."""
     axes = []
-    for row in matrix:
+    for row in matrix[:3]:
         axis = np.abs(row).argmax()
         sign = "-" if row[axis] < 0 else ""
         axes.append(sign + "xyz"[axis])
@@ -368,34 +392,32 @@ def neighboring(views, fields, offset):
         followed = np.flatnonzero(source >= 0)
         source = np.full(len(source), -1)
         source[views.following[followed]] = followed
-    changed = {field: getattr(views, field)[source] for field in fields}
-    views = views._replace(**changed)
-    world2cam = views.world2cam.copy()
-    world2cam[source < 0] = np.nan
-    return views._replace(world2cam=world2cam)
+    views = edit(views, fields, lambda values: values[source])
+    last = (source < 0)[:, None, None]
+    return edit(views, POSES, lambda world2cam: np.where(last, np.nan, world2cam))
 
 
 def scale_motion(views, log_factor):
     """Views whose translations are multiplied by exp(log_factor)."""
-    world2cam = views.world2cam.copy()
-    world2cam[:, :3, 3] *= np.exp(log_factor)
-    return views._replace(world2cam=world2cam)
+    factors = np.ones((4, 4))
+    factors[:3, 3] = np.exp(log_factor)
+    return edit(views, POSES, lambda world2cam: world2cam * factors)
 
 
 def scale_focal(views, log_factor, fields):
     """Views whose focal lengths are multiplied by exp(log_factor)."""
-    zoom = np.ones((3, 3))
-    zoom[[0, 1], [0, 1]] = np.exp(log_factor)
-    changed = {field: getattr(views, field) * zoom for field in fields}
-    return views._replace(**changed)
+    factors = np.ones((3, 3))
+    factors[[0, 1], [0, 1]] = np.exp(log_factor)
+    return edit(views, fields, lambda intrinsics: intrinsics * factors)
 
 
 def shift_center(views, offset):
     """Views whose principal points are moved by offset (2,), in units of the image's size."""
-    changed = {field: getattr(views, field).copy() for field in BOTH}
     for field in BOTH:
-        changed[field][:, :2, 2] += offset * image_size(views, field)
-    return views._replace(**changed)
+        shift = np.zeros((3, 3))
+        shift[:2, 2] = offset * image_size(views, field)
+        views = edit(views, [field], lambda intrinsics: intrinsics + shift)
+    return views
 
 
 def image_size(views, field):
@@ -405,22 +427,21 @@ def image_size(views, field):
 
 
 def off_center(views, field):
-    """How far principal points are from the middle of the images, as a share of their size."""
+    """How far principal points are from the middle of the images (2,), as a share of their size."""
     points = getattr(views, field)[:, :2, 2] + 0.5
-    share = np.median(points / image_size(views, field), 0)
-    return np.abs(share - 0.5).max()
+    return np.median(points / image_size(views, field), 0) - 0.5
 
 
 def fit_to_images(views, fields):
     """Views whose intrinsics are rescaled so that principal points are in the middle of the images."""
-    changed = {}
     for field in fields:
+        size = image_size(views, field)
         rescaled = []
         for intrinsics in getattr(views, field):
-            factors = image_size(views, field) / (2 * intrinsics[:2, 2] + 1)
+            factors = size / (2 * intrinsics[:2, 2] + 1)
             rescaled.append(scale_intrinsics(intrinsics, *factors))
-        changed[field] = np.array(rescaled)
-    return views._replace(**changed)
+        views = views._replace(**{field: np.array(rescaled)})
+    return views
 
 
 def alternatives(views, upright=True):
@@ -428,38 +449,35 @@ def alternatives(views, upright=True):
     yield "pose inverted", "the inverse matrices", change_poses(views, np.linalg.inv)
     yield "pose half inverted", "transposed rotations", change_poses(views, transpose_rotation)
     yield "pose half inverted", "the camera's place -R t in place of t", change_poses(views, move_origin)
-    for order, words in (((3, 0, 1, 2), "x y z w"), ((1, 2, 3, 0), "w x y z")):
+    for words, order in (("x y z w", (3, 0, 1, 2)), ("w x y z", (1, 2, 3, 0))):
+        def change(poses):
+            return reorder(poses, order)
         words = f"quaternions that are stored as {words}"
-        yield "quaternion order", words, change_poses(views, lambda poses: reorder(poses, order))
-        world2cam = reorder(views.world2cam.copy(), order)
-        words += ", world to camera"
-        yield "quaternion order", words, views._replace(world2cam=world2cam)
+        yield "quaternion order", words, change_poses(views, change)
+        yield "quaternion order", f"{words}, world to camera", edit(views, POSES, change)
     for matrix in axis_changes():
         fault, words = name_axes(matrix, upright)
-        world2cam = views.world2cam.copy()
-        world2cam[:, :3] = matrix @ world2cam[:, :3]
-        yield fault, words, views._replace(world2cam=world2cam)
+        yield fault, words, edit(views, POSES, lambda world2cam: matrix @ world2cam)
     for k in (1, 2, 3):
+        def turn(images):
+            return np.rot90(images, k, (1, 2))
         words = f"images turned by {90 * k} degrees counterclockwise"
-        yield "images turned", words, turn_images(views, k, ["depth", "gray"])
-        yield "color images turned", f"color {words}", turn_images(views, k, ["gray"])
+        yield "images turned", words, edit(views, ["depth", "gray"], turn)
+        yield "color images turned", f"color {words}", edit(views, ["gray"], turn)
     mirrored = views.gray[:, :, ::-1]
     words = "color images flipped left to right"
     yield "color images mirrored", words, views._replace(gray=mirrored)
-    words = "intrinsics that are rescaled to the images"
-    off = [field for field in BOTH if off_center(views, field) > 0.1]
     for fault, fields in (("color intrinsics", COLOR), ("depth intrinsics", DEPTH),
                           ("intrinsics of both", BOTH)):
-        if set(fields) <= set(off):
+        if all(np.abs(off_center(views, field)).max() > 0.1 for field in fields):
+            words = "intrinsics that are rescaled to the images"
             yield fault, words, fit_to_images(views, fields)
     for offset, which in ((1, "next"), (-1, "previous")):
         words = f"the pose of the {which} frame"
-        yield "poses off by one frame", words, neighboring(views, ["world2cam"], offset)
-        fault = "depth and color shifted in time"
-        words = f"the depth of the {which} frame"
-        yield fault, words, neighboring(views, ["depth", "depth_intrinsics"], offset)
-        words = f"the color of the {which} frame"
-        yield fault, words, neighboring(views, ["gray", "intrinsics"], offset)
+        yield "poses off by one frame", words, neighboring(views, POSES, offset)
+        for image, fields in (("depth", ["depth", *DEPTH]), ("color", ["gray", *COLOR])):
+            words = f"the {image} of the {which} frame"
+            yield "depth and color shifted in time", words, neighboring(views, fields, offset)
 
 
 # ---------------------------------------------------------------------------------------------- weighed
@@ -478,35 +496,42 @@ class Weighed(NamedTuple):
 
 
 class Judge:
-    """Weighs alternatives to `views` over pairs (P, 2). num_points: see `fit`."""
+    """Weighs alternatives to `views` over pairs (P, 2)."""
 
-    def __init__(self, views, pairs, num_points=300):
+    def __init__(self, views, pairs):
         self.views = views
         self.pairs = pairs
-        self.num_points = num_points
         self.median_depth = np.median(views.depth[views.depth > 0])
-        self.given = fit(views, pairs, num_points)
+        self.given = fit(views, pairs)
         still = np.broadcast_to(np.eye(4), views.world2cam.shape)
         self.still = self.fit_strictly(views._replace(world2cam=still))
 
     def fit_strictly(self, views):
         """`fit` with a tolerance that does not depend on the unit of depth."""
         tolerance = min(0.05, 0.02 * self.median_depth)
-        return fit(views, self.pairs, self.num_points, tolerance=tolerance)
+        return fit(views, self.pairs, tolerance=tolerance)
 
     def overlapping(self):
         """Number of pairs that overlap with the cameras as given."""
         return np.count_nonzero(self.given.overlap >= OVERLAP)
 
+    def look_alikes(self, fit):
+        """Number of pairs that show the same, though by a Fit they do not overlap."""
+        still = self.still
+        alike = still.confirmed >= CLEAN * (still.confirmed + still.contradicted)
+        alike &= (still.overlap >= 0.5) & (still.costs[1] < np.log(0.5))
+        return np.count_nonzero(alike & (fit.overlap == 0))
+
     def share_of(self, place):
         """Share of confirmed points in the pairs of one frame; 1 without any."""
-        own = (self.pairs == place).any(1) & (self.given.overlap >= OVERLAP)
-        return self.given.share(own) if own.any() else 1
+        own = (self.pairs == place).any(1)
+        overlaps = own & (self.given.overlap >= OVERLAP)
+        return self.given.share(overlaps) if overlaps.any() else 1
 
     def weigh(self, fault, words, views, x=None):
         """-> Weighed."""
         given = self.given
-        other = fit(views, self.pairs, self.num_points, radius=0)
+        other = fit(views, self.pairs, radius=0)
         own = other.overlap >= OVERLAP
         either = own | (given.overlap >= OVERLAP) & np.isfinite(other.overlap)
         if either.sum() < MIN_PAIRS:
@@ -521,16 +546,20 @@ class Judge:
         gains = gains[:, own]
         parts = gains.mean(1)  # of depth and of color
         costs = other.costs[:, own]
-        beats_still = (self.still.costs[:, own] - costs).sum(0).mean() > MARGIN
-        helps = beats_still and parts.min() > -0.05 and share > given.share() - 0.02
+        still = self.still.costs[:, own]
+        beats_still = (still - costs).sum(0).mean() > MARGIN
+        no_part_worse = parts.min() > -0.05 and share > given.share() - 0.02
         changed = np.abs(gains).max(1) > 1e-9  # not the depth if only colors change
-        low, high = np.percentile(costs[changed].sum(0), (25, 75))
+        changed_costs = costs[changed].sum(0)
+        low, high = np.percentile(changed_costs, (25, 75))
         spread = (high - low) / 1.35  # a standard deviation without outliers
         lost = -total.clip(max=0).sum()
         least = max(MARGIN + 1 / own.sum(), 1.2 * spread)
-        fits = helps and share >= CLEAN and parts.sum() > least and total.sum() > 2 * lost
-        helps = helps and parts.sum() > max(HINT, 0.7 * gains.sum(0).std())
-        return Weighed(fault, words, x, gain, share, fits, helps)
+        alike = parts.sum() > least and total.sum() > 2 * lost
+        hinted = parts.sum() > max(HINT, 0.7 * gains.sum(0).std())
+        better = beats_still and no_part_worse
+        fits = better and share >= CLEAN and alike and self.look_alikes(other) < MIN_PAIRS
+        return Weighed(fault, words, x, gain, share, fits, helps=better and hinted)
 
     def search(self, change, starts, step, fault, words):
         """The best value x of a continuous alternative change(views, x) -> Weighed.
@@ -543,10 +572,12 @@ class Judge:
         best = max(map(weigh, starts), key=lambda one: one.gain)
         if best.gain < -0.3:
             return best
-        axes = np.eye(np.size(best.x)).reshape(-1, *np.shape(best.x))
+        axes = np.eye(np.size(best.x))
+        axes = axes.reshape(-1, *np.shape(best.x))
         for _ in range(6):
-            around = [best.x + step * axis for axis in (*axes, *-axes)]
-            best = max([best, *map(weigh, around)], key=lambda one: one.gain)
+            x = best.x
+            around = [x + step * axis for axis in (*axes, *-axes)]
+            best = max(best, *map(weigh, around), key=lambda one: one.gain)
             step /= 2
         return best
 
@@ -556,7 +587,7 @@ class Judge:
 
     def search_scale(self):
         """The factor of the translations."""
-        logs = 0.35 * np.arange(1, 27)
+        logs = np.append(0.35 * np.arange(1, 27), [0.1, 0.2])
         best = self.search(scale_motion, [*-logs, *logs], 0.17, "units", lambda x: "")
         shrinks = best.gain > MARGIN and best.x < 0
         if shrinks and best.gain < self.weigh_scale(-20).gain + 0.8:
@@ -565,17 +596,24 @@ class Judge:
 
     def search_focal(self, fields, what):
         """The factor of focal lengths."""
+        def scale(views, x):
+            return scale_focal(views, x, fields)
+
+        def words(x):
+            return f"focal lengths of {what} times {np.exp(x):.3g}"
+
         logs = (0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5)
-        return self.search(lambda views, x: scale_focal(views, x, fields), logs, 0.08, "focal length",
-                           lambda x: f"focal lengths of {what} times {np.exp(x):.3g}")
+        return self.search(scale, logs, 0.08, "focal length", words)
 
     def search_center(self):
         """The offset of the principal points."""
-        grid = itertools.product((0, -0.1, 0.1, -0.2, 0.2), repeat=2)
-        starts = [np.array(offset) for offset in grid if any(offset)]
-        return self.search(shift_center, starts, 0.05, "cropped images", lambda x: (
-            f"principal points {100 * x[0]:.1f} % of the width to the right and {100 * x[1]:.1f} % of the "
-            "height down"))
+        def words(offset):
+            right, down = 100 * offset
+            return f"principal points {right:.1f} % of the width to the right and {down:.1f} % of the height down"
+
+        shares = (0, -0.1, 0.1, -0.2, 0.2)
+        starts = [np.array(offset) for offset in itertools.product(shares, repeat=2) if any(offset)]
+        return self.search(shift_center, starts, 0.05, "cropped images", words)
 
     def weigh_all(self, upright=True):
         """All alternatives -> list of Weighed, the one to prefer first if two explain equally much.
@@ -584,7 +622,11 @@ class Judge:
         turned, and not the axes of the cameras.
         """
         tried = [self.weigh(*one) for one in alternatives(self.views, upright)]
-        tried += [self.search_scale(), self.search_center(), self.search_focal(BOTH, "both images"),
-                  self.search_focal(DEPTH, "depth"), self.search_focal(COLOR, "color")]
-        late = ["mirrored"] if upright else ["mirrored", "images turned"]
+        tried += [self.search_scale(), self.search_center()]
+        tried.append(self.search_focal(BOTH, "both images"))
+        tried.append(self.search_focal(DEPTH, "depth"))
+        tried.append(self.search_focal(COLOR, "color"))
+        late = ["mirrored", "depth and color shifted in time"]
+        if not upright:
+            late.append("images turned")
         return sorted(tried, key=lambda one: one.fault in late)
