@@ -44,7 +44,7 @@ from decoder import paint_instances, scene_instances
 from encoder import ATTENTIONS
 from evaluate import Scores, evaluate, format_metrics
 from fusion import BiFusionEncoder
-from model import batches_for, build_tower, load_model
+from model import batches_for, build_tower, load_model, make_batch
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames, open_scans
 from sources.scannet import load_classes
@@ -104,7 +104,7 @@ def predict_sample(model, sample, config, queries=None, instance_score=INSTANCE_
     none. camera_height is the mean height of its cameras, meters along the world's up axis.
     """
     device = model.head.weight.device
-    batch = to_device(batches_for(model, training=False)([sample]), device)
+    batch = to_device(make_batch([sample], **model.batch_options(training=False)), device)
     colors = batch["features"][:, :3]
     if config["no_color"]:
         batch["features"] = torch.cat([torch.ones_like(colors), batch["features"][:, 3:]], 1)

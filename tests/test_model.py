@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
+import pickle
 from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import model as model_file
 import train
@@ -12,11 +14,12 @@ from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
 from helpers import ROOT, TOWER, checkpoint, last_checkpoint, run_in_folder, small
-from model import Segmenter, batches_for, instance_logits, load_model
+from model import Segmenter, batches_for, instance_logits, load_model, make_batch
 from sources.rooms import RoomFrames
-from sparse_unet import SMALL, PointEncoder
+from sparse_unet import SMALL, PointEncoder, Res16UNet34C
 from superpoints import oversegment
 from support.checkpoint import write_atomically
+from volt import Volt
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -185,6 +188,20 @@ def test_another_gate_and_another_backbone_are_one_argument_each(samples):
     out["logits"].sum().backward()
     assert network.fusion.gate.linear.weight.grad.any() and network.fusion.encoder_3d.mlp.weight.grad.any()
     assert isinstance(BiFusionEncoder(encoder, Toy()).gate, FusionGate)
+
+
+@pytest.mark.parametrize("build, options", [(Res16UNet34C, SMALL), (Volt, dict(embed_dim=64, depth=1, num_heads=1))])
+def test_what_a_loader_makes_in_advance_changes_no_bit_and_carries_no_weights(samples, build, options):
+    encoder = PointEncoder(0.15, build=build, **options).double().eval()
+    assert len(pickle.dumps(encoder.plan)) < 1000
+    collate_fn = partial(make_batch, mix=1.0, plan=encoder.plan)
+    batch, = DataLoader(samples, len(samples), collate_fn=collate_fn, num_workers=1)
+    assert torch.equal(batch["plan"]["coords"], encoder.plan(batch)["coords"])
+    planned, encoder.plan = encoder.plan, None  # so that it is not called
+    out = encoder(batch)
+    encoder.plan = planned
+    del batch["plan"]
+    assert torch.equal(encoder(batch), out)
 
 
 # ---------------------------------------------------------------------------------------------- loading
