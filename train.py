@@ -7,8 +7,8 @@
     python train.py --resume runs/NAME/last.pt                         go on
     python train.py --eval runs/NAME/best.pt                           score only
     python train.py --replay runs/NAME/bad_step_N.pt                   run a non-finite step again
-    torchrun --nproc-per-node 4 train.py --amp bf16                    one node with 4 GPUs
-    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --amp bf16
+    torchrun --nproc-per-node 4 train.py                               one node with 4 GPUs
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py
     tensorboard --logdir runs
 
 The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup
@@ -51,7 +51,7 @@ from support.distributed import (ResumableSampler, average_buffers, average_grad
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
 from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
                              image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
-                             nonnegative_int, number_in, positive_float, positive_int, run_command)
+                             nonnegative_int, num_cores, number_in, positive_float, positive_int, run_command)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms",
@@ -92,8 +92,8 @@ def build_parser():
         "instances; 0: cubes of 4 voxels stand in for them")
     add("--cache", default=".cache", help="folder for CLIP features and superpoints; 'none': compute "
         "them every time")
-    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: load in the "
-        "loop")
+    add("--workers", type=nonnegative_int, help="data-loading processes; 0: load in the loop; not given: 2, "
+        "with a GPU one per core of the process, at most 8")
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=tuple(BACKBONES), help="the 3D encoder; not given: small, or the network "
@@ -152,8 +152,8 @@ def build_parser():
         "average of all weights, with a decay per step such as 0.999; 0: the last weights")
     add("--max-grad-norm", type=positive_float, default=10.0, help="larger gradients are scaled down "
         "to it")
-    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast dtype; bf16 is recommended "
-        "on a GPU")
+    add("--amp", choices=tuple(AMP_DTYPES), help="autocast dtype; off: float32; not given: bf16 on a GPU that "
+        "has it, else off")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
@@ -203,6 +203,11 @@ def parse_args(argv=None, defaults=None):
 
     if args.isolate_clip:
         args.clip_weights = (0.0,) * len(args.clip_weights)
+    on_gpu = args.device.startswith("cuda") if args.device else torch.cuda.is_available()
+    if args.amp is None:
+        args.amp = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if args.workers is None:
+        args.workers = min(8, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 2
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if args.val_rooms is None:

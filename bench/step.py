@@ -113,7 +113,7 @@ def setup(network, device, folder, scenes=None, options=()):
     the images.
     """
     args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none",
-                             "--frames-per-room", "1", "--device", device, "--cache", folder, *options])
+                             "--frames-per-room", "1", "--device", device, "--amp", "off", "--cache", folder, *options])
     if device == "cuda":
         args.batch_size = 8
     elif args.backbone == "res16unet34c":
