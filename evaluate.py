@@ -32,7 +32,7 @@ class Scores:
         self.instances = InstanceMeter(range(1, num_classes + 1), min_instance_points)
 
     def update(self, labels, truth):
-        """labels, truth: (P,) integers, -1 = none."""
+        """Adds points: labels, truth (P,) integers, -1 = none."""
         self.semantics.update(labels, truth)
 
     def update_instances(self, scene, truth, truth_instances):
@@ -57,26 +57,22 @@ class Scores:
         metrics = {"miou": mean, "iou": iou.tolist()}
         if self.with_instances:
             metrics |= self.instances.compute()
-            metrics["aps"] = list(metrics.pop("per_class").values())
+            metrics["aps"] = [*metrics.pop("per_class").values()]
         return metrics
 
 
 @torch.no_grad()
 def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, world_size=1):
-    """Scores of a Segmenter over a loader of labelled batches and all processes; see `Scores.compute`.
-
-    loader: batches of `model.make_batch` for evaluation. The model's mode is left as it was found.
-    """
+    """Scores of a Segmenter over the batches of a loader, of all processes; see `Scores.compute`."""
     was_training = model.training
     model.eval()
     device = model.head.weight.device
     has_decoder = model.decoder is not None
-    is_half = amp_dtype != torch.float32
     scores = Scores(model.head.out_features, has_decoder, min_instance_points, device)
     for batch in loader:
         batch = to_device(batch, device)
         labels = batch["labels"]
-        with torch.autocast(device.type, amp_dtype, enabled=is_half):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             out = model(batch)
         scores.update(out["logits"].argmax(1), labels)
         if not has_decoder:
@@ -108,8 +104,8 @@ def ground_truth_ids(labels, instances):
         raise ValueError(f"a class has {number.max() + 1} instances in one sample, ScanNet's ids allow "
                          f"{LABEL_DIVISOR}")
     ids = torch.zeros_like(labels)
-    id_of_key = (kinds + 1) * LABEL_DIVISOR + number
-    ids[counted] = id_of_key[index]
+    keys = (kinds + 1) * LABEL_DIVISOR + number
+    ids[counted] = keys[index]
     return ids
 
 
@@ -139,14 +135,12 @@ def format_metrics(metrics, class_names):
 
 def log_metrics(log, metrics, class_names):
     """Writes what `evaluate` returns, and sums it up in one line."""
-    words = []
-    for name in ("miou", "ap", "ap50", "ap25"):
-        if name in metrics:
-            log.add_scalar(f"val/{name}", metrics[name])
-            words.append(f"{name} {metrics[name]:.3f}")
+    scores = {name: value for name, value in metrics.items() if name not in ("iou", "aps")}
+    for name, value in scores.items():
+        log.add_scalar(f"val/{name}", value)
     for name, value in zip(class_names, metrics["iou"]):
         log.add_scalar(f"val_iou/{name}", value)
-    return ", ".join(words)
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -156,9 +150,8 @@ def visualize(log, model, dataset, class_names, min_instance_points):
     """Writes what the network makes of 4 samples, and of the cloud of the first scene, to TensorBoard."""
     names = frame_names(dataset.frames)
     samples = range(len(dataset))
-    first_frames = [dataset.frame_indices(index)[0] for index in samples]
-    scenes = group_by_scene([names[frame] for frame in first_frames])
-    scene, members = next(iter(scenes.items()))
+    first_names = [names[dataset.frame_indices(index)[0]] for index in samples]
+    scene, members = next(iter(group_by_scene(first_names).items()))
     shown = evenly(samples, 4)
     in_cloud = evenly(members, 8)
     model.eval()
@@ -219,10 +212,10 @@ def first_view(model, dataset, index, min_instance_points):
 def clip_features(model, batch, image_size):
     """CLIP's tokens of the first view (D, Hf, Wf), and at each point (N, D), 0 if no view sees it."""
     if "clip_tokens" in batch:
-        tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
+        tokens = batch["clip_tokens"][0]  # (V, D, Hf, Wf)
     else:
         tokens, _ = model.fusion.encoder_2d.encode(batch["images"][0])
-        tokens = tokens.float()
+    tokens = tokens.float()
     _, (at_points,) = model.fusion.sample(batch, image_size, [tokens])
     return tokens[0], at_points
 
