@@ -67,18 +67,15 @@ def voxelize(points, batch_idx, voxel_size):
     if not voxel_size > 0:
         raise ValueError(f"voxel_size must be positive, got {voxel_size}")
     xyz = torch.floor(points / voxel_size)
-    in_range = xyz.abs() < COORD_LIMIT  # also False for NaN
+    outside = ~(xyz.abs() < COORD_LIMIT).all(1)  # NaN, too
+    if outside.any():
+        bad = outside.nonzero()[0].item()
+        raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 voxels of "
+                         f"{voxel_size} m")
     coords = torch.cat((batch_idx[:, None], xyz.long()), 1)  # (N, 4), one row per point
     if not len(coords):
         return coords, coords.new_empty(0)
-    flags = in_range.all().expand(4)
-    low, high = coords.aminmax(dim=0)
-    low, high, flags = torch.stack((low, high, flags)).tolist()  # a GPU is waited for once
-    if not flags[0]:
-        outside = (~in_range).any(1)
-        bad = outside.nonzero()[0].item()
-        xyz = points[bad].tolist()
-        raise ValueError(f"point {bad} is {xyz}: not finite, or beyond 2^31 voxels of {voxel_size} m")
+    low, high = torch.stack(coords.aminmax(dim=0)).tolist()
     return _unique(coords, low, high)
 
 

@@ -58,19 +58,15 @@ def partition(coords):
     bases = (*extent, PATCH, PATCH, PATCH)
     for digit, base in zip(digits.unbind(1), bases):
         key = key * base + digit
-    key, order = key.sort()
 
-    # number the patches, and count those of each scene
-    begins = torch.ones_like(key)  # 1 at the first voxel of a patch, else 0
-    begins[1:] = key[1:] // SLOTS != key[:-1] // SLOTS
-    lengths = key.new_zeros(num_scenes).index_add_(0, batch[order], begins)
-    twins = (key[1:] == key[:-1]).sum()
-    *lengths, twins = torch.cat((lengths, twins[None])).tolist()
+    keys, index = (key // SLOTS).unique(return_inverse=True)  # (T,), and the patch of each voxel
+    row = index * SLOTS + key % SLOTS
+    twins = len(row) - len(row.unique())
     if twins:
         raise ValueError(f"coords hold {twins} duplicates: voxelize first")
-    sorted_row = (begins.cumsum(0) - 1) * SLOTS + key % SLOTS
-    row = torch.empty_like(order).index_copy_(0, order, sorted_row)
-    position = patch.new_empty(sum(lengths), 3).index_copy_(0, row // SLOTS, patch)  # equal rows meet
+    position = patch.new_empty(len(keys), 3).index_copy_(0, index, patch)  # equal rows meet
+    owner = batch.new_empty(len(keys)).index_copy_(0, index, batch)
+    lengths = torch.bincount(owner).tolist()
     return position, row, lengths
 
 
@@ -141,7 +137,8 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(HEAD) if qk_norm else nn.Identity()
 
     def forward(self, x, phases, lengths):
-        q, k, v = self.qkv(x).view(-1, 3, self.num_heads, HEAD).unbind(1)  # (T, nh, HEAD)
+        qkv = self.qkv(x).view(-1, 3, self.num_heads, HEAD)
+        q, k, v = qkv.unbind(1)  # (T, nh, HEAD)
         q = rotate(self.q_norm(q), phases).to(v.dtype)
         k = rotate(self.k_norm(k), phases).to(v.dtype)
         return self.proj(attend(q, k, v, lengths).flatten(1))
