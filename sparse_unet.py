@@ -453,12 +453,18 @@ NETWORKS = {  # options of Res16UNet34C
 def plan_unet(coords, stem=5):
     """The kernel maps of Res16UNet34C for voxels coords (M, 4): a list of ten pairs (table, num_in)."""
     grid = VoxelGrid(coords)
-    maps = [grid.neighbors(stem), grid.neighbors(3)]
+    table = grid.neighbors(stem).table
+    # the 3 x 3 x 3 offsets in the middle of the stem's are those of the other kernels
+    offsets = torch.arange(stem ** 3, device=coords.device).view(stem, stem, stem)
+    middle = slice(stem // 2 - 1, stem // 2 + 2)
+    inner = table.index_select(1, offsets[middle, middle, middle].flatten())
+    tables = [(table, len(grid)), (inner, len(grid))]
     for _ in range(4):
-        maps.append(grid.down())
+        down = grid.down()
+        tables.append((down.table, down.num_in))
         grid = grid.coarser
-        maps.append(grid.neighbors(3))
-    return [(kernel_map.table, kernel_map.num_in) for kernel_map in maps]
+        tables.append((grid.neighbors(3).table, len(grid)))
+    return tables
 
 
 class Res16UNet34C(nn.Module):
