@@ -207,7 +207,8 @@ def parse_args(argv=None, defaults=None):
     if args.amp is None:
         args.amp = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if args.workers is None:
-        args.workers = min(8, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 2
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(1, min(8, num_cores() // local_processes)) if on_gpu else 2
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if args.val_rooms is None:

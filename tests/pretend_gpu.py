@@ -28,10 +28,15 @@ waits = []    # operations that waited for the device, with the line of the proj
 kernels = []  # operations that were queued
 
 
+def dispatch(self, func, types, args=(), kwargs=None):
+    return execute(func, args, kwargs or {})
+
+
 class GpuTensor(torch.Tensor):
     """Claims to lie on cuda:0; `inner` does the work."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_dispatch__ = classmethod(dispatch)
 
     @staticmethod
     def __new__(cls, inner):
@@ -40,10 +45,6 @@ class GpuTensor(torch.Tensor):
             dtype=inner.dtype, device=torch.device("cuda", 0))
         out.inner = inner
         return out
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return execute(func, args, kwargs or {})
 
     def tolist(self):
         return self.cpu().tolist()
@@ -55,8 +56,7 @@ class GpuTensor(torch.Tensor):
 
 
 class Mode(TorchDispatchMode):  # sees the operations that make a tensor, too
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return execute(func, args, kwargs or {})
+    __torch_dispatch__ = dispatch
 
 
 def on_host(x):
