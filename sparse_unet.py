@@ -228,7 +228,8 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
         table[iz, :columns] = torch.where(keys[position] == target, position, num_in)
     if mirrored and columns > 1:
         found = _invert(table[:, :columns - 1].flatten(0, 1), num_in)
-        table[:, columns:] = found.view(K, columns - 1, num_out).flip(0, 1)
+        found = found.view(K, columns - 1, num_out)
+        table[:, columns:] = found.flip(0, 1)
     table = table.flatten(0, 1).t().contiguous()
 
     # from sorted rows back to the order of coords
@@ -249,9 +250,8 @@ GPU_BLOCK = 2 ** 27
 
 
 def use_im2col(device, num_out, c_in, c_out):
-    # im2col: one product for all offsets. On a CPU one product per offset is faster, because it skips empty
-    # neighbors, except with few rows, where the calls cost more than they save, and with few channels
-    # (colors), where gathered rows are too short. On a GPU every call is a kernel launch.
+    # im2col: one product for all offsets. On a CPU one per offset is faster, because it skips empty
+    # neighbors, except with few rows, where calls dominate, and with few channels (colors).
     return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 20
 
 
@@ -351,9 +351,9 @@ def sparse_conv(feats, kernel, kernel_map, transposed=False):
 
 
 class SparseConv(nn.Module):
-    """Sparse convolution, kernel (K^3, Cin, Cout); the kernel map given to forward sets the stride.
+    """Sparse convolution, kernel (K^3, Cin, Cout); the map given to forward sets the stride.
 
-    With kernel_size 1 the kernel is (Cin, Cout), forward needs no map, and there may be a bias (1, Cout).
+    With kernel_size 1 the kernel is (Cin, Cout) and forward needs no map. bias: (1, Cout).
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, bias=False):
@@ -377,8 +377,8 @@ class SparseConv(nn.Module):
 class BatchNorm(nn.Module):
     """BatchNorm1d under the key `bn`, as in MinkowskiEngine.
 
-    A single row, as at the coarsest level of a small scene, has no variance: running statistics serve then
-    in training, too, and stay. A synchronized norm in place of `bn` counts the rows of all processes.
+    A single row, as at the coarsest level of a small scene, has no variance: running statistics serve
+    then. A synchronized norm in place of `bn` counts the rows of all processes.
     """
 
     def __init__(self, channels, momentum=0.02):
@@ -569,8 +569,8 @@ class PointEncoder(nn.Module):
 
     voxel_size: in meters. in_channels: F, the channels of the point features. out_channels: if the
     network's differ, a linear layer maps the voxels to out_channels; None: the network's. build: makes a
-    module (coords (M, 4), feats (M, F)) -> (M, its out_channels) of in_channels and options; if it has a
-    function `plan`, it is called with coords, features and plan(coords).
+    module (coords (M, 4), feats (M, F)) -> (M, its out_channels) of in_channels and options; one with a
+    function `plan` is called with plan(coords), too.
     color_mean, color_std: the network sees (features - color_mean) / color_std, numbers or sequences of F
     numbers; None: it sees ones, whatever the features. COLORS has those of other projects.
     """
