@@ -235,7 +235,7 @@ def synchronize_batch_norm(model):
     """
     if _world_size() == 1:
         return
-    on_gpu = next(model.parameters()).is_cuda
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     for name, module in model.named_modules():
         if type(module) is nn.BatchNorm1d:
             if not (module.affine and module.track_running_stats and module.momentum is not None):
