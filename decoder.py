@@ -39,11 +39,10 @@ def pool(feats, index, count):
 def draw_queries(superpoint_batch, seeds=None, min_share=1.0):
     """The superpoints that become queries: of every scene a random share between min_share and all.
 
-    superpoint_batch (S,) int64, sorted. seeds: B integers, on which alone the draws depend; with min_share
-    1, in evaluation, nothing is drawn. Made in advance, so that the decoder never waits for a GPU. Returns
-    a dict, its tensors on the CPU: "rows" (Q,) int64, the superpoint of each query, scene after scene;
-    "query" (B, Q_max) int64, the same counted within the scene, -1 in padding; "sizes" and "query_sizes",
-    lists of B integers; "padding" (B, S_max) bool, True beyond the superpoints of a scene.
+    superpoint_batch (S,) int64, sorted. seeds: B integers, on which alone the draws depend; with min_share 1,
+    in evaluation, nothing is drawn. Returns a dict, its tensors on the CPU: "rows" (Q,) int64, the superpoint
+    of each query, scene after scene; "query" (B, Q_max) int64, the same counted within the scene, -1 in
+    padding; "sizes" and "query_sizes", lists of B integers; "padding" (B, S_max) bool, True beyond a scene.
     """
     if len(superpoint_batch) == 0:
         raise ValueError("no superpoint in the whole batch")
@@ -72,8 +71,7 @@ def pad_scenes(rows, sizes):
     parts = []
     for scene in rows.split(sizes):
         parts += [scene, zeros[:longest - len(scene)]]
-    padded = torch.cat(parts)  # one copy, and none in the backward pass
-    return padded.view(len(sizes), longest, *rows.shape[1:])
+    return torch.cat(parts).unflatten(0, (len(sizes), longest))  # one copy, and none in the backward pass
 
 
 def unpad_scenes(padded, sizes):

@@ -4,6 +4,8 @@
 Imports torch, numpy, and its siblings data, decoder, metrics, model, support/distributed and
 support/visualize.
 """
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,13 +32,11 @@ class Scores:
         self.instances = InstanceMeter(range(1, num_classes + 1), min_instance_points)
 
     def update(self, labels, truth):
-        """labels, truth: (P,) integers, -1 = none."""
+        """Adds points: labels, truth (P,) integers, -1 = none."""
         self.semantics.update(labels, truth)
 
     def update_instances(self, scene, truth, truth_instances):
-        """scene: "masks" (R, P), "labels" (R,) and "scores" (R,) of one sample. truth, truth_instances:
-        (P,) int64.
-        """
+        """scene: masks (R, P), labels (R,), scores (R,) of a sample; truth, truth_instances (P,) int64."""
         prediction = {**scene, "labels": scene["labels"] + 1}
         self.instances.update(prediction, ground_truth_ids(truth, truth_instances))
 
@@ -44,57 +44,54 @@ class Scores:
         """Sums over all processes."""
         if world_size > 1:
             dist.all_reduce(self.semantics.confusion)
-            self.instances.scenes = sum(gather_objects(self.instances.scenes, world_size), [])
+            scenes = gather_objects(self.instances.scenes, world_size)
+            self.instances.scenes = sum(scenes, [])
 
     def compute(self):
-        """{"miou": float, "iou": [K]}; with instances also {"ap", "ap50", "ap25": float, "aps": [K] of
-        (AP, AP50, AP25)}.
-        """
+        """{"miou": float, "iou": [K]}; with instances also "ap", "ap50", "ap25" and "aps", [K] of all three."""
         per_class = self.semantics.compute()["per_class"]
         has_truth = self.semantics.confusion.sum(1).cpu() > 0  # (K,)
-        iou = torch.tensor(list(per_class.values()), dtype=torch.float64)  # (K,)
+        iou = torch.tensor([*per_class.values()], dtype=torch.float64)  # (K,)
         iou = iou.where(has_truth, torch.nan)
-        metrics = {"miou": iou.nanmean().item(), "iou": iou.tolist()}
+        mean = iou.nanmean().item()
+        metrics = {"miou": mean, "iou": iou.tolist()}
         if self.with_instances:
-            result = self.instances.compute()
-            metrics |= {name: result[name] for name in ("ap", "ap50", "ap25")}
-            metrics["aps"] = list(result["per_class"].values())
+            metrics |= self.instances.compute()
+            metrics["aps"] = [*metrics.pop("per_class").values()]
         return metrics
 
 
 @torch.no_grad()
 def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, world_size=1):
-    """Scores of a Segmenter over a loader of labelled batches and all processes; see `Scores.compute`.
-
-    loader: batches of `model.make_batch` for evaluation. The model's mode is left as it was found.
-    """
+    """Scores of a Segmenter over the batches of a loader, of all processes; see `Scores.compute`."""
     was_training = model.training
     model.eval()
     device = model.head.weight.device
-    scores = Scores(model.head.out_features, model.decoder is not None, min_instance_points, device)
+    has_decoder = model.decoder is not None
+    scores = Scores(model.head.out_features, has_decoder, min_instance_points, device)
     for batch in loader:
         batch = to_device(batch, device)
+        labels = batch["labels"]
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             out = model(batch)
-        scores.update(out["logits"].argmax(1), batch["labels"])
-        if model.decoder is None:
+        scores.update(out["logits"].argmax(1), labels)
+        if not has_decoder:
             continue
         scenes = scene_instances(out["decoder"], batch["point_to_superpoint"], batch["batch"],
                                  min_points=min_instance_points)
         for b, scene in enumerate(scenes):
             points = batch["batch"] == b
-            scores.update_instances(scene, batch["labels"][points], batch["instances"][points])
+            scores.update_instances(scene, labels[points], batch["instances"][points])
     model.train(was_training)
     scores.synchronize(world_size)
     return scores.compute()
 
 
 def ground_truth_ids(labels, instances):
-    """labels, instances (P,) int64, -1 = none -> (P,) ids of `InstanceMeter`: (label + 1) * 1000 +
-    instance, 0 = none.
+    """labels, instances (P,) int64, -1 = none -> ids (P,) of `InstanceMeter`, for labels from 1; 0 = none.
 
-    The instances are numbered anew within each class, because the data's own numbers may exceed 999.
-    ValueError if a class has more than 1,000 in this sample.
+    Instances are numbered anew within each class, because the data's own numbers may exceed 999. ValueError
+    if a class has more than 1,000 in this sample.
     """
     counted = (labels >= 0) & (instances >= 0)
     values, place = torch.unique(instances[counted], return_inverse=True)
@@ -107,26 +104,30 @@ def ground_truth_ids(labels, instances):
         raise ValueError(f"a class has {number.max() + 1} instances in one sample, ScanNet's ids allow "
                          f"{LABEL_DIVISOR}")
     ids = torch.zeros_like(labels)
-    ids[counted] = (kinds[index] + 1) * LABEL_DIVISOR + number[index]
+    keys = (kinds + 1) * LABEL_DIVISOR + number
+    ids[counted] = keys[index]
     return ids
 
 
 def format_metrics(metrics, class_names):
-    """The table that a run ends with: IoU, and AP if there is one, of every class, their means, classes
-    without truth.
-    """
-    columns = ["AP", "AP50", "AP25"] if "ap" in metrics else []
-    no_scores = [()] * len(class_names)
-    rows = zip(class_names, metrics["iou"], metrics.get("aps", no_scores))
-    absent = [name for name, iou in zip(class_names, metrics["iou"]) if iou != iou]
-    means = [metrics[name.lower()] for name in columns]
+    """The table that a run ends with: IoU and, if there is one, AP of every class, and their means."""
+    columns = ["IoU"]
+    means = [metrics["miou"]]
+    rows = [[iou] for iou in metrics["iou"]]
+    if "ap" in metrics:
+        columns += ["AP", "AP50", "AP25"]
+        means += [metrics["ap"], metrics["ap50"], metrics["ap25"]]
+        rows = [[iou, *aps] for iou, aps in zip(metrics["iou"], metrics["aps"])]
+    absent = [name for name, (iou, *_) in zip(class_names, rows) if math.isnan(iou)]
 
     def line(title, values):
-        return f"{title:<24}" + "".join(f"{value:>8.3f}" for value in values)
+        cells = [f"{value:>8.3f}" for value in values]
+        return f"{title:<24}{''.join(cells)}"
 
-    lines = [f"{'class':<24}" + "".join(f"{name:>8}" for name in ["IoU", *columns])]
-    lines += [line(name, [iou, *scores]) for name, iou, scores in rows]
-    lines.append(line(f"mean, {len(class_names) - len(absent)} classes", [metrics["miou"], *means]))
+    header = [f"{name:>8}" for name in columns]
+    lines = [f"{'class':<24}{''.join(header)}"]
+    lines += map(line, class_names, rows)
+    lines.append(line(f"mean, {len(rows) - len(absent)} classes", means))
     if absent:
         lines.append(f"without truth, left out: {', '.join(absent)}")
     return "\n".join(lines)
@@ -134,7 +135,7 @@ def format_metrics(metrics, class_names):
 
 def log_metrics(log, metrics, class_names):
     """Writes what `evaluate` returns, and sums it up in one line."""
-    scores = {name: metrics[name] for name in ("miou", "ap", "ap50", "ap25") if name in metrics}
+    scores = {name: value for name, value in metrics.items() if name not in ("iou", "aps")}
     for name, value in scores.items():
         log.add_scalar(f"val/{name}", value)
     for name, value in zip(class_names, metrics["iou"]):
@@ -146,16 +147,17 @@ def log_metrics(log, metrics, class_names):
 
 
 def visualize(log, model, dataset, class_names, min_instance_points):
-    """Writes to TensorBoard what the network makes of 4 samples of a set, and of the cloud of its first
-    scene.
-    """
+    """Writes what the network makes of 4 samples, and of the cloud of the first scene, to TensorBoard."""
     names = frame_names(dataset.frames)
-    first_names = [names[dataset.frame_indices(index)[0]] for index in range(len(dataset))]
+    samples = range(len(dataset))
+    first_names = [names[dataset.frame_indices(index)[0]] for index in samples]
     scene, members = next(iter(group_by_scene(first_names).items()))
-    shown = evenly(range(len(dataset)), 4)
+    shown = evenly(samples, 4)
     in_cloud = evenly(members, 8)
     model.eval()
-    views = {index: first_view(model, dataset, index, min_instance_points) for index in {*shown, *in_cloud}}
+    views = {}
+    for index in {*shown, *in_cloud}:
+        views[index] = first_view(model, dataset, index, min_instance_points)
     model.train()
     log.add_images(visualizations([views[index] for index in shown], class_names))
     merged = clouds([views[index] for index in in_cloud])
@@ -165,19 +167,19 @@ def visualize(log, model, dataset, class_names, min_instance_points):
 
 def evenly(items, count):
     """At most `count` items, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items)))
-    return [items[place] for place in places.round().astype(int)]
+    count = min(count, len(items))
+    places = np.linspace(0, len(items) - 1, count).round()
+    return [items[int(place)] for place in places]
 
 
 @torch.no_grad()
 def first_view(model, dataset, index, min_instance_points):
-    """What the network makes of a sample, seen from its first frame, as `visualizations` and `clouds`
-    take it.
-    """
-    collate_fn = batches_for(model, training=False)
-    batch = to_device(collate_fn([dataset[index]]), model.head.weight.device)
+    """What the network makes of a sample, from its first frame, as `visualizations` and `clouds` take it."""
+    batch = batches_for(model, training=False)([dataset[index]])
+    batch = to_device(batch, model.head.weight.device)
     out = model(batch)
-    images = [to_tensor(dataset.images_only[i]) for i in dataset.frame_indices(index)]  # V of (3, H, W)
+    frames = dataset.frame_indices(index)
+    images = [to_tensor(dataset.images_only[frame]) for frame in frames]  # V of (3, H, W)
     size = images[0].shape[1:]
     uv, visible, _ = model.fusion.project(batch, size)
     pose = batch["world2cam"][0, 0]
@@ -210,29 +212,34 @@ def first_view(model, dataset, index, min_instance_points):
 def clip_features(model, batch, image_size):
     """CLIP's tokens of the first view (D, Hf, Wf), and at each point (N, D), 0 if no view sees it."""
     if "clip_tokens" in batch:
-        tokens = batch["clip_tokens"][0].float()  # (V, D, Hf, Wf)
+        tokens = batch["clip_tokens"][0]  # (V, D, Hf, Wf)
     else:
-        tokens = model.fusion.encoder_2d.encode(batch["images"][0])[0].float()
+        tokens, _ = model.fusion.encoder_2d.encode(batch["images"][0])
+    tokens = tokens.float()
     _, (at_points,) = model.fusion.sample(batch, image_size, [tokens])
     return tokens[0], at_points
 
 
 def second_on_first_view(model, batch, images, count=4000):
-    """Points of the second view's depth image on the first view's image: uv (n, 2), and their colors
-    (n, 3) there.
+    """Points of the second view's depth on the first view's image: uv (n, 2), and their colors (n, 3).
 
     They do not fit that image if a pose is wrong.
     """
-    pose = batch.get("depth_world2cam", batch["world2cam"])[0, 1]
+    pose = batch.get("depth_world2cam", batch["world2cam"])
+    pose = pose[0, 1].cpu().double()
+    intrinsics = batch["depth_intrinsics"][0, 1].cpu().double()
     depth = batch["depth"][0, 1].cpu()
-    pixels = depth.nonzero()  # (n, 2), v and u
-    pixels = pixels[::max(1, len(pixels) // count)]
-    points = unproject(pixels.flip(1).numpy(), depth[tuple(pixels.T)].numpy(),
-                       batch["depth_intrinsics"][0, 1].cpu().double().numpy(), pose.cpu().double().numpy())
-    scene = {key: batch[key][:, :2].cpu() for key in ("world2cam", "intrinsics")}
-    scene["points"] = torch.from_numpy(points).float()
-    scene["batch"] = torch.zeros(len(points), dtype=torch.int64)
-    uv, visible, _ = model.fusion.project(scene, images[0].shape[1:])
+    v, u = depth.nonzero(as_tuple=True)
+    step = max(1, len(u) // count)
+    v, u = v[::step], u[::step]
+    pixels = torch.stack([u, v], 1)
+    points = unproject(pixels.numpy(), depth[v, u].numpy(), intrinsics.numpy(), pose.numpy())
+    scene = {"points": torch.from_numpy(points).float(),
+             "batch": torch.zeros(len(points), dtype=torch.int64),
+             "world2cam": batch["world2cam"][:, :2].cpu(),
+             "intrinsics": batch["intrinsics"][:, :2].cpu()}
+    first, second = images[:2]
+    uv, visible, _ = model.fusion.project(scene, first.shape[1:])
     uv = uv[visible.all(1)]  # (n, 2, 2)
-    u, v = uv[:, 1].round().long().unbind(1)
-    return uv[:, 0], images[1][:, v, u].T
+    u, v = uv[:, 1].round().long().T
+    return uv[:, 0], second[:, v, u].T

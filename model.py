@@ -2,11 +2,10 @@
 """The whole network: fused point features, and the semantics and instances that are read off them.
 
     from model import load_model
-    model, class_names, config = load_model("runs/NAME/best.pt")          # in eval mode, ready for predict.predict_frames
+    model, class_names, config = load_model("runs/NAME/best.pt")     # in eval mode
 
 `Segmenter` puts a linear semantic head and, if wanted, an instance decoder behind a `BiFusionEncoder`.
-`build_model` makes one from the options of a run, a plain dict; `load_model` from a checkpoint. Another
-backbone or gate is one line of `build_model`.
+`build_model` makes one from the options of a run; another backbone or gate is one line there.
 
 Imports torch, and its siblings data, decoder, encoder, fusion, losses, sparse_unet, volt,
 support/checkpoint and support/pretrained.
@@ -39,11 +38,10 @@ class Segmenter(nn.Module):
     """Semantic logits for every point, and instances as sets of superpoints.
 
     fusion: a BiFusionEncoder with outputs (N, embed_dim). decoder: an InstanceDecoder, or None for
-    semantics alone. With a decoder, the logits of a point are the sum of its own, its superpoint's, and
-    those of the instances that hold
-    its superpoint: the point sees sharper borders, the superpoint more context, and an instance the
-    whole object.
-    cell: metres; cubes of this size stand in for superpoints that samples do not have.
+    semantics alone. With it, the logits of a point are the sum of its own, its superpoint's, and those
+    of the instances that hold its superpoint: the point sees sharper borders, the superpoint more
+    context, and an instance the whole object. cell: meters; cubes of this size stand in for superpoints
+    that samples do not have.
     """
 
     def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
@@ -56,16 +54,12 @@ class Segmenter(nn.Module):
             self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
 
     def forward(self, batch, with_dense=False):
-        """batch of `make_batch` -> the output of `fusion` and of `decode`. with_dense: see
-        `BiFusionEncoder.forward`.
-        """
+        """batch of `make_batch` -> the output of `BiFusionEncoder.forward` and of `decode`."""
         fused = self.fusion(batch, with_dense)
         return {**fused, **self.decode(fused["feat_fusion"], batch)}
 
     def decode(self, feat_fusion, batch):
-        """Fused features (N, C) of a batch -> a dict of "logits" (N, K) and, with a decoder, "decoder",
-        its output.
-        """
+        """Fused features (N, C) -> "logits" (N, K) and, with a decoder, "decoder", its output."""
         logits = self.head(feat_fusion)  # (N, K)
         if self.decoder is None:
             return {"logits": logits}
@@ -85,9 +79,7 @@ class Segmenter(nn.Module):
         return {"logits": logits + wide.index_select(0, point_to_superpoint), "decoder": decoded}
 
     def batch_options(self, training):
-        """Keyword arguments of `make_batch` for this network: for a training step, or else for
-        evaluation.
-        """
+        """Keyword arguments of `make_batch` for this network, for a training step or for evaluation."""
         if self.decoder is None:
             return {}
         query_share = self.decoder.min_query_share if training else 1.0
@@ -95,10 +87,10 @@ class Segmenter(nn.Module):
 
 
 def instance_logits(decoded):
-    """What the instances say about the class of their superpoints: (S, K), the mean of the queries'
-    class logits without "no object", weighted by their masks. A superpoint that is in no mask gets 0.
+    """What the instances say about the class of their superpoints, (S, K).
 
-    decoded: the decoder's output, of which the last prediction is read.
+    The mean of the queries' class logits without "no object", weighted by their masks; a superpoint in
+    no mask gets 0. decoded: the decoder's output, of which the last prediction is read.
     """
     is_query = (decoded["query"] >= 0)[..., None]                    # (B, Q, 1)
     held = decoded["mask_logits"][-1].sigmoid() * is_query           # (B, Q, S)
@@ -108,31 +100,33 @@ def instance_logits(decoded):
     return unpad_scenes(logits, decoded["sizes"])
 
 
-def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False, mix=0.0):
+def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False, mix=0.0, plan=None):
     """Samples -> a batch with all that a step needs of it alone, so that nothing waits for a GPU later.
 
     cell: None for a network without decoder. Otherwise the superpoints are numbered (see
-    `data.collate`), and the batch holds "queries", the result of `decoder.draw_queries`, and
-    with_targets also "targets", of `losses.instance_targets`. `Segmenter.batch_options` has the right
-    values. mix: see `data.mix_scenes`.
+    `data.collate`), and the batch holds "queries", of `decoder.draw_queries`, and with_targets
+    "targets", of `losses.instance_targets`; `Segmenter.batch_options` has the right values. mix: see
+    `data.mix_scenes`. plan: a function of the 3D encoder, or None. Its result for the batch is "plan",
+    which the encoder then uses: whoever changes "coords" must remove it.
     """
     batch = collate(samples, cell)
     if mix:
         batch = mix_scenes(batch, mix)
+    if plan is not None:
+        batch["plan"] = plan(batch)
     if cell is None:
         return batch
     batch["queries"] = draw_queries(batch["superpoint_batch"], batch["seed"], min_query_share)
     if with_targets:
-        batch["targets"] = instance_targets(batch["labels"], batch["instances"], batch["point_to_superpoint"],
-                                            batch["superpoint_batch"])
+        names = ("labels", "instances", "point_to_superpoint", "superpoint_batch")
+        batch["targets"] = instance_targets(*(batch[name] for name in names))
     return batch
 
 
 def batches_for(model, training, mix=0.0):
-    """The collate_fn of a DataLoader for a Segmenter: batches for training steps, or else for
-    evaluation.
-    """
-    return partial(make_batch, **model.batch_options(training), mix=mix)
+    """The collate_fn of a DataLoader for a Segmenter, for training steps or for evaluation."""
+    plan = getattr(model.fusion.encoder_3d, "plan", None)
+    return partial(make_batch, **model.batch_options(training), mix=mix, plan=plan)
 
 
 # --------------------------------------------------------------------------------- building and loading
@@ -151,9 +145,7 @@ def build_tower(config):
 
 
 def open_backbone(args):
-    """The weights of --init-3d. Sets args.backbone and args.colors, unless given, to what they were
-    trained with.
-    """
+    """The weights of --init-3d; sets args.backbone and args.colors, unless given, to what fits them."""
     network, colors, loaded = load_backbone(args.init_3d, Res16UNet34C, NETWORKS, build_volt=Volt)
     channels = network.options["in_channels"]
     if channels != 3 + 3 * args.normals:
@@ -175,9 +167,7 @@ def open_backbone(args):
 
 
 def count_features(frames, args):
-    """Features per point. Raises ValueError if the frames have more than the color, but the options know
-    colors and normals alone.
-    """
+    """Features per point. ValueError if frames have some that the options do not know of."""
     number = getattr(frames, "num_features", 3)
     if number != 3 and (args.init_3d or args.colors == "scannet"):
         option = f"--init-3d {args.init_3d}" if args.init_3d else "--colors scannet"
@@ -186,7 +176,7 @@ def count_features(frames, args):
 
 
 def feature_scale(config, in_channels):
-    """Mean and std with which the network sees features; None: it sees ones. Beside normals, only the color is scaled."""
+    """Mean and std with which the network sees features, of which only colors are scaled; None: ones."""
     scale = COLORS[config["colors"]]
     if scale is None or not config.get("normals"):  # older checkpoints do not say
         return scale or (None, None)
@@ -199,8 +189,7 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
     """A Segmenter with fresh weights.
 
     config: the options of train.py as a dict. instances: whether it has an instance decoder. tower: the
-    image encoder,
-    see `build_tower`, or None. in_channels: width of the points' features.
+    image encoder, see `build_tower`, or None. in_channels: width of the points' features.
     """
     color_mean, color_std = feature_scale(config, in_channels)
     width = 96 if config["backbone"] in NETWORKS else None  # None: the network's own
@@ -236,9 +225,7 @@ def load_model(path, device=None, clip_pretrained=None, tower=None, tower_pretra
 
 
 def restore_model(state, path, tower=None):
-    """The network of a checkpoint or a saved step, on the CPU. state: what `read_checkpoint` made of
-    the file at path.
-    """
+    """The network of a checkpoint or a saved step, on the CPU. state: of `read_checkpoint`."""
     config, class_names = state["config"], state["class_names"]
     for field, known in (("backbone", BACKBONES), ("colors", COLORS)):
         if config.get(field) not in tuple(known):
@@ -246,13 +233,13 @@ def restore_model(state, path, tower=None):
     tower = tower or build_tower(config)
     instances = any(key.startswith("decoder.") for key in state["model"])
     model = build_model(config, len(class_names), instances, tower, channels_of(state["model"]))
-    weights = {**state["model"], **state.get("ema", {})}  # the moving average is what training evaluated
+    weights = {**state["model"], **state.get("ema", {})}  # the average is what training evaluated
     load_weights(model, {**state, "model": weights}, path, class_names)
     return model
 
 
 def channels_of(weights):
-    """Input channels of the 3D encoder whose weights are in a state dict; 3 if it is a module of your own."""
+    """Input channels of the 3D encoder in a state dict; 3 if it is a module of your own."""
     prefix = "fusion.encoder_3d.backbone."
     if f"{prefix}conv0p1s1.kernel" in weights:
         return weights[f"{prefix}conv0p1s1.kernel"].shape[1]  # (K^3, F, C)
@@ -262,12 +249,11 @@ def channels_of(weights):
 
 
 def load_weights(model, state, path, class_names):
-    """Loads the weights of a checkpoint after checking that it belongs to this network, gate, tower and
-    class list.
-    """
+    """Loads the weights of a checkpoint if it belongs to this network, gate, tower and class list."""
     gate = gate_name(model)
     if state["config"].get("gate") != gate:
-        raise ValueError(f"{path}: it was trained with the gate {state['config'].get('gate')}, and this network has {gate}")
+        raise ValueError(f"{path}: it was trained with the gate {state['config'].get('gate')}, and this network has "
+                         f"{gate}")
     restore(model, state, path, class_names, fingerprint_of(model.fusion.encoder_2d))
 
 
@@ -282,11 +268,9 @@ def fingerprint_of(tower):
 
 
 def compile_parts(model):
-    """torch.compile, in place, for the dense parts; names and checkpoints stay as they are.
+    """torch.compile, in place, for the forward methods of the dense parts: names and checkpoints stay.
 
-    It compiles forward methods, not modules: instances of one class share their compiled code, of which
-    torch keeps a limited number of versions. The sparse network is left out because its shapes differ
-    in every step.
+    The sparse network is left out because its shapes differ in every step.
     """
     fusion, decoder = model.fusion, model.decoder
     static, dynamic = [], [fusion.proj_3d]

@@ -14,7 +14,7 @@ Networks", CVPR 2018. Network, state-dict keys and kernel layout: Choy et al., "
 ConvNets", CVPR 2019, so checkpoints trained with MinkowskiEngine load unchanged.
 """
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn as nn
@@ -67,18 +67,15 @@ def voxelize(points, batch_idx, voxel_size):
     if not voxel_size > 0:
         raise ValueError(f"voxel_size must be positive, got {voxel_size}")
     xyz = torch.floor(points / voxel_size)
-    in_range = xyz.abs() < COORD_LIMIT  # also False for NaN
+    outside = ~(xyz.abs() < COORD_LIMIT).all(1)  # NaN, too
+    if outside.any():
+        bad = outside.nonzero()[0].item()
+        raise ValueError(f"point {bad} is {points[bad].tolist()}: not finite, or beyond 2^31 voxels of "
+                         f"{voxel_size} m")
     coords = torch.cat((batch_idx[:, None], xyz.long()), 1)  # (N, 4), one row per point
     if not len(coords):
         return coords, coords.new_empty(0)
-    flags = in_range.all().expand(4)
-    low, high = coords.aminmax(dim=0)
-    low, high, flags = torch.stack((low, high, flags)).tolist()  # a GPU is waited for once
-    if not flags[0]:
-        outside = (~in_range).any(1)
-        bad = outside.nonzero()[0].item()
-        xyz = points[bad].tolist()
-        raise ValueError(f"point {bad} is {xyz}: not finite, or beyond 2^31 voxels of {voxel_size} m")
+    low, high = torch.stack(coords.aminmax(dim=0)).tolist()
     return _unique(coords, low, high)
 
 
@@ -93,9 +90,7 @@ def voxel_mean(feats, point_to_voxel, num_voxels):
 
 
 def _invert(table, num_in):
-    """table (n, num_out) of rows up to num_in, which alone may repeat in a line -> (n, num_in): where each
-    row stands in its line, and num_out for rows that do not.
-    """
+    """table (n, num_out) of rows, or num_in for none -> (n, num_in): where each stands, or num_out."""
     n, num_out = table.shape
     rows = torch.arange(num_out, dtype=table.dtype, device=table.device)
     places = table.new_full((n, num_in + 1), num_out)
@@ -144,7 +139,7 @@ class KernelMap:
 
 
 class VoxelGrid:
-    """The occupied voxels of a batch at one stride, with the kernel maps that start here, each built once.
+    """The occupied voxels of a batch at one stride.
 
     coords: (M, 4) integer (batch, x, y, z), xyz multiples of `stride`, of either sign, in any order (sorted
     is faster). ValueError for duplicates and values out of range.
@@ -154,11 +149,14 @@ class VoxelGrid:
         if coords.shape[1:] != (4,) or coords.is_floating_point():
             got = f"{tuple(coords.shape)} {coords.dtype}"
             raise ValueError(f"coords must be (M, 4) int64 (batch, x, y, z), got {got}")
-        self._set(coords.long(), stride)
+        self.coords = self.sorted_coords = coords.long()
+        self.order = None  # sorts coords; None: they are sorted
+        self.stride = stride
+        self.bounds = (0,) * 4, (0,) * 4
         if not len(coords):
             return
         low, high = torch.stack(self.coords.aminmax(dim=0)).tolist()
-        self.bounds = (low, high)
+        self.bounds = low, high
         if low[0] < 0 or max(map(abs, low + high)) >= COORD_LIMIT:
             raise ValueError(f"coords run from {low} to {high}: batch must be >= 0, xyz within +-2^31")
         keys, _ = _pack(self.coords, low, high)
@@ -167,14 +165,6 @@ class VoxelGrid:
             self.sorted_coords = self.coords[self.order]
             if not (keys.diff() > 0).all():
                 raise ValueError("coords hold duplicates: voxelize first")
-
-    def _set(self, coords, stride, bounds=((0,) * 4,) * 2):
-        self.coords = self.sorted_coords = coords
-        self.order = None  # sorts coords; None: they are sorted
-        self.stride = stride
-        self.bounds = bounds
-        self._maps = {}
-        return self
 
     def __len__(self):
         return len(self.coords)
@@ -188,22 +178,15 @@ class VoxelGrid:
         low, high = self.bounds
         low = [c // stride * stride for c in low]
         coords, _ = _unique(parents, low, high)
-        grid = VoxelGrid.__new__(VoxelGrid)  # sorted and valid: checks would only wait for a GPU
-        return grid._set(coords, stride, (low, high))
+        return VoxelGrid(coords, stride)
 
     def neighbors(self, kernel_size, dilation=1):
         """KernelMap of a stride-1 convolution on these voxels."""
-        return self._map(self, kernel_size, dilation)
+        return build_kernel_map(self, self, kernel_size, dilation)
 
     def down(self, kernel_size=2, dilation=1):
         """KernelMap of a stride-2 convolution from these voxels to `coarser`, and of its transpose."""
-        return self._map(self.coarser, kernel_size, dilation)
-
-    def _map(self, outputs, kernel_size, dilation):
-        key = (outputs.stride, kernel_size, dilation)
-        if key not in self._maps:
-            self._maps[key] = build_kernel_map(self, outputs, kernel_size, dilation)
-        return self._maps[key]
+        return build_kernel_map(self, self.coarser, kernel_size, dilation)
 
 
 def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
@@ -245,13 +228,14 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
         table[iz, :columns] = torch.where(keys[position] == target, position, num_in)
     if mirrored and columns > 1:
         found = _invert(table[:, :columns - 1].flatten(0, 1), num_in)
-        table[:, columns:] = found.view(K, columns - 1, num_out).flip(0, 1)
+        found = found.view(K, columns - 1, num_out)
+        table[:, columns:] = found.flip(0, 1)
     table = table.flatten(0, 1).t().contiguous()
 
     # from sorted rows back to the order of coords
     if inputs.order is not None:
         order = F.pad(inputs.order, (0, 1), value=num_in).to(table.dtype)
-        table = order.index_select(0, table.view(-1)).view_as(table)
+        table = order[table]
     if outputs.order is not None:
         table = torch.empty_like(table).index_copy_(0, outputs.order, table)
     return KernelMap(table, num_in)
@@ -265,10 +249,9 @@ BLOCK = 2 ** 17
 GPU_BLOCK = 2 ** 27
 
 
-def _use_im2col(device, num_out, c_in, c_out):
-    # im2col: one product for all offsets. On a CPU one product per offset is faster, because it skips empty
-    # neighbors, except with few rows, where the calls cost more than they save, and with few channels
-    # (colors), where gathered rows are too short. On a GPU every call is a kernel launch.
+def use_im2col(device, num_out, c_in, c_out):
+    # im2col: one product for all offsets. On a CPU one per offset is faster, because it skips empty
+    # neighbors, except with few rows, where calls dominate, and with few channels (colors).
     return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 20
 
 
@@ -289,7 +272,7 @@ def _convolve(feats, kernel, kernel_map, transposed):
     """feats (rows, Cin), kernel (K^3, Cin, Cout) -> (rows, Cout), summed in float32 or wider."""
     num_out = kernel_map.num_in if transposed else kernel_map.num_out
     c_in, c_out = kernel.shape[1:]
-    if _use_im2col(feats.device, num_out, c_in, c_out):
+    if use_im2col(feats.device, num_out, c_in, c_out):
         out = feats.new_empty(num_out, c_out)
         flat_kernel = kernel.reshape(-1, c_out)
         for rows, columns in _im2col(feats, kernel_map, transposed):
@@ -307,15 +290,16 @@ def _convolve(feats, kernel, kernel_map, transposed):
 def _kernel_grad(feats, grad, kernel_map, transposed):
     """Gradient of the kernel: feats (input rows, Cin), grad (output rows, Cout) -> (K^3, Cin, Cout)."""
     c_in, c_out = feats.shape[1], grad.shape[1]
-    K3 = kernel_map.table.shape[1]
+    shape = (kernel_map.table.shape[1], c_in, c_out)
     wide = torch.promote_types(feats.dtype, torch.float32)
-    out = grad.new_zeros(K3, c_in, c_out, dtype=wide)
-    if _use_im2col(feats.device, len(grad), c_in, c_out):
+    if use_im2col(feats.device, len(grad), c_in, c_out):
         blocks = _im2col(feats, kernel_map, transposed)
-        products = [(columns.t() @ grad[rows]).view_as(out) for rows, columns in blocks]
-        if len(products) == 1:
-            return products[0]
-        return sum(products, out).to(feats.dtype)  # in float32 or wider
+        products = [columns.t() @ grad[rows] for rows, columns in blocks]
+        out, *rest = products or [grad.new_zeros(shape)]
+        if rest:
+            out = sum(rest, out.to(wide))
+        return out.to(feats.dtype).view(shape)
+    out = grad.new_zeros(shape, dtype=wide)
     sums = out.unbind()
     for k, source, target in kernel_map.blocks(max(c_in, c_out), transposed):
         rows, grad_rows = feats.index_select(0, source), grad.index_select(0, target)
@@ -367,9 +351,9 @@ def sparse_conv(feats, kernel, kernel_map, transposed=False):
 
 
 class SparseConv(nn.Module):
-    """Sparse convolution, kernel (K^3, Cin, Cout); the kernel map given to forward sets the stride.
+    """Sparse convolution, kernel (K^3, Cin, Cout); the map given to forward sets the stride.
 
-    With kernel_size 1 the kernel is (Cin, Cout), forward needs no map, and there may be a bias (1, Cout).
+    With kernel_size 1 the kernel is (Cin, Cout) and forward needs no map. bias: (1, Cout).
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, bias=False):
@@ -393,8 +377,8 @@ class SparseConv(nn.Module):
 class BatchNorm(nn.Module):
     """BatchNorm1d under the key `bn`, as in MinkowskiEngine.
 
-    A single row, as at the coarsest level of a small scene, has no variance: running statistics serve then
-    in training, too, and stay. A synchronized norm in place of `bn` counts the rows of all processes.
+    A single row, as at the coarsest level of a small scene, has no variance: running statistics serve
+    then. A synchronized norm in place of `bn` counts the rows of all processes.
     """
 
     def __init__(self, channels, momentum=0.02):
@@ -466,10 +450,26 @@ NETWORKS = {  # options of Res16UNet34C
     "minkunet18a": dict(planes=PLANES_A, layers=(2,) * 8, stem=5)}  # OpenScene
 
 
+def plan_unet(coords, stem=5):
+    """The kernel maps of Res16UNet34C for voxels coords (M, 4): a list of ten pairs (table, num_in)."""
+    grid = VoxelGrid(coords)
+    table = grid.neighbors(stem).table
+    # the 3 x 3 x 3 offsets in the middle of the stem's are those of the other kernels
+    offsets = torch.arange(stem ** 3, device=coords.device).view(stem, stem, stem)
+    middle = slice(stem // 2 - 1, stem // 2 + 2)
+    inner = table.index_select(1, offsets[middle, middle, middle].flatten())
+    tables = [(table, len(grid)), (inner, len(grid))]
+    for _ in range(4):
+        down = grid.down()
+        tables.append((down.table, down.num_in))
+        grid = grid.coarser
+        tables.append((grid.neighbors(3).table, len(grid)))
+    return tables
+
+
 class Res16UNet34C(nn.Module):
     """The U-Net of ESAM and Mask3D: five resolutions, 37.9 M parameters with the default planes.
 
-    forward(coords (M, 4) int64 (batch, x, y, z), feats (M, in_channels)) -> (M, planes[-1]).
     planes, layers: channels and number of BasicBlocks of block1 to block8; NETWORKS has its relatives.
     stem: kernel size of the first convolution. last_relu: whether block8 ends in a ReLU. final: None, or
     (channels, bias) of a last linear layer. The keys of its state dict are MinkowskiEngine's.
@@ -481,6 +481,7 @@ class Res16UNet34C(nn.Module):
         self.out_channels = final[0] if final else p8
         self.options = dict(in_channels=in_channels, stem=stem, last_relu=last_relu)
         self.options |= dict(planes=tuple(planes), layers=tuple(layers))
+        self.plan = partial(plan_unet, stem=stem)
 
         self.conv0p1s1 = SparseConv(in_channels, p1, stem)
         self.bn0 = BatchNorm(p1)
@@ -514,30 +515,33 @@ class Res16UNet34C(nn.Module):
         if final:
             self.final = SparseConv(p8, final[0], 1, bias=final[1])
 
-    def forward(self, coords, feats):
+    def forward(self, coords, feats, tables=None):
+        """coords (M, 4) int64 (batch, x, y, z), feats (M, in_channels) -> (M, planes[-1]).
+
+        tables: what `plan` makes of coords, if somebody did so in advance.
+        """
         expected = (len(coords), self.options["in_channels"])
         if feats.shape != expected:
             raise ValueError(f"feats must be {expected}, got {tuple(feats.shape)}")
-        g1 = VoxelGrid(coords)  # gN: stride N
-        g2 = g1.coarser
-        g4 = g2.coarser
-        g8 = g4.coarser
-        g16 = g8.coarser
+        tables = self.plan(coords) if tables is None else tables
+        # nN: neighbors at stride N; dN: down from stride N
+        maps = [KernelMap(*pair) for pair in tables]
+        n0, n1, d1, n2, d2, n4, d4, n8, d8, n16 = maps
 
-        stem = norm_relu(self.bn0, self.conv0p1s1(feats, g1.neighbors(self.options["stem"])))
-        skip2 = self.block1(norm_relu(self.bn1, self.conv1p1s2(stem, g1.down())), g2.neighbors(3))
-        skip4 = self.block2(norm_relu(self.bn2, self.conv2p2s2(skip2, g2.down())), g4.neighbors(3))
-        skip8 = self.block3(norm_relu(self.bn3, self.conv3p4s2(skip4, g4.down())), g8.neighbors(3))
-        x = self.block4(norm_relu(self.bn4, self.conv4p8s2(skip8, g8.down())), g16.neighbors(3))
+        stem = norm_relu(self.bn0, self.conv0p1s1(feats, n0))
+        skip2 = self.block1(norm_relu(self.bn1, self.conv1p1s2(stem, d1)), n2)
+        skip4 = self.block2(norm_relu(self.bn2, self.conv2p2s2(skip2, d2)), n4)
+        skip8 = self.block3(norm_relu(self.bn3, self.conv3p4s2(skip4, d4)), n8)
+        x = self.block4(norm_relu(self.bn4, self.conv4p8s2(skip8, d8)), n16)
 
-        x = norm_relu(self.bntr4, self.convtr4p16s2(x, g8.down(), transposed=True))
-        x = self.block5(torch.cat((x, skip8), 1), g8.neighbors(3))
-        x = norm_relu(self.bntr5, self.convtr5p8s2(x, g4.down(), transposed=True))
-        x = self.block6(torch.cat((x, skip4), 1), g4.neighbors(3))
-        x = norm_relu(self.bntr6, self.convtr6p4s2(x, g2.down(), transposed=True))
-        x = self.block7(torch.cat((x, skip2), 1), g2.neighbors(3))
-        x = norm_relu(self.bntr7, self.convtr7p2s2(x, g1.down(), transposed=True))
-        return self.final(self.block8(torch.cat((x, stem), 1), g1.neighbors(3)))
+        x = norm_relu(self.bntr4, self.convtr4p16s2(x, d8, transposed=True))
+        x = self.block5(torch.cat((x, skip8), 1), n8)
+        x = norm_relu(self.bntr5, self.convtr5p8s2(x, d4, transposed=True))
+        x = self.block6(torch.cat((x, skip4), 1), n4)
+        x = norm_relu(self.bntr6, self.convtr6p4s2(x, d2, transposed=True))
+        x = self.block7(torch.cat((x, skip2), 1), n2)
+        x = norm_relu(self.bntr7, self.convtr7p2s2(x, d1, transposed=True))
+        return self.final(self.block8(torch.cat((x, stem), 1), n1))
 
 
 # ----------------------------------------------------------------------------------------------- points
@@ -549,12 +553,24 @@ COLORS = {"signed": (0.5, 0.5), "centered": (0.5, 1.0), "raw": (0.0, 1.0), "ones
 COLORS["centred"] = COLORS["centered"]  # as older checkpoints spell it
 
 
+def plan_points(batch, voxel_size, plan=None):
+    """What depends on the coordinates of a batch alone, which need not wait for the step before.
+
+    A dict of coords (M, 4) and point_to_voxel (N,), see `voxelize`, and made: [plan(coords)], if there is one.
+    """
+    scene = batch.get("scene", batch["batch"])  # see data.mix_scenes
+    coords, point_to_voxel = voxelize(batch["coords"], scene, voxel_size)
+    made = [plan(coords)] if plan else []
+    return {"coords": coords, "point_to_voxel": point_to_voxel, "made": made}
+
+
 class PointEncoder(nn.Module):
     """A network of voxels for points: averages their features per voxel, gives each its voxel's output.
 
     voxel_size: in meters. in_channels: F, the channels of the point features. out_channels: if the
     network's differ, a linear layer maps the voxels to out_channels; None: the network's. build: makes a
-    module (coords (M, 4), feats (M, F)) -> (M, its out_channels) of in_channels and options.
+    module (coords (M, 4), feats (M, F)) -> (M, its out_channels) of in_channels and options; one with a
+    function `plan` is called with plan(coords), too.
     color_mean, color_std: the network sees (features - color_mean) / color_std, numbers or sequences of F
     numbers; None: it sees ones, whatever the features. COLORS has those of other projects.
     """
@@ -562,7 +578,6 @@ class PointEncoder(nn.Module):
     def __init__(self, voxel_size, in_channels=3, out_channels=96, color_mean=0.5, color_std=0.5,
                  build=Res16UNet34C, **options):
         super().__init__()
-        self.voxel_size = voxel_size
         self.in_channels = in_channels
         self.sees_features = color_mean is not None
         if not self.sees_features:
@@ -570,22 +585,28 @@ class PointEncoder(nn.Module):
         self.register_buffer("color_mean", torch.tensor(color_mean), persistent=False)
         self.register_buffer("color_std", torch.tensor(color_std), persistent=False)
         self.backbone = build(in_channels, **options)
+        plan = getattr(self.backbone, "plan", None)
+        self.plan = partial(plan_points, voxel_size=voxel_size, plan=plan)
         width = self.backbone.out_channels
         self.out_channels = out_channels or width
-        self.project = nn.Identity() if width == self.out_channels else nn.Linear(width, self.out_channels)
+        self.project = nn.Identity()
+        if width != self.out_channels:
+            self.project = nn.Linear(width, self.out_channels)
 
     def forward(self, batch):
-        """A dict of coords (N, 3) in meters, features (N, F), batch (N,) int64 -> (N, out_channels)."""
-        coords = batch["coords"]
+        """A dict of coords (N, 3) in meters, features (N, F), batch (N,) int64 -> (N, out_channels).
+
+        "plan": what `plan` makes of the batch, if somebody did so in advance, as loaders do.
+        """
         features = batch["features"]
         if self.sees_features:
             features = (features - self.color_mean) / self.color_std
         else:
             features = torch.ones_like(features)
-        scene = batch.get("scene", batch["batch"])  # see data.mix_scenes
-        voxels, point_to_voxel = voxelize(coords, scene, self.voxel_size)  # (M, 4), (N,)
-        feats = voxel_mean(features, point_to_voxel, len(voxels))  # (M, F)
-        feats = self.project(self.backbone(voxels, feats))         # (M, out_channels)
+        plan = batch.get("plan") or self.plan(batch)
+        coords, point_to_voxel = plan["coords"], plan["point_to_voxel"]
+        feats = voxel_mean(features, point_to_voxel, len(coords))         # (M, F)
+        feats = self.project(self.backbone(coords, feats, *plan["made"]))  # (M, out_channels)
         # in float32, also under autocast: the gradient of a voxel is a sum over its points
         feats = feats.to(torch.promote_types(feats.dtype, torch.float32))
         # its backward adds rows in a fixed order; that of feats[point_to_voxel] is slower

@@ -31,7 +31,8 @@ def srgb_to_lab(colors):
     small = xyz / (3 * (6 / 29) ** 2) + 4 / 29
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), small)
     x, y, z = np.moveaxis(root, -1, 0)
-    lab = [116 * y - 16, 500 * (x - y), 200 * (y - z)]
+    lightness = 116 * y - 16
+    lab = [lightness, 500 * (x - y), 200 * (y - z)]
     return np.stack(lab, -1)
 
 

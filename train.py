@@ -7,7 +7,7 @@
     python train.py --resume runs/NAME/last.pt                         go on
     python train.py --eval runs/NAME/best.pt                           score only
     python train.py --replay runs/NAME/bad_step_N.pt                   run a non-finite step again
-    torchrun --nproc-per-node 4 train.py --amp bf16                    one node with 4 GPUs
+    torchrun --nproc-per-node 4 train.py                               one node with 4 GPUs
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py
     tensorboard --logdir runs
 
@@ -49,7 +49,7 @@ from support.distributed import (ResumableSampler, average_buffers, average_grad
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
 from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
                              image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
-                             nonnegative_int, number_in, positive_float, positive_int, run_command,
+                             nonnegative_int, num_cores, number_in, positive_float, positive_int, run_command,
                              writable_folder)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,7 +97,8 @@ def build_parser():
     add("--normals", action="store_true", help="show it normals, of depth or of the meshes of --scans")
     add("--cache", type=writable_folder, default=".cache", help="folder for CLIP features and superpoints; "
         "'none': compute them every time")
-    add("--workers", type=nonnegative_int, default=2, help="data-loading processes; 0: the main one")
+    add("--workers", type=nonnegative_int, help="data-loading processes; 0: the main one; not given: 2, "
+        "with a GPU one per core of the process, at most 8")
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=tuple(BACKBONES), help="not given: small, or the network of --init-3d")
@@ -146,7 +147,7 @@ def build_parser():
     add("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
     add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the "
         "moving average of all weights, with a decay per step such as 0.999; 0: the last weights")
-    add("--amp", choices=tuple(AMP_DTYPES), default="off", help="autocast; on a GPU take bf16")
+    add("--amp", choices=tuple(AMP_DTYPES), help="autocast; not given: bf16 on a GPU that has it, else off")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
@@ -177,6 +178,12 @@ def parse_args(argv=None, config=None):
         args.clip_weights = (0.0,) * len(args.clip_weights)
     check_options(args, parser.error)
 
+    on_gpu = args.device.startswith("cuda") if args.device else torch.cuda.is_available()
+    if args.amp is None:
+        args.amp = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    if args.workers is None:
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = max(1, min(8, num_cores() // local_processes)) if on_gpu else 2
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if args.val_rooms is None:

@@ -17,7 +17,6 @@ Yilmaz et al., "Volume Transformer: Revisiting Vanilla Transformers for 3D Scene
 import math
 from collections import OrderedDict
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,26 +29,20 @@ FREQUENCIES = (12, 12, 8)  # of the rotary embedding along x, y and z
 THETA = 100.0  # the largest frequency, 1 radian per patch, over the smallest
 
 
-class Patches(NamedTuple):
-    """The patches that a batch of M voxels occupies."""
-    position: torch.Tensor  # (T, 3) int64, of each patch in its scene, from 0; sorted by scene
-    row: torch.Tensor  # (M,) int64, of each voxel among the T * SLOTS slots
-    lengths: list  # numbers of patches of the scenes
-
-
 def partition(coords):
     """Cuts each scene of coords (M, 4) int64 (batch, x, y, z) into patches, from its minimum on.
 
-    The host waits for the device twice: for the bounds of coords and for the numbers of patches.
+    Returns position (T, 3) int64, of each patch in its scene, from 0, sorted by scene; row (M,) int64, of
+    each voxel among the T * SLOTS slots; and lengths, a list of the numbers of patches of the scenes.
     Raises ValueError for a negative batch index, for duplicates, and for bounds of 2^63 or more voxels.
     """
     if not len(coords):
-        return Patches(coords[:, 1:], coords[:, 0], [0])
+        return coords[:, 1:], coords[:, 0], [0]
     batch = coords[:, 0]
     xyz = coords[:, 1:]
     low, high = torch.stack(coords.aminmax(dim=0)).tolist()
     num_scenes = high[0] + 1
-    extent = [(high[i] - low[i]) // PATCH + 1 for i in (1, 2, 3)]
+    extent = [(end - start) // PATCH + 1 for start, end in zip(low[1:], high[1:])]
     num_voxels = num_scenes * math.prod(extent) * SLOTS
     if low[0] < 0 or num_voxels >= 2 ** 63:
         raise ValueError(f"coords run from {low} to {high}: batch must be >= 0 and the box < 2^63 voxels")
@@ -65,20 +58,16 @@ def partition(coords):
     bases = (*extent, PATCH, PATCH, PATCH)
     for digit, base in zip(digits.unbind(1), bases):
         key = key * base + digit
-    key, order = key.sort()
 
-    # number the patches, and count those of each scene
-    begins = torch.ones_like(key)  # 1 at the first voxel of a patch, else 0
-    begins[1:] = key[1:] // SLOTS != key[:-1] // SLOTS
-    lengths = key.new_zeros(num_scenes).index_add_(0, batch[order], begins)
-    twins = (key[1:] == key[:-1]).sum()
-    *lengths, twins = torch.cat((lengths, twins[None])).tolist()
+    keys, index = (key // SLOTS).unique(return_inverse=True)  # (T,), and the patch of each voxel
+    row = index * SLOTS + key % SLOTS
+    twins = len(row) - len(row.unique())
     if twins:
         raise ValueError(f"coords hold {twins} duplicates: voxelize first")
-    sorted_row = (begins.cumsum(0) - 1) * SLOTS + key % SLOTS
-    row = torch.empty_like(order).index_copy_(0, order, sorted_row)
-    position = patch.new_empty(sum(lengths), 3).index_copy_(0, row // SLOTS, patch)  # equal rows meet
-    return Patches(position, row, lengths)
+    position = patch.new_empty(len(keys), 3).index_copy_(0, index, patch)  # equal rows meet
+    owner = batch.new_empty(len(keys)).index_copy_(0, index, batch)
+    lengths = torch.bincount(owner).tolist()
+    return position, row, lengths
 
 
 class Tokenizer(nn.Module):
@@ -88,9 +77,9 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.proj = nn.Linear(SLOTS * in_channels, embed_dim)
 
-    def forward(self, feats, patches):
-        slots = feats.new_zeros(len(patches.position) * SLOTS, feats.shape[1])
-        slots = slots.index_copy(0, patches.row, feats)
+    def forward(self, feats, row, num_patches):
+        slots = feats.new_zeros(num_patches * SLOTS, feats.shape[1])
+        slots = slots.index_copy(0, row, feats)
         return self.proj(slots.view(-1, self.proj.in_features))
 
 
@@ -102,9 +91,9 @@ class Detokenizer(nn.Module):
         self.proj = nn.Linear(channels, SLOTS * channels, bias=False)
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, patches):
+    def forward(self, x, row):
         slots = self.proj(x).view(-1, len(self.bias))  # (T * SLOTS, C)
-        return slots.index_select(0, patches.row) + self.bias
+        return slots.index_select(0, row) + self.bias
 
 
 def rotary_phases(position, dtype):
@@ -129,8 +118,10 @@ def attend(q, k, v, lengths):
 
     Scene by scene there is neither padding nor a mask, so that every device takes its fastest kernel.
     """
-    q, k, v = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))  # (1, nh, L, HEAD) per scene
-    out = map(F.scaled_dot_product_attention, q, k, v)
+    def by_scene(x):  # (1, nh, L, HEAD) each
+        return x.transpose(0, 1)[None].split(lengths, 2)
+
+    out = map(F.scaled_dot_product_attention, by_scene(q), by_scene(k), by_scene(v))
     return torch.cat([x.squeeze(0).transpose(0, 1) for x in out])
 
 
@@ -146,7 +137,8 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(HEAD) if qk_norm else nn.Identity()
 
     def forward(self, x, phases, lengths):
-        q, k, v = self.qkv(x).view(-1, 3, self.num_heads, HEAD).unbind(1)  # (T, nh, HEAD)
+        qkv = self.qkv(x).view(-1, 3, self.num_heads, HEAD)
+        q, k, v = qkv.unbind(1)  # (T, nh, HEAD)
         q = rotate(self.q_norm(q), phases).to(v.dtype)
         k = rotate(self.k_norm(k), phases).to(v.dtype)
         return self.proj(attend(q, k, v, lengths).flatten(1))
@@ -204,8 +196,8 @@ class Decoder(nn.Module):
         self.unembed = Detokenizer(channels)
         self.post = Rows(batch_norm(channels), nn.GELU())
 
-    def forward(self, x, patches):
-        return self.post(self.unembed(self.pre(x), patches))
+    def forward(self, x, row):
+        return self.post(self.unembed(self.pre(x), row))
 
 
 class Volt(nn.Module):
@@ -233,16 +225,22 @@ class Volt(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, coords, feats):
-        """coords (M, 4) int64 (batch, x, y, z) in any order, feats (M, in_channels) -> (M, out_channels)."""
+    plan = staticmethod(partition)
+
+    def forward(self, coords, feats, patches=None):
+        """coords (M, 4) int64 (batch, x, y, z) in any order, feats (M, in_channels) -> (M, out_channels).
+
+        patches: what `plan` makes of coords, if somebody did so in advance.
+        """
         if coords.shape[1:] != (4,) or coords.is_floating_point():
             raise ValueError(f"coords must be (M, 4) int64, got {tuple(coords.shape)} {coords.dtype}")
         expected = (len(coords), self.options["in_channels"])
         if feats.shape != expected:
             raise ValueError(f"feats must be {expected}, got {tuple(feats.shape)}")
-        patches = partition(coords.long())
-        phases = rotary_phases(patches.position, torch.promote_types(feats.dtype, torch.float32))
-        x = self.tokenizer(feats, patches).to(feats.dtype)  # also under autocast: the sum over blocks
+        position, row, lengths = self.plan(coords.long()) if patches is None else patches
+        phases = rotary_phases(position, torch.promote_types(feats.dtype, torch.float32))
+        x = self.tokenizer(feats, row, len(position))
+        x = x.to(feats.dtype)  # also under autocast: the sum over blocks
         for block in self.blocks:
-            x = block(x, phases, patches.lengths)
-        return self.decoder(x, patches)
+            x = block(x, phases, lengths)
+        return self.decoder(x, row)

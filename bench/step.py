@@ -113,7 +113,7 @@ def setup(network, device, folder, scenes=None, options=()):
     the images.
     """
     args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none", "--device", device,
-                             "--cache", folder, *options])
+                             "--amp", "off", "--cache", folder, *options])
     args.frames_per_room = 1
     if device == "cuda":
         args.batch_size = 8

@@ -6,10 +6,11 @@ nothing and need no process group. Three things depend on how a batch is split o
 made independent of the split:
 
     gradients     average_gradients, once per step
-    losses        loss = local sum / world_mean(local normalizer), whose mean over processes is the loss of the whole
-                  batch; a normalizer is what the sum is divided by, for instance the number of labelled points
-    batch norms   synchronize_batch_norm: statistics over the rows of all processes, one message per layer, combined by
-                  Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983, without cancellation:
+    losses        loss = local sum / world_mean(local normalizer), whose mean over processes is the loss
+                  of the whole batch; a normalizer is what the sum is divided by: labelled points, say
+    batch norms   synchronize_batch_norm: statistics over the rows of all processes, on a GPU by torch's
+                  SyncBatchNorm, on a CPU, which that refuses, by SyncedBatchNorm, combined without
+                  cancellation (Chan et al., "Algorithms for Computing the Sample Variance", 1983):
 
     n = sum n_p,   mean = sum n_p mean_p / n,   var = sum (n_p var_p + n_p (mean_p - mean)^2) / n
 
@@ -31,14 +32,11 @@ from torch.utils.data import DistributedSampler
 
 
 def setup(device=None, timeout=1800.0):
-    """Joins the processes that torchrun started -> (rank, world_size, device); without torchrun: (0, 1,
-    device).
+    """Joins the processes that torchrun started, if any -> (rank, world_size, device).
 
     device: None is cuda if available, else cpu. With several processes each takes the GPU of its
         LOCAL_RANK, or the only one that CUDA_VISIBLE_DEVICES shows it, as SLURM's --gpus-per-task does.
-    timeout: seconds that the other processes wait for one that hangs, before they end with an error. If
-        a process dies,
-        they end at once: torchrun stops them, and on a CPU their connections break.
+    timeout: seconds that the other processes wait for one that hangs. If one dies, they end at once.
     Raises ValueError if torchrun's environment variables are incomplete or do not fit the device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,22 +81,21 @@ def _world_size():
 
 
 def average_gradients(parameters, world_size, extra=()):
-    """Averages gradients over processes, in place, as DistributedDataParallel does, but without
-    wrapping the model.
+    """Averages gradients over processes, in place, in one message of float32 or wider.
 
-    One flat all-reduce, in float32 or wider. A gradient that is missing on some processes counts as
-    zero there. A gradient that is missing on all stays None, as in a single process, so the optimizer
-    skips the parameter.
-    extra: 0-d tensors to average in the same message, such as the loss.
-    Returns the means of extra, (len(extra),): not finite on any process means not finite on all.
+    A gradient that is missing on some processes counts as zero there; one that is missing on all stays
+    None, as in a single process, so the optimizer skips the parameter. extra: 0-d tensors to average in
+    the same message, such as the loss. Returns the means of extra, (len(extra),): not finite on any
+    process means not finite on all.
     """
     parameters = list(parameters)
-    extra = torch.stack([x.detach() for x in extra]) if len(extra) else torch.empty(0, device=parameters[0].device)
+    device = parameters[0].device
+    extra = torch.stack([x.detach() for x in extra]) if len(extra) else torch.empty(0, device=device)
     if world_size == 1:
         return extra
     missing = [i for i, parameter in enumerate(parameters) if parameter.grad is None]
     present = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    present = present.to(parameters[0].device, non_blocking=True)
+    present = present.to(device, non_blocking=True)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
     flat = torch.cat([present, extra, *(grad.flatten() for grad in grads)])  # cat promotes to the widest dtype
@@ -115,9 +112,7 @@ def average_gradients(parameters, world_size, extra=()):
 
 
 def average_buffers(model, world_size):
-    """Averages running statistics over processes, in place, so that every rank evaluates and saves the
-    same model.
-    """
+    """Averages running statistics over processes, in place: all evaluate and save the same model."""
     if world_size == 1:
         return
     for name, buffer in model.named_buffers():
@@ -127,9 +122,7 @@ def average_buffers(model, world_size):
 
 
 def world_mean(x):
-    """Mean of a tensor over processes, in floating point and without a gradient: for the normalizers of
-    losses.
-    """
+    """Mean of a tensor over processes, without a gradient: for the normalizers of losses."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if _world_size() > 1:
         dist.all_reduce(total)
@@ -159,11 +152,10 @@ class ResumableSampler(DistributedSampler):
 
 @torch.no_grad()
 def _world_statistics(x):
-    """x (M, C), the rows of this process -> mean (C,), biased variance (C,), number of rows (0-d) over
-    all processes.
+    """x (M, C), rows of this process -> mean (C,), biased variance (C,), rows (0-d) of all processes.
 
-    float32 or wider. All processes combine the same gathered numbers in the same order, so their
-    running statistics are bit-identical.
+    float32 or wider. All processes combine the same numbers in the same order, so that their running
+    statistics are bit-identical.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     C = x.shape[1]
@@ -182,8 +174,7 @@ def _world_statistics(x):
 
 
 class _Normalize(torch.autograd.Function):
-    """y = weight * z + bias with z = (x - mean) / std; mean and std are those of the rows of all
-    processes.
+    """y = weight * z + bias with z = (x - mean) / std, mean and std of the rows of all processes.
 
         dx = weight / std * (dy - share * (sum dy + z * sum dy z)),   sums over the rows of all processes
 
@@ -199,28 +190,25 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, mean, std, share = ctx.saved_tensors
-        centred = x - mean  # reused in place below: on a CPU, new memory costs more than the arithmetic
-        grad = grad.to(centred.dtype)
-        local = torch.stack((grad.sum(0), (grad * centred).sum(0) / std))  # (2, C): gradients of bias and weight
+        centered = x - mean  # reused in place: on a CPU, new memory costs more than the arithmetic
+        grad = grad.to(centered.dtype)
+        grad_weight = (grad * centered).sum(0) / std
+        local = torch.stack((grad.sum(0), grad_weight))  # (2, C)
         total = local.clone()
         if _world_size() > 1:
             dist.all_reduce(total)
         total *= share
-        grad_x = centred.mul_(-total[1] / std).sub_(total[0]).add_(grad).mul_(weight / std)
-        return grad_x.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None, None, None
+        grad_x = centered.mul_(-total[1] / std).sub_(total[0]).add_(grad).mul_(weight / std)
+        grad_bias, grad_weight = local.to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, None
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d over the concatenated rows (M, C) of all processes; M may differ between them, and
-    be 0.
+    """nn.BatchNorm1d over the concatenated rows (M, C) of all processes; M may differ, and be 0.
 
-    One small message forward and one backward. One row in total has no variance: with fewer than two,
-    training normalizes with the running statistics and leaves them unchanged. Evaluation is that of
-    nn.BatchNorm1d. float16 and bfloat16 rows are summed in float32. Weight and bias get the gradients
-    of the local rows; `average_gradients` joins them.
-
-    torch's SyncBatchNorm needs a GPU. This one runs, and is tested, on a CPU too, and on a GPU it never
-    waits for the device; the price is a few elementwise passes that theirs fuses.
+    With fewer than two rows in total, which have no variance, training normalizes with the running
+    statistics and leaves them unchanged. float16 and bfloat16 rows are summed in float32. Weight and
+    bias get the gradients of the local rows; `average_gradients` joins them.
     """
 
     def forward(self, x):
@@ -240,16 +228,19 @@ class SyncedBatchNorm(nn.BatchNorm1d):
 
 
 def synchronize_batch_norm(model):
-    """Turns every nn.BatchNorm1d of a model into a SyncedBatchNorm, in place; call it after `setup`.
+    """Makes every nn.BatchNorm1d in a model count the rows of all processes; call it after `setup`.
 
-    Modules, parameters, buffers, state-dict keys and hooks stay the same objects. In a single process
-    nothing changes.
-    Raises ValueError for a norm without scale and shift, running statistics or a constant momentum.
+    Parameters, buffers and state-dict keys stay the same. In a single process nothing changes. Raises
+    ValueError for a norm without scale and shift, running statistics or a constant momentum.
     """
     if _world_size() == 1:
         return
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     for name, module in model.named_modules():
         if type(module) is nn.BatchNorm1d:
             if not (module.affine and module.track_running_stats and module.momentum is not None):
                 raise ValueError(f"{name}: {module} needs affine, track_running_stats and a momentum")
-            module.__class__ = SyncedBatchNorm
+            if not on_gpu:
+                module.__class__ = SyncedBatchNorm
+    if on_gpu:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -130,6 +130,11 @@ def busy_cores(seconds=0.5):
     return (busy - busy_before) / max(total, 1) * os.cpu_count()
 
 
+def num_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def choose_threads(workers=0, before=None):
     """Sets how many threads torch computes with on a CPU -> a line about it; OMP_NUM_THREADS overrules.
 
@@ -139,7 +144,7 @@ def choose_threads(workers=0, before=None):
     """
     if "OMP_NUM_THREADS" in os.environ:
         return f"CPU threads: {torch.get_num_threads()}, by OMP_NUM_THREADS"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     busy = busy_cores()
     free = cores - round(busy)
     if cores > 4:

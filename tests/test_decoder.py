@@ -9,7 +9,7 @@ from torch import nn
 from data import to_device
 from decoder import (PADDED, Attention, DecoderLayer, InstanceDecoder, attend_by_scene, attend_padded,
                      attention_mask, draw_queries, instances_from_logits, matrix_nms, pad_scenes,
-                     paint_instances, pool, scene_instances, unpad_scenes)
+                     pool, scene_instances, unpad_scenes)
 
 SIZES = [7, 1, 0, 12]  # superpoints per scene; one has a single one, one has none
 PREDICTIONS = ("class_logits", "mask_logits", "quality")
@@ -291,12 +291,6 @@ def test_inference_without_query_or_above_every_mask_is_empty():
     assert nothing["masks"].shape == (0, 3) and nothing["labels"].dtype == torch.int64
     blank = instances_from_logits(torch.zeros(2, 4), torch.full((2, 3), -9.), torch.ones(2), index)
     assert blank["masks"].shape == (0, 3) and blank["scores"].shape == (0,)
-
-
-def test_a_point_gets_the_best_instance_that_holds_it():
-    masks = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 0]]).bool()
-    assert paint_instances(masks).tolist() == [-1, 0, 1, -1]
-    assert paint_instances(masks[:0]).tolist() == [-1] * 4
 
 
 def test_padding_scenes_is_undone_and_holds_zeros():

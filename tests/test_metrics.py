@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """metrics.py: figures of the official ScanNet evaluator, hand counts, and invariances.
 
-data/golden_ap: random scenes (ties, sizes around 100 points, void, a class without predictions) and, in expected.json,
-what the official script prints for them; null is NaN. Masks are np.packbits along the points.
+data/golden_ap: random scenes (ties, sizes around 100 points, void, a class without predictions) and, in
+expected.json, what the official script prints for them; null is NaN. Masks are np.packbits along the points.
 """
 import json
 import math
@@ -24,14 +24,26 @@ IDS = list(SCANNET20.values())
 
 
 def load(case):
+    """Predictions and ground truth of every scan."""
     file = np.load(GOLDEN / f"ap_{case}.npz")
     truth = [file[f"gt{i}"] for i in range(int(file["scans"]))]
-    return [{"masks": np.unpackbits(file[f"masks{i}"], axis=1)[:, :len(gt)].astype(bool),
-             "labels": file[f"labels{i}"], "scores": file[f"scores{i}"]} for i, gt in enumerate(truth)], truth
+    predictions = []
+    for i, gt in enumerate(truth):
+        masks = np.unpackbits(file[f"masks{i}"], axis=1)[:, :len(gt)]
+        predictions.append({"masks": masks.astype(bool), "labels": file[f"labels{i}"],
+                            "scores": file[f"scores{i}"]})
+    return predictions, truth
 
 
 def flat(result):
-    return [result["ap"], result["ap50"], result["ap25"], *(v for row in result["per_class"].values() for v in row)]
+    figures = [result["ap"], result["ap50"], result["ap25"]]
+    for row in result["per_class"].values():
+        figures += row
+    return figures
+
+
+def same(result, expected, tolerance=1e-12):
+    return flat(result) == pytest.approx(expected, abs=tolerance, nan_ok=True)
 
 
 @pytest.mark.parametrize("case", EXPECTED)
@@ -41,7 +53,7 @@ def test_every_figure_of_the_official_script_is_met(case):
     for name in SCANNET20:
         official += [expected["classes"][name][key] for key in ("ap", "ap50%", "ap25%")]
     official = [math.nan if figure is None else figure for figure in official]
-    assert flat(evaluate_instances(*load(case), IDS)) == pytest.approx(official, abs=1e-9, nan_ok=True)
+    assert same(evaluate_instances(*load(case), IDS), official, 1e-9)
 
 
 def test_thresholds_are_those_of_the_official_script():
@@ -53,15 +65,15 @@ def test_figures_do_not_depend_on_order_of_points_scenes_or_container(case):
     predictions, truth = load(case)
     expected = flat(evaluate_instances(predictions, truth, IDS))
     shuffled_p, shuffled_t = [], []
-    for prediction, gt in reversed(list(zip(predictions, truth))):
+    for prediction, gt in zip(predictions[::-1], truth[::-1]):
         order = torch.randperm(len(gt), generator=torch.Generator().manual_seed(0))
-        shuffled_p.append({**{k: torch.from_numpy(v) for k, v in prediction.items()},
-                           "masks": torch.from_numpy(prediction["masks"])[:, order]})
+        tensors = {key: torch.from_numpy(value) for key, value in prediction.items()}
+        shuffled_p.append({**tensors, "masks": tensors["masks"][:, order]})
         shuffled_t.append(torch.from_numpy(gt)[order])
-    assert flat(evaluate_instances(shuffled_p, shuffled_t, IDS)) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert same(evaluate_instances(shuffled_p, shuffled_t, IDS), expected)
 
 
-def test_processes_that_pool_their_scenes_get_the_figures_of_one_process_and_arguments_stay_as_they_are():
+def test_processes_that_pool_their_scenes_get_the_figures_of_one_process():
     predictions, truth = load("hard")
     before = pickle.dumps((predictions, truth))
     parts = [InstanceMeter(IDS), InstanceMeter(IDS)]
@@ -69,8 +81,7 @@ def test_processes_that_pool_their_scenes_get_the_figures_of_one_process_and_arg
         parts[i % 2].update(*scene)
     pooled = InstanceMeter(IDS)
     pooled.scenes = [scene for part in parts for scene in pickle.loads(pickle.dumps(part.scenes))]
-    expected = evaluate_instances(predictions, truth, IDS)
-    assert flat(pooled.compute()) == pytest.approx(flat(expected), abs=1e-12, nan_ok=True)
+    assert same(pooled.compute(), flat(evaluate_instances(predictions, truth, IDS)))
 
     halves = [SemanticMeter(IDS), SemanticMeter(IDS)]
     labels = [torch.from_numpy(gt) // 1000 for gt in truth]
@@ -79,19 +90,20 @@ def test_processes_that_pool_their_scenes_get_the_figures_of_one_process_and_arg
     halves[0].confusion += halves[1].confusion
     single = evaluate_semantics([gt.roll(1000) for gt in labels], labels, IDS)
     assert halves[0].compute()["miou"] == pytest.approx(single["miou"], abs=1e-12)
-    assert pickle.dumps((predictions, truth)) == before
+    assert pickle.dumps((predictions, truth)) == before  # arguments stay as they are
 
 
-# Instances (points, class) side by side; void points after them; predictions (start, stop, score) of class 5; its AP,
-# AP50 and AP25. A curve has precisions at recalls, weighted with central differences.
+# Instances (points, class) side by side; void points after them; predictions (start, stop, score) of class 5;
+# its AP, AP50 and AP25. A curve has precisions at recalls, weighted with central differences.
 COUNTS = {
     "perfect": ([(150, 5), (200, 5), (300, 5)], 0, [(0, 150, .3), (150, 350, .3), (350, 650, .9)], (1, 1, 1)),
     "IoU of the threshold is no match": ([(200, 5)], 0, [(0, 100, .5)], (0, 0, 1)),
     "IoU above the threshold": ([(200, 5)], 0, [(0, 101, .5)], (1 / 9, 1, 1)),
-    "the lower of two matches is false": (  # hit, false, hit: precision 2/3, 1/2, 1, 1 at recall 1, 1/2, 1/2, 0
-        [(200, 5)] * 2, 0, [(0, 200, .9), (0, 190, .4), (200, 400, .2)], [2 / 3 / 4 + 1 / 2 / 4 + 1 / 4 + 1 / 4] * 3),
+    # hit, false, hit: precision 2/3, 1/2, 1, 1 at recall 1, 1/2, 1/2, 0
+    "the lower of two matches is false": (
+        [(200, 5)] * 2, 0, [(0, 200, .9), (0, 190, .4), (200, 400, .2)], [19 / 24] * 3),
     "whatever their order": (
-        [(200, 5)] * 2, 0, [(0, 200, .4), (0, 190, .9), (200, 400, .2)], [2 / 3 / 4 + 1 / 2 / 4 + 1 / 4 + 1 / 4] * 3),
+        [(200, 5)] * 2, 0, [(0, 200, .4), (0, 190, .9), (200, 400, .2)], [19 / 24] * 3),
     "one prediction serves one instance": ([(200, 5)] * 2, 0, [(100, 300, .5)], (0, 0, 1 / 2)),  # IoU 1/3 with both
     "a spare one serves the next": (  # hit .9; false .5 on the first instance, hit .5 on the second
         [(200, 5)] * 2, 0, [(0, 200, .9), (100, 300, .5)], (1 / 2, 1 / 2, 2 / 3 / 4 + 1 / 2 + 1 / 4)),
@@ -109,8 +121,8 @@ def test_figures_of_a_scene_are_those_counted_by_hand(instances, void, predictio
                       [size for size, _ in instances] + [void])
     start, stop, scores = np.array(predictions).T
     point = np.arange(len(truth))
-    scene = {"masks": (point >= start[:, None]) & (point < stop[:, None]), "labels": np.full(len(scores), 5),
-             "scores": scores}
+    masks = (point >= start[:, None]) & (point < stop[:, None])
+    scene = {"masks": masks, "labels": np.full(len(scores), 5), "scores": scores}
     result = evaluate_instances([scene], [truth], [5, 7])["per_class"][5]
     assert result == pytest.approx(expected, abs=1e-12)
 
@@ -133,7 +145,8 @@ def test_semantic_iou_equals_a_count_of_pairs():
     guess = [torch.where(torch.rand(len(t), generator=generator) < .5, t, torch.randint(-1, 9, t.shape,
              generator=generator)) for t in truth]
     result = evaluate_semantics(guess, [t.numpy() for t in truth], class_ids)
-    pairs = [(t, p) for t, p in zip(torch.cat(truth).tolist(), torch.cat(guess).tolist()) if t in class_ids]
+    pairs = zip(torch.cat(truth).tolist(), torch.cat(guess).tolist())
+    pairs = [(t, p) for t, p in pairs if t in class_ids]
     hits = [sum(t == p == c for t, p in pairs) for c in class_ids]
     union = [sum(c in pair for pair in pairs) for c in class_ids]
     ious = [h / u if u else math.nan for h, u in zip(hits, union)]

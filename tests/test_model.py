@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
+import pickle
 from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import model as model_file
 import train
@@ -12,11 +14,12 @@ from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder, FusionGate
 from helpers import ROOT, TOWER, checkpoint, last_checkpoint, run_in_folder, small
-from model import Segmenter, batches_for, instance_logits, load_model
+from model import Segmenter, batches_for, instance_logits, load_model, make_batch
 from sources.rooms import RoomFrames
-from sparse_unet import SMALL, PointEncoder
+from sparse_unet import SMALL, PointEncoder, Res16UNet34C
 from superpoints import oversegment
 from support.checkpoint import write_atomically
+from volt import Volt
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -29,14 +32,16 @@ def in_precision(sample, dtype):
 
 @pytest.fixture(scope="module")
 def samples():
-    dataset = PointDataset(RoomFrames("train", 1, 4), 1500, (96, 128), 2, superpoints=partial(oversegment, count=24))
+    superpoints = partial(oversegment, count=24)
+    dataset = PointDataset(RoomFrames("train", 1, 4), 1500, (96, 128), 2, superpoints=superpoints)
     return [in_precision(sample, torch.float64) for sample in dataset]
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    fusion = BiFusionEncoder(Enhanced2DEncoder(TOWER, None, image_size=(96, 128)), PointEncoder(0.15, **SMALL))
+    tower = Enhanced2DEncoder(TOWER, None, image_size=(96, 128))
+    fusion = BiFusionEncoder(tower, PointEncoder(0.15, **SMALL))
     return Segmenter(fusion, 7, InstanceDecoder(256, 7, embed_dim=64, ffn=64)).double().eval()
 
 
@@ -51,7 +56,8 @@ def run(model, samples):
 
 def same_instances(scene, other, order=slice(None)):
     torch.testing.assert_close(other["scores"], scene["scores"])
-    assert torch.equal(other["masks"], scene["masks"][:, order]) and torch.equal(other["labels"], scene["labels"])
+    assert torch.equal(other["masks"], scene["masks"][:, order])
+    assert torch.equal(other["labels"], scene["labels"])
 
 
 KEYS = ("logits", "feat_fusion", "clip_point", "clip_dense", "valid", "alpha")
@@ -61,7 +67,8 @@ def test_a_batch_is_its_scenes_one_by_one(model, samples):
     _, whole, scenes = run(model, samples)
     parts = [run(model, [sample]) for sample in samples]
     for key in (*KEYS, "clip_global"):
-        torch.testing.assert_close(whole[key], torch.cat([part[key] for _, part, _ in parts]), rtol=1e-9, atol=1e-9)
+        together = torch.cat([part[key] for _, part, _ in parts])
+        torch.testing.assert_close(whole[key], together, rtol=1e-9, atol=1e-9)
     for scene, (_, _, (alone,)) in zip(scenes, parts):
         same_instances(scene, alone)
 
@@ -93,11 +100,12 @@ def test_decoding_the_fused_features_is_the_forward_pass(model, samples):
 @torch.no_grad()
 def test_points_that_no_camera_sees_are_what_the_baseline_makes_of_them(model, samples):
     batch = batches_for(model, training=False)(samples)
-    behind = torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64))  # every depth becomes -1
-    behind[2, 3] = -1
+    behind = torch.eye(4, dtype=torch.float64)
+    behind[2, 2:] = torch.tensor([0, -1])  # every depth becomes -1
     batch["world2cam"] = behind.expand_as(batch["world2cam"])
     out = model.fusion(batch)
-    assert not out["valid"].any() and torch.equal(out["feat_fusion"], out["feat_3d"]) and (out["alpha"] == 0).all()
+    assert torch.equal(out["feat_fusion"], out["feat_3d"])
+    assert not out["valid"].any() and not out["alpha"].any()
 
 
 def test_a_moved_scene_gives_the_same_features_if_camera_and_points_move_together(model, samples):
@@ -113,7 +121,8 @@ def test_a_moved_scene_gives_the_same_features_if_camera_and_points_move_togethe
 @pytest.mark.parametrize("variant", ["sigmoid", "cosine", "infonce"])
 @pytest.mark.parametrize("target", ["global", "point"])
 def test_every_term_reaches_every_part_and_repeats(model, samples, variant, target):
-    batch = batches_for(model, training=True)([{**sample, "labels": sample["labels"] % 7} for sample in samples])
+    samples = [{**sample, "labels": sample["labels"] % 7} for sample in samples]
+    batch = batches_for(model, training=True)(samples)
     args = train.parse_args(["--clip-warmup=-1", "--clip-weights", "0,0.1", "--clip-loss", variant])
     step = partial(train.compute_losses, model, batch, train.build_criteria(args), train.loss_weights(args, 0),
                    dense_target=target == "point")
@@ -148,7 +157,7 @@ def test_instances_tell_the_class_of_the_superpoints_that_they_hold():
     torch.testing.assert_close(instance_logits(decoded), torch.stack(rows))
 
 
-# ---------------------------------------------------------------------------------------------- parts of one's own
+# -------------------------------------------------------------------------------- parts of one's own
 
 
 class ChannelGate(torch.nn.Module):
@@ -183,8 +192,25 @@ def test_another_gate_and_another_backbone_are_one_argument_each(samples):
     out = network(batches_for(network, training=True)(samples))
     assert out["alpha"].shape == (len(out["logits"]), 256) and out["logits"].shape[1] == 7
     out["logits"].sum().backward()
-    assert network.fusion.gate.linear.weight.grad.any() and network.fusion.encoder_3d.mlp.weight.grad.any()
+    assert network.fusion.gate.linear.weight.grad.any()
+    assert network.fusion.encoder_3d.mlp.weight.grad.any()
     assert isinstance(BiFusionEncoder(encoder, Toy()).gate, FusionGate)
+
+
+@pytest.mark.parametrize("build, options", [
+    (Res16UNet34C, SMALL),
+    (Volt, dict(embed_dim=64, depth=1, num_heads=1))])
+def test_what_a_loader_makes_in_advance_changes_no_bit_and_carries_no_weights(samples, build, options):
+    encoder = PointEncoder(0.15, build=build, **options).double().eval()
+    assert len(pickle.dumps(encoder.plan)) < 1000
+    collate_fn = partial(make_batch, mix=1.0, plan=encoder.plan)
+    batch, = DataLoader(samples, len(samples), collate_fn=collate_fn, num_workers=1)
+    assert torch.equal(batch["plan"]["coords"], encoder.plan(batch)["coords"])
+    planned, encoder.plan = encoder.plan, None  # so that it is not called
+    out = encoder(batch)
+    encoder.plan = planned
+    del batch["plan"]
+    assert torch.equal(encoder(batch), out)
 
 
 # ---------------------------------------------------------------------------------------------- loading
