@@ -126,8 +126,7 @@ def test_the_host_rarely_waits_for_a_gpu_that_labels_a_frame(path, loaded):
     found = json.loads(printed.splitlines()[-1])
     result, = predict.predict_frames(model, RoomFrames("val", 1, 1), config)
     assert (np.array(found["labels"]) == result["labels"]).mean() > 0.999
-    planned = hasattr(model.fusion.encoder_3d, "plan")
-    assert len(found["waits"]) <= (10 if planned else 18), found["waits"]
+    assert len(found["waits"]) <= 10, found["waits"]
 
 
 def test_evaluation_gives_the_miou_of_the_predicted_labels_and_restores_the_mode(loaded):
