@@ -300,6 +300,12 @@ def frame_names(frames):
     return [frames[index]["name"] for index in range(len(frames))]
 
 
+def class_ids_of(dataset, class_names):
+    """The data's ids of the classes, for the files that predict.py writes; from 1 on if it has none."""
+    labeled = getattr(dataset, "scenes", dataset.frames)
+    return list(getattr(labeled, "class_ids", range(1, len(class_names) + 1)))
+
+
 def group_by_scene(names):
     """Names "scene/stem" -> {scene: list of indices}."""
     scenes = {}

@@ -66,9 +66,9 @@ def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, wo
     """Scores of a Segmenter over the batches of a loader, of all processes; see `Scores.compute`."""
     was_training = model.training
     model.eval()
-    device = model.head.weight.device
+    device = model.device
     has_decoder = model.decoder is not None
-    scores = Scores(model.head.out_features, has_decoder, min_instance_points, device)
+    scores = Scores(model.num_classes, has_decoder, min_instance_points, device)
     for batch in loader:
         batch = to_device(batch, device)
         labels = batch["labels"]
@@ -140,7 +140,8 @@ def log_metrics(log, metrics, class_names):
         log.add_scalar(f"val/{name}", value)
     for name, value in zip(class_names, metrics["iou"]):
         log.add_scalar(f"val_iou/{name}", value)
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    shown = {name.replace("miou", "mIoU").replace("ap", "AP"): value for name, value in scores.items()}
+    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -176,7 +177,7 @@ def evenly(items, count):
 def first_view(model, dataset, index, min_instance_points):
     """What the network makes of a sample, from its first frame, as `visualizations` and `clouds` take it."""
     batch = batches_for(model, training=False)([dataset[index]])
-    batch = to_device(batch, model.head.weight.device)
+    batch = to_device(batch, model.device)
     out = model(batch)
     frames = dataset.frame_indices(index)
     images = [to_tensor(dataset.images_only[frame]) for frame in frames]  # V of (3, H, W)

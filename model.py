@@ -47,11 +47,16 @@ class Segmenter(nn.Module):
     def __init__(self, fusion, num_classes, decoder=None, embed_dim=256, cell=0.2):
         super().__init__()
         self.cell = cell
+        self.num_classes = num_classes
         self.fusion = fusion
         self.head = nn.Linear(embed_dim, num_classes)
         self.decoder = decoder
         if decoder is not None:  # the position separates instances that look alike
             self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, embed_dim))
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
     def forward(self, batch, with_dense=False):
         """batch of `make_batch` -> the output of `BiFusionEncoder.forward` and of `decode`."""

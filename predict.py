@@ -96,7 +96,7 @@ def preparation(model, config):
     """`prepare` as a function of a sample, for a Segmenter and the options that it was trained with."""
     return partial(prepare, batch_options=model.batch_options(training=False),
                    num_points=config["num_points"], num_views=config["num_views"],
-                   at_once=8 if model.head.weight.is_cpu else sys.maxsize,  # a CPU reuses small buffers
+                   at_once=8 if model.device.type == "cpu" else sys.maxsize,  # a CPU reuses small buffers
                    plan=getattr(model.fusion.encoder_3d, "plan", None))
 
 
@@ -145,7 +145,7 @@ def predict_batch(model, batch, config, queries=None, instance_score=INSTANCE_SC
     each point, -1 = none.
     """
     result = known_fields(batch, config["up"])
-    batch = to_device(batch, model.head.weight.device)
+    batch = to_device(batch, model.device)
     if config["no_color"]:
         colors, others = batch["features"].tensor_split([3], 1)
         batch["features"] = torch.cat([torch.ones_like(colors), others], 1)

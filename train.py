@@ -11,10 +11,8 @@
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py
     tensorboard --logdir runs
 
-The file reads from top to bottom: the options, the parts of a run, one training step, and `main`, setup
-and loop. To change the network see model.py; a loss term is one entry of `loss_weights` and one of
-`compute_losses`; a data set is one line of `open_frames` in sources/open.py; the schedule is
-`lr_factor`.
+The file reads from top to bottom. To change the network see model.py; a loss term is one entry of
+`loss_weights` and one of `compute_losses`; a data set is one line of `open_frames` in sources/open.py.
 """
 import itertools
 import json
@@ -28,7 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from check import check_cameras
-from data import PointDataset, SceneDataset, check_frames, to_device, up_rotation, upright
+from data import (PointDataset, SceneDataset, check_frames, class_ids_of, to_device, up_rotation,
+                  upright)
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion,
                     SemanticCriterion, clip_loss_weight, lovasz_loss)
@@ -55,6 +54,7 @@ from support.runtime import (Console, Parser, StopRequest, checked_by, choose_th
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a checkpoint does not carry over: where things are written, and what was asked of one start
 NOT_IN_CONFIG = ("cache", "runs", "resume", "eval", "replay", "device", "debug", "init_3d")
+NEVER_ON = "the CLIP loss will never be on: --clip-warmup ends after the last epoch"
 
 # Settings without an option; a checkpoint keeps those that it was trained with.
 CONSTANTS = {
@@ -262,12 +262,6 @@ def build_datasets(args):
     return *sets, class_names, instances
 
 
-def class_ids_of(dataset, class_names):
-    """The data's ids of the classes, for the files that predict.py writes; from 1 on if it has none."""
-    labelled = getattr(dataset, "scenes", dataset.frames)
-    return list(getattr(labelled, "class_ids", range(1, len(class_names) + 1)))
-
-
 def describe(dataset, blank):
     """How many samples a set has, and what was not taken, as text. blank: samples without any depth."""
     frames, scenes = dataset.frames, getattr(dataset, "scenes", None)
@@ -317,6 +311,14 @@ def clip_loss_is_never_on(args):
     """Whether the CLIP loss has a weight, but in no epoch of this run."""
     weights = [loss_weights(args, epoch)["clip"] for epoch in range(args.epochs)]
     return max(weights) == 0 < max(args.clip_weights)
+
+
+def check_tower(tower, args):
+    """Fails now, and not after hours, if the tower takes other images or lacks what the loss needs."""
+    if tuple(tower.image_size) != tuple(args.image_size):
+        raise ValueError(f"--image-size {args.image_size}: the tower takes images of {tuple(tower.image_size)}")
+    if needs_dense(args):
+        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
 
 
 def needs_dense(args):
@@ -523,7 +525,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     dense_target = args.clip_target == "point"
     stop = stop or StopRequest()
     configure_device(device, args.deterministic)
-    console = Console(main_process, state.get("warnings", ()))
+    console = Console(main_process, [text for text in state.get("warnings", ()) if text != NEVER_ON])
     if device.type == "cpu":
         console.print(choose_threads(args.workers, state.get("config", {}).get("threads")))
         config["threads"] = torch.get_num_threads()
@@ -531,8 +533,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     # tower and data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
     tower = tower or open_tower(args, config, console.warn)
-    if needs_dense(args):  # not every tower has such features: fails here, and not after hours
-        tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
+    if tower is not None:
+        check_tower(tower, args)
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [train_set, val_set]
     console.print(f"{len(class_names)} classes: {', '.join(class_names)}")
@@ -579,8 +581,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         load_optimizer(optimizer, scaler, state)
         console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
         warn_of_changes(state, config, lr_at(start_epoch, first_step), console.warn)
-    elif not args.eval and clip_loss_is_never_on(args):
-        console.warn(f"the CLIP loss will never be on: --clip-warmup ends after {args.epochs} epochs")
+    if not args.eval and clip_loss_is_never_on(args):
+        console.warn(NEVER_ON)
     if args.eval or start_epoch >= args.epochs:
         with average.applied():
             metrics = score()

@@ -27,7 +27,8 @@ FIELDS = ("class_names", "config", "model", "clip_fingerprint", "optimizer", "sc
 STEP_FIELDS = ("class_names", "config", "model", "clip_fingerprint", "batch", "weights", "scale", "epoch",
                "step", "findings")
 
-DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms", "class_ids")
+DATA_OPTIONS = ("data", "classes", "scans", "label_map", "train_split", "val_split", "rooms",
+                "val_rooms", "class_ids")
 
 # --------------------------------------------------------------------------------------------- folders
 
