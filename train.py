@@ -48,6 +48,7 @@ from support.checkpoint import (STEP_FIELDS, goes_on_in_place, lock_folder, read
 from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_step, term_statistics
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
+from support.queries import TextQueries
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
 from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
                              image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
@@ -119,8 +120,8 @@ def build_parser():
         "train; 0: frozen")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--semantic-weight", type=positive_float, help="weight of the semantic loss; not given: 0.4, "
-        "and 0.5 with --no-clip")
+    add("--semantic-weight", type=nonnegative_float, help="weight of the semantic loss; 0: labels train "
+        "nothing, see docs/losses.md; not given: 0.4, and 0.5 with --no-clip")
     add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the 3D encoder sees "
         "two samples of a batch as one scene (Mix3D)")
     add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a point's label "
@@ -236,6 +237,11 @@ def check_options(args, error):
     except ValueError as problem:
         error(f"--clip-warmup, --clip-weights: {problem}")
     clip_is_on = max(args.clip_weights) > 0 and not args.no_clip and not args.isolate_clip
+    if args.semantic_weight == 0 and not args.lovasz:
+        if not clip_is_on:
+            error("--semantic-weight 0 leaves no loss: give the CLIP loss a weight, or --lovasz")
+        if not args.no_instances:
+            error("--semantic-weight 0 trains no classes, and instances have one each: give --no-instances")
     is_alone = args.batch_size == 1 and args.clip_target == "global"
     if args.clip_loss == "infonce" and is_alone and clip_is_on:
         error("--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 "
@@ -267,8 +273,12 @@ def build_datasets(args):
         check_splits(frames, ())
         scans = [upright(part, args.up) for part in scans]
     else:
-        frames = [open_frames(args.data, split, *labels, rooms=rooms)
+        needed = None if trains_clip_loss(args) else True
+        frames = [open_frames(args.data, split, *labels, labels=needed, rooms=rooms)
                   for split, rooms in zip(splits, counts)]
+        if not frames[0].class_names:
+            raise FileNotFoundError(f"--data {args.data}: no class list (classes.txt, or --classes FILE), which is needed "
+                                    "even without labels; captures can have none")
         check_splits(frames, () if args.no_instances else ("instance-filt",))
     frames = [upright(part, args.up) for part in frames]
 
@@ -304,6 +314,9 @@ def describe(train_set, val_set, class_names):
         left_out = dict(getattr(dataset.frames, "left_out", {}))
         if skipped:
             left_out["frames with a lost pose"] = skipped
+        without = sum("label-filt" not in kinds for kinds in getattr(dataset.frames, "folders", {}).values())
+        if without:
+            left_out["scenes' labels, which do not exist"] = without
         if left_out:
             lines.append(f"{name}, left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
     return "\n".join(lines)
@@ -315,12 +328,15 @@ def cache_folder(args):
 
 
 def read_every_frame(datasets, args, rank, world_size, console):
-    """Fails, before the run's folder is made, if a file is broken, a camera wrong, or no point of a split labelled.
-    Samples without any depth are left out.
+    """The number of labelled points of each data set. Samples without any depth are left out.
+
+    Fails, before the run's folder is made, if a file is broken, a camera wrong, or labels are missing: only if the
+    CLIP loss trains may the training set be without any, and then the validation set, too.
 
     Frames that the cache remembers, with the size and time of their files, are not read again.
     """
     store = Store(args.cache, "frames") if cache_folder(args) else None
+    counts = []
     for dataset in datasets:
         found = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
         labelled, blank = zip(*gather_objects(found, world_size))
@@ -328,11 +344,14 @@ def read_every_frame(datasets, args, rank, world_size, console):
         if blank:
             console.print(f"{len(blank)} of {len(dataset)} samples have no depth and are left out")
             dataset.leave_out(blank)
-        if sum(labelled) == 0:
-            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label "
-                             "of the class list")
+        needs_labels = args.eval or any(counts) or not trains_clip_loss(args)
+        if sum(labelled) == 0 and needs_labels:
+            raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of the class "
+                             "list; only training with a CLIP loss can do without (--clip-weights, --clip-warmup)")
+        counts.append(sum(labelled))
         if rank == 0 and not args.no_check:
             check_cameras(dataset, store, args, console)
+    return counts
 
 
 def check_cameras(dataset, store, args, console):
@@ -369,10 +388,20 @@ def open_tower(args, config, log_warning):
         return build_tower(config)
 
 
-def clip_loss_is_never_on(args):
-    """Whether the CLIP loss has a weight, but in no epoch of this run."""
-    weights = [loss_weights(args, epoch)["clip"] for epoch in range(args.epochs)]
-    return not args.no_clip and max(weights) == 0 < max(args.clip_weights)
+def trains_clip_loss(args):
+    """Whether the CLIP loss has a weight in any epoch of this run."""
+    return not args.no_clip and any(loss_weights(args, epoch)["clip"] for epoch in range(args.epochs))
+
+
+@torch.no_grad()
+def classify_by_name(model, class_names):
+    """Makes CLIP's embeddings of the class names the classifier, not to be trained: a point takes the class whose name
+    its fused feature is nearest to.
+    """
+    queries = TextQueries(model.fusion.encoder_2d, [[name] for name in class_names], "fused")
+    model.head.weight.copy_(queries.embedding[:len(class_names)])
+    model.head.bias.zero_()
+    model.head.requires_grad_(False)
 
 
 def needs_dense(args):
@@ -668,7 +697,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [train_set, val_set]
     console.print(describe(train_set, val_set, class_names))
-    read_every_frame(used_sets, args, rank, world_size, console)
+    labelled = read_every_frame(used_sets, args, rank, world_size, console)
 
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
@@ -676,6 +705,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     config["class_ids"] = class_ids_of(train_set, class_names)
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
+    if labelled[0] == 0 or args.semantic_weight == args.lovasz == 0:
+        console.print("no label trains: the classifier is CLIP's embeddings of the class names")
+        classify_by_name(model, class_names)
     model.to(device)
     synchronize_batch_norm(model)
     if state is not None:
@@ -715,7 +747,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         load_optimizer(optimizer, scaler, state)
         console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
         warn_of_changes(state, config, lr_at(start_epoch, first_step), console)
-    elif not args.eval and clip_loss_is_never_on(args):
+    elif not args.eval and not args.no_clip and max(args.clip_weights) > 0 and not trains_clip_loss(args):
         console.warn(f"the CLIP loss will never be on: --clip-warmup ends after the last of {args.epochs} epochs")
 
     if args.eval or start_epoch >= args.epochs:
@@ -815,7 +847,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
                     visualize(log, model, val_set, class_names, args.min_instance_points)
             bar.show(mIoU=metrics["miou"])
             console.print(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
-            if metrics["miou"] > best:
+            if not metrics["miou"] <= best:  # NaN, without a true label, counts as the best
                 best = metrics["miou"]
                 save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it
         save("last.pt", epoch + 1, 0)
