@@ -707,6 +707,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
     if labelled[0] == 0 or args.semantic_weight == args.lovasz == 0:
         console.print("no label trains: the classifier is CLIP's embeddings of the class names")
+        if not dense_target:
+            console.warn("--clip-target global ties no point to the name of its class, as --clip-target point does")
         classify_by_name(model, class_names)
     model.to(device)
     synchronize_batch_norm(model)

@@ -8,9 +8,10 @@ First it trains a small open_clip model on crops of rooms that no training of `t
 with captions made from their class names and colors. It knows the objects of such rooms, as CLIP's
 published weights know the world's. Then it asks this tower by text, and trains 3D networks with it,
 with the same tower at random weights, and without.
-Imports data, encoder, evaluate, fusion, losses, model, predict, train, and sources/.
+Imports data, encoder, evaluate, fusion, losses, model, train, sources/, support/files and queries.
 """
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -28,7 +29,6 @@ import open_clip
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 import train
 from data import PointDataset, collate
@@ -36,10 +36,11 @@ from encoder import ATTENTIONS, Enhanced2DEncoder
 from evaluate import Scores
 from fusion import BiFusionEncoder
 from losses import ClipConsCriterion
-from model import build_model, load_model
-from predict import TEMPLATES, TextQueries
+from model import load_model
 from sources.open import open_frames
 from sources.rooms import CLASSES, RoomFrames
+from support.files import write_whole
+from support.queries import TEMPLATES, TextQueries
 
 # ---------------------------------------------------------------------------------------------- tower
 
@@ -287,24 +288,13 @@ STUDY = (("4 rooms", TOWERS),  # in the order that matters most
          ("32 rooms", ("point, infonce, 0.1", "point, cosine, 0.1, centered")))
 
 
-class HiddenLabels:
-    """A source of frames whose labels are known in the first rooms only."""
-
-    def __init__(self, source, labeled_rooms):
-        self.source = source
-        self.class_names = source.class_names
-        self.names = source.names
-        self.color = source.color
-        self.num_labeled = labeled_rooms * FRAMES_PER_ROOM
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        frame = self.source[index]
-        if index >= self.num_labeled:
-            frame["label"] = np.full_like(frame["label"], -1)
-        return frame
+def hide_labels(source, labeled_rooms):
+    """The same rooms, without labels in all but the first ones."""
+    hidden = copy.copy(source)
+    hidden.frames = source.frames[:labeled_rooms * FRAMES_PER_ROOM]
+    for frame in source.frames[labeled_rooms * FRAMES_PER_ROOM:]:
+        hidden.frames.append({**frame, "label": np.full_like(frame["label"], -1)})
+    return hidden
 
 
 class CenteredCriterion(ClipConsCriterion):
@@ -340,7 +330,7 @@ def training_run(argv, data, name, tower):
 
     def opened(data_option, split, *labels, rooms, **options):
         frames = rooms_of(split, *rooms)
-        return HiddenLabels(frames, LABELED[data]) if data in LABELED and split == "train" else frames
+        return hide_labels(frames, LABELED[data]) if data in LABELED and split == "train" else frames
 
     with contextlib.ExitStack() as stack:
         runs = stack.enter_context(tempfile.TemporaryDirectory())
@@ -406,9 +396,7 @@ def run(args):
     results = json.loads(file.read_text()) if file.exists() else {}
 
     def save():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(results, indent=1))
-        os.replace(part, file)
+        write_whole(file, lambda part: part.write(json.dumps(results, indent=1).encode()))
 
     if not (folder / WEIGHTS).exists():
         results = {"tower_seconds": train_tower(folder)}

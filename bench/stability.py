@@ -13,7 +13,7 @@ fused features:
     loss_weight / (rows * 0.1 * 0.1)
 
 A row is dead if its gradient is exactly zero although its target is not. Trainings are on the built-in
-rooms. Imports train, losses.
+rooms. Imports train, losses and support/files.
 """
 import contextlib
 import functools
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 import train
 from losses import CLIP_LOSSES, ClipConsCriterion
+from support.files import write_whole
 
 TEMPERATURE = ClipConsCriterion().temperature
 NORM_FLOOR = ClipConsCriterion().norm_floor
@@ -331,9 +332,7 @@ def run(args):
     results = json.loads(file.read_text()) if file.exists() else {"trainings": {}}
 
     def save():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(results, indent=1))
-        os.replace(part, file)
+        write_whole(file, lambda part: part.write(json.dumps(results, indent=1).encode()))
 
     results["losses"] = criterion_study(2 if args.quick else 40)
     training_study(args, results["trainings"], save)

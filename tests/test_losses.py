@@ -307,38 +307,6 @@ def test_gradcheck_in_double_above_and_below_the_floor(variant):
             lambda f, c: clip_consistency(f, c, batch, valid, variant, 0.3, 1.0)[0], (feat, clip), eps=1e-6 * size)
 
 
-@pytest.mark.parametrize("per_point", [True, False])
-@pytest.mark.parametrize("variant", CLIP_LOSSES)
-def test_row_order_does_not_matter(variant, per_point):
-    torch.manual_seed(0)
-    feat, valid, order = double(300, 16).requires_grad_(), torch.rand(300) < 0.7, torch.randperm(300)
-    clip = double(300 if per_point else 4, 16)
-    batch = None if per_point else torch.arange(300) % 4
-    loss, _ = clip_consistency(feat, clip, batch, valid, variant)
-    if per_point:
-        clip = clip[order]
-    else:
-        batch = batch[order]
-    other, _ = clip_consistency(feat[order], clip, batch, valid[order], variant)
-    torch.testing.assert_close(loss, other)
-    torch.testing.assert_close(*(torch.autograd.grad(x, feat)[0] for x in (loss, other)))
-
-
-@pytest.mark.parametrize("variant", CLIP_LOSSES)
-def test_a_batch_is_the_row_weighted_mean_of_its_scenes(variant):
-    torch.manual_seed(0)
-    feat, clip, valid = double(60, 16), double(4, 16), torch.rand(60) < 0.7
-    batch = torch.tensor([0] * 30 + [2] * 29 + [3])  # scene 1 has no point
-    whole, (rows, *_) = clip_consistency(feat, clip, batch, valid, variant)
-    scenes = []
-    for own in (batch == s for s in range(4)):
-        # with negatives a scene needs the targets of the others, without it is alone
-        target = (clip, batch[own]) if variant == "infonce" else (clip[batch[own]], None)
-        scenes.append(clip_consistency(feat[own], *target, valid[own], variant))
-    assert sum(n for _, (n, *_) in scenes) == rows
-    torch.testing.assert_close(whole, sum(loss * n for loss, (n, *_) in scenes) / rows)
-
-
 @pytest.mark.parametrize("variant", CLIP_LOSSES)
 def test_one_bad_row_leaves_the_others_as_if_it_were_not_there(variant):
     torch.manual_seed(0)
