@@ -33,8 +33,9 @@ INSTANCE_WEIGHTS = {"class": 0.5, "bce": 1.0, "dice": 1.0, "quality": 0.5}
 
 
 def check_ids(name, ids, size, ignore=None):
-    """ValueError if ids are not (n,) int64 in [0, size) or `ignore`. On CUDA the device asserts the range; tracing
-    (torch.compile, torch.export, torch.func) skips it.
+    """ValueError if ids are not (n,) int64 in [0, size) or `ignore`.
+
+    On CUDA the device asserts the range; tracing (torch.compile, torch.export, torch.func) skips it.
     """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"{name} must be one-dimensional int64, got {tuple(ids.shape)} {ids.dtype}")
@@ -64,8 +65,9 @@ def mean_over(total, normalizer, world_mean=None):
 
 
 def clip_loss_weight(epoch, boundaries=(10, 20), weights=(0.0, 0.001, 0.01)):
-    """Weight of the consistency loss at an epoch: weights[number of boundaries below the epoch]. With the defaults: 0 for
-    epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on.
+    """Weight of the consistency loss at an epoch: weights[number of boundaries below the epoch].
+
+    With the defaults: 0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on.
     """
     if len(weights) != len(boundaries) + 1 or list(boundaries) != sorted(boundaries):
         raise ValueError(f"boundaries {tuple(boundaries)} must ascend and have one entry less than "
@@ -75,10 +77,10 @@ def clip_loss_weight(epoch, boundaries=(10, 20), weights=(0.0, 0.001, 0.01)):
 
 
 def rows_and_norms(x, usable, clamp, norm_floor, dtype):
-    """The usable rows of x in dtype, entries clamped, (T, C); max(|row|, norm_floor) (T,); the number of entries clamped.
+    """Usable rows of x (T, C), clamped, in dtype; max(|row|, norm_floor) (T,); number of entries clamped.
 
-    Other rows become 0. If squares may overflow, a row with entries above 1 and its norm are both divided by the largest
-    of them, which leaves their quotient as it is.
+    Other rows become 0. If squares may overflow, a row with entries above 1 and its norm are both divided
+    by the largest of them, which leaves their quotient as it is.
     """
     # Select, do not multiply: 0 * NaN is NaN, in the loss and in the gradient.
     rows = x.to(dtype).where(usable[:, None], 0)
@@ -119,7 +121,8 @@ def usable_rows(feat_fusion, clip_feat, batch=None, valid=None):
         dropped (N,)   valid points that are left out because either is not
         targets (T,)   rows of clip_feat that may be read: of used points, or finite scene targets
     """
-    n, T = feat_fusion.shape[0], clip_feat.shape[0]  # len() would fix the size of an export
+    n = feat_fusion.shape[0]  # len() would fix the size of an export
+    T = clip_feat.shape[0]
     shapes = f"feat_fusion {tuple(feat_fusion.shape)} and clip_feat {tuple(clip_feat.shape)}"
     is_matrix = feat_fusion.dim() == clip_feat.dim() == 2
     if not is_matrix or feat_fusion.shape[1] != clip_feat.shape[1]:
@@ -157,10 +160,11 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
                      world_mean=None):
     """Mean over the usable rows of a loss of cos, the cosine of a fused feature with its CLIP target.
 
-    variant: "sigmoid", -log sigmoid(cos / temperature); "cosine", 1 - cos; or "infonce", half the cross-entropy of the
-        target among itself and its negatives (van den Oord et al., Representation Learning with Contrastive Predictive
-        Coding, 2018): all other usable rows of clip_feat; of more than MAX_NEGATIVES rows that many, drawn by the seed
-        (None: by the global generator). Without any the loss is 0. Takes memory for a few times N x M numbers.
+    variant: "sigmoid", -log sigmoid(cos / temperature); "cosine", 1 - cos; or "infonce", half the
+        cross-entropy of the target among itself and its negatives (van den Oord et al., Representation
+        Learning with Contrastive Predictive Coding, 2018): the other usable rows of clip_feat; of more
+        than MAX_NEGATIVES rows that many, drawn by the seed (None: by the global generator). Without any
+        the loss is 0. Takes memory for a few times N x M numbers.
     feat_fusion (N, C); clip_feat (N, C), one target per point, or (B, C), one per scene, with batch (N,)
         int64, the scene of each point, also if B = N; valid (N,) bool.
     clamp: both features are clamped to +-clamp, entry by entry, before the norm; None: not. An entry

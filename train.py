@@ -277,8 +277,8 @@ def build_datasets(args):
         frames = [open_frames(args.data, split, *labels, labels=needed, rooms=rooms)
                   for split, rooms in zip(splits, counts)]
         if not frames[0].class_names:
-            raise FileNotFoundError(f"--data {args.data}: no class list (classes.txt, or --classes FILE), which is needed "
-                                    "even without labels; captures can have none")
+            raise FileNotFoundError(f"--data {args.data}: no class list (classes.txt, or --classes FILE), which is "
+                                    "needed even without labels; captures can have none")
         check_splits(frames, () if args.no_instances else ("instance-filt",))
     frames = [upright(part, args.up) for part in frames]
 
