@@ -38,7 +38,7 @@ from fusion import BiFusionEncoder
 from losses import ClipConsCriterion
 from model import load_model
 from sources.open import open_frames
-from sources.rooms import CLASSES, STUFF, RoomFrames
+from sources.rooms import CLASSES, RoomFrames
 from support.files import write_whole
 from support.queries import TEMPLATES, TextQueries
 
@@ -116,13 +116,12 @@ class Crops:
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         found, count = np.unique(group, return_counts=True)
-        is_thing = found // 256 > len(STUFF)  # walls and floors are in almost every crop: a name of them says little
-        others = found[is_thing & (found != value) & (count > 0.06 * group.size)]
+        others = found[(found >= 256) & (found != value) & (count > 0.06 * group.size)]
         named = [value, *rng.permutation(others)[:rng.integers(MOST_NAMED)]]
         names = []
         for other in rng.permutation(named):
             name = self.class_names[other // 256 - 1]
-            is_colored = rng.random() < 0.25
+            is_colored = rng.random() < 0.5
             names.append(f"{self.words[index, other]} {name}" if is_colored else name)
         return crop, rng.choice(TEMPLATES).format(" and a ".join(dict.fromkeys(names)))
 
@@ -138,7 +137,7 @@ def to_images(crops):
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 
-def train_tower(folder, rooms=320, steps=1200, batch_size=64, lr=2e-3, seed=0):
+def train_tower(folder, rooms=320, steps=600, batch_size=64, lr=1.5e-3, seed=0):
     """Trains the small model with open_clip's own class and loss -> CPU seconds.
 
     `local-dir:folder` then names it, with weights "own".
