@@ -300,6 +300,18 @@ def frame_names(frames):
     return [frames[index]["name"] for index in range(len(frames))]
 
 
+def describe(dataset, blank):
+    """How many samples a set has, and what was not taken, as text. blank: samples without any depth."""
+    frames, scenes = dataset.frames, getattr(dataset, "scenes", None)
+    folders = getattr(frames, "folders", {}).values()  # of ScanNet's layout
+    left_out = {"samples without depth": len(blank), "lost poses": getattr(frames, "num_skipped", 0),
+                **getattr(frames, "left_out", {}), **getattr(scenes, "left_out", {}),
+                "scenes' labels, which do not exist": sum("label-filt" not in kinds for kinds in folders)}
+    counts = [f"{count} {what}" for what, count in left_out.items() if count]
+    samples = f"{len(dataset)} {'training' if dataset.augment else 'validation'} samples"
+    return ", ".join([samples, "left out: " + "; ".join(counts)] if counts else [samples])
+
+
 def class_ids_of(dataset, class_names):
     """The data's ids of the classes, for the files that predict.py writes; from 1 on if it has none."""
     labeled = getattr(dataset, "scenes", dataset.frames)

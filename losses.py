@@ -33,9 +33,9 @@ INSTANCE_WEIGHTS = {"class": 0.5, "bce": 1.0, "dice": 1.0, "quality": 0.5}
 
 
 def check_ids(name, ids, size, ignore=None):
-    """Raises ValueError if ids are not (n,) int64 in [0, size) or equal to `ignore`.
+    """ValueError if ids are not (n,) int64 in [0, size) or `ignore`.
 
-    On CUDA the device asserts their range. Tracing (torch.compile, torch.export, torch.func) skips it.
+    On CUDA the device asserts the range; tracing (torch.compile, torch.export, torch.func) skips it.
     """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"{name} must be one-dimensional int64, got {tuple(ids.shape)} {ids.dtype}")
@@ -68,7 +68,6 @@ def clip_loss_weight(epoch, boundaries=(10, 20), weights=(0.0, 0.001, 0.01)):
     """Weight of the consistency loss at an epoch: weights[number of boundaries below the epoch].
 
     With the defaults: 0 for epochs 0 to 10, 0.001 for 11 to 20, 0.01 from 21 on.
-    Raises ValueError if the boundaries do not ascend or do not have one entry less than the weights.
     """
     if len(weights) != len(boundaries) + 1 or list(boundaries) != sorted(boundaries):
         raise ValueError(f"boundaries {tuple(boundaries)} must ascend and have one entry less than "
@@ -78,25 +77,22 @@ def clip_loss_weight(epoch, boundaries=(10, 20), weights=(0.0, 0.001, 0.01)):
 
 
 def rows_and_norms(x, usable, clamp, norm_floor, dtype):
-    """The usable rows of x (T, C) in dtype, their entries clamped to +-clamp, and max(|row|, norm_floor).
+    """Usable rows of x (T, C), clamped, in dtype; max(|row|, norm_floor) (T,); number of entries clamped.
 
-    Other rows become 0, whatever they hold. Returns rows (T, C), norms (T,), and the number of entries
-    clamped. If squares may overflow, a row with entries above 1 and its norm are both divided by the
-    largest of them, which leaves their quotient as it is.
+    Other rows become 0. If squares may overflow, a row with entries above 1 and its norm are both divided
+    by the largest of them, which leaves their quotient as it is.
     """
     # Select, do not multiply: 0 * NaN is NaN, in the loss and in the gradient.
     rows = x.to(dtype).where(usable[:, None], 0)
-    count = usable.new_zeros((), dtype=torch.int64)
+    whole = rows
     if clamp is not None:
-        whole = rows
         rows = rows.clamp(-clamp, clamp)
-        count = torch.count_nonzero(rows != whole)
+    count = torch.count_nonzero(rows != whole)
     if clamp is None or clamp > 1e15:  # squares may overflow float32
         scale = largest_entry(rows).clamp(min=1)
         rows = rows / scale[:, None]
         norm_floor = norm_floor / scale
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    return rows, norms.clamp(min=norm_floor), count
+    return rows, torch.linalg.vector_norm(rows, dim=1).clamp(min=norm_floor), count
 
 
 def largest_entry(x):
@@ -125,7 +121,8 @@ def usable_rows(feat_fusion, clip_feat, batch=None, valid=None):
         dropped (N,)   valid points that are left out because either is not
         targets (T,)   rows of clip_feat that may be read: of used points, or finite scene targets
     """
-    n, T = feat_fusion.shape[0], clip_feat.shape[0]  # len() would fix the size of an export
+    n = feat_fusion.shape[0]  # len() would fix the size of an export
+    T = clip_feat.shape[0]
     shapes = f"feat_fusion {tuple(feat_fusion.shape)} and clip_feat {tuple(clip_feat.shape)}"
     is_matrix = feat_fusion.dim() == clip_feat.dim() == 2
     if not is_matrix or feat_fusion.shape[1] != clip_feat.shape[1]:
@@ -149,33 +146,29 @@ def usable_rows(feat_fusion, clip_feat, batch=None, valid=None):
 
 
 def draw_negatives(candidates, count, seed=None):
-    """Draws `count` of T rows without repetition, candidates (T,) bool before the rest -> (count,) int64.
-
-    Sorts random numbers, because listing the candidates would wait for the device.
-    """
+    """Draws `count` of T rows without repetition, candidates (T,) bool before the rest -> (count,) int64."""
     generator = None
     if seed is not None:
         generator = torch.Generator(candidates.device).manual_seed(seed)
     order = torch.rand(candidates.shape, device=candidates.device, generator=generator)
+    # sorts random numbers, because listing the candidates would wait for the device
     return order.where(candidates, -1).topk(count).indices
 
 
 def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="sigmoid",
-                     temperature=TEMPERATURE_FLOOR, gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1,
-                     negatives=None, seed=None, world_mean=None):
+                     temperature=TEMPERATURE_FLOOR, gradient_flow_ratio=0.0, clamp=10.0, norm_floor=0.1, seed=None,
+                     world_mean=None):
     """Mean over the usable rows of a loss of cos, the cosine of a fused feature with its CLIP target.
 
     variant: "sigmoid", -log sigmoid(cos / temperature); "cosine", 1 - cos; or "infonce", half the
-        cross-entropy of the target among itself and the negatives (van den Oord et al., Representation
-        Learning with Contrastive Predictive Coding, 2018).
+        cross-entropy of the target among itself and its negatives (van den Oord et al., Representation
+        Learning with Contrastive Predictive Coding, 2018): the other usable rows of clip_feat; of more
+        than MAX_NEGATIVES rows that many, drawn by the seed (None: by the global generator). Without any
+        the loss is 0. Takes memory for a few times N x M numbers.
     feat_fusion (N, C); clip_feat (N, C), one target per point, or (B, C), one per scene, with batch (N,)
         int64, the scene of each point, also if B = N; valid (N,) bool.
     clamp: both features are clamped to +-clamp, entry by entry, before the norm; None: not. An entry
         beyond it gets no gradient.
-    negatives (M,) int64: rows of clip_feat, for infonce. None: all rows; if they are more than
-        MAX_NEGATIVES, that many usable ones, drawn by the seed (None: by the global generator). A row
-        skips its own target among them, and every row those that are not usable. Without any negative the
-        loss is 0. Takes memory for a few times N x M numbers.
 
     Computes in fp32; float64 stays float64. Returns the loss, a scalar (a zero with a graph if no row is
     usable), and counts (3,) int64: rows used; valid rows left out because they or their target hold NaN
@@ -200,12 +193,7 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
         else:
             T = clip.shape[0]
             rows = torch.arange(T, device=clip.device)
-            if negatives is not None:
-                check_ids("negatives", negatives, T)
-            elif T > MAX_NEGATIVES:
-                negatives = draw_negatives(targets, MAX_NEGATIVES, seed)
-            else:
-                negatives = rows
+            negatives = draw_negatives(targets, MAX_NEGATIVES, seed) if T > MAX_NEGATIVES else rows
             others = feat @ clip[negatives].T / feat_norm[:, None]  # (N, M)
             others = others.clamp(-1, 1) / temperature
             row = rows if batch is None else batch
@@ -266,8 +254,6 @@ class ClipConsCriterion(nn.Module):
             raise ValueError(f"loss_weight={loss_weight} and temperature={temperature} must be >= 0, "
                              f"gradient_flow_ratio={gradient_flow_ratio} in [0, 1], "
                              f"norm_floor={norm_floor} > 0, clamp={clamp} > 0 or None")
-        if variant not in CLIP_LOSSES:
-            raise ValueError(f"variant={variant!r} must be one of {', '.join(CLIP_LOSSES)}")
         self.loss_weight = loss_weight
         self.temperature = max(temperature, TEMPERATURE_FLOOR)
         self.gradient_flow_ratio = gradient_flow_ratio

@@ -25,6 +25,7 @@ from losses import instance_targets
 from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
 from support.checkpoint import read_checkpoint, restore
 from support.pretrained import load_backbone
+from support.queries import TextQueries
 from volt import SLOTS, Volt
 
 # --backbone: what makes the network, given its number of input channels
@@ -208,6 +209,34 @@ def build_model(config, num_classes, instances, tower, in_channels=3):
         size = dict(embed_dim=128, ffn=512) if config["backbone"] == "small" else {}
         decoder = InstanceDecoder(256, num_classes, **size)
     return Segmenter(fusion, num_classes, decoder, cell=4 * config["voxel_size"])
+
+
+def parameter_groups(model, args):
+    """AdamW groups: one per part of the model, split by whether weight decay applies (to matrices)."""
+    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d),
+             "fusion.encoder_2d.trainable.": ("clip", args.lr_clip),
+             "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
+        weight_decay = args.weight_decay if parameter.dim() > 1 else 0.0
+        group = groups.setdefault((part, weight_decay), {
+            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def classify_by_name(model, class_names):
+    """Makes CLIP's embeddings of the class names the classifier, which is not trained: a point takes the
+    class whose name its fused feature is nearest to.
+    """
+    queries = TextQueries(model.fusion.encoder_2d, [[name] for name in class_names], "fused")
+    model.head.weight.copy_(queries.embedding[:len(class_names)])
+    model.head.bias.zero_()
+    model.head.requires_grad_(False)
 
 
 def load_model(path, device=None, clip_pretrained=None, tower=None, tower_pretrained=None):

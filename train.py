@@ -26,13 +26,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from check import check_cameras
-from data import (PointDataset, SceneDataset, check_frames, class_ids_of, to_device, up_rotation,
+from data import (PointDataset, SceneDataset, check_frames, class_ids_of, describe, to_device, up_rotation,
                   upright)
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion,
                     SemanticCriterion, clip_loss_weight, lovasz_loss)
-from model import (BACKBONES, batches_for, build_model, build_tower, compile_parts, count_features,
-                   fingerprint_of, gate_name, load_weights, logged_modules, open_backbone, restore_model)
+from model import (BACKBONES, batches_for, build_model, build_tower, classify_by_name, compile_parts,
+                   count_features, fingerprint_of, gate_name, load_weights, logged_modules, open_backbone,
+                   parameter_groups, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
@@ -123,7 +124,8 @@ def build_parser():
     add("--clip-blocks", type=nonnegative_int, default=0, help="last blocks of CLIP to train")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--semantic-weight", type=positive_float, help="not given: 0.4, and 0.5 with --no-clip")
+    add("--semantic-weight", type=nonnegative_float, help="0: labels train nothing, see docs/losses.md; "
+        "not given: 0.4, and 0.5 with --no-clip")
     add("--mix", type=number_in(float, 0.0, 1.0), default=0.0, metavar="P", help="how often the "
         "3D encoder sees two samples of a batch as one scene (Mix3D)")
     add("--label-smoothing", type=number_in(float, 0.0, 0.9), default=0.0, help="share of a "
@@ -201,6 +203,8 @@ def check_options(args, error):
     from_rooms = args.data == "rooms"
     is_volt = (args.backbone or "").startswith("volt-")
     is_alone = args.clip_loss == "infonce" and args.clip_target == "global" and args.batch_size == 1
+    clip_is_on = max(args.clip_weights) > 0
+    unlabeled = args.semantic_weight == 0 and not args.lovasz
     faults = {
         "--scans holds only points: give --data, the folder of their frames, too": from_rooms and args.scans,
         "--label-map belongs to scans and frames, and --data is rooms": from_rooms and args.label_map,
@@ -213,7 +217,11 @@ def check_options(args, error):
         "--init-3d begins a run, and a checkpoint has weights": args.init_3d and (args.resume or args.eval),
         "--diagnose runs two backward passes, which --compile does not allow": args.compile and args.diagnose,
         "--clip-loss infonce takes its negatives from the other scenes of a batch: give --batch-size 2 or "
-        "more, or --clip-target point": is_alone and max(args.clip_weights) > 0}
+        "more, or --clip-target point": is_alone and clip_is_on,
+        "--semantic-weight 0 leaves no loss: give the CLIP loss a weight, or --lovasz":
+            unlabeled and not clip_is_on,
+        "--semantic-weight 0 trains no classes, and instances have one each: give --no-instances":
+            unlabeled and not args.no_instances}
     for text, is_found in faults.items():
         if is_found:
             error(text)
@@ -232,12 +240,17 @@ def build_datasets(args):
     if None in splits:
         raise ValueError(f"--data {args.data} needs --train-split FILE and --val-split FILE")
     labels = args.classes, args.label_map
+    needed = None if trains_clip_loss(args) else True  # without labels that loss trains alone
     sources = []  # per split (frames,), or (scans, frames)
     for split, rooms in zip(splits, (args.rooms, args.val_rooms)):
         if args.scans:
             sources.append(open_scans(args.scans, args.data, split, *labels, normals=args.normals))
         else:
-            sources.append([open_frames(args.data, split, *labels, rooms=(rooms, args.frames_per_room))])
+            sources.append([open_frames(args.data, split, *labels, labels=needed,
+                                        rooms=(rooms, args.frames_per_room))])
+    if not sources[0][0].class_names:
+        raise FileNotFoundError(f"--data {args.data}: no class list (classes.txt, or --classes FILE), which is "
+                                "needed even without labels")
     for of_splits in zip(*sources):
         check_splits(of_splits, () if args.scans or args.no_instances else ("instance-filt",))
 
@@ -252,7 +265,6 @@ def build_datasets(args):
     class_names = sources[0][0].class_names
     if args.scans or args.no_instances:
         return *sets, class_names, not args.no_instances
-
     instances = all(frames[0].get("instance") is not None for frames, in sources)
     if instances:
         owner = f"superpoints {VERSION} {args.superpoints}"
@@ -262,34 +274,31 @@ def build_datasets(args):
     return *sets, class_names, instances
 
 
-def describe(dataset, blank):
-    """How many samples a set has, and what was not taken, as text. blank: samples without any depth."""
-    frames, scenes = dataset.frames, getattr(dataset, "scenes", None)
-    left_out = {"samples without depth": len(blank), "lost poses": getattr(frames, "num_skipped", 0),
-                **getattr(frames, "left_out", {}), **getattr(scenes, "left_out", {})}
-    counts = [f"{count} {what}" for what, count in left_out.items() if count]
-    samples = f"{len(dataset)} {'training' if dataset.augment else 'validation'} samples"
-    return ", ".join([samples, "left out: " + "; ".join(counts)] if counts else [samples])
-
-
 def read_every_frame(datasets, args, rank, world_size, console):
-    """Fails if a file is broken, a camera wrong, or no point of a split labelled, before anything is written.
+    """The number of labeled points of each data set.
+
+    Fails, before anything is written, if a file is broken, a camera wrong, or labels are missing: only if
+    the CLIP loss trains may the training set be without any, and then the validation set, too.
 
     Samples without any depth are left out. Frames whose files are as the cache remembers them, by size and
     time, are not read again.
     """
     store = Store(args.cache, "frames")
+    counts = []
     for dataset in datasets:
         found = check_frames(dataset, store, rank, world_size, **loader_options(args.workers))
-        labelled, blank = zip(*gather_objects(found, world_size))
+        labeled, blank = zip(*gather_objects(found, world_size))
         dataset.leave_out(sum(blank, []))
-        if sum(labelled) == 0:
+        counts.append(sum(labeled))
+        may_lack_labels = trains_clip_loss(args) and not args.eval and counts[0] == 0
+        if counts[-1] == 0 and not may_lack_labels:
             raise ValueError(f"{args.data}: no point of the {len(dataset)} samples of a split has a label of "
-                             "the class list")
+                             "the class list; only the CLIP loss can train without (--clip-weights)")
         console.print(describe(dataset, sum(blank, [])))
         if rank == 0 and not args.no_check:
             for text in check_cameras(dataset, store, args.up, args.data):
                 console.print(text)
+    return counts
 
 
 def open_tower(args, config, log_warning):
@@ -307,10 +316,21 @@ def open_tower(args, config, log_warning):
         return build_tower(config)
 
 
-def clip_loss_is_never_on(args):
-    """Whether the CLIP loss has a weight, but in no epoch of this run."""
-    weights = [loss_weights(args, epoch)["clip"] for epoch in range(args.epochs)]
-    return max(weights) == 0 < max(args.clip_weights)
+def trains_clip_loss(args):
+    """Whether the CLIP loss has a weight in any epoch of this run."""
+    return any(loss_weights(args, epoch)["clip"] for epoch in range(args.epochs))
+
+
+def labels_train(args, num_labeled, console):
+    """Whether any label trains; says which losses do not, although the options sound as if they did."""
+    if not args.eval and max(args.clip_weights) > 0 and not trains_clip_loss(args):
+        console.warn(NEVER_ON)
+    if num_labeled > 0 and (args.semantic_weight or args.lovasz):
+        return True
+    console.print("no label trains: the classifier is CLIP's embeddings of the class names")
+    if args.clip_target == "global":
+        console.warn("--clip-target global ties no point to the name of its class, as --clip-target point does")
+    return False
 
 
 def check_tower(tower, args):
@@ -351,8 +371,7 @@ def build_criteria(args, clip_criterion=None):
     clip = clip_criterion or ClipConsCriterion(1.0, args.temperature, variant=args.clip_loss,
                                                world_mean=world_mean)
     return {"semantic": SemanticCriterion(world_mean=world_mean, label_smoothing=args.label_smoothing),
-            "instance": InstanceCriterion(world_mean=world_mean),
-            "clip": clip}
+            "instance": InstanceCriterion(world_mean=world_mean), "clip": clip}
 
 
 def loss_weights(args, epoch):
@@ -400,23 +419,6 @@ def weighted_losses(model, criteria, weights, amp_dtype, dense_target):
         _, terms, _ = compute_losses(model, batch, criteria, weights, amp_dtype, dense_target)
         return weight_terms(terms, weights)
     return losses
-
-
-def parameter_groups(model, args):
-    """AdamW groups: one per part of the model, split by whether weight decay applies (to matrices)."""
-    parts = {"fusion.encoder_3d.": ("encoder_3d", args.lr_3d),
-             "fusion.encoder_2d.trainable.": ("clip", args.lr_clip),
-             "fusion.": ("fusion", 1.0), "": ("head", 1.0)}  # the first prefix that fits
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, lr_mult = next(parts[prefix] for prefix in parts if name.startswith(prefix))
-        weight_decay = args.weight_decay if parameter.dim() > 1 else 0.0
-        group = groups.setdefault((part, weight_decay), {
-            "params": [], "name": part, "lr_mult": lr_mult, "weight_decay": weight_decay})
-        group["params"].append(parameter)
-    return list(groups.values())
 
 
 def lr_factor(step, total_steps, warmup):
@@ -538,13 +540,15 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [train_set, val_set]
     console.print(f"{len(class_names)} classes: {', '.join(class_names)}")
-    read_every_frame(used_sets, args, rank, world_size, console)
+    labeled = read_every_frame(used_sets, args, rank, world_size, console)
 
     # model
     model = build_model(config, len(class_names), instances, tower, count_features(train_set.frames, args))
     config |= {"gate": gate_name(model), "class_ids": class_ids_of(train_set, class_names)}
     if init_3d is not None:
         model.fusion.encoder_3d.backbone.load_state_dict(init_3d)
+    if not labels_train(args, labeled[0], console):
+        classify_by_name(model, class_names)
     model.to(device)
     synchronize_batch_norm(model)
     if path:
@@ -581,8 +585,6 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         load_optimizer(optimizer, scaler, state)
         console.print(f"{path}: goes on with epoch {start_epoch}, step {first_step} of {steps_per_epoch}")
         warn_of_changes(state, config, lr_at(start_epoch, first_step), console.warn)
-    if not args.eval and clip_loss_is_never_on(args):
-        console.warn(NEVER_ON)
     if args.eval or start_epoch >= args.epochs:
         with average.applied():
             metrics = score()
@@ -679,7 +681,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
                     visualize(log, model, val_set, class_names, args.min_instance_points)
             bar.show(mIoU=metrics["miou"])
             console.print(f"epoch {epoch + 1}: {log_metrics(log, metrics, class_names)}")
-            if metrics["miou"] > best:
+            if not metrics["miou"] <= best:  # NaN, without a true label, counts as the best
                 best = metrics["miou"]
                 save("best.pt", epoch + 1, 0)  # before the last.pt that speaks of it
         save("last.pt", epoch + 1, 0)

@@ -51,8 +51,8 @@ def parse_args(argv=None):
         if name not in ON_CPU:
             add[name]("--device", choices=("cpu", "cuda"), help="where to measure")
         if name not in NO_FIGURES:
-            add[name]("--plot", metavar="PATH", help="also draw the figures, into this PNG file "
-                      "(stability: two files in this folder); needs matplotlib")
+            add[name]("--plot", metavar="PATH", help="also draw the figures, into this PNG file; "
+                      "needs matplotlib")
         threads = 1 if name in TRAININGS else os.cpu_count()
         add[name]("--threads", type=int, default=threads, help="CPU threads")
         if name in REPEATS:

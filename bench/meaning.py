@@ -8,11 +8,13 @@ First it trains a small open_clip model on crops of rooms that no training of `t
 with captions made from their class names and colors. It knows the objects of such rooms, as CLIP's
 published weights know the world's. Then it asks this tower by text, and trains 3D networks with it,
 with the same tower at random weights, and without.
-Imports data, encoder, evaluate, fusion, losses, model, predict, train, and sources/.
+Imports data, encoder, evaluate, fusion, losses, model, train, sources/, support/files and queries.
 """
 import contextlib
+import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,7 +29,6 @@ import open_clip
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 import train
 from data import PointDataset, collate
@@ -35,10 +36,11 @@ from encoder import ATTENTIONS, Enhanced2DEncoder
 from evaluate import Scores
 from fusion import BiFusionEncoder
 from losses import ClipConsCriterion
-from model import build_model, load_model
-from predict import TEMPLATES, TextQueries
+from model import load_model
 from sources.open import open_frames
 from sources.rooms import CLASSES, RoomFrames
+from support.files import write_whole
+from support.queries import TEMPLATES, TextQueries
 
 # ---------------------------------------------------------------------------------------------- tower
 
@@ -48,7 +50,8 @@ CROP = 96  # pixels
 TOWER_CONFIG = {
     "model_cfg": {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": CROP, "patch_size": 16, "width": 128, "layers": 5, "head_width": 32},
+        "vision_cfg": {"image_size": CROP, "patch_size": 16, "width": 128, "layers": 5, "head_width": 32,
+                       "patch_dropout": 0.5},
         "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2}},
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
 COLORS = {"black": (30, 30, 30), "gray": (128, 128, 128), "white": (235, 235, 235),
@@ -57,57 +60,76 @@ COLORS = {"black": (30, 30, 30), "gray": (128, 128, 128), "white": (235, 235, 23
           "purple": (120, 70, 160), "pink": (220, 130, 170)}
 
 
-class Crops:
-    """Square crops of objects in frames, and captions for them.
+SIDES = (56, 200)  # pixels of a random crop; its patches then resemble those of a whole image at any distance
+MOST_NAMED = 3
 
-    source: frames with labels and instances (see data.py). Walls, floors and ceilings count as objects.
+
+class Crops:
+    """Square crops of frames, and captions that name objects in them. Walls, floors and ceilings count as objects.
+
+    source: frames with labels and instances (see data.py).
     """
 
     def __init__(self, source, smallest=150):
-        self.images = []
-        self.objects = [[] for _ in source.class_names]  # per class (image, pixels (n,), color word)
         self.class_names = source.class_names
+        self.images = []
+        self.groups = []  # (H, W): the object that a pixel shows, 256 (label + 1) + instance + 1
+        self.words = {}  # (frame, object): its color
+        self.objects = [[] for _ in source.class_names]  # per class (frame, object, its pixels (n,))
         for index in range(len(source)):
             frame = source[index]
+            group = 256 * (frame["label"] + 1) + frame["instance"] + 1
             self.images.append(Image.fromarray(frame["color"]))
-            group = ((frame["label"] + 1) * 256 + frame["instance"] + 1).ravel()
+            self.groups.append(group.astype(np.int16))
             for value in np.unique(group[group >= 256]):
-                pixels = np.flatnonzero(group == value)
-                if len(pixels) < smallest:
-                    continue
+                pixels = np.flatnonzero(group == value).astype(np.int32)
                 color = frame["color"].reshape(-1, 3)[pixels].mean(0)
-                word = min(COLORS, key=lambda name: np.abs(color - COLORS[name]).sum())
-                self.objects[value // 256 - 1].append((index, pixels.astype(np.int32), word))
+                self.words[index, value] = min(COLORS, key=lambda name: np.abs(color - COLORS[name]).sum())
+                if len(pixels) >= smallest:
+                    self.objects[value // 256 - 1].append((index, value, pixels))
 
-    def cut(self, item, rng=None):
-        """A crop (CROP, CROP, 3) uint8 around an object; rng: at a random place and scale, or mirrored."""
-        index, pixels, _ = item
-        image = self.images[index]
-        rows, columns = np.divmod(pixels, image.width)
-        side = max(np.ptp(rows), np.ptp(columns))
-        center = np.array([np.median(columns), np.median(rows)])
-        if rng is not None:
-            side *= rng.uniform(0.6, 1.4)
-            pixel = rng.integers(len(pixels))
-            center += rng.uniform(0, 1) * (np.array([columns[pixel], rows[pixel]]) - center)
-        side = min(max(side, 40), 200, image.height)
-        left, top = np.clip(center - side / 2, 0, np.array(image.size) - side)
+    def cut(self, index, row, column, side):
+        """A square around a place in a frame, moved inside -> (CROP, CROP, 3) uint8, and its part of `groups`."""
+        height, width = self.groups[index].shape
+        left = np.clip(column - side / 2, 0, width - side)
+        top = np.clip(row - side / 2, 0, height - side)
         box = left, top, left + side, top + side
-        crop = np.asarray(image.resize((CROP, CROP), Image.Resampling.BICUBIC, box))
-        return crop[:, ::-1] if rng is not None and rng.random() < 0.5 else crop
+        crop = self.images[index].resize((CROP, CROP), Image.Resampling.BILINEAR, box)
+        rows = slice(int(top), int(top + side))
+        return np.asarray(crop), self.groups[index][rows, int(left):int(left + side)]
+
+    def around(self, index, value, pixels):
+        """The crop of a whole object."""
+        rows, columns = np.divmod(pixels, self.images[index].width)
+        side = np.clip(max(np.ptp(rows), np.ptp(columns)), 40, SIDES[1])
+        return self.cut(index, np.median(rows), np.median(columns), side)[0]
+
+    def draw(self, kind, rng):
+        """A random crop in which an object of a class is seen, and its caption.
+
+        Several names, because then the embedding of a scene is that of its parts, down to the single patch.
+        """
+        index, value, pixels = self.objects[kind][rng.integers(len(self.objects[kind]))]
+        side = math.exp(rng.uniform(*np.log(SIDES)))
+        row, column = np.divmod(rng.choice(pixels), self.images[index].width) + rng.uniform(-0.3, 0.3, 2) * side
+        crop, group = self.cut(index, row, column, side)
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
+        found, count = np.unique(group, return_counts=True)
+        others = found[(found >= 256) & (found != value) & (count > 0.06 * group.size)]
+        named = [value, *rng.permutation(others)[:rng.integers(MOST_NAMED)]]
+        names = []
+        for other in rng.permutation(named):
+            name = self.class_names[other // 256 - 1]
+            is_colored = rng.random() < 0.5
+            names.append(f"{self.words[index, other]} {name}" if is_colored else name)
+        return crop, rng.choice(TEMPLATES).format(" and a ".join(dict.fromkeys(names)))
 
     def batch(self, size, rng):
         """Images (size, 3, CROP, CROP) in [0, 1] and captions, all classes equally likely."""
-        images, captions = [], []
         seen = [kind for kind, objects in enumerate(self.objects) if objects]
-        for kind in rng.choice(seen, size):
-            item = self.objects[kind][rng.integers(len(self.objects[kind]))]
-            images.append(self.cut(item, rng))
-            name = self.class_names[kind]
-            if rng.random() < 0.5:
-                name = f"{item[2]} {name}"
-            captions.append(TEMPLATES[rng.integers(len(TEMPLATES))].format(name))
-        return to_images(images), captions
+        crops, captions = zip(*[self.draw(kind, rng) for kind in rng.choice(seen, size)])
+        return to_images(crops), list(captions)
 
 
 def to_images(crops):
@@ -115,7 +137,7 @@ def to_images(crops):
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 
-def train_tower(folder, rooms=320, steps=500, batch_size=128, lr=1e-3, seed=0):
+def train_tower(folder, rooms=320, steps=600, batch_size=64, lr=1.5e-3, seed=0):
     """Trains the small model with open_clip's own class and loss -> CPU seconds.
 
     `local-dir:folder` then names it, with weights "own".
@@ -152,9 +174,9 @@ def train_tower(folder, rooms=320, steps=500, batch_size=128, lr=1e-3, seed=0):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         total += loss.item()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 100 == 0:
             seconds = time.process_time() - start
-            print(f"step {step + 1}: loss {total / 50:.3f}, {seconds:.0f} s", flush=True)
+            print(f"step {step + 1}: loss {total / 100:.3f}, {seconds:.0f} s", flush=True)
             total = 0.0
     torch.save(model.state_dict(), folder / WEIGHTS)
     return time.process_time() - start
@@ -175,7 +197,7 @@ def zero_shot(folder, rooms=24, most=40):
     for kind, objects in enumerate(crops.objects):
         if not objects:
             continue
-        _, pooled = tower.encode(to_images([crops.cut(item) for item in objects[:most]]))
+        _, pooled = tower.encode(to_images([crops.around(*item) for item in objects[:most]]))
         accuracy.append(((pooled @ text.T).argmax(1) == kind).double().mean().item())
     return statistics.mean(accuracy)
 
@@ -247,50 +269,32 @@ def feature_text_miou(model):
 RECIPE = f"--no-instances --num-points {NUM_POINTS} --val-rooms {VAL_ROOMS} --workers 0 --no-check".split()
 CONSTANTS = dict(frames_per_room=FRAMES_PER_ROOM, eval_every=1000, log_every=100)
 DATA = {"4 rooms": "--rooms 4 --epochs 36", "32 rooms": "--rooms 32 --epochs 4",
+        "32 rooms without labels": "--rooms 32 --epochs 4 --semantic-weight 0",
         "labels in 4 of 32 rooms": "--rooms 32 --epochs 7"}
-LABELLED = {"labels in 4 of 32 rooms": 4}
+LABELED = {"labels in 4 of 32 rooms": 4}
 ISOLATED = "isolated"
 TOWERS = {"3D baseline": "--no-clip", "random tower": "--isolate-clip --clip-pretrained none",
           ISOLATED: "--isolate-clip"}
+LOSSES = {}
+for variant in ("global, sigmoid, 0.01", "point, infonce, 0.1", "point, infonce, 1", "point, cosine, 1",
+                "point, cosine, 0.1, centered", "point, cosine, 1, centered"):
+    target, form, weight, *_ = variant.split(", ")
+    LOSSES[variant] = f"--clip-warmup=-1 --clip-weights 0,{weight} --clip-target {target} --clip-loss {form}"
+STUDY = (("4 rooms", TOWERS),  # in the order that matters most
+         ("32 rooms without labels", ("point, infonce, 1", "point, cosine, 1, centered")),
+         ("32 rooms", TOWERS),
+         ("4 rooms", tuple(LOSSES)[:-1]),
+         ("labels in 4 of 32 rooms", (*TOWERS, "point, infonce, 0.1", "point, cosine, 0.1, centered")),
+         ("32 rooms", ("point, infonce, 0.1", "point, cosine, 0.1, centered")))
 
 
-def constant(weight, target, variant):
-    """Options of a consistency loss of one weight throughout."""
-    return f"--clip-warmup=-1 --clip-weights 0,{weight} --clip-target {target} --clip-loss {variant}"
-
-
-LOSSES = {
-    "global, sigmoid, 0.01": constant(0.01, "global", "sigmoid"),
-    "global, sigmoid, 1": constant(1, "global", "sigmoid"),
-    "point, sigmoid, 0.01": constant(0.01, "point", "sigmoid"),
-    "point, cosine, 0.1": constant(0.1, "point", "cosine"),
-    "point, cosine, 1": constant(1, "point", "cosine"),
-    "point, infonce, 0.1": constant(0.1, "point", "infonce"),
-    "point, infonce, 1": constant(1, "point", "infonce"),
-    "point, cosine, 0.1, centered": constant(0.1, "point", "cosine"),
-    "point, cosine, 1, centered": constant(1, "point", "cosine"),
-    "text head": "--isolate-clip",
-    "text head, point, cosine, 0.1, centered": constant(0.1, "point", "cosine")}
-
-
-class HiddenLabels:
-    """A source of frames whose labels are known in the first rooms only."""
-
-    def __init__(self, source, labelled_rooms):
-        self.source = source
-        self.class_names = source.class_names
-        self.names = source.names
-        self.color = source.color
-        self.num_labelled = labelled_rooms * FRAMES_PER_ROOM
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        frame = self.source[index]
-        if index >= self.num_labelled:
-            frame["label"] = np.full_like(frame["label"], -1)
-        return frame
+def hide_labels(source, labeled_rooms):
+    """The same rooms, without labels in all but the first ones."""
+    hidden = copy.copy(source)
+    hidden.frames = source.frames[:labeled_rooms * FRAMES_PER_ROOM]
+    for frame in source.frames[labeled_rooms * FRAMES_PER_ROOM:]:
+        hidden.frames.append({**frame, "label": np.full_like(frame["label"], -1)})
+    return hidden
 
 
 class CenteredCriterion(ClipConsCriterion):
@@ -315,28 +319,6 @@ def mean_target(tower, frames):
     return torch.cat(maps).mean((0, 2, 3))
 
 
-class TextHead(nn.Linear):
-    """Logits are a fixed scale times the cosines with the embeddings (K, C) of the class names."""
-
-    scale = 20.0
-
-    def __init__(self, embedding):
-        super().__init__(*embedding.T.shape)
-        self.requires_grad_(False)
-        self.weight.copy_(embedding)
-        self.bias.zero_()
-
-    def forward(self, feat):
-        return super().forward(self.scale * F.normalize(feat, dim=1))
-
-
-def build_with_text_head(config, num_classes, instances, tower, in_channels=3):
-    """`model.build_model`, but the classes are read off by their names."""
-    model = build_model(config, num_classes, instances, tower, in_channels)
-    model.head = TextHead(class_queries(tower, "fused").embedding[:num_classes])
-    return model
-
-
 def training_run(argv, data, name, tower):
     """One training -> {"miou", "fused", "3d", "cpu_seconds"}: mIoU of the head, and of text queries."""
     start = time.process_time()
@@ -346,9 +328,9 @@ def training_run(argv, data, name, tower):
         frames = rooms_of("train", args.rooms, FRAMES_PER_ROOM)
         criterion = CenteredCriterion(mean_target(tower, frames), variant=args.clip_loss)
 
-    def opened(_, split, *labels, rooms):
+    def opened(data_option, split, *labels, rooms, **options):
         frames = rooms_of(split, *rooms)
-        return HiddenLabels(frames, LABELLED[data]) if data in LABELLED and split == "train" else frames
+        return hide_labels(frames, LABELED[data]) if data in LABELED and split == "train" else frames
 
     with contextlib.ExitStack() as stack:
         runs = stack.enter_context(tempfile.TemporaryDirectory())
@@ -358,8 +340,6 @@ def training_run(argv, data, name, tower):
         stack.enter_context(mock.patch.object(train, "open_frames", opened))
         stack.enter_context(mock.patch.dict(train.CONSTANTS, CONSTANTS))
         stack.enter_context(mock.patch.object(train, "visualize", lambda *_: None))
-        if "text head" in name:
-            stack.enter_context(mock.patch.object(train, "build_model", build_with_text_head))
         record = {"miou": train.main([*argv, "--runs", runs], criterion)["miou"]}
         if not args.no_clip:
             model, _, _ = load_model(next(Path(runs).glob("*/last.pt")), args.device)
@@ -367,36 +347,24 @@ def training_run(argv, data, name, tower):
     return {**record, "cpu_seconds": round(time.process_time() - start)}
 
 
-def settings(seed):
-    """(data, name, options) of all trainings of a seed."""
-    few = "labels in 4 of 32 rooms"
-    losses = ["point, infonce, 1", "point, cosine, 0.1, centered", "text head"]
-    rows = [(data, name) for data in ("4 rooms", "32 rooms") for name in TOWERS]
-    rows += [("4 rooms", name) for name in LOSSES]
-    rows += [(few, name) for name in (*TOWERS, *losses)]
-    rows += [("32 rooms", name) for name in losses]
-    for data, name in rows:
-        options = f"{DATA[data]} {(TOWERS | LOSSES)[name]} --seed {seed}"
-        yield data, name, [*RECIPE, *options.split()]
-
-
 def training_study(args, folder, finished, save):
     """Adds to `finished`, {data: {name: {seed: record}}}, what it does not hold with these options yet."""
     weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     tower = named_tower(folder, "own", SIZE)
-    for seed in range(args.seeds):
-        for data, name, options in settings(seed):
-            key = {"options": " ".join(options), "tower": weights}
-            records = finished.setdefault(data, {}).setdefault(name, {})
-            if key.items() <= records.get(str(seed), {}).items():
-                continue
-            named = ["--clip-model", f"local-dir:{folder}"]
-            if "--clip-pretrained" not in options:
-                named += ["--clip-pretrained", "own"]
-            argv = [*options, *named, "--device", args.device, "--cache", str(Path(args.out) / "cache")]
-            records[str(seed)] = key | training_run(argv, data, name, tower)
-            save()
-            print(f"{data}, {name}, seed {seed}: {records[str(seed)]['miou']:.3f}", flush=True)
+    trainings = [(data, name) for data, names in STUDY for name in names]
+    for (data, name), seed in itertools.product(trainings, range(args.seeds)):
+        options = [*RECIPE, *f"{DATA[data]} {(TOWERS | LOSSES)[name]} --seed {seed}".split()]
+        key = {"options": " ".join(options), "tower": weights}
+        records = finished.setdefault(data, {}).setdefault(name, {})
+        if key.items() <= records.get(str(seed), {}).items():
+            continue
+        named = ["--clip-model", f"local-dir:{folder}"]
+        if "--clip-pretrained" not in options:
+            named += ["--clip-pretrained", "own"]
+        argv = [*options, *named, "--device", args.device, "--cache", str(Path(args.out) / "cache")]
+        records[str(seed)] = key | training_run(argv, data, name, tower)
+        save()
+        print(f"{data}, {name}, seed {seed}: {records[str(seed)]['miou']:.3f}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -429,9 +397,7 @@ def run(args):
     results = json.loads(file.read_text()) if file.exists() else {}
 
     def save():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(results, indent=1))
-        os.replace(part, file)
+        write_whole(file, lambda part: part.write(json.dumps(results, indent=1).encode()))
 
     if not (folder / WEIGHTS).exists():
         results = {"tower_seconds": train_tower(folder)}

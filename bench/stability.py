@@ -3,7 +3,7 @@
 
     python -m bench stability --quick            a smoke test of all of it
     python -m bench stability                    everything; goes on from the last finished training
-    python -m bench stability --plot docs        also stability_losses.png, stability_training.png in docs
+    python -m bench stability --plot FILE.png    also draws the losses alone
 
 It compares the loss as one would write it, -log sigmoid(cos / 0.07) with F.normalize; the same with two
 patches, a temperature of at least 0.1 and logits clamped to +-10; and each variant of ClipConsCriterion.
@@ -13,7 +13,7 @@ fused features:
     loss_weight / (rows * 0.1 * 0.1)
 
 A row is dead if its gradient is exactly zero although its target is not. Trainings are on the built-in
-rooms. Imports train, losses.
+rooms. Imports train, losses and support/files.
 """
 import contextlib
 import functools
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 import train
 from losses import CLIP_LOSSES, ClipConsCriterion
+from support.files import write_whole
 
 TEMPERATURE = ClipConsCriterion().temperature
 NORM_FLOOR = ClipConsCriterion().norm_floor
@@ -295,7 +296,7 @@ def print_training(finished):
         print(line + f"{statistics.mean(columns['clip_cosine'] or [math.nan]):8.2f}")
 
 
-# -------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------- figure and command
 
 
 def plot_losses(table, path):
@@ -328,53 +329,17 @@ def plot_losses(table, path):
     plt.close(figure)
 
 
-def plot_training(finished, path):
-    """A dot per run that came to its end."""
-    from matplotlib import pyplot as plt
-    size = (10, 0.8 + 0.2 * len(finished))
-    figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
-    labels = []
-    for name, records in finished.items():
-        lost = sum(record["error"] is not None for record in records.values())
-        labels.append(f"{name} ({lost} of {len(records)} lost)" if lost else name)
-    titles = {"miou": "mIoU (gray: baseline; red: other losses)",
-              "over_bound": "largest gradient of a row / bound",
-              "effective_rank": "effective rank of fused features"}
-    for ax, (key, title) in zip(axes, titles.items()):
-        for y, (name, records) in enumerate(finished.items()):
-            done = [record for record in records.values() if record["error"] is None]
-            values = [record[key] for record in done if record[key] is not None]
-            color = "#c0392b" if any(loss in name for loss in PLAIN) else "#1f5fa8"
-            ax.scatter(values, [y] * len(values), s=16, alpha=0.6, c=color, zorder=2)
-            for value in values if name == "3D baseline" else ():
-                ax.axvline(value, color="#cccccc", lw=1, zorder=0)
-        ax.set_title(title, fontsize=9)
-        ax.tick_params(labelsize=7)
-        ax.grid(color="#eeeeee")
-    axes[0].set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
-    axes[1].set_xscale("log")
-    axes[1].axvline(1, color="black", lw=1)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
 def run(args):
     file = Path(args.out) / ("quick.json" if args.quick else "stability.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.exists() else {"trainings": {}}
 
     def save():
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(results, indent=1))
-        os.replace(part, file)
+        write_whole(file, lambda part: part.write(json.dumps(results, indent=1).encode()))
 
     results["losses"] = criterion_study(2 if args.quick else 40)
     training_study(args, results["trainings"], save)
     save()
-    finished = {name: results["trainings"][name] for name in SETTINGS if name in results["trainings"]}
-    print_training(finished)
+    print_training({name: results["trainings"][name] for name in SETTINGS if name in results["trainings"]})
     if args.plot:
-        folder = Path(args.plot)
-        folder.mkdir(parents=True, exist_ok=True)
-        plot_losses(results["losses"], folder / "stability_losses.png")
-        plot_training(finished, folder / "stability_training.png")
+        plot_losses(results["losses"], args.plot)

@@ -131,12 +131,8 @@ def test_a_run_that_is_lost_is_a_result_and_its_criterion_is_that_of_the_setting
     stability.print_training({"ours": {"0": record}})
 
 
-def test_both_figures_are_drawn(tmp_path):
+def test_the_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    record = {"miou": 0.5, "over_bound": 0.1, "effective_rank": 20.0, "error": None}
-    lost = {**record, "miou": None, "error": "10 steps in a row"}
     table = {kind: {loss: dict.fromkeys(DTYPES, (1.0, 0.5, 0.0)) for loss in LOSSES} for kind in KINDS}
     stability.plot_losses(table, tmp_path / "losses.png")
-    trainings = {"3D baseline": {"0": record}, "naive": {"0": record, "1": lost}}
-    stability.plot_training(trainings, tmp_path / "runs.png")
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("losses.png", "runs.png"))
+    assert (tmp_path / "losses.png").stat().st_size > 1000
