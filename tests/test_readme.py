@@ -13,7 +13,8 @@ PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((R
 SNIPPETS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
 ALONE = []  # (the module of ours that a snippet imports, snippet)
 for _, code in SNIPPETS:
-    own = [name for name in re.findall(r"^from ([\w.]+)", code, re.M) if (ROOT / f"{name}.py").is_file()]
+    own = [name for name in re.findall(r"^from ([\w.]+)", code, re.M)
+           if (ROOT / f"{name.replace('.', '/')}.py").is_file()]
     if len(own) == 1:
         ALONE.append((own[0], code))
 
