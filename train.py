@@ -2,7 +2,7 @@
 """Trains 3D scene segmentation with frozen CLIP features fused in.
 
     python train.py --clip-warmup 10,20                                the built-in rooms, no download
-    python train.py --data SCANS --train-split train.txt --val-split val.txt --voxel-size 0.02
+    python train.py --data DATA --train-split train.txt --val-split val.txt --voxel-size 0.02
     python train.py --no-clip                                          the 3D baseline
     python train.py --resume runs/NAME/last.pt                         go on
     python train.py --eval runs/NAME/best.pt                           score only
@@ -279,7 +279,7 @@ def describe(dataset, blank):
 
 
 def read_every_frame(datasets, args, rank, world_size, console):
-    """Fails if a file is broken, a camera wrong, or no point of a split labelled, before anything is written.
+    """Fails if a file is broken, a camera wrong, or no point of a split labeled, before anything is written.
 
     Samples without any depth are left out. Frames whose files are as the cache remembers them, by size and
     time, are not read again.

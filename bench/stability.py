@@ -299,7 +299,7 @@ def print_training(finished):
 
 
 def plot_losses(table, path):
-    """A cell per loss, dtype and kind; the worst that happened gives its colour."""
+    """A cell per loss, dtype and kind; the worst that happened gives its color."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     lines = list(itertools.product(LOSSES, DTYPES))
