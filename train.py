@@ -2,7 +2,7 @@
 """Trains 3D scene segmentation with frozen CLIP features fused in.
 
     python train.py --clip-warmup 10,20                                the built-in rooms, no download
-    python train.py --data SCANS --train-split train.txt --val-split val.txt --voxel-size 0.02
+    python train.py --data DATA --train-split train.txt --val-split val.txt --voxel-size 0.02
     python train.py --no-clip                                          the 3D baseline
     python train.py --resume runs/NAME/last.pt                         go on
     python train.py --eval runs/NAME/best.pt                           score only
@@ -60,7 +60,6 @@ NEVER_ON = "the CLIP loss will never be on: --clip-warmup ends after the last ep
 # Settings without an option; a checkpoint keeps those that it was trained with.
 CONSTANTS = {
     "frames_per_room": 4,        # images taken in each built-in room
-    "superpoints": 128,          # per frame, for instances
     "min_instance_points": 100,  # smaller instances are neither predicted nor scored, as ScanNet does
     "temperature": 0.07,         # of the CLIP loss, floored at 0.1
     "weight_decay": 0.05,        # of AdamW, on matrices
@@ -68,7 +67,6 @@ CONSTANTS = {
     "lr_clip": 0.01,             # learning rate multiplier of trained CLIP blocks
     "max_grad_norm": 10.0,       # larger gradients are scaled down to it
     "log_every": 10,             # optimizer steps between TensorBoard entries
-    "eval_every": 5,             # epochs between evaluations; best.pt is written at the best of them
     "save_every": 1000}          # optimizer steps between writings of last.pt within an epoch
 
 # ---------------------------------------------------------------------------------------------- options
@@ -96,6 +94,7 @@ def build_parser():
     add("--no-check", action="store_true", help="insist on data that look wrong, see docs/check.md")
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
     add("--normals", action="store_true", help="show it normals, of depth or of the meshes of --scans")
+    add("--superpoints", type=positive_int, default=128, help="per frame, for instances")
     add("--cache", type=writable_folder, default=".cache", help="folder for CLIP features and superpoints; "
         "'none': compute them every time")
     add("--workers", type=nonnegative_int, help="data-loading processes; 0: the main one; not given: 2, "
@@ -159,6 +158,7 @@ def build_parser():
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--runs", type=writable_folder, default="runs", help="folder that TensorBoard watches")
+    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; the best is best.pt")
     add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
         "entries under diagnose/, see docs/diagnostics.md; 0: none")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -266,8 +266,9 @@ def feature_text_miou(model):
 
 # ---------------------------------------------------------------------------------------------- trainings
 
-RECIPE = f"--no-instances --num-points {NUM_POINTS} --val-rooms {VAL_ROOMS} --workers 0 --no-check".split()
-CONSTANTS = dict(frames_per_room=FRAMES_PER_ROOM, eval_every=1000, log_every=100)
+RECIPE = (f"--no-instances --num-points {NUM_POINTS} --val-rooms {VAL_ROOMS} --workers 0 --no-check "
+          "--eval-every 1000").split()
+CONSTANTS = dict(frames_per_room=FRAMES_PER_ROOM, log_every=100)
 DATA = {"4 rooms": "--rooms 4 --epochs 36", "32 rooms": "--rooms 32 --epochs 4",
         "32 rooms without labels": "--rooms 32 --epochs 4 --semantic-weight 0",
         "labels in 4 of 32 rooms": "--rooms 32 --epochs 7"}

@@ -150,8 +150,8 @@ def criterion_study(draws):
 # the warm-up is 0 for a quarter of the run, 0.001 for the next, then 0.01
 RECIPE = ("--rooms 32 --num-points 1024 --voxel-size 0.15 --no-instances "
           "--image-size 96,128 --clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 "
-          "--batch-size 4 --lr 4e-3 --clip-warmup 4,8").split()
-CONSTANTS = dict(frames_per_room=1, lr_warmup=10, log_every=4, eval_every=1000)
+          "--batch-size 4 --lr 4e-3 --clip-warmup 4,8 --eval-every 1000").split()
+CONSTANTS = dict(frames_per_room=1, lr_warmup=10, log_every=4)
 QUICK = ("--rooms 2 --num-points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 "
          "--clip-warmup 0,1").split()
 WEIGHT_1 = "--clip-weights 0,0.1,1"
@@ -300,7 +300,7 @@ def print_training(finished):
 
 
 def plot_losses(table, path):
-    """A cell per loss, dtype and kind; the worst that happened gives its colour."""
+    """A cell per loss, dtype and kind; the worst that happened gives its color."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     lines = list(itertools.product(LOSSES, DTYPES))

@@ -7,7 +7,7 @@ made independent of the split:
 
     gradients     average_gradients, once per step
     losses        loss = local sum / world_mean(local normalizer), whose mean over processes is the loss
-                  of the whole batch; a normalizer is what the sum is divided by: labelled points, say
+                  of the whole batch; a normalizer is what the sum is divided by: labeled points, say
     batch norms   synchronize_batch_norm: statistics over the rows of all processes, on a GPU by torch's
                   SyncBatchNorm, on a CPU, which that refuses, by SyncedBatchNorm, combined without
                   cancellation (Chan et al., "Algorithms for Computing the Sample Variance", 1983):

@@ -215,9 +215,8 @@ def test_a_cloud_is_drawn_in_the_colors_of_its_classes_without_its_ceiling(tmp_p
         assert sorted(shown) == sorted([*expected, [255] * 3])
 
 
-def test_speedrun_runs_in_small(capsys, quick_runs, monkeypatch):
-    monkeypatch.setitem(train.CONSTANTS, "eval_every", 1)
-    options = "--rooms 2 --epochs 2 --workers 0 --voxel-size 0.3"
+def test_speedrun_runs_in_small(capsys, quick_runs):
+    options = "--rooms 2 --epochs 2 --eval-every 1 --workers 0 --voxel-size 0.3"
     main(["speedrun", "--target", "0", "--options", " ".join([options, *SMOKE])])
     printed = capsys.readouterr().out
     first, second = map(float, re.findall(r"(\d+) s  mIoU", printed))

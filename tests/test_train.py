@@ -149,10 +149,9 @@ def same_weights(one, two):
 
 
 @pytest.mark.parametrize("variant, target, step", [("sigmoid", "global", 5), ("infonce", "point", 6)])
-def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, monkeypatch, capsys, variant, target, step):
+def test_a_run_stopped_inside_an_epoch_goes_on_bit_exactly(tmp_path, capsys, variant, target, step):
     """3 steps per epoch: step 5 is inside one, step 6 ends one, before its evaluation."""
-    monkeypatch.setitem(train.CONSTANTS, "eval_every", 1)
-    options = (f"--clip-warmup=-1 --clip-weights 0,0.1 --clip-loss {variant} --clip-target {target} "
+    options = (f"--eval-every 1 --clip-warmup=-1 --clip-weights 0,0.1 --clip-loss {variant} --clip-target {target} "
                "--rooms 3 --num-points 300")
     metrics = train.main(small(tmp_path / "straight", options))
     stop = StopRequest()
@@ -267,9 +266,8 @@ def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
     assert [entry for entry in written if entry[2]] == [("last.pt", 0, 2), ("last.pt", 1, 1), ("last.pt", 1, 3)]
 
 
-def test_options_given_on_resuming_take_effect(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.CONSTANTS, "eval_every", 1)
-    train.main(small(tmp_path, "--no-clip --no-instances --batch-size 1 --num-points 100"))
+def test_options_given_on_resuming_take_effect(tmp_path, capsys):
+    train.main(small(tmp_path, "--eval-every 1 --no-clip --no-instances --batch-size 1 --num-points 100"))
     path = last_checkpoint(tmp_path)
     train.main(["--resume", str(path), "--epochs", "3", "--batch-size", "4", "--amp", "fp16", "--lr-3d", "0.1",
                 *RESUME])
