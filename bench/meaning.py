@@ -137,7 +137,7 @@ def to_images(crops):
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 
-def train_tower(folder, rooms=320, steps=600, batch_size=64, lr=1.5e-3, seed=0):
+def train_tower(folder, rooms=320, steps=1500, batch_size=64, lr=1.5e-3, seed=0):
     """Trains the small model with open_clip's own class and loss -> CPU seconds.
 
     `local-dir:folder` then names it, with weights "own".
