@@ -17,6 +17,7 @@ import argparse
 import itertools
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ CLEAN_PAIR = 0.7  # share of points that are confirmed if fewer than MIN_PAIRS p
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
 SAME_TOP = "and the largest depth is the same in all images"
-VOID = r"(un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no label|invalid)"
+VOID = r"un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no ?label|n ?a|invalid"
 FIXES = {
     "refused": "Training refuses it, too.",
     "no depth": "Some frames need depth.",
@@ -54,6 +55,7 @@ FIXES = {
     "units of poses": "Multiply the translations of the poses by this factor, so that they are meters.",
     "units": "Scale the poses (structure from motion has no unit) or the depth, whichever is not in meters.",
     "colors": "Export the images again.",
+    "copied images": "Export the images again, each frame's own.",
     "equal poses": "Export the pose of every frame.",
     "pose inverted": "The files hold world-to-camera matrices: store their inverses (camera to world).",
     "pose half inverted": "A camera-to-world matrix is [R, t] with t the camera's place in the world.",
@@ -113,6 +115,11 @@ def spread(items, count):
     """At most `count` of some items, spread over them."""
     places = np.linspace(0, len(items) - 1, min(len(items), count))
     return [items[place] for place in places.round().astype(int)]
+
+
+def scene_of(frame):
+    """The scene of a frame."""
+    return frame["name"].split("/")[0]
 
 
 def some(names):
@@ -219,6 +226,34 @@ def color_rows(frames):
     return [Row("colors", "note", words)]
 
 
+def fingerprints(frame):
+    """{field: a number that tells its image from others}; without images of one value."""
+    images = {key: frame[key] for key in ("color", "depth", "label") if frame.get(key) is not None}
+    return {key: hash(image.tobytes()) for key, image in images.items() if (image != image.flat[0]).any()}
+
+
+def copy_rows(runs):
+    """Faults of images that are copies of each other, in other scenes or with other poses."""
+    frames = list(itertools.chain(*runs))
+    in_scene = Counter(scene_of(frame) for frame in frames)
+    rows = []
+    for field in ("color", "depth", "label"):
+        groups = {}
+        for frame in frames:
+            if field in frame["fingerprints"]:
+                groups.setdefault(frame["fingerprints"][field], []).append(frame)
+        for group in groups.values():
+            scenes = {scene_of(frame) for frame in group}
+            moved = np.ptp([frame["world2cam"] for frame in group], axis=0).max() > 0.001
+            most = 2 * len(group) > in_scene[scene_of(group[0])]  # not a few images that were stored twice
+            if len(group) > 1 and (len(scenes) > 1 or moved and most):
+                told = "in two scenes" if len(scenes) > 1 else "with other poses"
+                words = f"{len(group)} of {len(frames)} sampled {field} images are one, {told}: "
+                rows.append(wrong("copied images", f"{words}{some([frame['name'] for frame in group])}."))
+                break
+    return rows
+
+
 def depth_and_gray(frame):
     """A frame's depth, 160 wide, and the gray values of its color image there."""
     depth, _ = small_depth(frame, 160)
@@ -258,7 +293,7 @@ def equal_pose_rows(runs, judge):
     for run in runs:
         poses = np.array([frame["world2cam"] for frame in run])
         if len(run) > 2 and np.ptp(poses, axis=0).max() < 1e-6:
-            equal.append(run[0]["name"].split("/")[0])
+            equal.append(scene_of(run[0]))
     if not equal or judge.still.costs[1].mean() < np.log(0.02):
         return []
     words = f"All poses are equal, but the images are not, in {len(equal)} of {len(runs)} sampled scenes: "
@@ -457,7 +492,7 @@ def read_labels(source, num_frames):
         labels.borders[:] += third_classes(frame["label"])
         known, seen = depth_to_color(frame)
         fields = pixel_fields(frame, known[::8], seen[::8])
-        fields["scene"] = frame["name"].split("/")[0]
+        fields["scene"] = scene_of(frame)
         if frame.get("instance") is None:
             del fields["instances"]
         labels.fields.append(fields)
@@ -482,11 +517,15 @@ def label_rows(labels, names, num_listed, up):
     """
     if not labels.fields:
         return [Row("label ids", "not tested", "the frames have no labels")]
+    if not any(labels.counts[1:]):
+        return [wrong("label ids", "No pixel of the sampled label images has a label.")]
+    if len(labels.fields) > 2 and all(len(np.unique(own["labels"])) < 2 for own in labels.fields):
+        return [wrong("label ids", "Every sampled label image holds only one value.")]
     ignored, *shares = labels.counts / labels.counts.sum()
     order = [i for i in np.argsort(-labels.counts[1:], kind="stable") if shares[i] > 0]
     words = [f"ignored {ignored:.0%}"] + [f"{names[i]} {shares[i]:.0%}" for i in order[:8]]
     rows = [Row("labels", "note", ", ".join(words))]
-    void = [names[i] for i in order if re.fullmatch(VOID, names[i].strip().lower())]
+    void = [names[i] for i in order if re.fullmatch(VOID, re.sub(r"[\W_]+", " ", names[i]).strip().lower())]
     if void:
         rows.append(wrong("void class", f"The class {void[0]!r} would be trained and scored."))
 
@@ -507,13 +546,16 @@ def label_rows(labels, names, num_listed, up):
     return rows
 
 
-def instance_rows(fields, names, trusted=True):
-    """Whether instance ids separate objects, from the fields of `read_labels`. trusted: the labels are right."""
-    fields = [own for own in fields if "instances" in own]
+def instance_rows(fields, names, ids=(), trusted=True):
+    """Whether instance ids separate objects, from the fields of `read_labels`.
+
+    ids: of the classes in the class list, if known. trusted: the labels are right.
+    """
+    fields = [own for own in fields if "instances" in own and own["labels"].max(initial=-1) >= 0]
     if not fields:
-        return [Row("instance ids", "not tested", "the frames have no instances")]
+        return [Row("instance ids", "not tested", "no labelled frame has instances")]
     tables = [count_instances(own["labels"], own["instances"]) for own in fields]
-    lost = trusted and lost_instances(np.concatenate(tables), names)
+    lost = trusted and lost_instances(np.concatenate(tables), names, ids)
     tables = [table[table[:, 1] >= 0] for table in tables]
     labels, instances, counts = np.concatenate(tables).T
     if len(counts) == 0:
@@ -529,14 +571,14 @@ def instance_rows(fields, names, trusted=True):
         words = "Each class has the same instance id in all scenes: they are the labels again."
         return [wrong("instance ids", words)]
     if lost:
-        return [wrong("instance ids", f"{lost}: objects with id 0 count as none.")]
+        return [wrong("instance ids", lost)]
     return [Row("instance ids", "ok", words)]
 
 
-def lost_instances(table, names):
-    """Words about pixels without instance in classes that have some; "" if they are few.
+def lost_instances(table, names, ids):
+    """Words about pixels without instance in classes that should have some; "" if there are none.
 
-    table: rows (label, instance, pixels), instance -1 = none.
+    table: rows (label, instance, pixels), instance -1 = none. names, ids: of the classes.
     """
     total = np.bincount(table[:, 0], table[:, 2], len(names))
     none = table[table[:, 1] < 0]
@@ -544,12 +586,17 @@ def lost_instances(table, names):
     things = without < 0.5 * total
     share = without[things].sum() / max(total[things].sum(), 1)
     if share > 0.01:
-        return f"{share:.1%} of the pixels of classes with instances have none"
-    empty = [names[i] for i in np.flatnonzero((total > 0) & (without == total))]
-    empty = [name for name in empty if name not in ("wall", "floor", "ceiling")]
-    if len(empty) == 1 and things.sum() >= 5:
-        return f"Only the class {empty[0]} has no instances"
-    return ""
+        return f"{share:.1%} of the pixels of classes with instances have none: objects with id 0 count as none."
+    empty = [i for i in np.flatnonzero((total > 0) & (without == total))
+             if names[i] not in ("wall", "floor", "ceiling")]
+    doubtful = [i for i in empty if ids[i:i + 1] in ([0], [255])]
+    if not doubtful and len(empty) == 1 and things.sum() >= 5:
+        doubtful = empty
+    if not doubtful or not things.any():
+        return ""
+    told = some([repr(names[i]) for i in doubtful])
+    return f"No pixel of class {told} has an instance: it means unlabeled (then name it so in the class list), " \
+        "or its objects have id 0, which counts as none."
 
 
 def folder_rows(sources):
@@ -630,7 +677,7 @@ def read_runs(sources, num_frames):
         for position in run:
             source, index = places[names[position]]
             frame = {**source[index], "position": position}
-            frames.append({**frame, "label": None, "instance": None})
+            frames.append({**frame, "label": None, "instance": None, "fingerprints": fingerprints(frame)})
         runs.append(frames)
     return runs
 
@@ -645,6 +692,7 @@ def geometry_rows(runs, up="z"):
         return [wrong("refused", f"{error}.")], None
     frames, rows = depth_rows(frames)
     rows += color_rows(frames) if frames else []
+    rows += copy_rows(runs)
     kept = {frame["name"]: frame for frame in frames}
     runs = [[kept[frame["name"]] for frame in run if frame["name"] in kept] for run in runs]
     runs = [run for run in runs if run]
@@ -715,7 +763,8 @@ def inspect(sources, up="z", num_frames=48, picture=None):
     fields = list(itertools.chain(*fields))
     merged = Labels(sum(counts), sum(borders), fields)
     own = label_rows(merged, names, getattr(first, "num_listed", len(names)), world)
-    rows += own + instance_rows(fields, names, trusted=not first_fault(own)) + folder_rows(sources.values())
+    rows += own + instance_rows(fields, names, getattr(first, "class_ids", []), not first_fault(own))
+    rows += folder_rows(sources.values())
     occurring = {}
     for title, own in labels.items():
         occurring[title] = {names[i] for i in np.flatnonzero(own.counts[1:])}
