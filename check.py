@@ -5,11 +5,9 @@
     python check.py DATA --train-split train.txt --val-split val.txt --up=-y --picture check.png
     python check.py DATA --intrinsics 585,585,320,240           a folder of frame-* files
 
-Depth is reprojected into other frames of its scene, with the cameras as given and under alternatives:
-poses inverted, other axes, another unit, the pose of the next frame, and so on
-(support/reprojection.py). A fault is named if its alternative explains the frames as well as clean ones
-are explained; if none does, "no known cause fits". What the sampled frames cannot decide is "not
-tested". The exit status is 1 if something is wrong. docs/check.md lists the faults.
+The frames are read in other ways, too: poses inverted, other axes, another unit (support/reprojection.py).
+A fault is named if its reading explains them as well as clean ones are explained; if none does, "no known
+cause fits". The exit status is 1 if something is wrong. docs/check.md lists the faults.
 
 Imports numpy, PIL, and of this repository data, sources and support.
 """
@@ -41,7 +39,6 @@ NUM_PAIRS = 96  # of frames that are compared
 CLEAN_PAIR = 0.7  # share of points that are confirmed if fewer than MIN_PAIRS pairs overlap, at least
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
-SAME_TOP = "and the largest depth is the same in all images"
 VOID = r"un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no ?label|n ?a|invalid"
 FIXES = {
     "refused": "Training refuses it, too.",
@@ -104,6 +101,11 @@ class Row(NamedTuple):
 def wrong(fault, words):
     """The Row of a fault: what was seen, and its fix."""
     return Row(fault, "WRONG", f"{words} {FIXES[fault]}")
+
+
+def first_wrong(*faults):
+    """The Row of the first of some faults (name, whether it is there, words), in a list; or an empty one."""
+    return next(([wrong(fault, words)] for fault, there, words in faults if there), [])
 
 
 def first_fault(rows):
@@ -185,13 +187,10 @@ def range_rows(frames, num_values):
     median = median_depth(frames)
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
-    if top and bottom < 0.02 * top:
-        return [wrong("normalized depth", f"Every depth image reaches from nearly 0 to {top:.6g} m.")]
-    if num_values:
-        return [wrong("8-bit depth", f"Depth has only {num_values} values, with median {median:.3f} m.")]
-    if not 0.05 < median < 100:
-        return [wrong("units of depth", f"The median depth is {median:.3f} m.")]
-    return []
+    return first_wrong(
+        ("normalized depth", bottom < 0.02 * top, f"Every depth image reaches from nearly 0 to {top:.6g} m."),
+        ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {median:.3f} m."),
+        ("units of depth", not 0.05 < median < 100, f"The median depth is {median:.3f} m."))
 
 
 def flat_rows(frames):
@@ -232,26 +231,23 @@ def fingerprints(frame):
     return {key: hash(image.tobytes()) for key, image in images.items() if (image != image.flat[0]).any()}
 
 
-def copy_rows(runs):
+def copy_rows(frames):
     """Faults of images that are copies of each other, in other scenes or with other poses."""
-    frames = list(itertools.chain(*runs))
     in_scene = Counter(scene_of(frame) for frame in frames)
-    rows = []
-    for field in ("color", "depth", "label"):
-        groups = {}
-        for frame in frames:
-            if field in frame["fingerprints"]:
-                groups.setdefault(frame["fingerprints"][field], []).append(frame)
-        for group in groups.values():
-            scenes = {scene_of(frame) for frame in group}
-            moved = np.ptp([frame["world2cam"] for frame in group], axis=0).max() > 0.001
-            most = 2 * len(group) > in_scene[scene_of(group[0])]  # not a few images that were stored twice
-            if len(group) > 1 and (len(scenes) > 1 or moved and most):
-                told = "in two scenes" if len(scenes) > 1 else "with other poses"
-                words = f"{len(group)} of {len(frames)} sampled {field} images are one, {told}: "
-                rows.append(wrong("copied images", f"{words}{some([frame['name'] for frame in group])}."))
-                break
-    return rows
+    groups = {}
+    for frame in frames:
+        for key in frame["fingerprints"].items():
+            groups.setdefault(key, []).append(frame)
+    rows = {}
+    for (field, _), group in groups.items():
+        scenes = {scene_of(frame) for frame in group}
+        moved = np.ptp([frame["world2cam"] for frame in group], axis=0).max() > 0.001
+        most = 2 * len(group) > in_scene[scene_of(group[0])]  # not a few images that were stored twice
+        if len(scenes) > 1 or moved and most:
+            told = "in two scenes" if len(scenes) > 1 else "with other poses"
+            words = f"{len(group)} of {len(frames)} sampled {field} images are one, {told}: "
+            rows[field] = wrong("copied images", f"{words}{some([frame['name'] for frame in group])}.")
+    return list(rows.values())
 
 
 def depth_and_gray(frame):
@@ -300,19 +296,14 @@ def equal_pose_rows(runs, judge):
     return [wrong("equal poses", f"{words}{some(equal)}.")]
 
 
-def center_rows(views, frame, count):
-    """Principal points off the middle of the images: a fault if hardly any pairs, `count`, overlap.
-
-    Then it takes both coordinates to be off alike, as in intrinsics of images of another size.
-    """
+def center_rows(views, frame):
+    """A fault of intrinsics that were made for another size of images: both coordinates are off alike."""
     off = {"color": off_center(views, "intrinsics"), "depth": off_center(views, "depth_intrinsics")}
     far = [image for image in off if np.abs(off[image]).min() > 0.2 and np.ptp(off[image]) < 0.1]
-    if far and count < MIN_PAIRS:
-        fault = "intrinsics of both" if len(far) > 1 else f"{far[0]} intrinsics"
-        return [wrong(fault, f"{about_size(frame, fault)}.")]
-    most = np.abs(list(off.values())).max()
-    words = f"principal points lie {most:.0%} of the image off its middle: were the images cropped?"
-    return [Row("principal point", "note", words)] if most > 0.1 else []
+    if not far:
+        return []
+    fault = "intrinsics of both" if len(far) > 1 else f"{far[0]} intrinsics"
+    return [wrong(fault, f"{about_size(frame, fault)}.")]
 
 
 def about_size(frame, fault):
@@ -358,7 +349,7 @@ def pose_rows(runs, up):
     rows = cause_rows(judge, tried, frames, told)
     if not rows:
         cropped = next(one for one in tried if one.fault == "cropped images")
-        rows = [] if cropped.worse else center_rows(views, frames[0], count)
+        rows = center_rows(views, frames[0]) if count < MIN_PAIRS and not cropped.worse else []
         rows.append(alignment_row(frames))
     noisy = judge.still.share() >= CLEAN and judge.given.cost() - judge.still.cost() > MARGIN
     if noisy:
@@ -366,8 +357,9 @@ def pose_rows(runs, up):
         rows.append(Row("noise of poses", "note", words))
     elif not first_fault(rows):
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
-    if not first_fault(rows):
-        rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
+    if first_fault(rows):
+        return rows
+    rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
     return rows + other_rows(tried, rows)
 
 
@@ -382,10 +374,9 @@ def cause_rows(judge, tried, frames, told):
         return [wrong("mirrored", f"{mirrored} of {len(frames)} rotations have determinant -1.")]
     if found is None:
         return []
-    if fault == "units" and found.share < 0.97 and common_top(depth_of(frames)):
-        return [wrong("normalized depth", f"{told}, {SAME_TOP}.")]
     if fault == "units":
-        return [unit_row(found, judge, told)]
+        is_stretched = found.share < 0.97 and common_top(depth_of(frames))
+        return [stretched_row(told) if is_stretched else unit_row(found, judge, told)]
     words = f"{told}; with {found.words} it is {found.share:.0%}, and a pair fits better by " \
         f"{found.gain:.1f} log units."
     if "intrinsics" in fault:
@@ -393,41 +384,42 @@ def cause_rows(judge, tried, frames, told):
     return [wrong(fault, words)]
 
 
+def stretched_row(told):
+    """The fault of images that are stretched to their own ranges. told: words about the poses as given."""
+    return wrong("normalized depth", f"{told}, and the largest depth is the same in all images.")
+
+
 def unconfirmed_rows(judge, frames, told, helped):
     """A fault if the frames contradict each other, though no alternative fits.
 
     helped: an alternative is clearly better than what is given.
     """
-    count = judge.overlapping()
-    enough = count >= MIN_PAIRS
-    if count and judge.given.share() < (CLEAN if enough else CLEAN_PAIR):
-        if common_top(depth_of(frames)):
-            return [wrong("normalized depth", f"{told}, {SAME_TOP}.")]
-        worst = min(range(len(frames)), key=judge.share_of)
-        words = f"{told}, where clean captures reach {CLEAN:.0%}; of {frames[worst]['name']} it is " \
-            f"{judge.share_of(worst):.0%}."
-        return [wrong("unconfirmed", words)]
+    enough = judge.overlapping() >= MIN_PAIRS
+    share = judge.given.share()
+    contradicted = judge.overlapping() and share < (CLEAN if enough else CLEAN_PAIR)
+    if contradicted and common_top(depth_of(frames)):
+        return [stretched_row(told)]
+    worst = min(range(len(frames)), key=judge.share_of)
     alike = judge.look_alikes(judge.given)
-    if alike >= MIN_PAIRS:
-        return [wrong("unconfirmed", f"{alike} pairs of frames show the same, but with their poses they cannot.")]
-    if helped and enough:
-        return [wrong("unconfirmed", f"{told}, but other readings of the frames are better, and none is good.")]
-    return []
+    return first_wrong(
+        ("unconfirmed", contradicted, f"{told}, where clean captures reach {CLEAN:.0%}; of "
+         f"{frames[worst]['name']} it is {judge.share_of(worst):.0%}."),
+        ("unconfirmed", alike >= MIN_PAIRS, f"{alike} pairs of frames show the same, but with their poses they "
+         "cannot."),
+        ("unconfirmed", helped and enough, f"{told}, but other readings of the frames are better, and none is "
+         "good."))
 
 
 def other_rows(tried, rows):
     """Rows of faults that were not found: their alternatives are worse, or cannot be told from the rest."""
-    fault = first_fault(rows)
     others = []
     for test in sorted({one.fault for one in tried} - {row.test for row in rows}):
         own = [one for one in tried if one.fault == test]
-        if fault:
-            others.append(Row(test, "not tested", f"first fix: {fault}"))
-        elif all(one.worse for one in own):
+        row = Row(test, "not tested", "too little overlap or motion to tell")
+        if all(one.worse for one in own):
             loss = -max(one.gain for one in own)
-            others.append(Row(test, "ok", f"explains a pair worse by {loss:.2f} log units"))
-        else:
-            others.append(Row(test, "not tested", "too little overlap or motion to tell"))
+            row = Row(test, "ok", f"explains a pair worse by {loss:.2f} log units")
+        others.append(row)
     return others
 
 
@@ -468,41 +460,36 @@ def up_rows(runs, up, confirmed):
 # ------------------------------------------------------------------------------------- labels and splits
 
 
-class Labels(NamedTuple):
-    """What a sample of label images holds."""
-    counts: np.ndarray  # (1 + K,) pixels per class, ignored ones first
-    borders: np.ndarray  # (2,) pixels between two classes, and those of them of a third class
-    fields: list  # per frame, `data.pixel_fields` of every eighth pixel, and "scene"
-
-
 def class_names(source):
     """The names of a source's classes; if it has none, of as many as may occur."""
     return list(getattr(source, "class_names", ())) or [f"class {i}" for i in range(1000)]
 
 
 def read_labels(source, num_frames):
-    """Frames spread over a source -> Labels; instances only of frames that have some."""
-    counts = np.zeros(1 + len(class_names(source)), np.int64)
-    labels = Labels(counts, np.zeros(2, np.int64), [])
+    """Frames spread over a source -> per frame with labels: `data.pixel_fields` of every eighth pixel, "scene",
+    "counts" (1 + K,) pixels per class, ignored ones first, and "borders", see `third_classes`.
+
+    "instances" are missing if the frame has none.
+    """
+    num_classes = len(class_names(source))
+    labels = []
     for place in spread(range(len(source)), num_frames):
         frame = source[place]
         if frame.get("label") is None:
             continue
-        counts += np.bincount(frame["label"].ravel() + 1, minlength=len(counts))
-        labels.borders[:] += third_classes(frame["label"])
         known, seen = depth_to_color(frame)
         fields = pixel_fields(frame, known[::8], seen[::8])
-        fields["scene"] = scene_of(frame)
         if frame.get("instance") is None:
             del fields["instances"]
-        labels.fields.append(fields)
+        counts = np.bincount(frame["label"].ravel() + 1, minlength=1 + num_classes)
+        labels.append({**fields, "scene": scene_of(frame), "counts": counts, "borders": third_classes(frame["label"])})
     return labels
 
 
-def share_below_floor(fields, names, up):
+def share_below_floor(labels, names, up):
     """Mean share of a frame's points that lie 20 cm below what is called floor; 0 without a floor."""
     below = []
-    for own in fields if up is not None and "floor" in names else ():
+    for own in labels if up is not None and "floor" in names else ():
         is_floor = own["labels"] == names.index("floor")
         if is_floor.sum() > 0.01 * len(is_floor):
             height = own["points"] @ up
@@ -515,43 +502,41 @@ def label_rows(labels, names, num_listed, up):
 
     up: the world's up (3,), or None if it is unknown.
     """
-    if not labels.fields:
+    if not labels:
         return [Row("label ids", "not tested", "the frames have no labels")]
-    if not any(labels.counts[1:]):
-        return [wrong("label ids", "No pixel of the sampled label images has a label.")]
-    if len(labels.fields) > 2 and all(len(np.unique(own["labels"])) < 2 for own in labels.fields):
-        return [wrong("label ids", "Every sampled label image holds only one value.")]
-    ignored, *shares = labels.counts / labels.counts.sum()
-    order = [i for i in np.argsort(-labels.counts[1:], kind="stable") if shares[i] > 0]
+    counts = sum(own["counts"] for own in labels)
+    constant = len(labels) > 2 and all(np.count_nonzero(own["counts"]) == 1 for own in labels)
+    empty = first_wrong(
+        ("label ids", not any(counts[1:]), "No pixel of the sampled label images has a label."),
+        ("label ids", constant, "Every sampled label image holds only one value."))
+    if empty:
+        return empty
+    ignored, *shares = counts / counts.sum()
+    order = [i for i in np.argsort(-counts[1:], kind="stable") if shares[i] > 0]
     words = [f"ignored {ignored:.0%}"] + [f"{names[i]} {shares[i]:.0%}" for i in order[:8]]
     rows = [Row("labels", "note", ", ".join(words))]
     void = [names[i] for i in order if re.fullmatch(VOID, re.sub(r"[\W_]+", " ", names[i]).strip().lower())]
-    if void:
-        rows.append(wrong("void class", f"The class {void[0]!r} would be trained and scored."))
-
-    border, third = labels.borders
+    rows += first_wrong(("void class", void, f"The class {some(void)!r} would be trained and scored."))
+    border, third = sum(own["borders"] for own in labels)
+    third /= max(border, 1)
     outside = [names[i] for i in order if i >= num_listed]
-    below = share_below_floor(labels.fields, names, up)
-    if third > 0.2 * border:
-        words = f"On {third / border:.0%} of the borders between two classes lies a line of a third one."
-        rows.append(wrong("resized labels", words))
-    elif outside:
-        words = f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list lacks: "
-        rows.append(wrong("label ids", f"{words}{', '.join(outside[:8])}."))
-    elif below > 0.2:
-        words = f"{below:.0%} of the points lie below what the class list calls floor"
-        rows.append(wrong("label ids", f"{words}: ids are shifted or permuted."))
-    else:
-        rows.append(Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur"))
+    below = share_below_floor(labels, names, up)
+    rows += first_wrong(
+        ("resized labels", third > 0.2, f"On {third:.0%} of the borders between two classes lies a line of a third "
+         "one."),
+        ("label ids", outside, f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list lacks: "
+         f"{', '.join(outside[:8])}."),
+        ("label ids", below > 0.2, f"{below:.0%} of the points lie below what the class list calls floor: ids are "
+         "shifted or permuted.")) or [Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur")]
     return rows
 
 
-def instance_rows(fields, names, ids=(), trusted=True):
-    """Whether instance ids separate objects, from the fields of `read_labels`.
+def instance_rows(labels, names, ids=(), trusted=True):
+    """Whether instance ids separate objects, from what `read_labels` gives.
 
     ids: of the classes in the class list, if known. trusted: the labels are right.
     """
-    fields = [own for own in fields if "instances" in own and own["labels"].max(initial=-1) >= 0]
+    fields = [own for own in labels if "instances" in own and any(own["counts"][1:])]
     if not fields:
         return [Row("instance ids", "not tested", "no labelled frame has instances")]
     tables = [count_instances(own["labels"], own["instances"]) for own in fields]
@@ -561,18 +546,15 @@ def instance_rows(fields, names, ids=(), trusted=True):
     if len(counts) == 0:
         return [wrong("instance ids", "No labelled pixel has an instance.")]
 
-    mixed = sum(map(mixed_pixels, tables))
-    words = f"{mixed / counts.sum():.1%} of the pixels have an instance that is mostly of another class"
+    mixed = sum(map(mixed_pixels, tables)) / counts.sum()
+    words = f"{mixed:.1%} of the pixels have an instance that is mostly of another class"
     stuff = {names[i] for i in labels} & {"wall", "floor", "ceiling"}
     one_to_one = len(set(zip(labels, instances))) == len(set(labels)) == len(set(instances))
-    if mixed > 0.1 * counts.sum():
-        return [wrong("instance ids", f"{words}.")]
-    if stuff and one_to_one and len({own["scene"] for own in fields}) > 1:
-        words = "Each class has the same instance id in all scenes: they are the labels again."
-        return [wrong("instance ids", words)]
-    if lost:
-        return [wrong("instance ids", lost)]
-    return [Row("instance ids", "ok", words)]
+    again = stuff and one_to_one and len({own["scene"] for own in fields}) > 1
+    return first_wrong(
+        ("instance ids", mixed > 0.1, f"{words}."),
+        ("instance ids", again, "Each class has the same instance id in all scenes: they are the labels again."),
+        ("instance ids", lost, lost)) or [Row("instance ids", "ok", words)]
 
 
 def lost_instances(table, names, ids):
@@ -604,41 +586,29 @@ def folder_rows(sources):
     rows = []
     has = {}  # scene folder: label-filt is there
     for source in sources:
-        for folder in getattr(source, "folders", ()):
-            has[folder] = (folder / "label-filt").is_dir()
+        has |= {folder: (folder / "label-filt").is_dir() for folder in getattr(source, "folders", ())}
         left_out = dict(getattr(source, "left_out", {}))
-        if getattr(source, "num_skipped", 0):
-            left_out["frames with a lost pose"] = source.num_skipped
-        if left_out:
-            words = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        left_out["frames with a lost pose"] = getattr(source, "num_skipped", 0)
+        words = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        if words:
             rows.append(Row("left out", "note", words))
     lacking = [str(folder) for folder in has if not has[folder]]
-    labelled = any(getattr(source, "class_names", ()) for source in sources)
-    if any(has.values()) and not labelled:
-        rows.append(wrong("label folders", "There are label-filt folders, but no class list."))
-    elif any(has.values()) and lacking:
-        words = f"{len(lacking)} of {len(has)} scenes have no label-filt: {some(lacking)}."
-        rows.append(wrong("label folders", words))
-    return rows
+    listed = any(getattr(source, "class_names", ()) for source in sources)
+    words = f"{len(lacking)} of {len(has)} scenes have no label-filt: {some(lacking)}."
+    return rows + first_wrong(
+        ("label folders", any(has.values()) and not listed, "There are label-filt folders, but no class list."),
+        ("label folders", any(has.values()) and lacking, words))
 
 
-def split_rows(names, occurring):
-    """Frames that two splits share, and classes that one lacks.
-
-    names, occurring: {title: frames or class names}.
-    """
+def split_rows(sources):
+    """Frames that two splits {title: source} share."""
     rows = []
-    for (a, in_a), (b, in_b) in itertools.combinations(names.items(), 2):
-        twice = sorted(set(in_a) & set(in_b), key=natural_key)
-        row = Row("frames in both splits", "ok", f"none in {a} and {b}")
-        if twice:
-            row = wrong("frames in both splits", f"{a} and {b} share {len(twice)}: {some(twice)}.")
-        rows.append(row)
-    for title, own in occurring.items():
-        lacking = sorted(set().union(*occurring.values()) - own)
-        if lacking:
-            words = f"not in the sample of {title}: {', '.join(lacking)}"
-            rows.append(Row("classes of a split", "note", words))
+    for a, b in itertools.combinations(sources, 2):
+        twice = set(frame_names(sources[a])) & set(frame_names(sources[b]))
+        twice = sorted(twice, key=natural_key)
+        words = f"{a} and {b} share {len(twice)}: {some(twice)}."
+        fine = Row("frames in both splits", "ok", f"none in {a} and {b}")
+        rows += first_wrong(("frames in both splits", twice, words)) or [fine]
     return rows
 
 
@@ -690,21 +660,25 @@ def geometry_rows(runs, up="z"):
             check_frame(frame)
     except ValueError as error:
         return [wrong("refused", f"{error}.")], None
-    frames, rows = depth_rows(frames)
-    rows += color_rows(frames) if frames else []
-    rows += copy_rows(runs)
+    rows = copy_rows(frames)
+    frames, found = depth_rows(frames)
+    rows += found
     kept = {frame["name"]: frame for frame in frames}
     runs = [[kept[frame["name"]] for frame in run if frame["name"] in kept] for run in runs]
     runs = [run for run in runs if run]
-    other = [row for row in rows if row.test != "far plane"]  # without those values the rest can be tested
-    if first_fault(other) or not frames:
-        return rows + [Row("poses and intrinsics", "not tested", f"first fix: {first_fault(rows)}")], None
-    rows += pose_rows(runs, up)
-    other = [row for row in rows if row.test != "far plane"]
-    if first_fault(other):
-        return rows + [Row("up axis", "not tested", f"first fix: {first_fault(other)}")], None
-    found, world = up_rows(runs, up, any(row[:2] == ("neighbors", "ok") for row in rows))
-    return rows + found, world
+    if runs:
+        rows += color_rows(frames)
+    if runs and not hiding_fault(rows):
+        rows += pose_rows(runs, up)
+    if runs and not hiding_fault(rows):
+        found, world = up_rows(runs, up, any(row[:2] == ("neighbors", "ok") for row in rows))
+        return rows + found, world
+    return rows + [Row("other tests", "not tested", f"first fix: {first_fault(rows)}")], None
+
+
+def hiding_fault(rows):
+    """The first fault that hides others. Values that mean "no reading" do not: they are taken out."""
+    return first_fault(row for row in rows if row.test != "far plane")
 
 
 def quick_check(frames, up="z"):
@@ -755,20 +729,13 @@ def inspect(sources, up="z", num_frames=48, picture=None):
     first = next(iter(sources.values()))
     names = class_names(first)
     runs = read_runs(sources.values(), num_frames)
-    labels = {title: read_labels(source, num_frames) for title, source in sources.items()}
+    labels = [own for source in sources.values() for own in read_labels(source, num_frames)]
     if picture:
         contact_sheet(runs, picture)
     rows, world = geometry_rows(runs, up)
-    counts, borders, fields = zip(*labels.values())
-    fields = list(itertools.chain(*fields))
-    merged = Labels(sum(counts), sum(borders), fields)
-    own = label_rows(merged, names, getattr(first, "num_listed", len(names)), world)
-    rows += own + instance_rows(fields, names, getattr(first, "class_ids", []), not first_fault(own))
-    rows += folder_rows(sources.values())
-    occurring = {}
-    for title, own in labels.items():
-        occurring[title] = {names[i] for i in np.flatnonzero(own.counts[1:])}
-    return rows + split_rows({title: frame_names(sources[title]) for title in sources}, occurring)
+    found = label_rows(labels, names, getattr(first, "num_listed", len(names)), world)
+    rows += found + instance_rows(labels, names, getattr(first, "class_ids", []), not first_fault(found))
+    return rows + folder_rows(sources.values()) + split_rows(sources)
 
 
 def open_sources(args):

@@ -15,6 +15,7 @@ clean capture does, and beats poses that do not move, towards which noise in the
 Imports numpy.
 """
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -137,32 +138,24 @@ def make_views(runs, width=320):
     A frame's "position" in its source, if it has one, tells which frame follows in time.
     """
     frames = list(itertools.chain(*runs))
-    following = np.full(len(frames), -1)
-    pairs = np.zeros((0, 2), np.int64)
-    start = 0
-    for run in runs:
-        places = np.arange(start, start + len(run))
-        start += len(run)
-        own = list(itertools.combinations(places, 2))
-        own = np.array(own, np.int64).reshape(-1, 2)
-        backward = own.sum(1) % 2 == 0
-        own[backward] = own[backward, ::-1]
-        pairs = np.concatenate([pairs, own])
-        positions = [frame.get("position", i) for frame, i in zip(run, places)]
-        follows = np.diff(np.array(positions)) == 1
-        followed = places[:-1][follows]
-        following[followed] = followed + 1
+    places = np.arange(len(frames))
+    run_of = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
+    a, b = np.triu_indices(len(frames), 1)
+    pairs = np.stack([a, b], 1)[run_of[a] == run_of[b]]
+    backward = pairs.sum(1) % 2 == 0
+    pairs[backward] = pairs[backward, ::-1]
+    positions = [frame.get("position", i) for i, frame in enumerate(frames)]
+    follows = (np.diff(positions, append=-1) == 1) & (np.diff(run_of, append=-1) == 0)
     depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
     gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
-    world2cam = [frame["world2cam"] for frame in frames]
     views = Views(
         depth=pad(depth, 0),
         gray=pad(gray, np.nan),
         depth_intrinsics=np.array(depth_intrinsics),
         intrinsics=np.array(intrinsics),
-        world2cam=np.array(world2cam),
+        world2cam=np.array([frame["world2cam"] for frame in frames]),
         depth_to_color=np.array(list(map(depth_to_color, frames))),
-        following=following)
+        following=np.where(follows, places + 1, -1))
     return views, pairs
 
 
@@ -306,30 +299,15 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
 # ---------------------------------------------------------------------------------------- alternatives
 
 
+def with_poses(views, world2cam):
+    """Views with other poses (F, 4, 4)."""
+    return views._replace(world2cam=world2cam)
+
+
 def edit(views, fields, change):
     """Views of which some fields, arrays (F, ...), went through `change`."""
     changed = {field: change(getattr(views, field)) for field in fields}
     return views._replace(**changed)
-
-
-def change_poses(views, change):
-    """Views whose camera-to-world matrices (F, 4, 4), a copy, went through `change`."""
-    cam2world = change(np.linalg.inv(views.world2cam))
-    return views._replace(world2cam=np.linalg.inv(cam2world))
-
-
-def transpose_rotation(poses):
-    """Camera-to-world matrices with transposed rotations."""
-    rotations = poses[:, :3, :3].swapaxes(1, 2).copy()
-    poses[:, :3, :3] = rotations
-    return poses
-
-
-def move_origin(poses):
-    """Camera-to-world matrices whose last column is the one of the inverse matrix."""
-    rotations = poses[:, :3, :3]
-    poses[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
-    return poses
 
 
 def to_quaternion(rotation):
@@ -394,14 +372,14 @@ def neighboring(views, fields, offset):
         source[views.following[followed]] = followed
     views = edit(views, fields, lambda values: values[source])
     last = (source < 0)[:, None, None]
-    return edit(views, POSES, lambda world2cam: np.where(last, np.nan, world2cam))
+    return with_poses(views, np.where(last, np.nan, views.world2cam))
 
 
 def scale_motion(views, log_factor):
     """Views whose translations are multiplied by exp(log_factor)."""
     factors = np.ones((4, 4))
     factors[:3, 3] = np.exp(log_factor)
-    return edit(views, POSES, lambda world2cam: world2cam * factors)
+    return with_poses(views, views.world2cam * factors)
 
 
 def scale_focal(views, log_factor, fields):
@@ -446,18 +424,22 @@ def fit_to_images(views, fields):
 
 def alternatives(views, upright=True):
     """Yields (fault, words, Views). upright: whether the cameras stand upright in the world as given."""
-    yield "pose inverted", "the inverse matrices", change_poses(views, np.linalg.inv)
-    yield "pose half inverted", "transposed rotations", change_poses(views, transpose_rotation)
-    yield "pose half inverted", "the camera's place -R t in place of t", change_poses(views, move_origin)
+    poses = np.linalg.inv(views.world2cam)
+    yield "pose inverted", "the inverse matrices", with_poses(views, poses)
+    rotations = poses[:, :3, :3]
+    half = poses.copy()
+    half[:, :3, :3] = rotations.swapaxes(1, 2)
+    yield "pose half inverted", "transposed rotations", with_poses(views, np.linalg.inv(half))
+    half = poses.copy()
+    half[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
+    yield "pose half inverted", "the camera's place -R t in place of t", with_poses(views, np.linalg.inv(half))
     for words, order in (("x y z w", (3, 0, 1, 2)), ("w x y z", (1, 2, 3, 0))):
-        def change(poses):
-            return reorder(poses, order)
         words = f"quaternions that are stored as {words}"
-        yield "quaternion order", words, change_poses(views, change)
-        yield "quaternion order", f"{words}, world to camera", edit(views, POSES, change)
+        yield "quaternion order", words, with_poses(views, np.linalg.inv(reorder(poses, order)))
+        yield "quaternion order", f"{words}, world to camera", with_poses(views, reorder(views.world2cam, order))
     for matrix in axis_changes():
         fault, words = name_axes(matrix, upright)
-        yield fault, words, edit(views, POSES, lambda world2cam: matrix @ world2cam)
+        yield fault, words, with_poses(views, matrix @ views.world2cam)
     for k in (1, 2, 3):
         def turn(images):
             return np.rot90(images, k, (1, 2))
@@ -504,7 +486,7 @@ class Judge:
         self.median_depth = np.median(views.depth[views.depth > 0])
         self.given = fit(views, pairs)
         still = np.broadcast_to(np.eye(4), views.world2cam.shape)
-        self.still = self.fit_strictly(views._replace(world2cam=still))
+        self.still = self.fit_strictly(with_poses(views, still))
 
     def fit_strictly(self, views):
         """`fit` with a tolerance that does not depend on the unit of depth."""
@@ -568,7 +550,6 @@ class Judge:
         """
         def weigh(x):
             return self.weigh(fault, words(x), change(self.views, x), x)
-
         best = max(map(weigh, starts), key=lambda one: one.gain)
         if best.gain < -0.3:
             return best
@@ -596,24 +577,16 @@ class Judge:
 
     def search_focal(self, fields, what):
         """The factor of focal lengths."""
-        def scale(views, x):
-            return scale_focal(views, x, fields)
-
-        def words(x):
-            return f"focal lengths of {what} times {np.exp(x):.3g}"
-
         logs = (0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5)
-        return self.search(scale, logs, 0.08, "focal length", words)
+        return self.search(partial(scale_focal, fields=fields), logs, 0.08, "focal length",
+                           lambda x: f"focal lengths of {what} times {np.exp(x):.3g}")
 
     def search_center(self):
         """The offset of the principal points."""
-        def words(offset):
-            right, down = 100 * offset
-            return f"principal points {right:.1f} % of the width to the right and {down:.1f} % of the height down"
-
         shares = (0, -0.1, 0.1, -0.2, 0.2)
         starts = [np.array(offset) for offset in itertools.product(shares, repeat=2) if any(offset)]
-        return self.search(shift_center, starts, 0.05, "cropped images", words)
+        words = "principal points {:.1f} % of the width to the right and {:.1f} % of the height down"
+        return self.search(shift_center, starts, 0.05, "cropped images", lambda x: words.format(*100 * x))
 
     def weigh_all(self, upright=True):
         """All alternatives -> list of Weighed, the one to prefer first if two explain equally much.

@@ -44,7 +44,7 @@ def label_faults(frames):
     labels = check.read_labels(frames, 48)
     rows = check.label_rows(labels, frames.class_names, 16, np.array([0, 0, 1]))
     trusted = all(row.verdict != "WRONG" for row in rows)
-    rows += check.instance_rows(labels.fields, frames.class_names, trusted=trusted)
+    rows += check.instance_rows(labels, frames.class_names, trusted=trusted)
     return {row.test: row.words for row in rows if row.verdict == "WRONG"}
 
 
@@ -218,7 +218,7 @@ def test_a_class_without_instances_may_mean_none_or_hold_objects_with_id_0(rooms
     frames.class_names.append(name)
     ids = [*range(1, 17), number]
     labels = check.read_labels(frames, 48)
-    row, = check.instance_rows(labels.fields, frames.class_names, ids)
+    row, = check.instance_rows(labels, frames.class_names, ids)
     assert row.verdict == "WRONG" and f"class '{name}'" in row.words
     assert "it means unlabeled" in row.words and "or its objects have id 0" in row.words
 
@@ -281,10 +281,9 @@ def test_the_command_names_faults_of_files_and_returns_1(folder, capsys, plant, 
     assert len(findings) == 1 and words in " ".join(findings[0].split())
 
 
-def test_the_command_names_frames_in_both_splits_and_classes_that_one_lacks(folder, capsys):
+def test_the_command_names_frames_in_both_splits(folder, capsys):
     splits = ["--split", f"{folder}/train.txt", f"{folder}/val.txt"]
     assert check.main([str(folder), *splits]) == 0
-    assert "not in the sample of" in capsys.readouterr().out
     (folder / "val.txt").write_text(next(folder.glob("*/pose")).parent.name + "\n")
     (folder / "train.txt").write_text("".join(f"{path.parent.name}\n" for path in folder.glob("*/pose")))
     assert check.main([str(folder), *splits]) == 1
