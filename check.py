@@ -188,7 +188,8 @@ def range_rows(frames, num_values):
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
     return first_wrong(
-        ("normalized depth", bottom < 0.02 * top, f"Every depth image reaches from nearly 0 to {top:.6g} m."),
+        ("normalized depth", bottom < 0.02 * top,
+         f"Every depth image reaches from nearly 0 to {top:.6g} m."),
         ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {median:.3f} m."),
         ("units of depth", not 0.05 < median < 100, f"The median depth is {median:.3f} m."))
 
@@ -228,7 +229,8 @@ def color_rows(frames):
 def fingerprints(frame):
     """{field: a number that tells its image from others}; without images of one value."""
     images = {key: frame[key] for key in ("color", "depth", "label") if frame.get(key) is not None}
-    return {key: hash(image.tobytes()) for key, image in images.items() if (image != image.flat[0]).any()}
+    varied = {key: image for key, image in images.items() if (image != image.flat[0]).any()}
+    return {key: hash(image.tobytes()) for key, image in varied.items()}
 
 
 def copy_rows(frames):
@@ -402,12 +404,12 @@ def unconfirmed_rows(judge, frames, told, helped):
     worst = min(range(len(frames)), key=judge.share_of)
     alike = judge.look_alikes(judge.given)
     return first_wrong(
-        ("unconfirmed", contradicted, f"{told}, where clean captures reach {CLEAN:.0%}; of "
-         f"{frames[worst]['name']} it is {judge.share_of(worst):.0%}."),
-        ("unconfirmed", alike >= MIN_PAIRS, f"{alike} pairs of frames show the same, but with their poses they "
-         "cannot."),
-        ("unconfirmed", helped and enough, f"{told}, but other readings of the frames are better, and none is "
-         "good."))
+        ("unconfirmed", contradicted, f"{told}, where clean captures reach {CLEAN:.0%}; "
+         f"of {frames[worst]['name']} it is {judge.share_of(worst):.0%}."),
+        ("unconfirmed", alike >= MIN_PAIRS,
+         f"{alike} pairs of frames show the same, but with their poses they cannot."),
+        ("unconfirmed", helped and enough,
+         f"{told}, but other readings of the frames are better, and none is good."))
 
 
 def other_rows(tried, rows):
@@ -466,10 +468,10 @@ def class_names(source):
 
 
 def read_labels(source, num_frames):
-    """Frames spread over a source -> per frame with labels: `data.pixel_fields` of every eighth pixel, "scene",
-    "counts" (1 + K,) pixels per class, ignored ones first, and "borders", see `third_classes`.
+    """Frames spread over a source -> a dict per frame with labels: `pixel_fields` of every eighth pixel.
 
-    "instances" are missing if the frame has none.
+    Without "instances" if the frame has none; also "scene", "borders" (2,), see `third_classes`, and
+    "counts" (1 + K,), pixels per class, ignored ones first.
     """
     num_classes = len(class_names(source))
     labels = []
@@ -482,7 +484,8 @@ def read_labels(source, num_frames):
         if frame.get("instance") is None:
             del fields["instances"]
         counts = np.bincount(frame["label"].ravel() + 1, minlength=1 + num_classes)
-        labels.append({**fields, "scene": scene_of(frame), "counts": counts, "borders": third_classes(frame["label"])})
+        own = {"scene": scene_of(frame), "counts": counts, "borders": third_classes(frame["label"])}
+        labels.append({**fields, **own})
     return labels
 
 
@@ -515,20 +518,22 @@ def label_rows(labels, names, num_listed, up):
     order = [i for i in np.argsort(-counts[1:], kind="stable") if shares[i] > 0]
     words = [f"ignored {ignored:.0%}"] + [f"{names[i]} {shares[i]:.0%}" for i in order[:8]]
     rows = [Row("labels", "note", ", ".join(words))]
-    void = [names[i] for i in order if re.fullmatch(VOID, re.sub(r"[\W_]+", " ", names[i]).strip().lower())]
+    plain = {i: re.sub(r"[\W_]+", " ", names[i]).strip().lower() for i in order}
+    void = [names[i] for i in order if re.fullmatch(VOID, plain[i])]
     rows += first_wrong(("void class", void, f"The class {some(void)!r} would be trained and scored."))
     border, third = sum(own["borders"] for own in labels)
     third /= max(border, 1)
     outside = [names[i] for i in order if i >= num_listed]
     below = share_below_floor(labels, names, up)
-    rows += first_wrong(
-        ("resized labels", third > 0.2, f"On {third:.0%} of the borders between two classes lies a line of a third "
-         "one."),
-        ("label ids", outside, f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list lacks: "
-         f"{', '.join(outside[:8])}."),
-        ("label ids", below > 0.2, f"{below:.0%} of the points lie below what the class list calls floor: ids are "
-         "shifted or permuted.")) or [Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur")]
-    return rows
+    faults = first_wrong(
+        ("resized labels", third > 0.2,
+         f"On {third:.0%} of the borders between two classes lies a line of a third one."),
+        ("label ids", outside, f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list "
+         f"lacks: {', '.join(outside[:8])}."),
+        ("label ids", below > 0.2, f"{below:.0%} of the points lie below what the class list calls floor: "
+         "ids are shifted or permuted."))
+    fine = Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur")
+    return rows + (faults or [fine])
 
 
 def instance_rows(labels, names, ids=(), trusted=True):
@@ -553,7 +558,8 @@ def instance_rows(labels, names, ids=(), trusted=True):
     again = stuff and one_to_one and len({own["scene"] for own in fields}) > 1
     return first_wrong(
         ("instance ids", mixed > 0.1, f"{words}."),
-        ("instance ids", again, "Each class has the same instance id in all scenes: they are the labels again."),
+        ("instance ids", again,
+         "Each class has the same instance id in all scenes: they are the labels again."),
         ("instance ids", lost, lost)) or [Row("instance ids", "ok", words)]
 
 
@@ -568,7 +574,8 @@ def lost_instances(table, names, ids):
     things = without < 0.5 * total
     share = without[things].sum() / max(total[things].sum(), 1)
     if share > 0.01:
-        return f"{share:.1%} of the pixels of classes with instances have none: objects with id 0 count as none."
+        return f"{share:.1%} of the pixels of classes with instances have none: " \
+            "objects with id 0 count as none."
     empty = [i for i in np.flatnonzero((total > 0) & (without == total))
              if names[i] not in ("wall", "floor", "ceiling")]
     doubtful = [i for i in empty if ids[i:i + 1] in ([0], [255])]
@@ -577,8 +584,8 @@ def lost_instances(table, names, ids):
     if not doubtful or not things.any():
         return ""
     told = some([repr(names[i]) for i in doubtful])
-    return f"No pixel of class {told} has an instance: it means unlabeled (then name it so in the class list), " \
-        "or its objects have id 0, which counts as none."
+    return f"No pixel of class {told} has an instance: it means unlabeled (then name it so in the class " \
+        "list), or its objects have id 0, which counts as none."
 
 
 def folder_rows(sources):
@@ -596,7 +603,8 @@ def folder_rows(sources):
     listed = any(getattr(source, "class_names", ()) for source in sources)
     words = f"{len(lacking)} of {len(has)} scenes have no label-filt: {some(lacking)}."
     return rows + first_wrong(
-        ("label folders", any(has.values()) and not listed, "There are label-filt folders, but no class list."),
+        ("label folders", any(has.values()) and not listed,
+         "There are label-filt folders, but no class list."),
         ("label folders", any(has.values()) and lacking, words))
 
 
@@ -641,15 +649,13 @@ def read_runs(sources, num_frames):
         for index, name in enumerate(frame_names(source)):
             places[name] = (source, index)
     names = sorted(places, key=natural_key)
-    runs = []
-    for run in sample_runs(names, num_frames):
-        frames = []
-        for position in run:
-            source, index = places[names[position]]
-            frame = {**source[index], "position": position}
-            frames.append({**frame, "label": None, "instance": None, "fingerprints": fingerprints(frame)})
-        runs.append(frames)
-    return runs
+    def read(position):
+        source, index = places[names[position]]
+        frame = source[index]
+        own = {"position": position, "fingerprints": fingerprints(frame)}
+        return {**frame, **own, "label": None, "instance": None}
+
+    return [list(map(read, run)) for run in sample_runs(names, num_frames)]
 
 
 def geometry_rows(runs, up="z"):
@@ -813,25 +819,21 @@ def draw_pair(a, b, share):
 def main(argv=None):
     """The command; returns its exit status, 1 if something is wrong."""
     parser = Parser("check.py", "Says what is wrong with a data set.")
-    parser.add_argument("data", help="'rooms' (built in), a folder in ScanNet's exported 2D layout, or a "
-                        "capture")
-    parser.add_argument("--split", nargs="+", default=[], help="files with one scene or scene/frame per "
-                        "line; not given: all frames")
+    parser.add_argument("data", help="'rooms' (built in), or a folder in ScanNet's exported 2D layout or of captures")
+    parser.add_argument("--split", nargs="+", default=[], help="files of lines `scene` or `scene/frame`; else all")
     parser.add_argument("--train-split", help="likewise")
     parser.add_argument("--val-split", help="likewise")
-    parser.add_argument("--classes", help="class list, one 'id name' pair per line; not given: "
-                        "DATA/classes.txt")
-    parser.add_argument("--up", type=checked_by(up_rotation), default="z", help="the world's up: an axis, "
-                        "negative ones as --up=-y, or a vector, --up=0,-0.9,0.1")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
-                        "images, for frame-* files and captures that do not tell them")
+    parser.add_argument("--classes", help="list of lines `id name`; else DATA/classes.txt")
+    parser.add_argument("--up", type=checked_by(up_rotation), default="z",
+                        help="the world's up: an axis (negative ones as --up=-y) or a vector (--up=0,-0.9,0.1)")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY",
+                        help="pixels, of the color images of captures that do not tell them")
     parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture, see docs/captures.md")
     parser.add_argument("--pose", choices=POSES, help="direction and quaternion order of a capture")
     parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture")
-    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of "
-                        "reprojected points")
-    parser.add_argument("--frames", type=positive_int, default=48, help="frames that are read for the "
-                        "poses, and as many per split for the labels")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a sheet of reprojected points")
+    parser.add_argument("--frames", type=positive_int, default=48,
+                        help="number that is read for the poses, and per split for the labels")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.picture and (args.picture.suffix != ".png" or not args.picture.absolute().parent.is_dir()):

@@ -139,21 +139,25 @@ def make_views(runs, width=320):
     """
     frames = list(itertools.chain(*runs))
     places = np.arange(len(frames))
-    run_of = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
+    lengths = [len(run) for run in runs]
+    run_of = np.repeat(np.arange(len(runs)), lengths)
     a, b = np.triu_indices(len(frames), 1)
-    pairs = np.stack([a, b], 1)[run_of[a] == run_of[b]]
+    same_run = run_of[a] == run_of[b]
+    pairs = np.stack([a, b], 1)[same_run]
     backward = pairs.sum(1) % 2 == 0
     pairs[backward] = pairs[backward, ::-1]
     positions = [frame.get("position", i) for i, frame in enumerate(frames)]
-    follows = (np.diff(positions, append=-1) == 1) & (np.diff(run_of, append=-1) == 0)
+    follows = np.diff(positions, append=-1) == 1
+    follows &= np.diff(run_of, append=-1) == 0
     depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
     gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
+    world2cam = [frame["world2cam"] for frame in frames]
     views = Views(
         depth=pad(depth, 0),
         gray=pad(gray, np.nan),
         depth_intrinsics=np.array(depth_intrinsics),
         intrinsics=np.array(intrinsics),
-        world2cam=np.array([frame["world2cam"] for frame in frames]),
+        world2cam=np.array(world2cam),
         depth_to_color=np.array(list(map(depth_to_color, frames))),
         following=np.where(follows, places + 1, -1))
     return views, pairs
@@ -427,16 +431,19 @@ def alternatives(views, upright=True):
     poses = np.linalg.inv(views.world2cam)
     yield "pose inverted", "the inverse matrices", with_poses(views, poses)
     rotations = poses[:, :3, :3]
-    half = poses.copy()
-    half[:, :3, :3] = rotations.swapaxes(1, 2)
-    yield "pose half inverted", "transposed rotations", with_poses(views, np.linalg.inv(half))
-    half = poses.copy()
-    half[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
-    yield "pose half inverted", "the camera's place -R t in place of t", with_poses(views, np.linalg.inv(half))
+    transposed = poses.copy()
+    transposed[:, :3, :3] = rotations.swapaxes(1, 2)
+    moved = poses.copy()
+    moved[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
+    for words, half in (("transposed rotations", transposed), ("the camera's place -R t in place of t", moved)):
+        half = np.linalg.inv(half)
+        yield "pose half inverted", words, with_poses(views, half)
     for words, order in (("x y z w", (3, 0, 1, 2)), ("w x y z", (1, 2, 3, 0))):
         words = f"quaternions that are stored as {words}"
-        yield "quaternion order", words, with_poses(views, np.linalg.inv(reorder(poses, order)))
-        yield "quaternion order", f"{words}, world to camera", with_poses(views, reorder(views.world2cam, order))
+        reordered = np.linalg.inv(reorder(poses, order))
+        yield "quaternion order", words, with_poses(views, reordered)
+        reordered = reorder(views.world2cam, order)
+        yield "quaternion order", f"{words}, world to camera", with_poses(views, reordered)
     for matrix in axis_changes():
         fault, words = name_axes(matrix, upright)
         yield fault, words, with_poses(views, matrix @ views.world2cam)
@@ -577,16 +584,19 @@ class Judge:
 
     def search_focal(self, fields, what):
         """The factor of focal lengths."""
+        def words(x):
+            return f"focal lengths of {what} times {np.exp(x):.3g}"
+        scale = partial(scale_focal, fields=fields)
         logs = (0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5)
-        return self.search(partial(scale_focal, fields=fields), logs, 0.08, "focal length",
-                           lambda x: f"focal lengths of {what} times {np.exp(x):.3g}")
+        return self.search(scale, logs, 0.08, "focal length", words)
 
     def search_center(self):
         """The offset of the principal points."""
         shares = (0, -0.1, 0.1, -0.2, 0.2)
         starts = [np.array(offset) for offset in itertools.product(shares, repeat=2) if any(offset)]
         words = "principal points {:.1f} % of the width to the right and {:.1f} % of the height down"
-        return self.search(shift_center, starts, 0.05, "cropped images", lambda x: words.format(*100 * x))
+        return self.search(shift_center, starts, 0.05, "cropped images",
+                           lambda x: words.format(*100 * x))
 
     def weigh_all(self, upright=True):
         """All alternatives -> list of Weighed, the one to prefer first if two explain equally much.
