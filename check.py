@@ -666,6 +666,9 @@ def geometry_rows(runs, up="z"):
             check_frame(frame)
     except ValueError as error:
         return [wrong("refused", f"{error}.")], None
+    def hiding(rows):  # a far plane does not hide other faults: its values are taken out
+        return first_fault(row for row in rows if row.test != "far plane")
+
     rows = copy_rows(frames)
     frames, found = depth_rows(frames)
     rows += found
@@ -674,17 +677,12 @@ def geometry_rows(runs, up="z"):
     runs = [run for run in runs if run]
     if runs:
         rows += color_rows(frames)
-    if runs and not hiding_fault(rows):
+    if runs and not hiding(rows):
         rows += pose_rows(runs, up)
-    if runs and not hiding_fault(rows):
+    if runs and not hiding(rows):
         found, world = up_rows(runs, up, any(row[:2] == ("neighbors", "ok") for row in rows))
         return rows + found, world
     return rows + [Row("other tests", "not tested", f"first fix: {first_fault(rows)}")], None
-
-
-def hiding_fault(rows):
-    """The first fault that hides others. Values that mean "no reading" do not: they are taken out."""
-    return first_fault(row for row in rows if row.test != "far plane")
 
 
 def quick_check(frames, up="z"):

@@ -39,7 +39,7 @@ class Views(NamedTuple):
     intrinsics: np.ndarray  # (F, 3, 3)
     world2cam: np.ndarray  # (F, 4, 4) of the color cameras; NaN: not to be compared
     depth_to_color: np.ndarray  # (F, 4, 4), from the depth camera to the color camera
-    following: np.ndarray  # (F,) place of the frame that comes next in time, -1 = not sampled
+    followed: np.ndarray  # (F,) bool, the next of the frames comes next in time
 
 
 # ---------------------------------------------------------------------------------------------- frames
@@ -138,7 +138,6 @@ def make_views(runs, width=320):
     A frame's "position" in its source, if it has one, tells which frame follows in time.
     """
     frames = list(itertools.chain(*runs))
-    places = np.arange(len(frames))
     lengths = [len(run) for run in runs]
     run_of = np.repeat(np.arange(len(runs)), lengths)
     a, b = np.triu_indices(len(frames), 1)
@@ -147,8 +146,8 @@ def make_views(runs, width=320):
     backward = pairs.sum(1) % 2 == 0
     pairs[backward] = pairs[backward, ::-1]
     positions = [frame.get("position", i) for i, frame in enumerate(frames)]
-    follows = np.diff(positions, append=-1) == 1
-    follows &= np.diff(run_of, append=-1) == 0
+    followed = np.diff(positions, append=-1) == 1
+    followed &= np.diff(run_of, append=-1) == 0
     depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
     gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
     world2cam = [frame["world2cam"] for frame in frames]
@@ -159,7 +158,7 @@ def make_views(runs, width=320):
         intrinsics=np.array(intrinsics),
         world2cam=np.array(world2cam),
         depth_to_color=np.array(list(map(depth_to_color, frames))),
-        following=np.where(follows, places + 1, -1))
+        followed=followed)
     return views, pairs
 
 
@@ -270,7 +269,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     seen, around = look_up(views.depth, b, uv, round(radius * width))
     use = (seen > 0) & (z > 0)
     count = use.sum(1)
-    overlap = count / np.maximum((z > 0).sum(1), 1)
+    num_known = (z > 0).sum(1)
+    overlap = count / np.maximum(num_known, 1)
     enough = (overlap >= OVERLAP) & (count >= 30)
 
     seen = np.where(use, seen, 1)
@@ -279,7 +279,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     for near in around:
         closer = np.minimum(nearest, np.abs(predicted - near))
         nearest = np.where(near > 0, closer, nearest)
-    confirmed = use & (nearest < np.maximum(tolerance, 0.02 * seen))
+    allowed = np.maximum(tolerance, 0.02 * seen)
+    confirmed = use & (nearest < allowed)
     contradicted = use & ~confirmed & (predicted < seen)
     logs = np.log(np.clip(error / seen, 0.0005, 0.1)) * use
     depth_cost = logs.sum(1) / np.maximum(count, 1)
@@ -289,7 +290,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     gray_a = sample(views.gray, a, uv)
     uv, _ = project(views.intrinsics[b], moved)
     gray_b = sample(views.gray, b, uv)
-    use &= np.isfinite(gray_a + gray_b) & (predicted < 1.1 * seen)
+    use &= np.isfinite(gray_a + gray_b)
+    use &= predicted < 1.1 * seen
     color_cost = correlation_cost(gray_a, gray_b, use) * enough
     comparable = np.isfinite(motion).all((1, 2))
     known = np.where(comparable, 1, np.nan)
@@ -369,14 +371,11 @@ def name_axes(matrix, upright):
 
 def neighboring(views, fields, offset):
     """Views with some fields of the next (1) or previous (-1) frame."""
-    source = views.following
-    if offset < 0:
-        followed = np.flatnonzero(source >= 0)
-        source = np.full(len(source), -1)
-        source[views.following[followed]] = followed
-    views = edit(views, fields, lambda values: values[source])
-    last = (source < 0)[:, None, None]
-    return with_poses(views, np.where(last, np.nan, views.world2cam))
+    followed = views.followed
+    known = followed if offset > 0 else np.roll(followed, 1)
+    views = edit(views, fields, lambda values: np.roll(values, -offset, 0))
+    known = known[:, None, None]
+    return with_poses(views, np.where(known, views.world2cam, np.nan))
 
 
 def scale_motion(views, log_factor):
@@ -435,7 +434,8 @@ def alternatives(views, upright=True):
     transposed[:, :3, :3] = rotations.swapaxes(1, 2)
     moved = poses.copy()
     moved[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
-    for words, half in (("transposed rotations", transposed), ("the camera's place -R t in place of t", moved)):
+    for words, half in (("transposed rotations", transposed),
+                        ("the camera's place -R t in place of t", moved)):
         half = np.linalg.inv(half)
         yield "pose half inverted", words, with_poses(views, half)
     for words, order in (("x y z w", (3, 0, 1, 2)), ("w x y z", (1, 2, 3, 0))):
@@ -507,7 +507,8 @@ class Judge:
     def look_alikes(self, fit):
         """Number of pairs that show the same, though by a Fit they do not overlap."""
         still = self.still
-        alike = still.confirmed >= CLEAN * (still.confirmed + still.contradicted)
+        judged = still.confirmed + still.contradicted
+        alike = still.confirmed >= CLEAN * judged
         alike &= (still.overlap >= 0.5) & (still.costs[1] < np.log(0.5))
         return np.count_nonzero(alike & (fit.overlap == 0))
 
@@ -606,9 +607,8 @@ class Judge:
         """
         tried = [self.weigh(*one) for one in alternatives(self.views, upright)]
         tried += [self.search_scale(), self.search_center()]
-        tried.append(self.search_focal(BOTH, "both images"))
-        tried.append(self.search_focal(DEPTH, "depth"))
-        tried.append(self.search_focal(COLOR, "color"))
+        for fields, what in ((BOTH, "both images"), (DEPTH, "depth"), (COLOR, "color")):
+            tried.append(self.search_focal(fields, what))
         late = ["mirrored", "depth and color shifted in time"]
         if not upright:
             late.append("images turned")

@@ -264,6 +264,11 @@ def write_unlisted_id(folder):
     Image.fromarray(np.full_like(np.asarray(Image.open(path)), 77)).save(path)
 
 
+def name_what_is_unlabeled(folder):
+    path = folder / "classes.txt"
+    path.write_text(path.read_text().replace("0 unlabeled", "0 nothing"))
+
+
 def remove_class_list(folder):
     (folder / "classes.txt").unlink()
 
@@ -273,6 +278,7 @@ def remove_labels_of_a_scene(folder):
 
 
 @pytest.mark.parametrize("plant, words", [(write_unlisted_id, "id 77"), (remove_class_list, "but no class list"),
+                                          (name_what_is_unlabeled, "class 'nothing' has an instance"),
                                           (remove_labels_of_a_scene, "1 of 2 scenes have no label-filt")])
 def test_the_command_names_faults_of_files_and_returns_1(folder, capsys, plant, words):
     plant(folder)
