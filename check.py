@@ -28,8 +28,8 @@ from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
 from support.cache import content_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, color_pixels, fit, look_up,
-                                  make_views, off_center, project, sample, small_depth, small_gray)
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
+                                  off_center, project, small_depth)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correlation, find_filler,
                             find_up, flatness, known_values, mixed_pixels, peak, smooth_points, surface_normals,
@@ -122,6 +122,11 @@ def spread(items, count):
 def scene_of(frame):
     """The scene of a frame."""
     return frame["name"].split("/")[0]
+
+
+def pose_range(frames):
+    """The largest difference between numbers of the poses of frames."""
+    return np.ptp([frame["world2cam"] for frame in frames], axis=0).max()
 
 
 def some(names):
@@ -243,7 +248,7 @@ def copy_rows(frames):
     rows = {}
     for (field, _), group in groups.items():
         scenes = {scene_of(frame) for frame in group}
-        moved = np.ptp([frame["world2cam"] for frame in group], axis=0).max() > 0.001
+        moved = pose_range(group) > 0.001
         most = 2 * len(group) > in_scene[scene_of(group[0])]  # not a few images that were stored twice
         if len(scenes) > 1 or moved and most:
             told = "in two scenes" if len(scenes) > 1 else "with other poses"
@@ -252,18 +257,10 @@ def copy_rows(frames):
     return list(rows.values())
 
 
-def depth_and_gray(frame):
-    """A frame's depth, 160 wide, and the gray values of its color image there."""
-    depth, _ = small_depth(frame, 160)
-    gray, intrinsics = small_gray(frame, 160)
-    uv = color_pixels(frame, 160, intrinsics)
-    return depth, sample(gray[None], np.zeros(1, np.int64), uv[None])[0].reshape(depth.shape)
-
-
 def alignment_row(frames):
     """Whether color edges lie on depth edges. They do not if depth belongs to another camera."""
     test = "depth and color cameras"
-    images = [depth_and_gray(frame) for frame in frames]
+    images = [depth_and_gray(frame, 160) for frame in frames]
     halves = edge_correlation(images[::2]), edge_correlation(images[1::2])
     both = sum(halves)
     clear = both.max() - both.mean() > 5 * both.std()  # some of 12,769 shifts reach 4 by chance
@@ -287,11 +284,7 @@ def alignment_row(frames):
 
 def equal_pose_rows(runs, judge):
     """A fault if all poses of a scene are equal although its images are not."""
-    equal = []
-    for run in runs:
-        poses = np.array([frame["world2cam"] for frame in run])
-        if len(run) > 2 and np.ptp(poses, axis=0).max() < 1e-6:
-            equal.append(scene_of(run[0]))
+    equal = [scene_of(run[0]) for run in runs if len(run) > 2 and pose_range(run) < 1e-6]
     if not equal or judge.still.costs[1].mean() < np.log(0.02):
         return []
     words = f"All poses are equal, but the images are not, in {len(equal)} of {len(runs)} sampled scenes: "

@@ -93,18 +93,22 @@ def depth_to_color(frame):
     return frame["world2cam"] @ np.linalg.inv(frame["depth_world2cam"])
 
 
-def color_pixels(frame, width, intrinsics):
-    """Where the pixels of a small depth image (see `small_depth`) lie in a color image (2, h w).
+def depth_and_gray(frame, width):
+    """A frame's `small_depth` (h, w), and the gray values of the color image there, NaN outside.
 
-    intrinsics: (3, 3) of that color image. Unknown depth counts as the median.
+    Unknown depth counts as the median.
     """
-    depth, depth_intrinsics = small_depth(frame, width)
+    depth, intrinsics = small_depth(frame, width)
     known = depth > 0
-    depth = np.where(known, depth, np.median(depth[known]) if known.any() else 1)
-    rays = pixel_rays(depth_intrinsics, depth.shape)
-    points = move(depth_to_color(frame), rays * depth.ravel())
+    middle = np.median(depth[known]) if known.any() else 1
+    z = np.where(known, depth, middle)
+    rays = pixel_rays(intrinsics, depth.shape)
+    points = move(depth_to_color(frame), rays * z.ravel())
+    gray, intrinsics = small_gray(frame, width)
     uv, _ = project(intrinsics, points[None])
-    return uv[0]
+    first = np.zeros(1, np.int64)
+    gray = sample(gray[None], first, uv)
+    return depth, gray.reshape(depth.shape)
 
 
 def pixel_rays(intrinsics, size, step=1):
