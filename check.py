@@ -234,7 +234,7 @@ def color_rows(frames):
 def fingerprints(frame):
     """{field: a number that tells its image from others}; without images of one value."""
     images = {key: frame[key] for key in ("color", "depth", "label") if frame.get(key) is not None}
-    varied = {key: image for key, image in images.items() if (image != image.flat[0]).any()}
+    varied = {key: image for key, image in images.items() if (image != image.ravel()[:1]).any()}
     return {key: hash(image.tobytes()) for key, image in varied.items()}
 
 
@@ -243,7 +243,7 @@ def copy_rows(frames):
     in_scene = Counter(scene_of(frame) for frame in frames)
     groups = {}
     for frame in frames:
-        for key in frame["fingerprints"].items():
+        for key in fingerprints(frame).items():
             groups.setdefault(key, []).append(frame)
     rows = {}
     for (field, _), group in groups.items():
@@ -636,7 +636,7 @@ def sample_runs(names, num_frames):
 
 
 def read_runs(sources, num_frames):
-    """`sample_runs` of all sources together -> lists of frames without labels, with their positions."""
+    """`sample_runs` of all sources together -> lists of frames, with their positions."""
     places = {}
     for source in sources:
         for index, name in enumerate(frame_names(source)):
@@ -644,15 +644,13 @@ def read_runs(sources, num_frames):
     names = sorted(places, key=natural_key)
     def read(position):
         source, index = places[names[position]]
-        frame = source[index]
-        own = {"position": position, "fingerprints": fingerprints(frame)}
-        return {**frame, **own, "label": None, "instance": None}
+        return {**source[index], "position": position}
 
     return [list(map(read, run)) for run in sample_runs(names, num_frames)]
 
 
 def geometry_rows(runs, up="z"):
-    """What runs of frames tell without labels -> rows, and the world's up (3,) or None."""
+    """What runs of frames tell by color, depth and cameras -> rows, and the world's up (3,) or None."""
     frames = list(itertools.chain(*runs))
     try:
         for frame in frames:
