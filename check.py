@@ -5,11 +5,9 @@
     python check.py DATA --train-split train.txt --val-split val.txt --up=-y --picture check.png
     python check.py DATA --intrinsics 585,585,320,240           a folder of frame-* files
 
-Depth is reprojected into other frames of its scene, with the cameras as given and under alternatives:
-poses inverted, other axes, another unit, the pose of the next frame, and so on
-(support/reprojection.py). A fault is named if its alternative explains the frames as well as clean ones
-are explained; if none does, "no known cause fits". What the sampled frames cannot decide is "not
-tested". The exit status is 1 if something is wrong. docs/check.md lists the faults.
+The frames are read in other ways, too: poses inverted, other axes, another unit (support/reprojection.py).
+A fault is named if its reading explains them as well as clean ones are explained; if none does, "no known
+cause fits". The exit status is 1 if something is wrong. docs/check.md lists the faults.
 
 Imports numpy, PIL, and of this repository data, sources and support.
 """
@@ -17,6 +15,7 @@ import argparse
 import itertools
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +28,8 @@ from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import natural_key
 from support.cache import content_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, color_pixels, fit, look_up,
-                                  make_views, off_center, project, sample, small_depth, small_gray)
+from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
+                                  off_center, project, small_depth)
 from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
 from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correlation, find_filler,
                             find_up, flatness, known_values, mixed_pixels, peak, smooth_points, surface_normals,
@@ -40,8 +39,7 @@ NUM_PAIRS = 96  # of frames that are compared
 CLEAN_PAIR = 0.7  # share of points that are confirmed if fewer than MIN_PAIRS pairs overlap, at least
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
-SAME_TOP = "and the largest depth is the same in all images"
-VOID = r"(un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no label|invalid)"
+VOID = r"un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no ?label|n ?a|invalid"
 FIXES = {
     "refused": "Training refuses it, too.",
     "no depth": "Some frames need depth.",
@@ -54,6 +52,7 @@ FIXES = {
     "units of poses": "Multiply the translations of the poses by this factor, so that they are meters.",
     "units": "Scale the poses (structure from motion has no unit) or the depth, whichever is not in meters.",
     "colors": "Export the images again.",
+    "copied images": "Export the images again, each frame's own.",
     "equal poses": "Export the pose of every frame.",
     "pose inverted": "The files hold world-to-camera matrices: store their inverses (camera to world).",
     "pose half inverted": "A camera-to-world matrix is [R, t] with t the camera's place in the world.",
@@ -104,6 +103,11 @@ def wrong(fault, words):
     return Row(fault, "WRONG", f"{words} {FIXES[fault]}")
 
 
+def first_wrong(*faults):
+    """The Row of the first of some faults (name, whether it is there, words), in a list; or an empty one."""
+    return next(([wrong(fault, words)] for fault, there, words in faults if there), [])
+
+
 def first_fault(rows):
     """The name of the first fault among rows, or None."""
     return next((row.test for row in rows if row.verdict == "WRONG"), None)
@@ -113,6 +117,16 @@ def spread(items, count):
     """At most `count` of some items, spread over them."""
     places = np.linspace(0, len(items) - 1, min(len(items), count))
     return [items[place] for place in places.round().astype(int)]
+
+
+def scene_of(frame):
+    """The scene of a frame."""
+    return frame["name"].split("/")[0]
+
+
+def pose_range(frames):
+    """The largest difference between numbers of the poses of frames."""
+    return np.ptp([frame["world2cam"] for frame in frames], axis=0).max()
 
 
 def some(names):
@@ -178,13 +192,11 @@ def range_rows(frames, num_values):
     median = median_depth(frames)
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
-    if top and bottom < 0.02 * top:
-        return [wrong("normalized depth", f"Every depth image reaches from nearly 0 to {top:.6g} m.")]
-    if num_values:
-        return [wrong("8-bit depth", f"Depth has only {num_values} values, with median {median:.3f} m.")]
-    if not 0.05 < median < 100:
-        return [wrong("units of depth", f"The median depth is {median:.3f} m.")]
-    return []
+    return first_wrong(
+        ("normalized depth", bottom < 0.02 * top,
+         f"Every depth image reaches from nearly 0 to {top:.6g} m."),
+        ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {median:.3f} m."),
+        ("units of depth", not 0.05 < median < 100, f"The median depth is {median:.3f} m."))
 
 
 def flat_rows(frames):
@@ -219,18 +231,36 @@ def color_rows(frames):
     return [Row("colors", "note", words)]
 
 
-def depth_and_gray(frame):
-    """A frame's depth, 160 wide, and the gray values of its color image there."""
-    depth, _ = small_depth(frame, 160)
-    gray, intrinsics = small_gray(frame, 160)
-    uv = color_pixels(frame, 160, intrinsics)
-    return depth, sample(gray[None], np.zeros(1, np.int64), uv[None])[0].reshape(depth.shape)
+def fingerprints(frame):
+    """{field: a number that tells its image from others}; without images of one value."""
+    images = {key: frame[key] for key in ("color", "depth", "label") if frame.get(key) is not None}
+    varied = {key: image for key, image in images.items() if (image != image.ravel()[:1]).any()}
+    return {key: hash(image.tobytes()) for key, image in varied.items()}
+
+
+def copy_rows(frames):
+    """Faults of images that are copies of each other, in other scenes or with other poses."""
+    in_scene = Counter(scene_of(frame) for frame in frames)
+    groups = {}
+    for frame in frames:
+        for key in fingerprints(frame).items():
+            groups.setdefault(key, []).append(frame)
+    rows = {}
+    for (field, _), group in groups.items():
+        scenes = {scene_of(frame) for frame in group}
+        moved = pose_range(group) > 0.001
+        most = 2 * len(group) > in_scene[scene_of(group[0])]  # not a few images that were stored twice
+        if len(scenes) > 1 or moved and most:
+            told = "in two scenes" if len(scenes) > 1 else "with other poses"
+            words = f"{len(group)} of {len(frames)} sampled {field} images are one, {told}: "
+            rows[field] = wrong("copied images", f"{words}{some([frame['name'] for frame in group])}.")
+    return list(rows.values())
 
 
 def alignment_row(frames):
     """Whether color edges lie on depth edges. They do not if depth belongs to another camera."""
     test = "depth and color cameras"
-    images = [depth_and_gray(frame) for frame in frames]
+    images = [depth_and_gray(frame, 160) for frame in frames]
     halves = edge_correlation(images[::2]), edge_correlation(images[1::2])
     both = sum(halves)
     clear = both.max() - both.mean() > 5 * both.std()  # some of 12,769 shifts reach 4 by chance
@@ -254,30 +284,21 @@ def alignment_row(frames):
 
 def equal_pose_rows(runs, judge):
     """A fault if all poses of a scene are equal although its images are not."""
-    equal = []
-    for run in runs:
-        poses = np.array([frame["world2cam"] for frame in run])
-        if len(run) > 2 and np.ptp(poses, axis=0).max() < 1e-6:
-            equal.append(run[0]["name"].split("/")[0])
+    equal = [scene_of(run[0]) for run in runs if len(run) > 2 and pose_range(run) < 1e-6]
     if not equal or judge.still.costs[1].mean() < np.log(0.02):
         return []
     words = f"All poses are equal, but the images are not, in {len(equal)} of {len(runs)} sampled scenes: "
     return [wrong("equal poses", f"{words}{some(equal)}.")]
 
 
-def center_rows(views, frame, count):
-    """Principal points off the middle of the images: a fault if hardly any pairs, `count`, overlap.
-
-    Then it takes both coordinates to be off alike, as in intrinsics of images of another size.
-    """
+def center_rows(views, frame):
+    """A fault of intrinsics that were made for another size of images: both coordinates are off alike."""
     off = {"color": off_center(views, "intrinsics"), "depth": off_center(views, "depth_intrinsics")}
     far = [image for image in off if np.abs(off[image]).min() > 0.2 and np.ptp(off[image]) < 0.1]
-    if far and count < MIN_PAIRS:
-        fault = "intrinsics of both" if len(far) > 1 else f"{far[0]} intrinsics"
-        return [wrong(fault, f"{about_size(frame, fault)}.")]
-    most = np.abs(list(off.values())).max()
-    words = f"principal points lie {most:.0%} of the image off its middle: were the images cropped?"
-    return [Row("principal point", "note", words)] if most > 0.1 else []
+    if not far:
+        return []
+    fault = "intrinsics of both" if len(far) > 1 else f"{far[0]} intrinsics"
+    return [wrong(fault, f"{about_size(frame, fault)}.")]
 
 
 def about_size(frame, fault):
@@ -323,7 +344,7 @@ def pose_rows(runs, up):
     rows = cause_rows(judge, tried, frames, told)
     if not rows:
         cropped = next(one for one in tried if one.fault == "cropped images")
-        rows = [] if cropped.worse else center_rows(views, frames[0], count)
+        rows = center_rows(views, frames[0]) if count < MIN_PAIRS and not cropped.worse else []
         rows.append(alignment_row(frames))
     noisy = judge.still.share() >= CLEAN and judge.given.cost() - judge.still.cost() > MARGIN
     if noisy:
@@ -331,8 +352,9 @@ def pose_rows(runs, up):
         rows.append(Row("noise of poses", "note", words))
     elif not first_fault(rows):
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
-    if not first_fault(rows):
-        rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
+    if first_fault(rows):
+        return rows
+    rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
     return rows + other_rows(tried, rows)
 
 
@@ -347,10 +369,9 @@ def cause_rows(judge, tried, frames, told):
         return [wrong("mirrored", f"{mirrored} of {len(frames)} rotations have determinant -1.")]
     if found is None:
         return []
-    if fault == "units" and found.share < 0.97 and common_top(depth_of(frames)):
-        return [wrong("normalized depth", f"{told}, {SAME_TOP}.")]
     if fault == "units":
-        return [unit_row(found, judge, told)]
+        is_stretched = found.share < 0.97 and common_top(depth_of(frames))
+        return [stretched_row(told) if is_stretched else unit_row(found, judge, told)]
     words = f"{told}; with {found.words} it is {found.share:.0%}, and a pair fits better by " \
         f"{found.gain:.1f} log units."
     if "intrinsics" in fault:
@@ -358,41 +379,42 @@ def cause_rows(judge, tried, frames, told):
     return [wrong(fault, words)]
 
 
+def stretched_row(told):
+    """The fault of images that are stretched to their own ranges. told: words about the poses as given."""
+    return wrong("normalized depth", f"{told}, and the largest depth is the same in all images.")
+
+
 def unconfirmed_rows(judge, frames, told, helped):
     """A fault if the frames contradict each other, though no alternative fits.
 
     helped: an alternative is clearly better than what is given.
     """
-    count = judge.overlapping()
-    enough = count >= MIN_PAIRS
-    if count and judge.given.share() < (CLEAN if enough else CLEAN_PAIR):
-        if common_top(depth_of(frames)):
-            return [wrong("normalized depth", f"{told}, {SAME_TOP}.")]
-        worst = min(range(len(frames)), key=judge.share_of)
-        words = f"{told}, where clean captures reach {CLEAN:.0%}; of {frames[worst]['name']} it is " \
-            f"{judge.share_of(worst):.0%}."
-        return [wrong("unconfirmed", words)]
+    enough = judge.overlapping() >= MIN_PAIRS
+    share = judge.given.share()
+    contradicted = judge.overlapping() and share < (CLEAN if enough else CLEAN_PAIR)
+    if contradicted and common_top(depth_of(frames)):
+        return [stretched_row(told)]
+    worst = min(range(len(frames)), key=judge.share_of)
     alike = judge.look_alikes(judge.given)
-    if alike >= MIN_PAIRS:
-        return [wrong("unconfirmed", f"{alike} pairs of frames show the same, but with their poses they cannot.")]
-    if helped and enough:
-        return [wrong("unconfirmed", f"{told}, but other readings of the frames are better, and none is good.")]
-    return []
+    return first_wrong(
+        ("unconfirmed", contradicted, f"{told}, where clean captures reach {CLEAN:.0%}; "
+         f"of {frames[worst]['name']} it is {judge.share_of(worst):.0%}."),
+        ("unconfirmed", alike >= MIN_PAIRS,
+         f"{alike} pairs of frames show the same, but with their poses they cannot."),
+        ("unconfirmed", helped and enough,
+         f"{told}, but other readings of the frames are better, and none is good."))
 
 
 def other_rows(tried, rows):
     """Rows of faults that were not found: their alternatives are worse, or cannot be told from the rest."""
-    fault = first_fault(rows)
     others = []
     for test in sorted({one.fault for one in tried} - {row.test for row in rows}):
         own = [one for one in tried if one.fault == test]
-        if fault:
-            others.append(Row(test, "not tested", f"first fix: {fault}"))
-        elif all(one.worse for one in own):
+        row = Row(test, "not tested", "too little overlap or motion to tell")
+        if all(one.worse for one in own):
             loss = -max(one.gain for one in own)
-            others.append(Row(test, "ok", f"explains a pair worse by {loss:.2f} log units"))
-        else:
-            others.append(Row(test, "not tested", "too little overlap or motion to tell"))
+            row = Row(test, "ok", f"explains a pair worse by {loss:.2f} log units")
+        others.append(row)
     return others
 
 
@@ -433,41 +455,37 @@ def up_rows(runs, up, confirmed):
 # ------------------------------------------------------------------------------------- labels and splits
 
 
-class Labels(NamedTuple):
-    """What a sample of label images holds."""
-    counts: np.ndarray  # (1 + K,) pixels per class, ignored ones first
-    borders: np.ndarray  # (2,) pixels between two classes, and those of them of a third class
-    fields: list  # per frame, `data.pixel_fields` of every eighth pixel, and "scene"
-
-
 def class_names(source):
     """The names of a source's classes; if it has none, of as many as may occur."""
     return list(getattr(source, "class_names", ())) or [f"class {i}" for i in range(1000)]
 
 
 def read_labels(source, num_frames):
-    """Frames spread over a source -> Labels; instances only of frames that have some."""
-    counts = np.zeros(1 + len(class_names(source)), np.int64)
-    labels = Labels(counts, np.zeros(2, np.int64), [])
+    """Frames spread over a source -> a dict per frame with labels: `pixel_fields` of every eighth pixel.
+
+    Without "instances" if the frame has none; also "scene", "borders" (2,), see `third_classes`, and
+    "counts" (1 + K,), pixels per class, ignored ones first.
+    """
+    num_classes = len(class_names(source))
+    labels = []
     for place in spread(range(len(source)), num_frames):
         frame = source[place]
         if frame.get("label") is None:
             continue
-        counts += np.bincount(frame["label"].ravel() + 1, minlength=len(counts))
-        labels.borders[:] += third_classes(frame["label"])
         known, seen = depth_to_color(frame)
         fields = pixel_fields(frame, known[::8], seen[::8])
-        fields["scene"] = frame["name"].split("/")[0]
         if frame.get("instance") is None:
             del fields["instances"]
-        labels.fields.append(fields)
+        counts = np.bincount(frame["label"].ravel() + 1, minlength=1 + num_classes)
+        own = {"scene": scene_of(frame), "counts": counts, "borders": third_classes(frame["label"])}
+        labels.append({**fields, **own})
     return labels
 
 
-def share_below_floor(fields, names, up):
+def share_below_floor(labels, names, up):
     """Mean share of a frame's points that lie 20 cm below what is called floor; 0 without a floor."""
     below = []
-    for own in fields if up is not None and "floor" in names else ():
+    for own in labels if up is not None and "floor" in names else ():
         is_floor = own["labels"] == names.index("floor")
         if is_floor.sum() > 0.01 * len(is_floor):
             height = own["points"] @ up
@@ -480,63 +498,68 @@ def label_rows(labels, names, num_listed, up):
 
     up: the world's up (3,), or None if it is unknown.
     """
-    if not labels.fields:
+    if not labels:
         return [Row("label ids", "not tested", "the frames have no labels")]
-    ignored, *shares = labels.counts / labels.counts.sum()
-    order = [i for i in np.argsort(-labels.counts[1:], kind="stable") if shares[i] > 0]
+    counts = sum(own["counts"] for own in labels)
+    constant = len(labels) > 2 and all(np.count_nonzero(own["counts"]) == 1 for own in labels)
+    empty = first_wrong(
+        ("label ids", not any(counts[1:]), "No pixel of the sampled label images has a label."),
+        ("label ids", constant, "Every sampled label image holds only one value."))
+    if empty:
+        return empty
+    ignored, *shares = counts / counts.sum()
+    order = [i for i in np.argsort(-counts[1:], kind="stable") if shares[i] > 0]
     words = [f"ignored {ignored:.0%}"] + [f"{names[i]} {shares[i]:.0%}" for i in order[:8]]
     rows = [Row("labels", "note", ", ".join(words))]
-    void = [names[i] for i in order if re.fullmatch(VOID, names[i].strip().lower())]
-    if void:
-        rows.append(wrong("void class", f"The class {void[0]!r} would be trained and scored."))
-
-    border, third = labels.borders
+    plain = {i: re.sub(r"[\W_]+", " ", names[i]).strip().lower() for i in order}
+    void = [names[i] for i in order if re.fullmatch(VOID, plain[i])]
+    rows += first_wrong(("void class", void, f"The class {some(void)!r} would be trained and scored."))
+    border, third = sum(own["borders"] for own in labels)
+    third /= max(border, 1)
     outside = [names[i] for i in order if i >= num_listed]
-    below = share_below_floor(labels.fields, names, up)
-    if third > 0.2 * border:
-        words = f"On {third / border:.0%} of the borders between two classes lies a line of a third one."
-        rows.append(wrong("resized labels", words))
-    elif outside:
-        words = f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list lacks: "
-        rows.append(wrong("label ids", f"{words}{', '.join(outside[:8])}."))
-    elif below > 0.2:
-        words = f"{below:.0%} of the points lie below what the class list calls floor"
-        rows.append(wrong("label ids", f"{words}: ids are shifted or permuted."))
-    else:
-        rows.append(Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur"))
-    return rows
+    below = share_below_floor(labels, names, up)
+    faults = first_wrong(
+        ("resized labels", third > 0.2,
+         f"On {third:.0%} of the borders between two classes lies a line of a third one."),
+        ("label ids", outside, f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list "
+         f"lacks: {', '.join(outside[:8])}."),
+        ("label ids", below > 0.2, f"{below:.0%} of the points lie below what the class list calls floor: "
+         "ids are shifted or permuted."))
+    fine = Row("label ids", "ok", f"{len(order)} of {num_listed} classes occur")
+    return rows + (faults or [fine])
 
 
-def instance_rows(fields, names, trusted=True):
-    """Whether instance ids separate objects, from the fields of `read_labels`. trusted: the labels are right."""
-    fields = [own for own in fields if "instances" in own]
+def instance_rows(labels, names, ids=(), trusted=True):
+    """Whether instance ids separate objects, from what `read_labels` gives.
+
+    ids: of the classes in the class list, if known. trusted: the labels are right.
+    """
+    fields = [own for own in labels if "instances" in own and any(own["counts"][1:])]
     if not fields:
-        return [Row("instance ids", "not tested", "the frames have no instances")]
+        return [Row("instance ids", "not tested", "no labelled frame has instances")]
     tables = [count_instances(own["labels"], own["instances"]) for own in fields]
-    lost = trusted and lost_instances(np.concatenate(tables), names)
+    lost = trusted and lost_instances(np.concatenate(tables), names, ids)
     tables = [table[table[:, 1] >= 0] for table in tables]
     labels, instances, counts = np.concatenate(tables).T
     if len(counts) == 0:
         return [wrong("instance ids", "No labelled pixel has an instance.")]
 
-    mixed = sum(map(mixed_pixels, tables))
-    words = f"{mixed / counts.sum():.1%} of the pixels have an instance that is mostly of another class"
+    mixed = sum(map(mixed_pixels, tables)) / counts.sum()
+    words = f"{mixed:.1%} of the pixels have an instance that is mostly of another class"
     stuff = {names[i] for i in labels} & {"wall", "floor", "ceiling"}
     one_to_one = len(set(zip(labels, instances))) == len(set(labels)) == len(set(instances))
-    if mixed > 0.1 * counts.sum():
-        return [wrong("instance ids", f"{words}.")]
-    if stuff and one_to_one and len({own["scene"] for own in fields}) > 1:
-        words = "Each class has the same instance id in all scenes: they are the labels again."
-        return [wrong("instance ids", words)]
-    if lost:
-        return [wrong("instance ids", f"{lost}: objects with id 0 count as none.")]
-    return [Row("instance ids", "ok", words)]
+    again = stuff and one_to_one and len({own["scene"] for own in fields}) > 1
+    return first_wrong(
+        ("instance ids", mixed > 0.1, f"{words}."),
+        ("instance ids", again,
+         "Each class has the same instance id in all scenes: they are the labels again."),
+        ("instance ids", lost, lost)) or [Row("instance ids", "ok", words)]
 
 
-def lost_instances(table, names):
-    """Words about pixels without instance in classes that have some; "" if they are few.
+def lost_instances(table, names, ids):
+    """Words about pixels without instance in classes that should have some; "" if there are none.
 
-    table: rows (label, instance, pixels), instance -1 = none.
+    table: rows (label, instance, pixels), instance -1 = none. names, ids: of the classes.
     """
     total = np.bincount(table[:, 0], table[:, 2], len(names))
     none = table[table[:, 1] < 0]
@@ -544,12 +567,18 @@ def lost_instances(table, names):
     things = without < 0.5 * total
     share = without[things].sum() / max(total[things].sum(), 1)
     if share > 0.01:
-        return f"{share:.1%} of the pixels of classes with instances have none"
-    empty = [names[i] for i in np.flatnonzero((total > 0) & (without == total))]
-    empty = [name for name in empty if name not in ("wall", "floor", "ceiling")]
-    if len(empty) == 1 and things.sum() >= 5:
-        return f"Only the class {empty[0]} has no instances"
-    return ""
+        return f"{share:.1%} of the pixels of classes with instances have none: " \
+            "objects with id 0 count as none."
+    empty = [i for i in np.flatnonzero((total > 0) & (without == total))
+             if names[i] not in ("wall", "floor", "ceiling")]
+    doubtful = [i for i in empty if ids[i:i + 1] in ([0], [255])]
+    if not doubtful and len(empty) == 1 and things.sum() >= 5:
+        doubtful = empty
+    if not doubtful or not things.any():
+        return ""
+    told = some([repr(names[i]) for i in doubtful])
+    return f"No pixel of class {told} has an instance: it means unlabeled (then name it so in the class " \
+        "list), or its objects have id 0, which counts as none."
 
 
 def folder_rows(sources):
@@ -557,41 +586,30 @@ def folder_rows(sources):
     rows = []
     has = {}  # scene folder: label-filt is there
     for source in sources:
-        for folder in getattr(source, "folders", ()):
-            has[folder] = (folder / "label-filt").is_dir()
+        has |= {folder: (folder / "label-filt").is_dir() for folder in getattr(source, "folders", ())}
         left_out = dict(getattr(source, "left_out", {}))
-        if getattr(source, "num_skipped", 0):
-            left_out["frames with a lost pose"] = source.num_skipped
-        if left_out:
-            words = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        left_out["frames with a lost pose"] = getattr(source, "num_skipped", 0)
+        words = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+        if words:
             rows.append(Row("left out", "note", words))
     lacking = [str(folder) for folder in has if not has[folder]]
-    labelled = any(getattr(source, "class_names", ()) for source in sources)
-    if any(has.values()) and not labelled:
-        rows.append(wrong("label folders", "There are label-filt folders, but no class list."))
-    elif any(has.values()) and lacking:
-        words = f"{len(lacking)} of {len(has)} scenes have no label-filt: {some(lacking)}."
-        rows.append(wrong("label folders", words))
-    return rows
+    listed = any(getattr(source, "class_names", ()) for source in sources)
+    words = f"{len(lacking)} of {len(has)} scenes have no label-filt: {some(lacking)}."
+    return rows + first_wrong(
+        ("label folders", any(has.values()) and not listed,
+         "There are label-filt folders, but no class list."),
+        ("label folders", any(has.values()) and lacking, words))
 
 
-def split_rows(names, occurring):
-    """Frames that two splits share, and classes that one lacks.
-
-    names, occurring: {title: frames or class names}.
-    """
+def split_rows(sources):
+    """Frames that two splits {title: source} share."""
     rows = []
-    for (a, in_a), (b, in_b) in itertools.combinations(names.items(), 2):
-        twice = sorted(set(in_a) & set(in_b), key=natural_key)
-        row = Row("frames in both splits", "ok", f"none in {a} and {b}")
-        if twice:
-            row = wrong("frames in both splits", f"{a} and {b} share {len(twice)}: {some(twice)}.")
-        rows.append(row)
-    for title, own in occurring.items():
-        lacking = sorted(set().union(*occurring.values()) - own)
-        if lacking:
-            words = f"not in the sample of {title}: {', '.join(lacking)}"
-            rows.append(Row("classes of a split", "note", words))
+    for a, b in itertools.combinations(sources, 2):
+        twice = set(frame_names(sources[a])) & set(frame_names(sources[b]))
+        twice = sorted(twice, key=natural_key)
+        words = f"{a} and {b} share {len(twice)}: {some(twice)}."
+        fine = Row("frames in both splits", "ok", f"none in {a} and {b}")
+        rows += first_wrong(("frames in both splits", twice, words)) or [fine]
     return rows
 
 
@@ -618,45 +636,44 @@ def sample_runs(names, num_frames):
 
 
 def read_runs(sources, num_frames):
-    """`sample_runs` of all sources together -> lists of frames without labels, with their positions."""
+    """`sample_runs` of all sources together -> lists of frames, with their positions."""
     places = {}
     for source in sources:
         for index, name in enumerate(frame_names(source)):
             places[name] = (source, index)
     names = sorted(places, key=natural_key)
-    runs = []
-    for run in sample_runs(names, num_frames):
-        frames = []
-        for position in run:
-            source, index = places[names[position]]
-            frame = {**source[index], "position": position}
-            frames.append({**frame, "label": None, "instance": None})
-        runs.append(frames)
-    return runs
+    def read(position):
+        source, index = places[names[position]]
+        return {**source[index], "position": position}
+
+    return [list(map(read, run)) for run in sample_runs(names, num_frames)]
 
 
 def geometry_rows(runs, up="z"):
-    """What runs of frames tell without labels -> rows, and the world's up (3,) or None."""
+    """What runs of frames tell by color, depth and cameras -> rows, and the world's up (3,) or None."""
     frames = list(itertools.chain(*runs))
     try:
         for frame in frames:
             check_frame(frame)
     except ValueError as error:
         return [wrong("refused", f"{error}.")], None
-    frames, rows = depth_rows(frames)
-    rows += color_rows(frames) if frames else []
+    def hiding(rows):  # a far plane does not hide other faults: its values are taken out
+        return first_fault(row for row in rows if row.test != "far plane")
+
+    rows = copy_rows(frames)
+    frames, found = depth_rows(frames)
+    rows += found
     kept = {frame["name"]: frame for frame in frames}
     runs = [[kept[frame["name"]] for frame in run if frame["name"] in kept] for run in runs]
     runs = [run for run in runs if run]
-    other = [row for row in rows if row.test != "far plane"]  # without those values the rest can be tested
-    if first_fault(other) or not frames:
-        return rows + [Row("poses and intrinsics", "not tested", f"first fix: {first_fault(rows)}")], None
-    rows += pose_rows(runs, up)
-    other = [row for row in rows if row.test != "far plane"]
-    if first_fault(other):
-        return rows + [Row("up axis", "not tested", f"first fix: {first_fault(other)}")], None
-    found, world = up_rows(runs, up, any(row[:2] == ("neighbors", "ok") for row in rows))
-    return rows + found, world
+    if runs:
+        rows += color_rows(frames)
+    if runs and not hiding(rows):
+        rows += pose_rows(runs, up)
+    if runs and not hiding(rows):
+        found, world = up_rows(runs, up, any(row[:2] == ("neighbors", "ok") for row in rows))
+        return rows + found, world
+    return rows + [Row("other tests", "not tested", f"first fix: {first_fault(rows)}")], None
 
 
 def quick_check(frames, up="z"):
@@ -707,19 +724,13 @@ def inspect(sources, up="z", num_frames=48, picture=None):
     first = next(iter(sources.values()))
     names = class_names(first)
     runs = read_runs(sources.values(), num_frames)
-    labels = {title: read_labels(source, num_frames) for title, source in sources.items()}
+    labels = [own for source in sources.values() for own in read_labels(source, num_frames)]
     if picture:
         contact_sheet(runs, picture)
     rows, world = geometry_rows(runs, up)
-    counts, borders, fields = zip(*labels.values())
-    fields = list(itertools.chain(*fields))
-    merged = Labels(sum(counts), sum(borders), fields)
-    own = label_rows(merged, names, getattr(first, "num_listed", len(names)), world)
-    rows += own + instance_rows(fields, names, trusted=not first_fault(own)) + folder_rows(sources.values())
-    occurring = {}
-    for title, own in labels.items():
-        occurring[title] = {names[i] for i in np.flatnonzero(own.counts[1:])}
-    return rows + split_rows({title: frame_names(sources[title]) for title in sources}, occurring)
+    found = label_rows(labels, names, getattr(first, "num_listed", len(names)), world)
+    rows += found + instance_rows(labels, names, getattr(first, "class_ids", []), not first_fault(found))
+    return rows + folder_rows(sources.values()) + split_rows(sources)
 
 
 def open_sources(args):
@@ -797,25 +808,21 @@ def draw_pair(a, b, share):
 def main(argv=None):
     """The command; returns its exit status, 1 if something is wrong."""
     parser = Parser("check.py", "Says what is wrong with a data set.")
-    parser.add_argument("data", help="'rooms' (built in), a folder in ScanNet's exported 2D layout, or a "
-                        "capture")
-    parser.add_argument("--split", nargs="+", default=[], help="files with one scene or scene/frame per "
-                        "line; not given: all frames")
+    parser.add_argument("data", help="'rooms' (built in), or a folder in ScanNet's exported 2D layout or of captures")
+    parser.add_argument("--split", nargs="+", default=[], help="files of lines `scene` or `scene/frame`; else all")
     parser.add_argument("--train-split", help="likewise")
     parser.add_argument("--val-split", help="likewise")
-    parser.add_argument("--classes", help="class list, one 'id name' pair per line; not given: "
-                        "DATA/classes.txt")
-    parser.add_argument("--up", type=checked_by(up_rotation), default="z", help="the world's up: an axis, "
-                        "negative ones as --up=-y, or a vector, --up=0,-0.9,0.1")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of all color "
-                        "images, for frame-* files and captures that do not tell them")
+    parser.add_argument("--classes", help="list of lines `id name`; else DATA/classes.txt")
+    parser.add_argument("--up", type=checked_by(up_rotation), default="z",
+                        help="the world's up: an axis (negative ones as --up=-y) or a vector (--up=0,-0.9,0.1)")
+    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY",
+                        help="pixels, of the color images of captures that do not tell them")
     parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture, see docs/captures.md")
     parser.add_argument("--pose", choices=POSES, help="direction and quaternion order of a capture")
     parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture")
-    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a contact sheet of "
-                        "reprojected points")
-    parser.add_argument("--frames", type=positive_int, default=48, help="frames that are read for the "
-                        "poses, and as many per split for the labels")
+    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a sheet of reprojected points")
+    parser.add_argument("--frames", type=positive_int, default=48,
+                        help="number that is read for the poses, and per split for the labels")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.picture and (args.picture.suffix != ".png" or not args.picture.absolute().parent.is_dir()):

@@ -265,7 +265,7 @@ def every_second(plant):
                                  frames.class_names)
 
 
-FAULTS = [  # fault, what is in its words, and how it is planted
+FAULTS = [  # fault, what is in its words (text, or text and a number), and how it is planted
     ("pose inverted", "inverse", of_poses(np.linalg.inv)),
     ("pose half inverted", "transposed", of_poses(
         lambda pose: np.block([[pose[:3, :3].T, pose[:3, 3:]], [pose[3:]]]))),
@@ -287,9 +287,9 @@ FAULTS = [  # fault, what is in its words, and how it is planted
     ("units of depth", "6553.5", of_depth(lambda depth, frame: 6.5535 * depth)),
     ("units of depth", "100 units", of_depth(lambda depth, frame: 0.1 * depth)),
     ("units of depth", "0.002 m", of_depth(lambda depth, frame: 0.001 * depth)),
-    ("units", "times 2.6", of_poses(scaled(1 / 2.7))),
-    ("units", "times 0.33", of_poses(scaled(1 / 0.34))),
-    ("units", "times 0.7", of_poses(scaled(1.37))),
+    ("units", ("translations times", 2.7), of_poses(scaled(1 / 2.7))),
+    ("units", ("translations times", 0.34), of_poses(scaled(1 / 0.34))),
+    ("units", ("translations times", 1 / 1.37), of_poses(scaled(1.37))),
     ("depth along the ray", "", of_depth(lambda depth, frame: depth * ray_length(frame))),
     ("inverse depth", "", of_depth(lambda depth, frame: 1 / np.maximum(depth, 0.01))),
     ("far plane", "65.534 m", of_depth(filled(0.04, 65.534))),
@@ -305,8 +305,8 @@ FAULTS = [  # fault, what is in its words, and how it is planted
     ("color intrinsics", "of 326", of_intrinsics(resized(2), "intrinsics")),
     ("depth intrinsics", "", of_intrinsics(resized(0.5), "depth_intrinsics")),
     ("intrinsics of both", "", of_intrinsics(resized(2.1))),
-    ("focal length", "both images times 0.8", of_intrinsics(zoomed(1.25))),
-    ("focal length", "depth times 1.2", of_intrinsics(zoomed(0.8), "depth_intrinsics")),
+    ("focal length", ("both images times", 0.8), of_intrinsics(zoomed(1.25))),
+    ("focal length", ("depth times", 1.25), of_intrinsics(zoomed(0.8), "depth_intrinsics")),
     ("cropped images", "", of_images(cropped(0.15, 0.1))),
     ("cropped images", "", of_images(cropped(0.12, 0.12, 0.12, 0.12))),
     ("images turned", "by 270 degrees", of_images(np.rot90)),
@@ -327,7 +327,7 @@ FAULTS = [  # fault, what is in its words, and how it is planted
     ("up axis", "--up=y", of_poses(lambda pose: QUARTER_TURN @ pose)),
     ("up axis", "--up=-y", of_poses(lambda pose: QUARTER_TURN.T @ pose)),
     ("up axis", "26 degrees", of_poses(lambda pose: TILT @ pose)),
-    ("units", "times 1.1", of_poses(scaled(1 / 1.12))),
+    ("units", ("translations times", 1.12), of_poses(scaled(1 / 1.12))),
     ("far plane", "8 m", of_depth(filled(0.015, 8))),
     ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: 4 * i % count)),
     ("unconfirmed", "No known cause fits", with_poses_of(lambda i, count: count - 1 - i)),

@@ -15,6 +15,7 @@ clean capture does, and beats poses that do not move, towards which noise in the
 Imports numpy.
 """
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ class Views(NamedTuple):
     intrinsics: np.ndarray  # (F, 3, 3)
     world2cam: np.ndarray  # (F, 4, 4) of the color cameras; NaN: not to be compared
     depth_to_color: np.ndarray  # (F, 4, 4), from the depth camera to the color camera
-    following: np.ndarray  # (F,) place of the frame that comes next in time, -1 = not sampled
+    followed: np.ndarray  # (F,) bool, the next of the frames comes next in time
 
 
 # ---------------------------------------------------------------------------------------------- frames
@@ -92,18 +93,22 @@ def depth_to_color(frame):
     return frame["world2cam"] @ np.linalg.inv(frame["depth_world2cam"])
 
 
-def color_pixels(frame, width, intrinsics):
-    """Where the pixels of a small depth image (see `small_depth`) lie in a color image (2, h w).
+def depth_and_gray(frame, width):
+    """A frame's `small_depth` (h, w), and the gray values of the color image there, NaN outside.
 
-    intrinsics: (3, 3) of that color image. Unknown depth counts as the median.
+    Unknown depth counts as the median.
     """
-    depth, depth_intrinsics = small_depth(frame, width)
+    depth, intrinsics = small_depth(frame, width)
     known = depth > 0
-    depth = np.where(known, depth, np.median(depth[known]) if known.any() else 1)
-    rays = pixel_rays(depth_intrinsics, depth.shape)
-    points = move(depth_to_color(frame), rays * depth.ravel())
+    middle = np.median(depth[known]) if known.any() else 1
+    z = np.where(known, depth, middle)
+    rays = pixel_rays(intrinsics, depth.shape)
+    points = move(depth_to_color(frame), rays * z.ravel())
+    gray, intrinsics = small_gray(frame, width)
     uv, _ = project(intrinsics, points[None])
-    return uv[0]
+    first = np.zeros(1, np.int64)
+    gray = sample(gray[None], first, uv)
+    return depth, gray.reshape(depth.shape)
 
 
 def pixel_rays(intrinsics, size, step=1):
@@ -137,21 +142,16 @@ def make_views(runs, width=320):
     A frame's "position" in its source, if it has one, tells which frame follows in time.
     """
     frames = list(itertools.chain(*runs))
-    following = np.full(len(frames), -1)
-    pairs = np.zeros((0, 2), np.int64)
-    start = 0
-    for run in runs:
-        places = np.arange(start, start + len(run))
-        start += len(run)
-        own = list(itertools.combinations(places, 2))
-        own = np.array(own, np.int64).reshape(-1, 2)
-        backward = own.sum(1) % 2 == 0
-        own[backward] = own[backward, ::-1]
-        pairs = np.concatenate([pairs, own])
-        positions = [frame.get("position", i) for frame, i in zip(run, places)]
-        follows = np.diff(np.array(positions)) == 1
-        followed = places[:-1][follows]
-        following[followed] = followed + 1
+    lengths = [len(run) for run in runs]
+    run_of = np.repeat(np.arange(len(runs)), lengths)
+    a, b = np.triu_indices(len(frames), 1)
+    same_run = run_of[a] == run_of[b]
+    pairs = np.stack([a, b], 1)[same_run]
+    backward = pairs.sum(1) % 2 == 0
+    pairs[backward] = pairs[backward, ::-1]
+    positions = [frame.get("position", i) for i, frame in enumerate(frames)]
+    followed = np.diff(positions, append=-1) == 1
+    followed &= np.diff(run_of, append=-1) == 0
     depth, depth_intrinsics = zip(*(small_depth(frame, width) for frame in frames))
     gray, intrinsics = zip(*(small_gray(frame, width) for frame in frames))
     world2cam = [frame["world2cam"] for frame in frames]
@@ -162,7 +162,7 @@ def make_views(runs, width=320):
         intrinsics=np.array(intrinsics),
         world2cam=np.array(world2cam),
         depth_to_color=np.array(list(map(depth_to_color, frames))),
-        following=following)
+        followed=followed)
     return views, pairs
 
 
@@ -273,7 +273,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     seen, around = look_up(views.depth, b, uv, round(radius * width))
     use = (seen > 0) & (z > 0)
     count = use.sum(1)
-    overlap = count / np.maximum((z > 0).sum(1), 1)
+    num_known = (z > 0).sum(1)
+    overlap = count / np.maximum(num_known, 1)
     enough = (overlap >= OVERLAP) & (count >= 30)
 
     seen = np.where(use, seen, 1)
@@ -282,7 +283,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     for near in around:
         closer = np.minimum(nearest, np.abs(predicted - near))
         nearest = np.where(near > 0, closer, nearest)
-    confirmed = use & (nearest < np.maximum(tolerance, 0.02 * seen))
+    allowed = np.maximum(tolerance, 0.02 * seen)
+    confirmed = use & (nearest < allowed)
     contradicted = use & ~confirmed & (predicted < seen)
     logs = np.log(np.clip(error / seen, 0.0005, 0.1)) * use
     depth_cost = logs.sum(1) / np.maximum(count, 1)
@@ -292,7 +294,8 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
     gray_a = sample(views.gray, a, uv)
     uv, _ = project(views.intrinsics[b], moved)
     gray_b = sample(views.gray, b, uv)
-    use &= np.isfinite(gray_a + gray_b) & (predicted < 1.1 * seen)
+    use &= np.isfinite(gray_a + gray_b)
+    use &= predicted < 1.1 * seen
     color_cost = correlation_cost(gray_a, gray_b, use) * enough
     comparable = np.isfinite(motion).all((1, 2))
     known = np.where(comparable, 1, np.nan)
@@ -306,30 +309,15 @@ def fit(views, pairs, num_points=300, radius=0.0125, tolerance=0.05):
 # ---------------------------------------------------------------------------------------- alternatives
 
 
+def with_poses(views, world2cam):
+    """Views with other poses (F, 4, 4)."""
+    return views._replace(world2cam=world2cam)
+
+
 def edit(views, fields, change):
     """Views of which some fields, arrays (F, ...), went through `change`."""
     changed = {field: change(getattr(views, field)) for field in fields}
     return views._replace(**changed)
-
-
-def change_poses(views, change):
-    """Views whose camera-to-world matrices (F, 4, 4), a copy, went through `change`."""
-    cam2world = change(np.linalg.inv(views.world2cam))
-    return views._replace(world2cam=np.linalg.inv(cam2world))
-
-
-def transpose_rotation(poses):
-    """Camera-to-world matrices with transposed rotations."""
-    rotations = poses[:, :3, :3].swapaxes(1, 2).copy()
-    poses[:, :3, :3] = rotations
-    return poses
-
-
-def move_origin(poses):
-    """Camera-to-world matrices whose last column is the one of the inverse matrix."""
-    rotations = poses[:, :3, :3]
-    poses[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
-    return poses
 
 
 def to_quaternion(rotation):
@@ -387,21 +375,18 @@ def name_axes(matrix, upright):
 
 def neighboring(views, fields, offset):
     """Views with some fields of the next (1) or previous (-1) frame."""
-    source = views.following
-    if offset < 0:
-        followed = np.flatnonzero(source >= 0)
-        source = np.full(len(source), -1)
-        source[views.following[followed]] = followed
-    views = edit(views, fields, lambda values: values[source])
-    last = (source < 0)[:, None, None]
-    return edit(views, POSES, lambda world2cam: np.where(last, np.nan, world2cam))
+    followed = views.followed
+    known = followed if offset > 0 else np.roll(followed, 1)
+    views = edit(views, fields, lambda values: np.roll(values, -offset, 0))
+    known = known[:, None, None]
+    return with_poses(views, np.where(known, views.world2cam, np.nan))
 
 
 def scale_motion(views, log_factor):
     """Views whose translations are multiplied by exp(log_factor)."""
     factors = np.ones((4, 4))
     factors[:3, 3] = np.exp(log_factor)
-    return edit(views, POSES, lambda world2cam: world2cam * factors)
+    return with_poses(views, views.world2cam * factors)
 
 
 def scale_focal(views, log_factor, fields):
@@ -446,18 +431,26 @@ def fit_to_images(views, fields):
 
 def alternatives(views, upright=True):
     """Yields (fault, words, Views). upright: whether the cameras stand upright in the world as given."""
-    yield "pose inverted", "the inverse matrices", change_poses(views, np.linalg.inv)
-    yield "pose half inverted", "transposed rotations", change_poses(views, transpose_rotation)
-    yield "pose half inverted", "the camera's place -R t in place of t", change_poses(views, move_origin)
+    poses = np.linalg.inv(views.world2cam)
+    yield "pose inverted", "the inverse matrices", with_poses(views, poses)
+    rotations = poses[:, :3, :3]
+    transposed = poses.copy()
+    transposed[:, :3, :3] = rotations.swapaxes(1, 2)
+    moved = poses.copy()
+    moved[:, :3, 3:] = -rotations @ poses[:, :3, 3:]
+    for words, half in (("transposed rotations", transposed),
+                        ("the camera's place -R t in place of t", moved)):
+        half = np.linalg.inv(half)
+        yield "pose half inverted", words, with_poses(views, half)
     for words, order in (("x y z w", (3, 0, 1, 2)), ("w x y z", (1, 2, 3, 0))):
-        def change(poses):
-            return reorder(poses, order)
         words = f"quaternions that are stored as {words}"
-        yield "quaternion order", words, change_poses(views, change)
-        yield "quaternion order", f"{words}, world to camera", edit(views, POSES, change)
+        reordered = np.linalg.inv(reorder(poses, order))
+        yield "quaternion order", words, with_poses(views, reordered)
+        reordered = reorder(views.world2cam, order)
+        yield "quaternion order", f"{words}, world to camera", with_poses(views, reordered)
     for matrix in axis_changes():
         fault, words = name_axes(matrix, upright)
-        yield fault, words, edit(views, POSES, lambda world2cam: matrix @ world2cam)
+        yield fault, words, with_poses(views, matrix @ views.world2cam)
     for k in (1, 2, 3):
         def turn(images):
             return np.rot90(images, k, (1, 2))
@@ -504,7 +497,7 @@ class Judge:
         self.median_depth = np.median(views.depth[views.depth > 0])
         self.given = fit(views, pairs)
         still = np.broadcast_to(np.eye(4), views.world2cam.shape)
-        self.still = self.fit_strictly(views._replace(world2cam=still))
+        self.still = self.fit_strictly(with_poses(views, still))
 
     def fit_strictly(self, views):
         """`fit` with a tolerance that does not depend on the unit of depth."""
@@ -518,7 +511,8 @@ class Judge:
     def look_alikes(self, fit):
         """Number of pairs that show the same, though by a Fit they do not overlap."""
         still = self.still
-        alike = still.confirmed >= CLEAN * (still.confirmed + still.contradicted)
+        judged = still.confirmed + still.contradicted
+        alike = still.confirmed >= CLEAN * judged
         alike &= (still.overlap >= 0.5) & (still.costs[1] < np.log(0.5))
         return np.count_nonzero(alike & (fit.overlap == 0))
 
@@ -568,7 +562,6 @@ class Judge:
         """
         def weigh(x):
             return self.weigh(fault, words(x), change(self.views, x), x)
-
         best = max(map(weigh, starts), key=lambda one: one.gain)
         if best.gain < -0.3:
             return best
@@ -596,24 +589,19 @@ class Judge:
 
     def search_focal(self, fields, what):
         """The factor of focal lengths."""
-        def scale(views, x):
-            return scale_focal(views, x, fields)
-
         def words(x):
             return f"focal lengths of {what} times {np.exp(x):.3g}"
-
+        scale = partial(scale_focal, fields=fields)
         logs = (0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5)
         return self.search(scale, logs, 0.08, "focal length", words)
 
     def search_center(self):
         """The offset of the principal points."""
-        def words(offset):
-            right, down = 100 * offset
-            return f"principal points {right:.1f} % of the width to the right and {down:.1f} % of the height down"
-
         shares = (0, -0.1, 0.1, -0.2, 0.2)
         starts = [np.array(offset) for offset in itertools.product(shares, repeat=2) if any(offset)]
-        return self.search(shift_center, starts, 0.05, "cropped images", words)
+        words = "principal points {:.1f} % of the width to the right and {:.1f} % of the height down"
+        return self.search(shift_center, starts, 0.05, "cropped images",
+                           lambda x: words.format(*100 * x))
 
     def weigh_all(self, upright=True):
         """All alternatives -> list of Weighed, the one to prefer first if two explain equally much.
@@ -623,9 +611,8 @@ class Judge:
         """
         tried = [self.weigh(*one) for one in alternatives(self.views, upright)]
         tried += [self.search_scale(), self.search_center()]
-        tried.append(self.search_focal(BOTH, "both images"))
-        tried.append(self.search_focal(DEPTH, "depth"))
-        tried.append(self.search_focal(COLOR, "color"))
+        for fields, what in ((BOTH, "both images"), (DEPTH, "depth"), (COLOR, "color")):
+            tried.append(self.search_focal(fields, what))
         late = ["mirrored", "depth and color shifted in time"]
         if not upright:
             late.append("images turned")

@@ -40,11 +40,11 @@ def find_filler(images):
 
 
 def common_top(images):
-    """The largest depth if it is the same in more than 90 % of at least 3 images, else None."""
+    """The largest depth if it is the same in more than 90 % of at least 3 images, else 0."""
     tops = [known_values(image).max() for image in images]
     middle = np.median(tops)
     share = np.mean(tops == middle)
-    return middle if len(images) > 2 and share > 0.9 else None
+    return middle if len(images) > 2 and share > 0.9 else 0
 
 
 def smooth_points(depth, intrinsics):
