@@ -30,6 +30,7 @@ OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x r
 COLORS = (".jpg", ".jpeg", ".png")
 UNKNOWN = (None, None)  # size: that of the images
 DEPTHS = (".png", ".npy", ".tif", ".tiff")
+LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # of ScanNet's exporter
 POSES = ("c2w", "w2c", "xyzw", "wxyz", "w2c-xyzw", "w2c-wxyz")  # --pose
 
 
@@ -350,7 +351,7 @@ class CaptureFrames:
         if not kinds:
             looked_for = ", ".join(FORMATS[name][0] for name in ([format] if format else FORMATS))
             raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in "
-                             f"its folders, see docs/captures.md#{format or 'formats'}")
+                             f"its folders, see docs/captures.md#{format or 'formats'}, and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))
         views = []  # (name, view)
         for folder, name in found.items():

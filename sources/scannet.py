@@ -34,7 +34,7 @@ def load_classes(path):
     for number, line in enumerate(read_text(path, "class list").splitlines(), 1):
         if not line.strip():
             continue
-        key, _, name = line.strip().partition(" ")
+        key, name = (*line.split(maxsplit=1), "")[:2]
         name = name.strip()
         is_id = key.isdecimal() and len(key) < 10
         if not name or not is_id and (key, name) != ("*", "unlabeled"):
