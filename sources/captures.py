@@ -154,7 +154,7 @@ def read_transforms(folder, options):
         values = {**scene, **frame}
         require(values, ("file_path", "transform_matrix"), where)
         color = folder / values["file_path"].replace("\\", "/")
-        if color.suffix.lower() not in COLORS:  # as instant-ngp writes it
+        if color.suffix.lower() not in COLORS and not color.is_file():  # as instant-ngp writes it
             color = color.with_name(f"{color.name}.png")
         depth = values.get("depth_file_path", values.get("depth_path"))
         if depth is not None:
@@ -389,9 +389,10 @@ class CaptureFrames:
             for path in {path for view in filter(is_whole, views) for path in files_of(view)}:
                 check_exists(path, "image")
             views = [fit_camera(view) for view in views]
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
             where = "" if str(folder) in str(error) else f"{folder}: "
-            raise type(error)(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
         scale = options.depth_scale
         return [view._replace(units_per_meter=scale) for view in views] if scale else views
 
