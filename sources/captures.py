@@ -30,7 +30,7 @@ OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x r
 COLORS = (".jpg", ".jpeg", ".png")
 UNKNOWN = (None, None)  # size: that of the images
 DEPTHS = (".png", ".npy", ".tif", ".tiff")
-LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # of ScanNet's exporter
+LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # ScanNet's
 POSES = ("c2w", "w2c", "xyzw", "wxyz", "w2c-xyzw", "w2c-wxyz")  # --pose
 
 
@@ -84,17 +84,15 @@ def images_in(folder, *patterns, endings=COLORS):
 
 def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
                  colors=("color/*", "rgb/*", "image/*", "images/*"), depths="depth/*"):
-    """Views of color images, depth images and rows of poses, of a file, in the same order.
-
-    camera: intrinsics and the size of their images, as of `camera_in`.
-    """
+    """Views of images and of rows of poses, of a file, in the same order. camera: see `camera_in`."""
     colors, depths = images_in(folder, *colors), images_in(folder, depths, endings=DEPTHS)
     if not len(colors) == len(depths) == len(rows):
-        raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
+        counts = f"{len(colors)} color images, {len(depths)} depth images and {len(rows)} poses"
+        raise ValueError(f"{folder}: {counts}")
     shifts = [number_of(color) - number_of(depth) for color, depth in zip(colors, depths)]
+    odd = shifts.index(min(shifts, key=shifts.count))
     if len(set(shifts)) > 1:
-        color, depth = next(pair for pair, shift in zip(zip(colors, depths), shifts) if shift != shifts[0])
-        raise ValueError(f"{color} would go with {depth.name}: is an image missing, or misnumbered?")
+        raise ValueError(f"{colors[odd]} would go with {depths[odd].name}: is an image missing?")
     intrinsics, size = camera
     return [View(color.stem, color, depth, parse_pose(row, path, options), intrinsics, units_per_meter, size=size)
             for color, depth, row in zip(colors, depths, rows)]
@@ -107,15 +105,16 @@ def number_of(path):
 
 
 def camera_in(folder, options, known=""):
-    """Intrinsics (3, 3), of the options or of a file, and View.size. known: more words for the error."""
+    """Intrinsics (3, 3), of options or a file, and View.size. known: more words for the error."""
     if options.intrinsics is not None:
         return options.intrinsics, UNKNOWN
-    path = next(iter(visible(folder, "*intrinsic.json", "camera.json", "camera_*.json")), folder / "intrinsics.txt")
+    path, *_ = *visible(folder, "*intrinsic.json", "camera.json", "camera_*.json"), folder / "intrinsics.txt"
     if path.suffix == ".json":
         values = read_json(path, "intrinsics")
         require(values, ["intrinsic_matrix"], path)
         matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
-        return as_intrinsics(matrix, path, "intrinsic_matrix"), (values.get("height"), values.get("width"))
+        size = values.get("height"), values.get("width")
+        return as_intrinsics(matrix, path, "intrinsic_matrix"), size
     if not path.is_file():
         raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
                          f"intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY{known}")
@@ -123,14 +122,14 @@ def camera_in(folder, options, known=""):
 
 
 def fit_camera(view):
-    """A View with intrinsics of its color image, which may be a smaller copy of those that they were made for."""
+    """A View with intrinsics of its color image, if that is a smaller copy of the one they are for."""
     if None in view.size or not is_whole(view):
         return view
     size = image_size(view.color, "color")
     (height, width), (own_height, own_width) = view.size, size
     if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
-        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x {height}: "
-                         "turned or cropped?")
+        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
+                         f"{height}: turned or cropped?")
     return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
 
 
@@ -157,8 +156,7 @@ def read_transforms(folder, options):
         if color.suffix.lower() not in COLORS and not color.is_file():  # as instant-ngp writes it
             color = color.with_name(f"{color.name}.png")
         depth = values.get("depth_file_path", values.get("depth_path"))
-        if depth is not None:
-            depth = folder / depth.replace("\\", "/")
+        depth = depth and folder / depth.replace("\\", "/")
         cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
         if not unit > 0:
@@ -174,7 +172,7 @@ def read_transforms(folder, options):
 
 
 def transforms_camera(values, color, where):
-    """Pinhole matrix, with integer pixel centers, and (H, W) of its images, of an entry of transforms.json."""
+    """Pinhole matrix with integer pixel centers, and View.size, of an entry of transforms.json."""
     size = values.get("h"), values.get("w")
     height, width = image_size(color, "color") if None in size else size
     values = {"cx": width / 2, "cy": height / 2, **values}
@@ -191,11 +189,12 @@ def transforms_distortion(values, where):
     is_fisheye = model == "OPENCV_FISHEYE"
     is_unknown = model not in ("OPENCV", "OPENCV_FISHEYE", "PINHOLE", "SIMPLE_PINHOLE")
     if is_unknown or values.get("k4") and not is_fisheye:
-        raise ValueError(f"{where} has camera_model {model} (k4: {values.get('k4', 0)}), which is not read: undistort "
-                         "to PINHOLE")
+        raise ValueError(f"{where} has camera_model {model} (k4: {values.get('k4', 0)}), which is not read: "
+                         "undistort to PINHOLE")
     names = ("k1", "k2", "k3", "k4") if is_fisheye else ("k1", "k2", "p1", "p2", "k3")
     coefficients = tuple(float(values.get(name) or 0) for name in names)
-    return ("OPENCV_FISHEYE" if is_fisheye else "OPENCV", coefficients) if any(coefficients) or is_fisheye else ()
+    model = "OPENCV_FISHEYE" if is_fisheye else "OPENCV"
+    return (model, coefficients) if any(coefficients) or is_fisheye else ()
 
 
 def read_tum(folder, options):
@@ -228,8 +227,10 @@ def read_replica(folder, options):
     camera = read_json(path, "cam_params").get("camera", {})
     require(camera, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
     intrinsics = as_intrinsics([[camera[name] for name in ("fx", "fy", "cx", "cy")]], path, "camera")
-    return from_folders(folder, options, folder / "traj.txt", read_rows(folder / "traj.txt", "poses"),
-                        (intrinsics, (camera.get("h"), camera.get("w"))), camera["scale"], ["results/frame*"], "results/depth*")
+    size = camera.get("h"), camera.get("w")
+    path = folder / "traj.txt"
+    return from_folders(folder, options, path, read_rows(path, "poses"), (intrinsics, size), camera["scale"],
+                        ["results/frame*"], "results/depth*")
 
 
 def read_redwood(folder, options):
@@ -275,7 +276,8 @@ def read_stray(folder, options):
     views = from_folders(folder, options, path, rows, (intrinsics, UNKNOWN))
     if not (folder / "confidence").is_dir():
         return views
-    return [view._replace(confidence=folder / "confidence" / f"{view.depth.stem}.png") for view in views]
+    folder = folder / "confidence"
+    return [view._replace(confidence=folder / f"{view.depth.stem}.png") for view in views]
 
 
 SENS_HEAD = struct.Struct("<64f2i4IfQ")  # 4 matrices, 2 compressions, 4 sizes, units per meter, frames
@@ -350,8 +352,8 @@ class CaptureFrames:
         kinds = sorted(set(found.values()) - {None})
         if not kinds:
             looked_for = ", ".join(FORMATS[name][0] for name in ([format] if format else FORMATS))
-            raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in "
-                             f"its folders, see docs/captures.md#{format or 'formats'}, and for ScanNet's {LAYOUT}")
+            raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in its "
+                             f"folders (docs/captures.md#{format or 'formats'}), and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))
         views = []  # (name, view)
         for folder, name in found.items():
@@ -366,9 +368,8 @@ class CaptureFrames:
         known = [(name, view) for name, view in views if is_whole(view)]
         self.names, self.views = [name for name, _ in known], [view for _, view in known]
         self.num_skipped = sum(view.cam2world is None for _, view in views)
-        self.left_out = {"folders without a capture": list(found.values()).count(None),
-                         "frames without depth": len(views) - len(known) - self.num_skipped}
-        self.left_out = {reason: count for reason, count in self.left_out.items() if count}
+        self.left_out = +Counter({"folders without a capture": list(found.values()).count(None),
+                                  "frames without depth": len(views) - len(known) - self.num_skipped})
         words = [f"{name}: {FORMATS[name][0]}, {FORMATS[name][1]}" for name in kinds]
         words += [f"{len(known)} frames, {self.num_skipped} without a pose"]
         words += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
@@ -381,7 +382,7 @@ class CaptureFrames:
             raise ValueError(f"{split or root}: no frame left ({self.description})")
 
     def _read_views(self, folder, name, options):
-        """The views of a capture, none without a format; errors point to the paragraph of its format."""
+        """The views of a capture (no format: none); errors point to the paragraph of its format."""
         if name is None:
             return []
         try:

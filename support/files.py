@@ -302,7 +302,11 @@ def read_depth(path, units_per_meter=1000):
     if ending == ".png":
         depth = read_index_image(path, "depth", (16,))
     elif ending == ".npy":
-        depth = decode_array(read_bytes(path, "depth"), path)
+        content = io.BytesIO(read_bytes(path, "depth"))
+        try:
+            depth = np.lib.format.read_array(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: depth is not an NPY file of numbers: {error}") from None
     elif ending in (".tif", ".tiff"):
         depth = np.asarray(decode_image(read_bytes(path, "depth"), path, "depth", ("TIFF",)))
     else:
@@ -310,14 +314,6 @@ def read_depth(path, units_per_meter=1000):
     if depth.ndim != 2 or depth.dtype.kind not in "iuf":
         raise ValueError(f"{path}: depth has shape {depth.shape} of {depth.dtype}, expected (H, W) of numbers")
     return depth_in_meters(depth, units_per_meter)
-
-
-def decode_array(content, path):
-    """Bytes of an NPY file -> array, unless it is pickled."""
-    try:
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: depth is not an NPY file of numbers: {error}") from None
 
 
 def depth_in_meters(depth, units_per_meter):

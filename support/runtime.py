@@ -284,7 +284,7 @@ def checked_by(check):
 
 
 def folder_that(fault, attempt):
-    """An argparse type: the path of a folder, or of one to be made in a folder, for which attempt(folder) works."""
+    """An argparse type: the path of a folder, or of one to be made in it, for which attempt works."""
     def convert(text):
         existing = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
         try:
@@ -296,8 +296,9 @@ def folder_that(fault, attempt):
 
 
 readable_folder = folder_that("is not a folder that can be read", os.listdir)
+# permissions alone do not tell
 writable_folder = folder_that("is not a folder that can be written to",
-                              lambda folder: tempfile.TemporaryFile(dir=folder).close())  # permissions do not tell
+                              lambda folder: tempfile.TemporaryFile(dir=folder).close())
 
 # what an error of torch or of the system says, and what helps
 ADVICE = {
