@@ -347,6 +347,8 @@ class CaptureFrames:
     def __init__(self, root, format=None, options=Options(), split=None, undistort=None):
         root = Path(root)
         self.undistort = undistort
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is not a folder of a capture")
         folders = [root] if format_of(root, format) else list(filter(Path.is_dir, visible(root, "*")))
         found = {folder: format_of(folder, format) for folder in folders}
         kinds = sorted(set(found.values()) - {None})

@@ -419,7 +419,8 @@ REFUSED = {
     "other depth": (lambda f: (edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")),
                                (f / "depth/0.exr").touch()), "depth as .exr is not read: convert it to .npy"),
     "not json": (lambda f: (f / "transforms.json").write_text("{"), "JSON"),
-    "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md")}
+    "no folder": (lambda f: f.rename(f.parent / "elsewhere"), "is not a folder of a capture"),
+    "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md.*SCENE/.color/N.jpg")}
 
 
 def array_of(folder, content):
