@@ -12,8 +12,8 @@ A *frame* is a dict:
     depth_intrinsics  (3, 3) float, of the depth image
     label             (H, W) or (Hd, Wd) integers, an index into the class names, -1 = none; None or absent if unlabeled
     instance          of the same shapes, any number >= 0 per object, -1 = none; None or absent if there are none
-    features          (H, W, F) or (Hd, Wd, F) floats that the 3D encoder sees beside the color, normals or intensity
-                      say; absent: none
+    features          (H, W, F) or (Hd, Wd, F) floats that the 3D encoder sees beside the color, intensity say,
+                      which augmentation leaves alone; absent: none
 
 Cameras have OpenCV axes (x right, y down, z forward), and pixel centers have integer coordinates. The
 world's z axis points up, because augmentation turns about it; `upright` turns a source whose world has
@@ -244,7 +244,7 @@ MATRICES = {"world2cam": (4, 4), "depth_world2cam": (4, 4),
 def check_frame(frame):
     """ValueError with frame, field and shape if a frame is not as this file's docstring says."""
     name = frame.get("name")
-    if not isinstance(name, str) or "/" not in name:
+    if not isinstance(name, str) or name.count("/") != 1 or "" in name.split("/"):
         raise ValueError(f'a frame needs a name "scene/stem", got {name!r}')
 
     def require(field, fits, expected):
@@ -565,6 +565,8 @@ class PointDataset(Dataset):
         self.normals = normals
         self.images_only = ResizedImages(frames, self.image_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch
+        if len(frames) == 0:
+            raise ValueError(f"{getattr(frames, 'title', type(frames).__name__)}: the source holds no frame")
         self._members = []  # frame indices of each sample
         for scene, members in group_by_scene(frame_names(frames)).items():
             if len(members) < num_views:

@@ -214,6 +214,7 @@ def load_clip(model_name, pretrained):
     elif Path(pretrained).is_file():
         options = {"pretrained": str(pretrained)}
         error_type = ValueError
+        advice = "; is it a file of weights of this model? Those of OpenAI's want a name that ends in -quickgelu"
     else:
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         if pretrained not in tags:
@@ -236,7 +237,6 @@ def load_clip(model_name, pretrained):
         if len(reason) > 500:  # it names every key that does not fit
             keys = list(dict.fromkeys(re.findall(r'"([\w.]+)"', reason)))[:3]
             reason = f"{reason.strip().splitlines()[0][:200]} keys such as {', '.join(keys)} do not fit"
-            advice = advice or "; is it a file of another model, or of OpenAI's, which wants a -quickgelu name?"
         message = f"{name}: weights {pretrained or 'of a seed'} could not be loaded ({reason}){advice}"
         raise error_type(message) from error
 

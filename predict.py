@@ -56,8 +56,8 @@ from support.clouds import SceneMerger, write_ply, write_submission
 from support.distributed import setup
 from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
-from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, nonnegative_int,
-                             positive_float, run_command)
+from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, positive_float,
+                             run_command, worker_count)
 from support.visualize import clouds, heat_image, label_colors
 
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
@@ -444,7 +444,7 @@ def parse_args(argv=None):
         "of a scene's median depth, from 0.002 to 0.02")
     add("--tensorboard", action="store_true", help="also show the clouds: tensorboard --logdir OUT")
     add("--submission", choices=("scannet20", "scannet200"), help="write its files; needs --scans")
-    add("--workers", type=nonnegative_int, help="that read frames; not given: one per two cores, up "
+    add("--workers", type=worker_count, help="that read frames; not given: one per two cores, up "
         "to 8")
     add("--device", help="not given: cuda if there is one, else cpu")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -49,8 +49,8 @@ from support.distributed import (ResumableSampler, average_buffers, average_grad
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
 from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
                              image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
-                             nonnegative_int, num_cores, number_in, positive_float, positive_int, run_command,
-                             writable_folder)
+                             nonnegative_int, num_cores, number_in, positive_float, positive_int,
+                             readable_folder, run_command, worker_count, writable_folder)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a checkpoint does not carry over: where things are written, and what was asked of one start
@@ -83,8 +83,8 @@ def build_parser():
         "table's ids (ScanNet200), for exported frames if it holds those of NYU40 (ScanNet20)")
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
-    add("--rooms", type=positive_int, default=32, help="built-in training rooms")
-    add("--val-rooms", type=positive_int, help="for validation; not given: 3 per 8 training rooms")
+    add("--rooms", type=number_in(int, 1, 10 ** 6), default=32, help="built-in training rooms")
+    add("--val-rooms", type=number_in(int, 1, 10 ** 6), help="for validation; not given: 3 per 8 training rooms")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
     add("--image-size", type=image_size, default=(240, 320), help="height,width of CLIP's images, in "
@@ -95,9 +95,9 @@ def build_parser():
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
     add("--normals", action="store_true", help="show it normals, of depth or of the meshes of --scans")
     add("--superpoints", type=positive_int, default=128, help="per frame, for instances")
-    add("--cache", type=writable_folder, default=".cache", help="folder for CLIP features and superpoints; "
+    add("--cache", type=readable_folder, default=".cache", help="folder for CLIP features and superpoints; "
         "'none': compute them every time")
-    add("--workers", type=nonnegative_int, help="data-loading processes; 0: the main one; not given: 2, "
+    add("--workers", type=worker_count, help="data-loading processes; 0: the main one; not given: 2, "
         "with a GPU one per core of the process, at most 8")
 
     add = parser.add_argument_group("model").add_argument
@@ -150,7 +150,7 @@ def build_parser():
         "moving average of all weights, with a decay per step such as 0.999; 0: the last weights")
     add("--amp", choices=tuple(AMP_DTYPES), help="autocast; not given: bf16 on a GPU that has it, else off")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
-    add("--seed", type=nonnegative_int, default=0, help="of weights, sampling and augmentation")
+    add("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of weights, sampling and augmentation")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
         "always on a CPU; slower, see docs/gpus.md")
     add("--device", help="not given: cuda if there is one, else cpu")

@@ -8,10 +8,11 @@ A format is one function `folder, options -> list of View`, and one line of FORM
 
 Imports numpy and support/files.py.
 """
-import argparse
+import re
 import struct
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +21,16 @@ import numpy as np
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # of the repository
 from support.files import (as_intrinsics, as_matrix, as_pose, check_exists, decode_color, depth_in_meters,
-                           image_size, read_color, read_depth, read_index_image, read_intrinsics, read_json,
-                           read_rows)
+                           image_size, natural_key, only_file, quaternion_pose, read_color, read_depth,
+                           read_index_image, read_intrinsics, read_json, read_rows, read_text,
+                           visible)
 
 MAX_GAP = 0.02  # seconds between two images, or an image and a pose, that belong together
 OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x right, y up, z backward)
+COLORS = (".jpg", ".jpeg", ".png")
+UNKNOWN = (None, None)  # size: that of the images
+DEPTHS = (".png", ".npy", ".tif", ".tiff")
+LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # ScanNet's
 POSES = ("c2w", "w2c", "xyzw", "wxyz", "w2c-xyzw", "w2c-wxyz")  # --pose
 
 
@@ -32,7 +38,7 @@ class View(NamedTuple):
     """One frame of a capture, as its files describe it."""
     stem: str
     color: Path                      # of an image
-    depth: Path
+    depth: Path                      # None: there is none
     cam2world: np.ndarray            # (4, 4), OpenCV axes; None: lost
     intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
     units_per_meter: float           # of depth
@@ -41,6 +47,7 @@ class View(NamedTuple):
     confidence: object = None        # path of an image; 0 = no reading
     distortion: tuple = ()           # (model, coefficients), see support/lens.py
     part: tuple = ()                 # of a .sens file: offset, bytes of color, bytes of depth, (H, W) of depth
+    size: tuple = UNKNOWN            # (H, W) of images that intrinsics are made for
 
 
 class Options(NamedTuple):
@@ -58,17 +65,7 @@ def parse_pose(numbers, path, options, axes=np.eye(4)):
     """
     how = options.pose or ""
     if np.shape(numbers) == (7,):
-        numbers = as_matrix([numbers], path, "pose", [(1, 7)])[0]
-        x, y, z, w = numbers[[4, 5, 6, 3] if "wxyz" in how else [3, 4, 5, 6]]
-        square = x * x + y * y + z * z + w * w
-        if square == 0 or not np.isfinite(numbers).all():
-            return None
-        if not 0.8 < square < 1.2:
-            raise ValueError(f"{path}: a quaternion has norm {square ** 0.5:.3f}: {numbers.tolist()}")
-        cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-        matrix = np.eye(4)
-        matrix[:3, :3] += 2 / square * (w * cross + cross @ cross)
-        matrix[:3, 3] = numbers[:3]
+        matrix = quaternion_pose(numbers, path, [4, 5, 6, 3] if "wxyz" in how else [3, 4, 5, 6])
     else:
         matrix = as_pose(numbers, path)
     if matrix is None:
@@ -76,44 +73,64 @@ def parse_pose(numbers, path, options, axes=np.eye(4)):
     return (np.linalg.inv(matrix) if "w2c" in how else matrix) @ axes
 
 
-def table_of(path, field):
-    """Rows of words, separated by spaces or commas, without comments."""
-    rows = [" ".join(row).replace(",", " ").split() for row in read_rows(path, field)]
-    return [row for row in rows if not row[0].startswith("#")]
-
-
-def images_in(folder, *patterns):
+def images_in(folder, *patterns, endings=COLORS):
     """The images that the first of the patterns finds which finds any, by name -> list of paths."""
     for pattern in patterns:
-        paths = [path for path in folder.glob(pattern) if path.name[0] != "."]
-        paths = [path for path in paths if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        paths = [path for path in visible(folder, pattern) if path.suffix.lower() in endings]
         if paths:
-            return sorted(paths, key=lambda path: (len(path.stem), path.stem))  # 2 before 10
-    raise FileNotFoundError(f"{folder}: no .jpg, .jpeg or .png image; looked for {', '.join(patterns)}")
+            return sorted(paths, key=lambda path: natural_key(path.stem))
+    raise FileNotFoundError(f"{folder}: no image ({', '.join(endings)}); looked for {', '.join(patterns)}")
 
 
-def from_folders(folder, options, path, rows, intrinsics, units_per_meter=1000,
+def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
                  colors=("color/*", "rgb/*", "image/*", "images/*"), depths="depth/*"):
-    """Views of color images, depth images and rows of poses, of a file, in the same order."""
-    colors, depths = images_in(folder, *colors), images_in(folder, depths)
+    """Views of images and of rows of poses, of a file, in the same order. camera: see `camera_in`."""
+    colors, depths = images_in(folder, *colors), images_in(folder, depths, endings=DEPTHS)
     if not len(colors) == len(depths) == len(rows):
-        raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
-    return [View(color.stem, color, depth, parse_pose(row, path, options), intrinsics, units_per_meter)
+        counts = f"{len(colors)} color images, {len(depths)} depth images and {len(rows)} poses"
+        raise ValueError(f"{folder}: {counts}")
+    shifts = [number_of(color) - number_of(depth) for color, depth in zip(colors, depths)]
+    odd = shifts.index(min(shifts, key=shifts.count))
+    if len(set(shifts)) > 1:
+        raise ValueError(f"{colors[odd]} would go with {depths[odd].name}: is an image missing?")
+    intrinsics, size = camera
+    return [View(color.stem, color, depth, parse_pose(row, path, options), intrinsics, units_per_meter, size=size)
             for color, depth, row in zip(colors, depths, rows)]
 
 
-def intrinsics_in(folder, options, known=""):
-    """Intrinsics (3, 3) of the options, or of a file. known: more words for the error."""
+def number_of(path):
+    """The number in a name such as frame000012; 0 in others, time stamps say."""
+    match = re.fullmatch(r"\D*(\d{1,8})", path.stem)
+    return int(match[1]) if match else 0
+
+
+def camera_in(folder, options, known=""):
+    """Intrinsics (3, 3), of options or a file, and View.size. known: more words for the error."""
     if options.intrinsics is not None:
-        return options.intrinsics
-    path = next(folder.glob("*intrinsic.json"), folder / "intrinsics.txt")
+        return options.intrinsics, UNKNOWN
+    path, *_ = *visible(folder, "*intrinsic.json", "camera.json", "camera_*.json"), folder / "intrinsics.txt"
     if path.suffix == ".json":
-        numbers = read_json(path, "intrinsics").get("intrinsic_matrix", ())
-        return as_intrinsics(np.reshape(numbers, (3, 3)).T, path, "intrinsic_matrix")
+        values = read_json(path, "intrinsics")
+        require(values, ["intrinsic_matrix"], path)
+        matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
+        size = values.get("height"), values.get("width")
+        return as_intrinsics(matrix, path, "intrinsic_matrix"), size
     if not path.is_file():
         raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
                          f"intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY{known}")
-    return read_intrinsics(path, "intrinsics")
+    return read_intrinsics(path, "intrinsics"), UNKNOWN
+
+
+def fit_camera(view):
+    """A View with intrinsics of its color image, if that is a smaller copy of the one they are for."""
+    if None in view.size or not is_whole(view):
+        return view
+    size = image_size(view.color, "color")
+    (height, width), (own_height, own_width) = view.size, size
+    if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
+        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
+                         f"{height}: turned or cropped?")
+    return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
 
 
 def require(values, names, where):
@@ -131,68 +148,76 @@ def read_transforms(folder, options):
     path = folder / "transforms.json"
     scene = read_json(path, "transforms")
     views = []
-    for number, frame in enumerate(scene.get("frames", ())):
-        where = f"{path}: frames[{number}]"
+    for number, frame in enumerate([*scene.get("frames", ()), *scene.get("test_frames", ())]):
+        where = f"{path}: frame {number}"
         values = {**scene, **frame}
         require(values, ("file_path", "transform_matrix"), where)
+        color = folder / values["file_path"].replace("\\", "/")
+        if color.suffix.lower() not in COLORS and not color.is_file():  # as instant-ngp writes it
+            color = color.with_name(f"{color.name}.png")
         depth = values.get("depth_file_path", values.get("depth_path"))
-        if depth is None:
-            raise ValueError(f"{where} has no depth_file_path: 3D points need depth")
-        color = folder / values["file_path"]
-        if not color.suffix:  # as instant-ngp writes it
-            color = color.with_suffix(".png")
+        depth = depth and folder / depth.replace("\\", "/")
         cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
-        intrinsics = transforms_intrinsics(values, color, where)
-        views.append(View(f"{number:06d}", color, folder / depth, cam2world, intrinsics, 1 / unit,
+        if not unit > 0:
+            raise ValueError(f"{where} has {unit} as the unit of depth")
+        intrinsics, size = transforms_camera(values, color, where)
+        views.append(View(f"{number:06d}", color, depth, cam2world, intrinsics, 1 / unit, size=size,
                           distortion=transforms_distortion(values, where)))
     if not views:
         raise ValueError(f"{path}: it has no list of frames")
+    if all(view.depth is None for view in views):
+        raise ValueError(f"{path}: no frame has a depth_file_path: 3D points need depth")
     return views
 
 
-def transforms_intrinsics(values, color, where):
-    """The pinhole matrix of an entry of transforms.json, with integer pixel centers."""
-    if not {"fl_x", "cx", "cy"} <= values.keys():
-        height, width = image_size(color, "color")
-        values = {"cx": width / 2, "cy": height / 2, **values}
+def transforms_camera(values, color, where):
+    """Pinhole matrix with integer pixel centers, and View.size, of an entry of transforms.json."""
+    size = values.get("h"), values.get("w")
+    height, width = image_size(color, "color") if None in size else size
+    values = {"cx": width / 2, "cy": height / 2, **values}
     if "fl_x" not in values:
         require(values, ["camera_angle_x"], f"{where} lacks fl_x, and")
         values["fl_x"] = width / 2 / np.tan(values["camera_angle_x"] / 2)
     fx, cx, cy = (values[name] for name in ("fl_x", "cx", "cy"))
-    return as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics")
+    return as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics"), size
 
 
 def transforms_distortion(values, where):
     """(model, coefficients) of an entry of transforms.json, or () if there is no distortion."""
-    model = values.get("camera_model", "OPENCV")
-    names = {"OPENCV": ("k1", "k2", "p1", "p2", "k3"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4"),
-             "PINHOLE": (), "SIMPLE_PINHOLE": ()}
-    if model not in names:
-        raise ValueError(f"{where} has camera_model {model}, which is not read: undistort to PINHOLE")
-    coefficients = tuple(float(values.get(name, 0)) for name in names[model])
-    return (model, coefficients) if any(coefficients) or model == "OPENCV_FISHEYE" else ()
+    model = values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")
+    is_fisheye = model == "OPENCV_FISHEYE"
+    is_unknown = model not in ("OPENCV", "OPENCV_FISHEYE", "PINHOLE", "SIMPLE_PINHOLE")
+    if is_unknown or values.get("k4") and not is_fisheye:
+        raise ValueError(f"{where} has camera_model {model} (k4: {values.get('k4', 0)}), which is not read: "
+                         "undistort to PINHOLE")
+    names = ("k1", "k2", "k3", "k4") if is_fisheye else ("k1", "k2", "p1", "p2", "k3")
+    coefficients = tuple(float(values.get(name) or 0) for name in names)
+    model = "OPENCV_FISHEYE" if is_fisheye else "OPENCV"
+    return (model, coefficients) if any(coefficients) or is_fisheye else ()
 
 
 def read_tum(folder, options):
     """TUM RGB-D: "seconds file" in rgb.txt and depth.txt, "seconds t q" in groundtruth.txt."""
-    intrinsics = intrinsics_in(folder, options, " (fr1: 517.3,516.5,318.6,255.3, fr2: "
-                               "520.9,521.0,325.1,249.7, fr3: 535.4,539.2,320.1,247.6)")
+    intrinsics, size = camera_in(folder, options, " (fr1: 517.3,516.5,318.6,255.3, fr2: "
+                                 "520.9,521.0,325.1,249.7, fr3: 535.4,539.2,320.1,247.6)")
     times, rows = {}, {}
     for name in ("rgb", "depth", "groundtruth"):
         path = folder / f"{name}.txt"
-        rows[name] = table_of(path, name)
+        rows[name] = read_rows(path, name)
         first = [row[:1] for row in rows[name]]
         times[name] = as_matrix(first, path, "times", [(len(first), 1)])[:, 0]
+
+    def nearest(name, time):  # None: not within MAX_GAP
+        place = np.abs(times[name] - time).argmin()
+        return rows[name][place][1:] if abs(times[name][place] - time) <= MAX_GAP else None
+
     views = []
     for time, (_, file, *_) in zip(times["rgb"], rows["rgb"]):
-        depth, pose = (np.abs(times[name] - time).argmin() for name in ("depth", "groundtruth"))
-        if max(abs(times["depth"][depth] - time), abs(times["groundtruth"][pose] - time)) <= MAX_GAP:
-            cam2world = parse_pose(rows["groundtruth"][pose][1:], path, options)
-            depth = folder / rows["depth"][depth][1]
-            views.append(View(Path(file).stem, folder / file, depth, cam2world, intrinsics, 5000))
-    if not views:
-        raise ValueError(f"{folder}: no image has a depth image and a pose within {MAX_GAP} s")
+        depth, pose = nearest("depth", time), nearest("groundtruth", time)
+        depth = depth and folder / depth[0]
+        pose = pose and parse_pose(pose, path, options)
+        views.append(View(Path(file).stem, folder / file, depth, pose, intrinsics, 5000, size=size))
     return views
 
 
@@ -202,37 +227,38 @@ def read_replica(folder, options):
     camera = read_json(path, "cam_params").get("camera", {})
     require(camera, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
     intrinsics = as_intrinsics([[camera[name] for name in ("fx", "fy", "cx", "cy")]], path, "camera")
+    size = camera.get("h"), camera.get("w")
     path = folder / "traj.txt"
-    return from_folders(folder, options, path, table_of(path, "poses"), intrinsics, camera["scale"],
+    return from_folders(folder, options, path, read_rows(path, "poses"), (intrinsics, size), camera["scale"],
                         ["results/frame*"], "results/depth*")
 
 
 def read_redwood(folder, options):
     """Open3D and Redwood: trajectory.log with a line of numbers and four of a matrix per pose."""
     path = folder / "trajectory.log"
-    rows = read_rows(path, "poses")
+    rows = read_rows(path, "poses", ragged=True)
     rows = [sum(rows[i + 1:i + 5], []) for i in range(0, len(rows), 5)]
-    return from_folders(folder, options, path, rows, intrinsics_in(folder, options))
+    return from_folders(folder, options, path, rows, camera_in(folder, options))
 
 
 def read_pose_list(folder, options):
     """A pose per line: 7 numbers t q (or 8, after a time or number), 12 (KITTI) or 16."""
-    path, *others = sorted(folder.glob("pose*.txt"))
-    if others:
-        raise ValueError(f"{folder}: {path.name} and {others[0].name} are two lists of poses: keep one")
-    rows = [row[1:] if len(row) == 8 else row for row in table_of(path, "poses")]
-    return from_folders(folder, options, path, rows, intrinsics_in(folder, options))
+    path = only_file(folder, "pose*.txt")
+    rows = read_rows(path, "poses")
+    if len(rows[0]) == 8:
+        rows = [row[1:] for row in sorted(rows, key=lambda row: float(row[0]))]
+    return from_folders(folder, options, path, rows, camera_in(folder, options))
 
 
 def read_posed(folder, options):
     """7-Scenes: frame-<n>.color.jpg|png, .depth.png and .pose.txt."""
-    intrinsics = intrinsics_in(folder, options, " (7-Scenes: 585,585,320,240)")
+    intrinsics, size = camera_in(folder, options, " (7-Scenes: 585,585,320,240)")
     views = []
     for color in images_in(folder, "frame-*.color.*"):
         stem = color.name.split(".")[0]
         path = folder / f"{stem}.pose.txt"
         pose = parse_pose(read_rows(path, "pose"), path, options)
-        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, intrinsics, 1000))
+        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, intrinsics, 1000, size=size))
     return views
 
 
@@ -241,16 +267,17 @@ def read_stray(folder, options):
     if not (folder / "rgb").is_dir():
         raise FileNotFoundError(f"{folder}: no rgb/; unpack the video: mkdir rgb && ffmpeg -i rgb.mp4 rgb/%06d.png")
     path = folder / "odometry.csv"
-    header, *rows = table_of(path, "odometry")
+    header, *rows = read_rows(path, "odometry")
     names = ("x", "y", "z", "qx", "qy", "qz", "qw")
     require(header, names, f"{path}: the first line")
     rows = [[row[header.index(name)] for name in names] for row in rows]
     camera = folder / "camera_matrix.csv"
-    intrinsics = as_intrinsics(table_of(camera, "camera"), camera, "camera_matrix")
-    views = from_folders(folder, options, path, rows, intrinsics)
+    intrinsics = as_intrinsics(read_rows(camera, "camera"), camera, "camera_matrix")
+    views = from_folders(folder, options, path, rows, (intrinsics, UNKNOWN))
     if not (folder / "confidence").is_dir():
         return views
-    return [view._replace(confidence=folder / "confidence" / view.depth.name) for view in views]
+    folder = folder / "confidence"
+    return [view._replace(confidence=folder / f"{view.depth.stem}.png") for view in views]
 
 
 SENS_HEAD = struct.Struct("<64f2i4IfQ")  # 4 matrices, 2 compressions, 4 sizes, units per meter, frames
@@ -259,7 +286,7 @@ SENS_FRAME = struct.Struct("<16f4Q")     # pose, 2 time stamps, bytes of color a
 
 def read_sens(folder, options):
     """ScanNet's .sens, version 4: places of JPEG or PNG color and zlib depth in the file."""
-    path = next(folder.glob("*.sens"))
+    path = only_file(folder, "*.sens")
     content = np.memmap(path, np.uint8, "r")
     views = []
     try:
@@ -301,7 +328,7 @@ FORMATS = {
 def format_of(folder, format=None):
     """The name of the format of a capture in a folder, or None. format: insist on that one."""
     names = [format] if format else FORMATS
-    return next((name for name in names if any(folder.glob(FORMATS[name][0]))), None)
+    return next((name for name in names if visible(folder, FORMATS[name][0])), None)
 
 
 class CaptureFrames:
@@ -311,7 +338,8 @@ class CaptureFrames:
     split: a file with one `scene` or `scene/stem` per line; None: all frames. undistort: that of
     support/lens.py, for lenses with a distortion. No format has labels.
 
-    Attributes: names, num_skipped (frames with a lost pose), description (how it is read, in a line).
+    Attributes: names, num_skipped (frames with a lost pose), left_out {what was not taken: how many},
+    description (how it is read, in a line).
     """
 
     class_names = ()
@@ -319,43 +347,55 @@ class CaptureFrames:
     def __init__(self, root, format=None, options=Options(), split=None, undistort=None):
         root = Path(root)
         self.undistort = undistort
-        folders = [root] if format_of(root, format) else sorted(filter(Path.is_dir, root.iterdir()))
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is not a folder of a capture")
+        folders = [root] if format_of(root, format) else list(filter(Path.is_dir, visible(root, "*")))
         found = {folder: format_of(folder, format) for folder in folders}
         kinds = sorted(set(found.values()) - {None})
         if not kinds:
             looked_for = ", ".join(FORMATS[name][0] for name in ([format] if format else FORMATS))
-            raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in "
-                             f"its folders, see docs/captures.md#{format or 'formats'}")
+            raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in its "
+                             f"folders (docs/captures.md#{format or 'formats'}), and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))
-        views = {}
+        views = []  # (name, view)
         for folder, name in found.items():
             scene = folder.resolve().name if folder == root else folder.name
-            for view in self._read_views(folder, name, options) if name else ():
-                views[f"{scene}/{view.stem}"] = view
+            views += [(f"{scene}/{view.stem}", view) for view in self._read_views(folder, name, options)]
         if split is not None:
-            wanted = {" ".join(row) for row in read_rows(split, "split")}
-            views = {name: view for name, view in views.items() if {name, name.split("/")[0]} & wanted}
-            unknown = wanted - views.keys() - {name.split("/")[0] for name in views}
+            wanted = {line.strip() for line in read_text(split, "split file").splitlines()} - {""}
+            views = [(name, view) for name, view in views if {name, name.split("/")[0]} & wanted]
+            unknown = wanted - {part for name, _ in views for part in (name, name.split("/")[0])}
             if unknown:
                 raise FileNotFoundError(f"split file {split}: no scene or frame {min(unknown)!r} in {root}")
-        known = {name: view for name, view in views.items() if view.cam2world is not None}
-        self.names, self.views = list(known), list(known.values())
-        self.num_skipped = len(views) - len(known)
-        if not known:
-            raise ValueError(f"{split or root}: no frame left ({self.num_skipped} have lost their pose)")
+        known = [(name, view) for name, view in views if is_whole(view)]
+        self.names, self.views = [name for name, _ in known], [view for _, view in known]
+        self.num_skipped = sum(view.cam2world is None for _, view in views)
+        self.left_out = +Counter({"folders without a capture": list(found.values()).count(None),
+                                  "frames without depth": len(views) - len(known) - self.num_skipped})
         words = [f"{name}: {FORMATS[name][0]}, {FORMATS[name][1]}" for name in kinds]
         words += [f"{len(known)} frames, {self.num_skipped} without a pose"]
+        words += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
         words += [f"{scale:g} units of depth per meter" for scale in {view.units_per_meter for view in self.views}]
         self.description = "; ".join(words)
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{root}: two images are named {twice[0]}")
+        if not known:
+            raise ValueError(f"{split or root}: no frame left ({self.description})")
 
     def _read_views(self, folder, name, options):
-        """The views of a capture; errors point to the paragraph of its format."""
+        """The views of a capture (no format: none); errors point to the paragraph of its format."""
+        if name is None:
+            return []
         try:
             views = FORMATS[name][2](folder, options)
-            for path in {path for view in views for path in files_of(view)}:
+            for path in {path for view in filter(is_whole, views) for path in files_of(view)}:
                 check_exists(path, "image")
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{error} (read as {name}, see docs/captures.md#{name})") from error
+            views = [fit_camera(view) for view in views]
+        except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
+            where = "" if str(folder) in str(error) else f"{folder}: "
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
         scale = options.depth_scale
         return [view._replace(units_per_meter=scale) for view in views] if scale else views
 
@@ -394,6 +434,11 @@ class CaptureFrames:
         return frame
 
 
+def is_whole(view):
+    """Whether a View has a pose and depth."""
+    return view.cam2world is not None and view.depth is not None
+
+
 def files_of(view):
     """Paths of the files of a View."""
     return [str(path) for path in (view.color, view.depth, view.confidence) if path is not None]
@@ -411,8 +456,12 @@ def read_depth_of(view):
     """Depth (Hd, Wd) float32 meters of a View, 0 = no reading."""
     if view.part:
         offset, color_size, size, shape = view.part
-        content = zlib.decompress(np.memmap(view.depth, np.uint8, "r", offset + color_size, size))
-        depth = depth_in_meters(np.frombuffer(content, "<u2").reshape(shape), view.units_per_meter)
+        content = np.memmap(view.depth, np.uint8, "r", offset + color_size, size)
+        try:
+            depth = np.frombuffer(zlib.decompress(content), "<u2").reshape(shape)
+        except (zlib.error, ValueError) as error:
+            raise ValueError(f"{view.depth}: depth of frame {view.stem} is damaged: {error}") from None
+        depth = depth_in_meters(depth, view.units_per_meter)
     else:
         depth = read_depth(view.depth, view.units_per_meter)
     if view.confidence is None:
@@ -425,17 +474,18 @@ def read_depth_of(view):
 
 def main(argv=None):
     """The command."""
-    parser = argparse.ArgumentParser("captures.py", description="Says how a capture is read; exports it.")
+    from sources.scannet import write_frames  # here, because all else needs no sibling
+    from support.lens import undistort
+    from support.runtime import Parser, positive_float
+    parser = Parser("captures.py", "Says how a capture is read; exports it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help="write it in ScanNet's layout into this folder")
     parser.add_argument("--format", choices=FORMATS, help="not given: what lies in the folder decides")
     parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order")
-    parser.add_argument("--depth-scale", type=float, help="units of depth per meter, if no file tells")
+    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter, if no file tells")
     parser.add_argument("--intrinsics", help="FX,FY,CX,CY of the color images, if no file tells")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    from sources.scannet import write_frames  # here, because all else needs no sibling
-    from support.lens import undistort
     intrinsics = args.intrinsics and as_intrinsics([args.intrinsics.split(",")], "--intrinsics", "FX,FY,CX,CY")
     options = Options(intrinsics, args.pose, args.depth_scale)
     frames = CaptureFrames(args.folder, args.format, options, undistort=undistort)

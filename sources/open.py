@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.captures import CaptureFrames, Options
+from sources.captures import LAYOUT, CaptureFrames, Options
 from sources.rooms import RoomFrames
 from sources.scannet import CloudFile, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
 from support.lens import undistort
@@ -37,7 +37,8 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
         return RoomFrames(split or "train", *rooms)
     if not is_exported(Path(data)) or format:
         if labels:
-            raise ValueError(f"{data}: captures have no labels, which are needed here (docs/captures.md)")
+            raise ValueError(f"{data} is not in ScanNet's layout ({LAYOUT}), and captures have no labels, which are "
+                             "needed here (docs/data.md)")
         return CaptureFrames(data, format, Options(intrinsics, pose, depth_scale), split, undistort)
     if not has_classes(data, classes, labels):
         return ScanNetFrames(data, None, split)
@@ -63,7 +64,7 @@ def is_exported(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"frame folder {folder} does not exist")
     if (folder / "color").is_dir() and (folder / "pose").is_dir():
-        raise ValueError(f"{folder} is one scene in ScanNet's layout: give the folder that holds it")
+        raise ValueError(f"{folder} is one scene in ScanNet's layout: give {folder.resolve().parent}, which holds it")
     return any(folder.glob("*/color")) and any(folder.glob("*/pose"))
 
 

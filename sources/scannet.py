@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from support.files import (as_matrix, as_pose, check_intrinsics, check_principal_point, image_size,
-                           read_bytes, read_color, read_depth, read_index_image, read_intrinsics,
-                           read_json, read_pose, read_text)
+                           natural_key, read_bytes, read_color, read_depth, read_index_image,
+                           read_intrinsics, read_json, read_pose, read_text)
 
 # --------------------------------------------------------------------------------------------- classes
 
@@ -34,7 +34,7 @@ def load_classes(path):
     for number, line in enumerate(read_text(path, "class list").splitlines(), 1):
         if not line.strip():
             continue
-        key, _, name = line.strip().partition(" ")
+        key, name = (*line.split(maxsplit=1), "")[:2]
         name = name.strip()
         is_id = key.isdecimal() and len(key) < 10
         if not name or not is_id and (key, name) != ("*", "unlabeled"):
@@ -130,12 +130,6 @@ def frame_classes(classes, label_map=None):
 
 
 # ---------------------------------------------------------------------------------------------- splits
-
-
-def natural_key(name):
-    """Sort key that puts "frame-2" before "frame-10"."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def read_split(path):

@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -95,6 +96,44 @@ def read_json(path, field):
     return content
 
 
+def read_rows(path, field, ragged=False):
+    """Lists of the words, between spaces or commas, in each line of a text file; equally many if not `ragged`.
+
+    Empty lines and comments, after #, are left out.
+    """
+    lines = read_text(path, f"{field} file").replace(",", " ").splitlines()
+    rows = [line.split() for line in lines if not line.lstrip().startswith("#")]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise ValueError(f"{path}: {field} file without a line")
+    for row in rows:
+        if len(row) != len(rows[0]) and not ragged:
+            raise ValueError(f"{path}: {field} has {len(row)} words in a line, expected {len(rows[0])}: {' '.join(row)}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------- folders
+
+
+def visible(folder, *patterns):
+    """Paths that the patterns find in a folder, pattern after pattern, without dot files."""
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.name[0] != "."]
+
+
+def only_file(folder, pattern):
+    """The one path that a pattern finds."""
+    path, *others = visible(folder, pattern)
+    if others:
+        raise ValueError(f"{folder}: {path.name} and {others[0].name}, which is right? Keep one in the folder")
+    return path
+
+
+def natural_key(name):
+    """Sort key that puts "frame-2" before "frame-10", and "1.25" before "1.5"."""
+    parts = re.split(r"(\d+\.?\d*)", name)
+    return [(0, float(part), part) if place % 2 else (1, 0, part) for place, part in enumerate(parts)]
+
+
 # -------------------------------------------------------------------------------------------- matrices
 
 
@@ -125,10 +164,20 @@ def as_pose(values, path, field="pose"):
     return pose
 
 
-def read_rows(path, field):
-    """Lists of the words in each line of a text file, without empty lines."""
-    rows = [line.split() for line in read_text(path, f"{field} file").splitlines()]
-    return [row for row in rows if row]
+def quaternion_pose(numbers, path, order=(3, 4, 5, 6)):
+    """Translation and quaternion (7,) -> rigid (4, 4) float64; None if lost. order: places of x, y, z and w."""
+    numbers = as_matrix([numbers], path, "pose", [(1, 7)])[0]
+    x, y, z, w = numbers[list(order)]
+    square = x * x + y * y + z * z + w * w
+    if square == 0 or not np.isfinite(numbers).all():
+        return None
+    if not 0.8 < square < 1.2:
+        raise ValueError(f"{path}: a quaternion has norm {square ** 0.5:.3f}: {numbers.tolist()}")
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    matrix = np.eye(4)
+    matrix[:3, :3] += 2 / square * (w * cross + cross @ cross)
+    matrix[:3, 3] = numbers[:3]
+    return matrix
 
 
 def read_pose(path, field="pose"):
@@ -187,6 +236,7 @@ def check_rigid(matrix, path, field):
 
 def image_size(path, field, formats=("JPEG", "PNG")):
     """(H, W) of an image file, from its header."""
+    check_exists(path, f"{field} image")
     try:
         with Image.open(path, formats=formats) as image:
             return image.size[::-1]
@@ -252,7 +302,11 @@ def read_depth(path, units_per_meter=1000):
     if ending == ".png":
         depth = read_index_image(path, "depth", (16,))
     elif ending == ".npy":
-        depth = np.load(io.BytesIO(read_bytes(path, "depth")), allow_pickle=False)
+        content = io.BytesIO(read_bytes(path, "depth"))
+        try:
+            depth = np.lib.format.read_array(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: depth is not an NPY file of numbers: {error}") from None
     elif ending in (".tif", ".tiff"):
         depth = np.asarray(decode_image(read_bytes(path, "depth"), path, "depth", ("TIFF",)))
     else:

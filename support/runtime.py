@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -238,6 +239,7 @@ def number_in(kind, low, high=math.inf, open_low=False):
 
 positive_int = number_in(int, 1)
 nonnegative_int = number_in(int, 0)
+worker_count = number_in(int, 0, 256)
 positive_float = number_in(float, 0.0, open_low=True)
 nonnegative_float = number_in(float, 0.0)
 
@@ -281,13 +283,22 @@ def checked_by(check):
     return convert
 
 
-def writable_folder(text):
-    """An argparse type: the path of a folder that can be written to or made."""
-    existing = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{existing} is not a folder that can be written to")
-    return text
+def folder_that(fault, attempt):
+    """An argparse type: the path of a folder, or of one to be made in it, for which attempt works."""
+    def convert(text):
+        existing = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+        try:
+            attempt(existing)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{existing} {fault}: {error.strerror}") from None
+        return text
+    return convert
 
+
+readable_folder = folder_that("is not a folder that can be read", os.listdir)
+# permissions alone do not tell
+writable_folder = folder_that("is not a folder that can be written to",
+                              lambda folder: tempfile.TemporaryFile(dir=folder).close())
 
 # what an error of torch or of the system says, and what helps
 ADVICE = {

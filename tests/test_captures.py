@@ -193,6 +193,122 @@ def test_points_and_colors_are_those_of_the_rooms(tmp_path, name):
     check_read_back(tmp_path / "capture", SCENE, name)
 
 
+def rename(folder, pattern, change):
+    for path in sorted(folder.glob(pattern), reverse=True):
+        path.rename(path.with_name(change(path.name)))
+
+
+def to_array(folder):
+    """Depth images as NPY."""
+    for path in list((folder / "depth").iterdir()):
+        np.save(path.with_suffix(".npy"), np.asarray(Image.open(path)))
+        path.unlink()
+
+
+def camera_of_twice_the_size(content):
+    """As nerfstudio's for images_2: the camera of the images before they were made smaller."""
+    content.update(w=160, h=120, **{key: 2 * content[key] for key in ("fl_x", "fl_y", "cx", "cy")})
+
+
+def intrinsics_of_twice_the_size(folder):
+    camera = np.diag([2, 2, 1]) @ (K + [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]) - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
+    content = {"width": 160, "height": 120, "intrinsic_matrix": camera.T.ravel().tolist()}
+    (folder / "camera_intrinsic.json").write_text(json.dumps(content))
+
+
+def of_each_frame(change):
+    return lambda folder: edit(folder, lambda content: [change(frame) for frame in content["frames"]])
+
+
+def number_poses(folder, names):
+    """Images by other names, and 8 numbers per pose, not in order."""
+    for kind in ("rgb", "depth"):
+        rename(folder / kind, "*", lambda name: f"new{name}")
+        rename(folder / kind, "*", lambda name: f"{names[int(name[3:-4])]}.png")
+    numbers = [line_of(name, *translation_and_quaternion(cam2world(frame))) for name, frame in zip(names, SCENE)]
+    (folder / "pose.txt").write_text("\n".join(reversed(numbers)) + "\n \n\n")
+
+
+def windows(folder):
+    """Byte order marks, line ends, comments."""
+    for path in folder.glob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + b"# made elsewhere\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+AS_APPS_WRITE = {
+    "nerfstudio, images_2": lambda f: edit(f, camera_of_twice_the_size),
+    "nerfstudio, no endings": of_each_frame(lambda frame: frame.update(file_path="./" + frame["file_path"][:-4])),
+    "nerfstudio, dots in names": lambda f: (rename(f / "images", "*", lambda name: f"r.{name}"), of_each_frame(
+        lambda frame: frame.update(file_path=frame["file_path"].replace("/", "/r.")[:-4]))(f)),
+    "nerfstudio, backslashes": of_each_frame(lambda frame: frame.update(file_path=frame["file_path"].replace("/", "\\"))),
+    "nerfstudio, NeRFCapture": of_each_frame(lambda frame: frame.update(depth_path=frame.pop("depth_file_path"),
+                                                                        integer_depth_scale=0.001)),
+    "nerfstudio, test_frames": lambda f: edit(f, lambda content: content.update(test_frames=[content["frames"].pop()])),
+    "redwood, primesense": lambda f: rename(f, "*.json", lambda name: "camera_primesense.json"),
+    "redwood, larger camera": intrinsics_of_twice_the_size,
+    "redwood, npy": to_array,
+    "redwood, capitals": lambda f: [rename(f, f"{kind}/*", str.upper) for kind in ("color", "depth")],
+    "redwood, dot files": lambda f: [(f / name).write_bytes(b"\0\xff") for name in
+                                     ("._camera_intrinsic.json", "color/._000000.png", "depth/._000000.png")],
+    "sens, dot files": lambda f: (f / "._scene.sens").touch(),
+    "stray, npy": to_array,
+    "stray, images from 1": lambda f: rename(f / "rgb", "*", lambda name: f"{int(name[:-4]) + 1:06d}.png"),
+    "poses, w2c-wxyz, to 10": lambda f: (rename(f / "rgb", "3.png", lambda _: "10.png"),
+                                         rename(f / "depth", "3.png", lambda _: "10.png")),
+    "tum, windows": windows}
+
+
+@pytest.mark.parametrize("case", AS_APPS_WRITE)
+def test_what_apps_write_beside_the_description_is_read_alike(tmp_path, case):
+    name, _, _ = case.rpartition(", ")
+    per_meter, options = WRITERS[name](tmp_path)
+    AS_APPS_WRITE[case](tmp_path)
+    frames = CaptureFrames(tmp_path, options=options)
+    for frame, expected in zip(frames, SCENE, strict=True):
+        rounded = {**expected, "depth": (in_units(expected, per_meter) / per_meter).astype(np.float32)}
+        assert np.abs(points_of(frame) - points_of(rounded)).max() < 1e-5
+
+
+@pytest.mark.parametrize("names", [(1.25, 1.5, 1.75, 2.0), (1, 2, 9, 10),
+                                   (13 * 10 ** 17, 13 * 10 ** 17 + 33333333, 14 * 10 ** 17, 2 * 10 ** 18)])
+def test_poses_with_numbers_belong_to_images_in_their_order(tmp_path, names):
+    write_kitti(tmp_path)
+    rename(tmp_path, "image", lambda _: "rgb")
+    rename(tmp_path, "poses.txt", lambda _: "pose.txt")
+    number_poses(tmp_path, names)
+    for frame, expected in zip(CaptureFrames(tmp_path), SCENE, strict=True):
+        assert np.allclose(frame["world2cam"], expected["world2cam"]) and np.array_equal(frame["color"], expected["color"])
+
+
+@pytest.mark.parametrize("model", [{"is_fisheye": True, "k1": 0.1}, {"camera_model": "PINHOLE", "k1": 0.1}, {"k2": 0.1}])
+def test_any_lens_with_coefficients_is_straightened(tmp_path, model):
+    write_transforms(tmp_path)
+    edit(tmp_path, lambda content: content.update(model))
+    called = []
+    CaptureFrames(tmp_path, undistort=lambda image, k, *lens: called.append(lens) or image)[0]
+    kind = "OPENCV_FISHEYE" if "is_fisheye" in model else "OPENCV"
+    assert called == 2 * [(kind, (*(model.get(name, 0) for name in ("k1", "k2")), *(3 - 1 * ("is_fisheye" in model)) * (0,)))]
+
+
+@pytest.mark.parametrize("case, words", [("tum", "3 frames, 2 without a pose"), ("nerfstudio", "1 frames without depth"),
+                                         ("redwood", "1 folders without a capture")])
+def test_what_is_left_out_is_counted(tmp_path, case, words):
+    folder = tmp_path / "all/a"
+    folder.mkdir(parents=True)
+    _, options = WRITERS[case](folder)
+    if case == "tum":
+        lines = (folder / "groundtruth.txt").read_text().splitlines()
+        (folder / "groundtruth.txt").write_text("\n".join(lines[:-1]))
+    elif case == "nerfstudio":
+        edit(folder, lambda content: content["frames"][1].pop("depth_file_path"))
+    else:
+        (tmp_path / "all/empty").mkdir()
+        (tmp_path / "all/.hidden").mkdir()
+        write_redwood(tmp_path / "all/.hidden")
+    frames = CaptureFrames(tmp_path / "all", options=options)
+    assert words in frames.description and len(frames) == (4 if case == "redwood" else 3)
+
+
 @pytest.mark.parametrize("name", ["nerfstudio", "tum", "redwood", "stray", "sens"])
 def test_real_frames_come_back_from_every_format_and_nothing_is_wrong_with_them(tmp_path, shared, name):
     source = ScanNetFrames(shared / "data/ycbv", None)
@@ -293,13 +409,49 @@ REFUSED = {
     "no frames": (lambda f: (f / "transforms.json").write_text("{}"), "no list of frames"),
     "no depth": (lambda f: edit(f, lambda s: [frame.pop("depth_file_path") for frame in s["frames"]]), "depth_file_path"),
     "no camera": (lambda f: edit(f, lambda s: s.pop("fl_x")), "fl_x"),
+    "k4": (lambda f: edit(f, lambda s: s.update(k4=0.1)), "k4: 0.1"),
+    "turned": (lambda f: edit(f, lambda s: s.update(w=60, h=80)), "0.png: 80 x 60 pixels, but its camera is for 60 x 80"),
+    "empty npy": (lambda f: array_of(f, b""), "0.npy: depth is not an NPY file"),
+    "npz": (lambda f: array_of(f, b"PK" + 20 * b"1"), "0.npy: depth is not an NPY file"),
     "other lens": (lambda f: edit(f, lambda s: s.update(camera_model="EQUIRECTANGULAR")), "EQUIRECTANGULAR"),
     "mirrored": (lambda f: edit(f, lambda s: s["frames"][0].update(transform_matrix=np.diag([1, 1, -1, 1]).tolist())),
                  "mirrored"),
     "other depth": (lambda f: (edit(f, lambda s: s["frames"][0].update(depth_file_path="depth/0.exr")),
                                (f / "depth/0.exr").touch()), "depth as .exr is not read: convert it to .npy"),
     "not json": (lambda f: (f / "transforms.json").write_text("{"), "JSON"),
-    "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md")}
+    "no folder": (lambda f: f.rename(f.parent / "elsewhere"), "is not a folder of a capture"),
+    "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md.*SCENE/.color/N.jpg")}
+
+
+def array_of(folder, content):
+    edit(folder, lambda s: s["frames"][0].update(depth_file_path="depth/0.npy"))
+    (folder / "depth/0.npy").write_bytes(content)
+
+
+REFUSED_OTHERS = {
+    "redwood, another number": (lambda f: (f / "depth/000003.png").rename(f / "depth/000007.png"),
+                                "000003.png would go with 000007.png"),
+    "redwood, no matrix": (lambda f: (f / "camera_intrinsic.json").write_text("{}"), "lacks intrinsic_matrix"),
+    "stray, cut": (lambda f: (f / "odometry.csv").write_text((f / "odometry.csv").read_text()[:-40]), "words in a line"),
+    "stray, empty": (lambda f: (f / "odometry.csv").write_text(""), "odometry.csv: odometry file without a line"),
+    "stray, video": (lambda f: (f / "rgb").rename(f / "video"), "unpack the video: .*ffmpeg"),
+    "tum, empty": (lambda f: (f / "depth.txt").write_text("# time file"), "depth.txt: depth file without a line"),
+    "tum, short": (lambda f: (f / "rgb.txt").write_text("1 a.png\n2"), "rgb has 1 words in a line, expected 2"),
+    "tum, twice": (lambda f: (f / "rgb.txt").write_text(2 * "1 rgb/1.png\n"), "two images are named .*/1"),
+    "sens, two": (lambda f: (f / "other.sens").write_bytes(b""), "other.sens and scene.sens"),
+    "sens, empty": (lambda f: (f / "scene.sens").write_bytes(b""), "empty file"),
+    "sens, damaged": (lambda f: (f / "scene.sens").write_bytes((f / "scene.sens").read_bytes()[:-300] + bytes(300)),
+                      "scene.sens: depth of frame 3 is damaged"),
+    "poses, w2c-wxyz, two": (lambda f: (f / "poses.txt").touch(), "pose.txt and poses.txt")}
+
+
+@pytest.mark.parametrize("case", REFUSED_OTHERS)
+def test_files_that_do_not_belong_together_or_are_damaged_are_named(tmp_path, case):
+    _, options = WRITERS[case.rpartition(", ")[0]](tmp_path)
+    spoil, message = REFUSED_OTHERS[case]
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        list(CaptureFrames(tmp_path, options=options))
 
 
 def edit(folder, change):
@@ -361,7 +513,7 @@ def test_a_capture_that_was_exported_elsewhere_is_the_same(tmp_path, name, monke
     monkeypatch.setattr("sys.path", ["", *sys.path])
     runpy.run_path(str(ROOT / "sources/captures.py"), run_name="__main__")
     exported = open_frames("out", labels=False)
-    with pytest.raises(ValueError, match="capture is one scene in ScanNet's layout: give the folder"):
+    with pytest.raises(ValueError, match="capture is one scene in ScanNet's layout: give .*/out, which holds it"):
         open_frames("out/capture", labels=False)
     frames = CaptureFrames(source, options=options, undistort=undistort)
     assert exported.names == frames.names

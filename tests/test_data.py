@@ -598,6 +598,7 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(frames, 
 
 @pytest.mark.parametrize("change, message", [
     ({"name": "frame7"}, "name .scene/stem., got 'frame7'"),
+    ({"name": "a/b/0"}, "name .scene/stem., got 'a/b/0'"), ({"name": "a/"}, "name .scene/stem., got 'a/'"),
     ({"color": np.zeros((48, 64, 3))}, r"color has shape \(48, 64, 3\) of float64, expected .*uint8"),
     ({"color": np.zeros((48, 64), np.uint8)}, r"color has shape \(48, 64\)"),
     ({"depth": np.ones((24, 32), np.uint16)}, "depth has .* of uint16, expected .*floating-point meters"),
@@ -719,3 +720,8 @@ def test_the_check_of_scans_reads_every_frame_and_a_scan_without_one_is_named(sc
     scenes.names = ["scene0707_00"]
     with pytest.raises(ValueError, match="scan scene0707_00 has no frame"):
         scans_of((scenes, frames))
+
+
+def test_a_source_without_a_frame_is_refused():
+    with pytest.raises(ValueError, match="list: the source holds no frame"):
+        samples_of([])

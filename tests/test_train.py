@@ -386,6 +386,9 @@ WRONG = [
     ("--eval missing.pt", "missing.pt does not exist"), ("--replay missing.pt", "missing.pt does not exist"),
     ("--resume missing.pt", "missing.pt does not exist"), ("--resume text.pt", "text.pt: not a checkpoint"),
     ("--runs text.pt", "not a folder that can be written to"), ("--cache text.pt/a", "not a folder"),
+    ("--runs /proc/x", "/proc is not a folder that can be written to"), ("--workers 100000", "at most 256"),
+    ("--seed 99999999999999999999", "at most 9223372036854775807"), ("--rooms 99999999999", "at most 1000000"),
+    ("--clip-pretrained text.pt --clip-mean-std 0,0,0,1,1,1", "is it a file of weights of this model?"),
     ("--device cuda:99", "cuda"), ("--device moon", "moon")]
 
 
