@@ -92,7 +92,8 @@ def rows_and_norms(x, usable, clamp, norm_floor, dtype):
         scale = largest_entry(rows).clamp(min=1)
         rows = rows / scale[:, None]
         norm_floor = norm_floor / scale
-    return rows, torch.linalg.vector_norm(rows, dim=1).clamp(min=norm_floor), count
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return rows, norms.clamp(min=norm_floor), count
 
 
 def largest_entry(x):
@@ -205,7 +206,8 @@ def clip_consistency(feat_fusion, clip_feat, batch=None, valid=None, variant="si
 
         total = row_loss.where(used, 0).sum()
         loss = mean_over(total, used.sum(), world_mean)
-    return loss, torch.stack([used.sum(), dropped.sum(), feat_clamped + clip_clamped])
+    counts = [used.sum(), dropped.sum(), feat_clamped + clip_clamped]
+    return loss, torch.stack(counts)
 
 
 class ClipConsCriterion(nn.Module):
@@ -290,7 +292,8 @@ def semantic_loss(logits, labels, ignore_index=-1, world_mean=None, label_smooth
     with torch.autocast(logits.device.type, enabled=False):
         valid = labels != ignore_index
         # Mask first: the softmax of a row with NaN has a NaN gradient even if its loss is not counted.
-        logits = logits.to(common_dtype(logits)).where(valid[:, None], 0)
+        logits = logits.to(common_dtype(logits))
+        logits = logits.where(valid[:, None], 0)
         total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum",
                                 label_smoothing=label_smoothing)
         return mean_over(total, valid.sum(), world_mean)
@@ -307,7 +310,8 @@ def lovasz_loss(logits, labels, ignore_index=-1):
     with torch.autocast(logits.device.type, enabled=False):
         valid = (labels != ignore_index)[:, None]
         logits = logits.to(common_dtype(logits)).where(valid, 0)
-        truth = F.one_hot(labels.where(valid[:, 0], 0), logits.shape[1]) * valid  # (N, K)
+        classes = labels.where(valid[:, 0], 0)
+        truth = F.one_hot(classes, logits.shape[1]) * valid  # (N, K)
         errors = (truth - logits.softmax(1)).abs() * valid  # ignored rows sort last and add 0
         errors, order = errors.sort(dim=0, descending=True)
         truth = truth.gather(0, order)
@@ -315,7 +319,8 @@ def lovasz_loss(logits, labels, ignore_index=-1):
         intersection = total - truth.cumsum(0)
         union = total + (1 - truth).cumsum(0)
         jaccard = 1 - intersection.to(errors.dtype) / union  # (N, K), with the rows so far as mistakes
-        slopes = jaccard.diff(dim=0, prepend=jaccard.new_zeros(1, len(total)))
+        start = jaccard.new_zeros(1, len(total))
+        slopes = jaccard.diff(dim=0, prepend=start)
         occurs = total > 0
         per_class = (errors * slopes).sum(0)  # (K,)
         return mean_over((per_class * occurs).sum(), occurs.sum())
@@ -386,7 +391,8 @@ def instance_targets(labels, instances, index, superpoint_batch):
     owner = pad_sequence(owner, batch_first=True, padding_value=-1)                     # (B, S_max)
     labels = group_label.split(counts)
     labels = pad_sequence(labels, batch_first=True, padding_value=-1)                   # (B, G_max)
-    return {"masks": owner[:, None] == instance[..., None], "labels": labels, "sizes": sizes}
+    masks = owner[:, None] == instance[..., None]
+    return {"masks": masks, "labels": labels, "sizes": sizes}
 
 
 def dice_loss(probability, target):

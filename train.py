@@ -26,14 +26,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from check import check_cameras
-from data import (PointDataset, SceneDataset, check_frames, class_ids_of, describe, to_device, up_rotation,
-                  upright)
+from data import (PointDataset, SceneDataset, check_frames, class_ids_of, describe, to_device,
+                  up_rotation, upright)
 from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion,
                     SemanticCriterion, clip_loss_weight, lovasz_loss)
 from model import (BACKBONES, batches_for, build_model, build_tower, classify_by_name, compile_parts,
-                   count_features, fingerprint_of, gate_name, load_weights, logged_modules, open_backbone,
-                   parameter_groups, restore_model)
+                   count_features, fingerprint_of, gate_name, load_weights, logged_modules,
+                   open_backbone, parameter_groups, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
@@ -84,7 +84,7 @@ def build_parser():
     add("--train-split", help="file with one scene or scene/frame per line; needed for a data folder")
     add("--val-split", help="the same for validation")
     add("--rooms", type=number_in(int, 1, 10 ** 6), default=32, help="built-in training rooms")
-    add("--val-rooms", type=number_in(int, 1, 10 ** 6), help="for validation; not given: 3 per 8 training rooms")
+    add("--val-rooms", type=number_in(int, 1, 10 ** 6), help="not given: 3 per 8 training rooms")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
     add("--image-size", type=image_size, default=(240, 320), help="height,width of CLIP's images, in "
@@ -95,8 +95,8 @@ def build_parser():
     add("--no-color", action="store_true", help="hide the points' colors from the 3D encoder")
     add("--normals", action="store_true", help="show it normals, of depth or of the meshes of --scans")
     add("--superpoints", type=positive_int, default=128, help="per frame, for instances")
-    add("--cache", type=readable_folder, default=".cache", help="folder for CLIP features and superpoints; "
-        "'none': compute them every time")
+    add("--cache", type=readable_folder, default=".cache", help="folder for CLIP features and "
+        "superpoints; 'none': compute them every time")
     add("--workers", type=worker_count, help="data-loading processes; 0: the main one; not given: 2, "
         "with a GPU one per core of the process, at most 8")
 
@@ -116,8 +116,8 @@ def build_parser():
     add("--clip-mean-std", type=mean_std, metavar="NUMBERS|TAG", help="scaling of images that CLIP "
         "weights from a file were trained with: 3 means and 3 standard deviations, or an open_clip tag "
         "that has it; needed if the tags of the model disagree")
-    add("--tower", metavar="timm:NAME", help="fuse the patch tokens of a timm vision transformer instead "
-        "of CLIP's, which stays the target of the CLIP loss and answers to text; see docs/towers.md")
+    add("--tower", metavar="timm:NAME", help="fuse the patch tokens of a timm vision transformer "
+        "instead of CLIP's, which stays the target of the CLIP loss and answers to text; see docs/towers.md")
     add("--tower-pretrained", metavar="FILE", help="weights of --tower, or 'none': random; not given: "
         "timm's download")
     add("--clip-blocks", type=nonnegative_int, default=0, help="last blocks of CLIP to train")
@@ -148,7 +148,7 @@ def build_parser():
     add("--lr-3d", type=nonnegative_float, default=1.0, help="multiplier for the 3D encoder")
     add("--ema", type=number_in(float, 0.0, 0.99999), default=0.0, metavar="DECAY", help="evaluate the "
         "moving average of all weights, with a decay per step such as 0.999; 0: the last weights")
-    add("--amp", choices=tuple(AMP_DTYPES), help="autocast; not given: bf16 on a GPU that has it, else off")
+    add("--amp", choices=tuple(AMP_DTYPES), help="not given: bf16 on a GPU that has it, else off")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of weights, sampling and augmentation")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
@@ -158,7 +158,7 @@ def build_parser():
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--runs", type=writable_folder, default="runs", help="folder that TensorBoard watches")
-    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations; the best is best.pt")
+    add("--eval-every", type=positive_int, default=5, help="epochs between evaluations")
     add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
         "entries under diagnose/, see docs/diagnostics.md; 0: none")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -206,7 +206,7 @@ def check_options(args, error):
     clip_is_on = max(args.clip_weights) > 0
     unlabeled = args.semantic_weight == 0 and not args.lovasz
     faults = {
-        "--scans holds only points: give --data, the folder of their frames, too": from_rooms and args.scans,
+        "--scans holds only points: give --data, the folder of frames, too": from_rooms and args.scans,
         "--label-map belongs to scans and frames, and --data is rooms": from_rooms and args.label_map,
         "--drop-path is for --backbone volt-*": args.drop_path and not is_volt,
         "--tower fuses other features than CLIP's: give neither --no-clip nor --clip-blocks":
