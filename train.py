@@ -59,14 +59,12 @@ NEVER_ON = "the CLIP loss will never be on: --clip-warmup ends after the last ep
 
 # Settings without an option; a checkpoint keeps those that it was trained with.
 CONSTANTS = {
-    "frames_per_room": 4,        # images taken in each built-in room
     "min_instance_points": 100,  # smaller instances are neither predicted nor scored, as ScanNet does
     "temperature": 0.07,         # of the CLIP loss, floored at 0.1
     "weight_decay": 0.05,        # of AdamW, on matrices
     "lr_warmup": 50,             # optimizer steps of linear warm-up
     "lr_clip": 0.01,             # learning rate multiplier of trained CLIP blocks
     "max_grad_norm": 10.0,       # larger gradients are scaled down to it
-    "log_every": 10,             # optimizer steps between TensorBoard entries
     "save_every": 1000}          # optimizer steps between writings of last.pt within an epoch
 
 # ---------------------------------------------------------------------------------------------- options
@@ -85,6 +83,7 @@ def build_parser():
     add("--val-split", help="the same for validation")
     add("--rooms", type=number_in(int, 1, 10 ** 6), default=32, help="built-in training rooms")
     add("--val-rooms", type=number_in(int, 1, 10 ** 6), help="not given: 3 per 8 training rooms")
+    add("--frames-per-room", type=positive_int, default=4, help="images of each built-in room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
     add("--image-size", type=image_size, default=(240, 320), help="height,width of CLIP's images, in "
@@ -158,6 +157,7 @@ def build_parser():
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--runs", type=writable_folder, default="runs", help="folder that TensorBoard watches")
+    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
     add("--eval-every", type=positive_int, default=5, help="epochs between evaluations")
     add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
         "entries under diagnose/, see docs/diagnostics.md; 0: none")

@@ -267,8 +267,7 @@ def feature_text_miou(model):
 # ---------------------------------------------------------------------------------------------- trainings
 
 RECIPE = (f"--no-instances --num-points {NUM_POINTS} --val-rooms {VAL_ROOMS} --workers 0 --no-check "
-          "--eval-every 1000").split()
-CONSTANTS = dict(frames_per_room=FRAMES_PER_ROOM, log_every=100)
+          f"--frames-per-room {FRAMES_PER_ROOM} --log-every 100 --eval-every 1000").split()
 DATA = {"4 rooms": "--rooms 4 --epochs 36", "32 rooms": "--rooms 32 --epochs 4",
         "32 rooms without labels": "--rooms 32 --epochs 4 --semantic-weight 0",
         "labels in 4 of 32 rooms": "--rooms 32 --epochs 7"}
@@ -339,7 +338,6 @@ def training_run(argv, data, name, tower):
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(mock.patch.object(train, "open_frames", opened))
-        stack.enter_context(mock.patch.dict(train.CONSTANTS, CONSTANTS))
         stack.enter_context(mock.patch.object(train, "visualize", lambda *_: None))
         record = {"miou": train.main([*argv, "--runs", runs], criterion)["miou"]}
         if not args.no_clip:

@@ -150,8 +150,8 @@ def criterion_study(draws):
 # the warm-up is 0 for a quarter of the run, 0.001 for the next, then 0.01
 RECIPE = ("--rooms 32 --num-points 1024 --voxel-size 0.15 --no-instances "
           "--image-size 96,128 --clip-model ViT-S-16-alt --clip-pretrained none --workers 0 --epochs 16 "
-          "--batch-size 4 --lr 4e-3 --clip-warmup 4,8 --eval-every 1000").split()
-CONSTANTS = dict(frames_per_room=1, lr_warmup=10, log_every=4)
+          "--batch-size 4 --lr 4e-3 --clip-warmup 4,8 --frames-per-room 1 --log-every 4 --eval-every 1000").split()
+LR_WARMUP = 10
 QUICK = ("--rooms 2 --num-points 256 --voxel-size 0.3 --clip-model ViT-S-32-alt --epochs 2 "
          "--clip-warmup 0,1").split()
 WEIGHT_1 = "--clip-weights 0,0.1,1"
@@ -225,7 +225,7 @@ def training_run(argv, setting):
     miou = error = None
     start = time.process_time()
     with (tempfile.TemporaryDirectory() as runs, open(os.devnull, "w") as nowhere,
-          mock.patch.dict(train.CONSTANTS, CONSTANTS), contextlib.redirect_stdout(nowhere),
+          mock.patch.dict(train.CONSTANTS, lr_warmup=LR_WARMUP), contextlib.redirect_stdout(nowhere),
           contextlib.redirect_stderr(nowhere)):
         try:
             miou = train.main([*argv, "--runs", runs], clip_criterion=criterion)["miou"]

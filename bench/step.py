@@ -113,8 +113,7 @@ def setup(network, device, folder, scenes=None, options=()):
     the images.
     """
     args = train.parse_args([*NETWORKS[network].split(), "--clip-pretrained", "none", "--device", device,
-                             "--amp", "off", "--cache", folder, *options])
-    args.frames_per_room = 1
+                             "--amp", "off", "--frames-per-room", "1", "--cache", folder, *options])
     if device == "cuda":
         args.batch_size = 8
     elif args.backbone == "res16unet34c":

@@ -80,7 +80,7 @@ def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 32
 open_clip.add_model_config(Path(__file__).parent / "data" / "ViT-Tiny-32.json")
 TOWER = "ViT-Tiny-32"  # two blocks of width 128
 SHARED_CACHE = tempfile.TemporaryDirectory(prefix="bifusion-tests-")  # superpoints and features of the rooms
-train.CONSTANTS |= dict(frames_per_room=2, min_instance_points=20, log_every=1)
+train.CONSTANTS["min_instance_points"] = 20
 CLIP_ON = "--clip-warmup 0,1 --clip-weights 0,0.001,0.01"
 rendered = functools.lru_cache(rooms.frames)
 
@@ -89,7 +89,7 @@ def small(folder, *more):
     """Arguments of a run of a few seconds in `folder`. more: others, several in a text if they hold no spaces."""
     options = (f"--rooms 2 --num-points 1000 --voxel-size 0.15 --batch-size 2 --workers 0 --image-size 96,128 "
                f"--clip-model {TOWER} --clip-pretrained none --epochs 2 --eval-every 2 --superpoints 24 "
-               f"--device cpu --cache {SHARED_CACHE.name} --runs {folder}/runs")
+               f"--frames-per-room 2 --log-every 1 --device cpu --cache {SHARED_CACHE.name} --runs {folder}/runs")
     return " ".join([options, *more]).split()
 
 

@@ -72,7 +72,7 @@ def test_labels_are_hidden_in_all_rooms_but_the_first():
 
 
 def test_a_training_on_few_rooms_can_be_validated_on_more():
-    options = "--rooms 1 --val-rooms 2 --no-clip --no-instances".split()
+    options = "--rooms 1 --val-rooms 2 --frames-per-room 2 --no-clip --no-instances".split()
     train_set, val_set, _, _ = train.build_datasets(train.parse_args(options))
     assert (len(train_set), len(val_set)) == (2, 4)
     assert train.parse_args(["--rooms", "8"]).val_rooms == 3
