@@ -140,6 +140,12 @@ def require(values, names, where):
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
 
 
+def check_scale(value, where):
+    """ValueError if a unit of depth is not above 0 and finite."""
+    if not 0 < value < np.inf:
+        raise ValueError(f"{where} is {value}, expected a number > 0")
+
+
 # -------------------------------------------------------------------------------------------- formats
 
 
@@ -159,8 +165,7 @@ def read_transforms(folder, options):
         depth = depth and folder / depth.replace("\\", "/")
         cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
-        if not unit > 0:
-            raise ValueError(f"{where} has {unit} as the unit of depth")
+        check_scale(unit, f"{where}: unit of depth")
         intrinsics, size = transforms_camera(values, color, where)
         views.append(View(f"{number:06d}", color, depth, cam2world, intrinsics, 1 / unit, size=size,
                           distortion=transforms_distortion(values, where)))
@@ -227,6 +232,7 @@ def read_replica(folder, options):
     camera = read_json(path, "cam_params").get("camera", {})
     require(camera, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
     intrinsics = as_intrinsics([[camera[name] for name in ("fx", "fy", "cx", "cy")]], path, "camera")
+    check_scale(camera["scale"], f"{path}: scale")
     size = camera.get("h"), camera.get("w")
     path = folder / "traj.txt"
     return from_folders(folder, options, path, read_rows(path, "poses"), (intrinsics, size), camera["scale"],
@@ -295,6 +301,7 @@ def read_sens(folder, options):
         *matrices, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack_from(content, place)
         if version != 4 or color_kind not in (1, 2) or depth_kind != 1:
             raise ValueError(f"{path}: version {version}, compressions {color_kind} and {depth_kind} are not read")
+        check_scale(units, f"{path}: units of depth per meter")
         color, color_pose, depth, depth_pose = np.array(matrices).reshape(4, 4, 4)
         place += SENS_HEAD.size
         for number in range(count):
