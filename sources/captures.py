@@ -22,16 +22,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # of the repository
 from support.files import (as_intrinsics, as_matrix, as_pose, check_exists, decode_color, depth_in_meters,
                            image_size, natural_key, only_file, quaternion_pose, read_color, read_depth,
-                           read_index_image, read_intrinsics, read_json, read_rows, read_text,
-                           visible)
+                           read_index_image, read_intrinsics, read_json, read_rows, read_text, visible)
 
 MAX_GAP = 0.02  # seconds between two images, or an image and a pose, that belong together
 OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x right, y up, z backward)
 COLORS = (".jpg", ".jpeg", ".png")
 UNKNOWN = (None, None)  # size: that of the images
 DEPTHS = (".png", ".npy", ".tif", ".tiff")
+LENSES = {"OPENCV": ("k1", "k2", "p1", "p2", "k3"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4")}
 LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # ScanNet's
-POSES = ("c2w", "w2c", "xyzw", "wxyz", "w2c-xyzw", "w2c-wxyz")  # --pose
+POSES = ("w2c", "wxyz", "w2c-wxyz")  # --pose: other than camera to world, quaternions xyzw
 
 
 class View(NamedTuple):
@@ -60,8 +60,8 @@ class Options(NamedTuple):
 def parse_pose(numbers, path, options, axes=np.eye(4)):
     """A pose in a file -> cam2world (4, 4), or None if it is lost.
 
-    numbers: 7, translation and quaternion xyzw, or a matrix as of `as_pose`. options.pose overrules the
-    order of quaternions and the direction. axes (4, 4): from the camera with OpenCV's axes to the file's.
+    numbers: 7, translation and quaternion, or a matrix as of `as_pose`. axes (4, 4): from the camera with
+    OpenCV's axes to the file's.
     """
     how = options.pose or ""
     if np.shape(numbers) == (7,):
@@ -87,8 +87,7 @@ def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
     """Views of images and of rows of poses, of a file, in the same order. camera: see `camera_in`."""
     colors, depths = images_in(folder, *colors), images_in(folder, depths, endings=DEPTHS)
     if not len(colors) == len(depths) == len(rows):
-        counts = f"{len(colors)} color images, {len(depths)} depth images and {len(rows)} poses"
-        raise ValueError(f"{folder}: {counts}")
+        raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
     shifts = [number_of(color) - number_of(depth) for color, depth in zip(colors, depths)]
     odd = shifts.index(min(shifts, key=shifts.count))
     if len(set(shifts)) > 1:
@@ -104,21 +103,21 @@ def number_of(path):
     return int(match[1]) if match else 0
 
 
-def camera_in(folder, options, known=""):
-    """Intrinsics (3, 3), of options or a file, and View.size. known: more words for the error."""
+def camera_in(folder, options):
+    """Intrinsics (3, 3), of options or a file, and View.size."""
     if options.intrinsics is not None:
         return options.intrinsics, UNKNOWN
-    path, *_ = *visible(folder, "*intrinsic.json", "camera.json", "camera_*.json"), folder / "intrinsics.txt"
-    if path.suffix == ".json":
-        values = read_json(path, "intrinsics")
-        require(values, ["intrinsic_matrix"], path)
-        matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
-        size = values.get("height"), values.get("width")
-        return as_intrinsics(matrix, path, "intrinsic_matrix"), size
-    if not path.is_file():
+    paths = visible(folder, "*intrinsic.json", "camera.json", "camera_*.json", "intrinsics.txt")
+    if not paths:
         raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
-                         f"intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY{known}")
-    return read_intrinsics(path, "intrinsics"), UNKNOWN
+                         "intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY")
+    path = paths[0]
+    if path.suffix == ".txt":
+        return read_intrinsics(path, "intrinsics"), UNKNOWN
+    values = read_json(path, "intrinsics")
+    require(values, ["intrinsic_matrix"], path)
+    matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
+    return as_intrinsics(matrix, path, "intrinsic_matrix"), (values.get("height"), values.get("width"))
 
 
 def fit_camera(view):
@@ -169,10 +168,8 @@ def read_transforms(folder, options):
         intrinsics, size = transforms_camera(values, color, where)
         views.append(View(f"{number:06d}", color, depth, cam2world, intrinsics, 1 / unit, size=size,
                           distortion=transforms_distortion(values, where)))
-    if not views:
-        raise ValueError(f"{path}: it has no list of frames")
     if all(view.depth is None for view in views):
-        raise ValueError(f"{path}: no frame has a depth_file_path: 3D points need depth")
+        raise ValueError(f"{path}: no list of frames with depth_file_path: 3D points need depth")
     return views
 
 
@@ -191,27 +188,25 @@ def transforms_camera(values, color, where):
 def transforms_distortion(values, where):
     """(model, coefficients) of an entry of transforms.json, or () if there is no distortion."""
     model = values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")
-    is_fisheye = model == "OPENCV_FISHEYE"
-    is_unknown = model not in ("OPENCV", "OPENCV_FISHEYE", "PINHOLE", "SIMPLE_PINHOLE")
-    if is_unknown or values.get("k4") and not is_fisheye:
+    if model in ("PINHOLE", "SIMPLE_PINHOLE"):
+        model = "OPENCV"
+    names = LENSES.get(model, ())
+    if not names or values.get("k4") and "k4" not in names:
         raise ValueError(f"{where} has camera_model {model} (k4: {values.get('k4', 0)}), which is not read: "
                          "undistort to PINHOLE")
-    names = ("k1", "k2", "k3", "k4") if is_fisheye else ("k1", "k2", "p1", "p2", "k3")
     coefficients = tuple(float(values.get(name) or 0) for name in names)
-    model = "OPENCV_FISHEYE" if is_fisheye else "OPENCV"
-    return (model, coefficients) if any(coefficients) or is_fisheye else ()
+    return (model, coefficients) if any(coefficients) or model == "OPENCV_FISHEYE" else ()
 
 
 def read_tum(folder, options):
     """TUM RGB-D: "seconds file" in rgb.txt and depth.txt, "seconds t q" in groundtruth.txt."""
-    intrinsics, size = camera_in(folder, options, " (fr1: 517.3,516.5,318.6,255.3, fr2: "
-                                 "520.9,521.0,325.1,249.7, fr3: 535.4,539.2,320.1,247.6)")
+    intrinsics, size = camera_in(folder, options)
     times, rows = {}, {}
     for name in ("rgb", "depth", "groundtruth"):
         path = folder / f"{name}.txt"
         rows[name] = read_rows(path, name)
-        first = [row[:1] for row in rows[name]]
-        times[name] = as_matrix(first, path, "times", [(len(first), 1)])[:, 0]
+        words = [row[0] for row in rows[name]]
+        times[name] = as_matrix([words], path, "times", [(1, len(words))])[0]
 
     def nearest(name, time):  # None: not within MAX_GAP
         place = np.abs(times[name] - time).argmin()
@@ -240,10 +235,10 @@ def read_replica(folder, options):
 
 
 def read_redwood(folder, options):
-    """Open3D and Redwood: trajectory.log with a line of numbers and four of a matrix per pose."""
+    """Open3D and Redwood: trajectory.log with 3 numbers and a 4 x 4 matrix per pose."""
     path = folder / "trajectory.log"
-    rows = read_rows(path, "poses", ragged=True)
-    rows = [sum(rows[i + 1:i + 5], []) for i in range(0, len(rows), 5)]
+    words = read_text(path, "poses file").split()
+    rows = [words[i + 3:i + 19] for i in range(0, len(words), 19)]
     return from_folders(folder, options, path, rows, camera_in(folder, options))
 
 
@@ -258,7 +253,7 @@ def read_pose_list(folder, options):
 
 def read_posed(folder, options):
     """7-Scenes: frame-<n>.color.jpg|png, .depth.png and .pose.txt."""
-    intrinsics, size = camera_in(folder, options, " (7-Scenes: 585,585,320,240)")
+    intrinsics, size = camera_in(folder, options)
     views = []
     for color in images_in(folder, "frame-*.color.*"):
         stem = color.name.split(".")[0]
@@ -277,12 +272,11 @@ def read_stray(folder, options):
     names = ("x", "y", "z", "qx", "qy", "qz", "qw")
     require(header, names, f"{path}: the first line")
     rows = [[row[header.index(name)] for name in names] for row in rows]
-    camera = folder / "camera_matrix.csv"
-    intrinsics = as_intrinsics(read_rows(camera, "camera"), camera, "camera_matrix")
+    intrinsics = read_intrinsics(folder / "camera_matrix.csv", "camera_matrix")
     views = from_folders(folder, options, path, rows, (intrinsics, UNKNOWN))
-    if not (folder / "confidence").is_dir():
-        return views
     folder = folder / "confidence"
+    if not folder.is_dir():
+        return views
     return [view._replace(confidence=folder / f"{view.depth.stem}.png") for view in views]
 
 
@@ -332,9 +326,8 @@ FORMATS = {
 }
 
 
-def format_of(folder, format=None):
-    """The name of the format of a capture in a folder, or None. format: insist on that one."""
-    names = [format] if format else FORMATS
+def format_of(folder, names):
+    """The first of the names of formats that a folder has the files of, or None."""
     return next((name for name in names if visible(folder, FORMATS[name][0])), None)
 
 
@@ -356,11 +349,12 @@ class CaptureFrames:
         self.undistort = undistort
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder of a capture")
-        folders = [root] if format_of(root, format) else list(filter(Path.is_dir, visible(root, "*")))
-        found = {folder: format_of(folder, format) for folder in folders}
+        formats = [format] if format else FORMATS
+        folders = [root] if format_of(root, formats) else filter(Path.is_dir, visible(root, "*"))
+        found = {folder: format_of(folder, formats) for folder in folders}
         kinds = sorted(set(found.values()) - {None})
         if not kinds:
-            looked_for = ", ".join(FORMATS[name][0] for name in ([format] if format else FORMATS))
+            looked_for = ", ".join(FORMATS[name][0] for name in formats)
             raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in its "
                              f"folders (docs/captures.md#{format or 'formats'}), and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))

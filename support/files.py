@@ -96,18 +96,15 @@ def read_json(path, field):
     return content
 
 
-def read_rows(path, field, ragged=False):
-    """Lists of the words, between spaces or commas, in each line of a text file; equally many if not `ragged`.
-
-    Empty lines and comments, after #, are left out.
-    """
+def read_rows(path, field):
+    """Lists of the words, between spaces or commas, in each line of a text file; empty ones and # are left out."""
     lines = read_text(path, f"{field} file").replace(",", " ").splitlines()
-    rows = [line.split() for line in lines if not line.lstrip().startswith("#")]
-    rows = [row for row in rows if row]
+    rows = [line.split() for line in lines]
+    rows = [row for row in rows if row and not row[0].startswith("#")]
     if not rows:
         raise ValueError(f"{path}: {field} file without a line")
     for row in rows:
-        if len(row) != len(rows[0]) and not ragged:
+        if len(row) != len(rows[0]):
             raise ValueError(f"{path}: {field} has {len(row)} words in a line, expected {len(rows[0])}: {' '.join(row)}")
     return rows
 
