@@ -27,7 +27,6 @@ from support.files import (as_intrinsics, as_matrix, as_pose, check_exists, deco
 MAX_GAP = 0.02  # seconds between two images, or an image and a pose, that belong together
 OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x right, y up, z backward)
 COLORS = (".jpg", ".jpeg", ".png")
-UNKNOWN = (None, None)  # size: that of the images
 DEPTHS = (".png", ".npy", ".tif", ".tiff")
 LENSES = {"OPENCV": ("k1", "k2", "p1", "p2", "k3"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4")}
 LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # ScanNet's
@@ -40,14 +39,24 @@ class View(NamedTuple):
     color: Path                      # of an image
     depth: Path                      # None: there is none
     cam2world: np.ndarray            # (4, 4), OpenCV axes; None: lost
-    intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
     units_per_meter: float           # of depth
+    intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
+    size: tuple = (None, None)       # (H, W) of images that intrinsics are made for; None: of this one
     depth_intrinsics: object = None  # (3, 3); None: those of color, scaled to the depth image's size
     depth_cam2world: object = None   # (4, 4), if the depth camera has another pose
     confidence: object = None        # path of an image; 0 = no reading
     distortion: tuple = ()           # (model, coefficients), see support/lens.py
     part: tuple = ()                 # of a .sens file: offset, bytes of color, bytes of depth, (H, W) of depth
-    size: tuple = UNKNOWN            # (H, W) of images that intrinsics are made for
+
+    @property
+    def is_whole(self):
+        """Whether it has a pose and depth."""
+        return self.cam2world is not None and self.depth is not None
+
+    @property
+    def files(self):
+        """Paths of what it is read from."""
+        return [str(path) for path in (self.color, self.depth, self.confidence) if path is not None]
 
 
 class Options(NamedTuple):
@@ -84,7 +93,7 @@ def images_in(folder, *patterns, endings=COLORS):
 
 def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
                  colors=("color/*", "rgb/*", "image/*", "images/*"), depths="depth/*"):
-    """Views of images and of rows of poses, of a file, in the same order. camera: see `camera_in`."""
+    """Views of images and of rows of poses, of a file, in the same order. camera: as of `camera_in`."""
     colors, depths = images_in(folder, *colors), images_in(folder, depths, endings=DEPTHS)
     if not len(colors) == len(depths) == len(rows):
         raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
@@ -92,8 +101,7 @@ def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
     odd = shifts.index(min(shifts, key=shifts.count))
     if len(set(shifts)) > 1:
         raise ValueError(f"{colors[odd]} would go with {depths[odd].name}: is an image missing?")
-    intrinsics, size = camera
-    return [View(color.stem, color, depth, parse_pose(row, path, options), intrinsics, units_per_meter, size=size)
+    return [View(color.stem, color, depth, parse_pose(row, path, options), units_per_meter, **camera)
             for color, depth, row in zip(colors, depths, rows)]
 
 
@@ -104,32 +112,29 @@ def number_of(path):
 
 
 def camera_in(folder, options):
-    """Intrinsics (3, 3), of options or a file, and View.size."""
+    """Intrinsics of options or a file -> fields of View."""
     if options.intrinsics is not None:
-        return options.intrinsics, UNKNOWN
+        return {"intrinsics": options.intrinsics}
     paths = visible(folder, "*intrinsic.json", "camera.json", "camera_*.json", "intrinsics.txt")
     if not paths:
         raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
                          "intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY")
     path = paths[0]
     if path.suffix == ".txt":
-        return read_intrinsics(path, "intrinsics"), UNKNOWN
+        return {"intrinsics": read_intrinsics(path, "intrinsics")}
     values = read_json(path, "intrinsics")
     require(values, ["intrinsic_matrix"], path)
     matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
-    return as_intrinsics(matrix, path, "intrinsic_matrix"), (values.get("height"), values.get("width"))
+    size = values.get("height"), values.get("width")
+    return {"intrinsics": as_intrinsics(matrix, path, "intrinsic_matrix"), "size": size}
 
 
-def fit_camera(view):
-    """A View with intrinsics of its color image, if that is a smaller copy of the one they are for."""
-    if None in view.size or not is_whole(view):
-        return view
-    size = image_size(view.color, "color")
-    (height, width), (own_height, own_width) = view.size, size
-    if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
-        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
-                         f"{height}: turned or cropped?")
-    return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
+def resized(intrinsics, old_size, new_size):
+    """Intrinsics of an image resized from old_size to new_size, (H, W) each: c -> (c + 0.5) s - 0.5."""
+    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0], 1.0])
+    matrix = intrinsics * scale[:, None]
+    matrix[:2, 2] += 0.5 * scale[:2] - 0.5
+    return matrix
 
 
 def require(values, names, where):
@@ -165,8 +170,7 @@ def read_transforms(folder, options):
         cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
         check_scale(unit, f"{where}: unit of depth")
-        intrinsics, size = transforms_camera(values, color, where)
-        views.append(View(f"{number:06d}", color, depth, cam2world, intrinsics, 1 / unit, size=size,
+        views.append(View(f"{number:06d}", color, depth, cam2world, 1 / unit, **transforms_camera(values, color, where),
                           distortion=transforms_distortion(values, where)))
     if all(view.depth is None for view in views):
         raise ValueError(f"{path}: no list of frames with depth_file_path: 3D points need depth")
@@ -174,7 +178,7 @@ def read_transforms(folder, options):
 
 
 def transforms_camera(values, color, where):
-    """Pinhole matrix with integer pixel centers, and View.size, of an entry of transforms.json."""
+    """The camera of an entry of transforms.json -> fields of View."""
     size = values.get("h"), values.get("w")
     height, width = image_size(color, "color") if None in size else size
     values = {"cx": width / 2, "cy": height / 2, **values}
@@ -182,7 +186,8 @@ def transforms_camera(values, color, where):
         require(values, ["camera_angle_x"], f"{where} lacks fl_x, and")
         values["fl_x"] = width / 2 / np.tan(values["camera_angle_x"] / 2)
     fx, cx, cy = (values[name] for name in ("fl_x", "cx", "cy"))
-    return as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics"), size
+    numbers = [fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]
+    return {"intrinsics": as_intrinsics([numbers], where, "intrinsics"), "size": size}
 
 
 def transforms_distortion(values, where):
@@ -200,7 +205,7 @@ def transforms_distortion(values, where):
 
 def read_tum(folder, options):
     """TUM RGB-D: "seconds file" in rgb.txt and depth.txt, "seconds t q" in groundtruth.txt."""
-    intrinsics, size = camera_in(folder, options)
+    camera = camera_in(folder, options)
     times, rows = {}, {}
     for name in ("rgb", "depth", "groundtruth"):
         path = folder / f"{name}.txt"
@@ -217,20 +222,20 @@ def read_tum(folder, options):
         depth, pose = nearest("depth", time), nearest("groundtruth", time)
         depth = depth and folder / depth[0]
         pose = pose and parse_pose(pose, path, options)
-        views.append(View(Path(file).stem, folder / file, depth, pose, intrinsics, 5000, size=size))
+        views.append(View(Path(file).stem, folder / file, depth, pose, 5000, **camera))
     return views
 
 
 def read_replica(folder, options):
     """NICE-SLAM's Replica: traj.txt, 16 numbers per line, results/, cam_params.json there or above."""
     path = next(folder.glob("cam_params.json"), folder.parent / "cam_params.json")
-    camera = read_json(path, "cam_params").get("camera", {})
-    require(camera, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
-    intrinsics = as_intrinsics([[camera[name] for name in ("fx", "fy", "cx", "cy")]], path, "camera")
-    check_scale(camera["scale"], f"{path}: scale")
-    size = camera.get("h"), camera.get("w")
+    values = read_json(path, "cam_params").get("camera", {})
+    require(values, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
+    check_scale(values["scale"], f"{path}: scale")
+    numbers = [values[name] for name in ("fx", "fy", "cx", "cy")]
+    camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": (values.get("h"), values.get("w"))}
     path = folder / "traj.txt"
-    return from_folders(folder, options, path, read_rows(path, "poses"), (intrinsics, size), camera["scale"],
+    return from_folders(folder, options, path, read_rows(path, "poses"), camera, values["scale"],
                         ["results/frame*"], "results/depth*")
 
 
@@ -253,13 +258,13 @@ def read_pose_list(folder, options):
 
 def read_posed(folder, options):
     """7-Scenes: frame-<n>.color.jpg|png, .depth.png and .pose.txt."""
-    intrinsics, size = camera_in(folder, options)
+    camera = camera_in(folder, options)
     views = []
     for color in images_in(folder, "frame-*.color.*"):
         stem = color.name.split(".")[0]
         path = folder / f"{stem}.pose.txt"
         pose = parse_pose(read_rows(path, "pose"), path, options)
-        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, intrinsics, 1000, size=size))
+        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, 1000, **camera))
     return views
 
 
@@ -272,8 +277,8 @@ def read_stray(folder, options):
     names = ("x", "y", "z", "qx", "qy", "qz", "qw")
     require(header, names, f"{path}: the first line")
     rows = [[row[header.index(name)] for name in names] for row in rows]
-    intrinsics = read_intrinsics(folder / "camera_matrix.csv", "camera_matrix")
-    views = from_folders(folder, options, path, rows, (intrinsics, UNKNOWN))
+    camera = {"intrinsics": read_intrinsics(folder / "camera_matrix.csv", "camera_matrix")}
+    views = from_folders(folder, options, path, rows, camera)
     folder = folder / "confidence"
     if not folder.is_dir():
         return views
@@ -304,8 +309,9 @@ def read_sens(folder, options):
             place = start + color_size + depth_size
             cam2world, depth_cam2world = (parse_pose(pose, f"{path}: frame {number}", options, extrinsics)
                                           for extrinsics in (color_pose, depth_pose))
-            views.append(View(str(number), path, path, cam2world, color[:3, :3], units, depth[:3, :3],
-                              depth_cam2world, part=(start, color_size, depth_size, (height, width))))
+            part = start, color_size, depth_size, (height, width)
+            views.append(View(str(number), path, path, cam2world, units, color[:3, :3],
+                              depth_intrinsics=depth[:3, :3], depth_cam2world=depth_cam2world, part=part))
     except struct.error:
         place = len(content) + 1
     if place > len(content):
@@ -331,12 +337,39 @@ def format_of(folder, names):
     return next((name for name in names if visible(folder, FORMATS[name][0])), None)
 
 
+def read_views(folder, name, options):
+    """The views of a capture; errors point to the paragraph of its format."""
+    try:
+        views = [checked(view) for view in FORMATS[name][2](folder, options)]
+    except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
+        where = "" if str(folder) in str(error) else f"{folder}: "
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
+    scale = options.depth_scale
+    return [view._replace(units_per_meter=scale) for view in views] if scale else views
+
+
+def checked(view):
+    """A View whose files exist, with intrinsics of its color image, if that is a smaller copy of theirs."""
+    if not view.is_whole:
+        return view
+    for path in view.files:
+        check_exists(path, "image")
+    if None in view.size:
+        return view
+    size = image_size(view.color, "color")
+    (height, width), (own_height, own_width) = view.size, size
+    if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
+        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
+                         f"{height}: turned or cropped?")
+    return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
+
+
 class CaptureFrames:
     """A source of frames (see data.py): a folder that holds one capture, which is a scene, or several.
 
-    format: a key of FORMATS; None: what lies there decides. options: what the files do not say.
-    split: a file with one `scene` or `scene/stem` per line; None: all frames. undistort: that of
-    support/lens.py, for lenses with a distortion. No format has labels.
+    format: a key of FORMATS; None: what lies there decides. split: a file with one `scene` or `scene/stem`
+    per line; None: all frames. undistort: that of support/lens.py, for lenses with a distortion.
 
     Attributes: names, num_skipped (frames with a lost pose), left_out {what was not taken: how many},
     description (how it is read, in a line).
@@ -359,60 +392,43 @@ class CaptureFrames:
                              f"folders (docs/captures.md#{format or 'formats'}), and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))
         views = []  # (name, view)
-        for folder, name in found.items():
+        for folder in filter(found.get, found):
             scene = folder.resolve().name if folder == root else folder.name
-            views += [(f"{scene}/{view.stem}", view) for view in self._read_views(folder, name, options)]
+            views += [(f"{scene}/{view.stem}", view) for view in read_views(folder, found[folder], options)]
         if split is not None:
             wanted = {line.strip() for line in read_text(split, "split file").splitlines()} - {""}
             views = [(name, view) for name, view in views if {name, name.split("/")[0]} & wanted]
             unknown = wanted - {part for name, _ in views for part in (name, name.split("/")[0])}
             if unknown:
                 raise FileNotFoundError(f"split file {split}: no scene or frame {min(unknown)!r} in {root}")
-        known = [(name, view) for name, view in views if is_whole(view)]
-        self.names, self.views = [name for name, _ in known], [view for _, view in known]
+        self.names = [name for name, view in views if view.is_whole]
+        self.views = [view for _, view in views if view.is_whole]
         self.num_skipped = sum(view.cam2world is None for _, view in views)
         self.left_out = +Counter({"folders without a capture": list(found.values()).count(None),
-                                  "frames without depth": len(views) - len(known) - self.num_skipped})
-        words = [f"{name}: {FORMATS[name][0]}, {FORMATS[name][1]}" for name in kinds]
-        words += [f"{len(known)} frames, {self.num_skipped} without a pose"]
+                                  "frames without depth": len(views) - len(self.views) - self.num_skipped})
+        words = [f"{name}: {FORMATS[name][0]}, {options.pose or FORMATS[name][1]}" for name in kinds]
+        words += [f"{len(self.views)} frames, {self.num_skipped} without a pose"]
         words += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
         words += [f"{scale:g} units of depth per meter" for scale in {view.units_per_meter for view in self.views}]
         self.description = "; ".join(words)
-        twice = [name for name, count in Counter(self.names).items() if count > 1]
-        if twice:
-            raise ValueError(f"{root}: two images are named {twice[0]}")
-        if not known:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"{root}: two images are named {Counter(self.names).most_common(1)[0][0]}")
+        if not self.views:
             raise ValueError(f"{split or root}: no frame left ({self.description})")
-
-    def _read_views(self, folder, name, options):
-        """The views of a capture (no format: none); errors point to the paragraph of its format."""
-        if name is None:
-            return []
-        try:
-            views = FORMATS[name][2](folder, options)
-            for path in {path for view in filter(is_whole, views) for path in files_of(view)}:
-                check_exists(path, "image")
-            views = [fit_camera(view) for view in views]
-        except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
-            where = "" if str(folder) in str(error) else f"{folder}: "
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
-        scale = options.depth_scale
-        return [view._replace(units_per_meter=scale) for view in views] if scale else views
 
     def __len__(self):
         return len(self.views)
 
     def files(self, index):
         """Paths of all files that a frame is read from."""
-        return files_of(self.views[index])
+        return self.views[index].files
 
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame."""
         view = self.views[index]
         if view.part:
-            offset, size, *_ = view.part
-            image = decode_color(np.memmap(view.color, np.uint8, "r", offset, size).tobytes(), view.color)
+            content = np.memmap(view.color, np.uint8, "r", *view.part[:2])
+            image = decode_color(content.tobytes(), view.color)
         else:
             image = read_color(view.color)
         return self.undistort(image, view.intrinsics, *view.distortion) if view.distortion else image
@@ -433,24 +449,6 @@ class CaptureFrames:
         if own is not None and not np.array_equal(own, view.cam2world):
             frame["depth_world2cam"] = np.linalg.inv(own)
         return frame
-
-
-def is_whole(view):
-    """Whether a View has a pose and depth."""
-    return view.cam2world is not None and view.depth is not None
-
-
-def files_of(view):
-    """Paths of the files of a View."""
-    return [str(path) for path in (view.color, view.depth, view.confidence) if path is not None]
-
-
-def resized(intrinsics, old_size, new_size):
-    """Intrinsics of an image resized from old_size to new_size, (H, W) each: c -> (c + 0.5) s - 0.5."""
-    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0], 1.0])
-    matrix = intrinsics * scale[:, None]
-    matrix[:2, 2] += 0.5 * scale[:2] - 0.5
-    return matrix
 
 
 def read_depth_of(view):
