@@ -293,10 +293,10 @@ def read_sens(folder, options):
     """ScanNet's .sens, version 4: places of JPEG or PNG color and zlib depth in the file."""
     path = only_file(folder, "*.sens")
     content = np.memmap(path, np.uint8, "r")
-    views = []
+    views, place = [], 12
     try:
         version, length = struct.unpack_from("<IQ", content)
-        place = 12 + length
+        place += length
         *matrices, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack_from(content, place)
         if version != 4 or color_kind not in (1, 2) or depth_kind != 1:
             raise ValueError(f"{path}: version {version}, compressions {color_kind} and {depth_kind} are not read")
@@ -307,11 +307,10 @@ def read_sens(folder, options):
             *pose, _, _, color_size, depth_size = SENS_FRAME.unpack_from(content, place)
             start = place + SENS_FRAME.size
             place = start + color_size + depth_size
-            cam2world, depth_cam2world = (parse_pose(pose, f"{path}: frame {number}", options, extrinsics)
-                                          for extrinsics in (color_pose, depth_pose))
+            poses = [parse_pose(pose, f"{path}: frame {number}", options, axes) for axes in (color_pose, depth_pose)]
             part = start, color_size, depth_size, (height, width)
-            views.append(View(str(number), path, path, cam2world, units, color[:3, :3],
-                              depth_intrinsics=depth[:3, :3], depth_cam2world=depth_cam2world, part=part))
+            views.append(View(str(number), path, path, poses[0], units, color[:3, :3],
+                              depth_intrinsics=depth[:3, :3], depth_cam2world=poses[1], part=part))
     except struct.error:
         place = len(content) + 1
     if place > len(content):
@@ -435,8 +434,7 @@ class CaptureFrames:
 
     def __getitem__(self, index):
         view = self.views[index]
-        color = self.color(index)
-        depth = read_depth_of(view)
+        color, depth = self.color(index), read_depth_of(view)
         depth_intrinsics = view.depth_intrinsics
         if depth_intrinsics is None:
             depth_intrinsics = resized(view.intrinsics, color.shape[:2], depth.shape)
@@ -460,9 +458,8 @@ def read_depth_of(view):
             depth = np.frombuffer(zlib.decompress(content), "<u2").reshape(shape)
         except (zlib.error, ValueError) as error:
             raise ValueError(f"{view.depth}: depth of frame {view.stem} is damaged: {error}") from None
-        depth = depth_in_meters(depth, view.units_per_meter)
-    else:
-        depth = read_depth(view.depth, view.units_per_meter)
+        return depth_in_meters(depth, view.units_per_meter)
+    depth = read_depth(view.depth, view.units_per_meter)
     if view.confidence is None:
         return depth
     confidence = read_index_image(view.confidence, "confidence")
