@@ -13,7 +13,6 @@ Imports numpy, PIL, and of this repository data, sources and support.
 """
 import argparse
 import itertools
-import re
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -26,7 +25,7 @@ from data import (AXES, check_frame, depth_pose, depth_to_color, frame_names, pi
                   up_rotation)
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
-from sources.scannet import natural_key
+from sources.scannet import means_no_class, natural_key
 from support.cache import content_key
 from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
                                   off_center, project, small_depth)
@@ -39,7 +38,6 @@ NUM_PAIRS = 96  # of frames that are compared
 CLEAN_PAIR = 0.7  # share of points that are confirmed if fewer than MIN_PAIRS pairs overlap, at least
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
-VOID = r"un(label+ed|annotated|known|defined|classified)|void|ignored?|none|no ?label|n ?a|invalid"
 FIXES = {
     "refused": "Training refuses it, too.",
     "no depth": "Some frames need depth.",
@@ -511,8 +509,7 @@ def label_rows(labels, names, num_listed, up):
     order = [i for i in np.argsort(-counts[1:], kind="stable") if shares[i] > 0]
     words = [f"ignored {ignored:.0%}"] + [f"{names[i]} {shares[i]:.0%}" for i in order[:8]]
     rows = [Row("labels", "note", ", ".join(words))]
-    plain = {i: re.sub(r"[\W_]+", " ", names[i]).strip().lower() for i in order}
-    void = [names[i] for i in order if re.fullmatch(VOID, plain[i])]
+    void = [names[i] for i in order if means_no_class(names[i])]
     rows += first_wrong(("void class", void, f"The class {some(void)!r} would be trained and scored."))
     border, third = sum(own["borders"] for own in labels)
     third /= max(border, 1)

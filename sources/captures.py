@@ -22,16 +22,15 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # of the repository
 from support.files import (as_intrinsics, as_matrix, as_pose, check_exists, decode_color, depth_in_meters,
                            image_size, natural_key, only_file, quaternion_pose, read_color, read_depth,
-                           read_index_image, read_intrinsics, read_json, read_rows, read_text,
-                           visible)
+                           read_index_image, read_intrinsics, read_json, read_rows, read_text, visible)
 
 MAX_GAP = 0.02  # seconds between two images, or an image and a pose, that belong together
 OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x right, y up, z backward)
 COLORS = (".jpg", ".jpeg", ".png")
-UNKNOWN = (None, None)  # size: that of the images
 DEPTHS = (".png", ".npy", ".tif", ".tiff")
+LENSES = {"OPENCV": ("k1", "k2", "p1", "p2", "k3"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4")}
 LAYOUT = "SCENE/{color/N.jpg,depth/N.png,pose/N.txt,intrinsic/intrinsic_color.txt}"  # ScanNet's
-POSES = ("c2w", "w2c", "xyzw", "wxyz", "w2c-xyzw", "w2c-wxyz")  # --pose
+POSES = ("w2c", "wxyz", "w2c-wxyz")  # --pose: other than camera to world, quaternions xyzw
 
 
 class View(NamedTuple):
@@ -40,14 +39,24 @@ class View(NamedTuple):
     color: Path                      # of an image
     depth: Path                      # None: there is none
     cam2world: np.ndarray            # (4, 4), OpenCV axes; None: lost
-    intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
     units_per_meter: float           # of depth
+    intrinsics: np.ndarray           # (3, 3) of the color image, integer pixel centers
+    size: tuple = (None, None)       # (H, W) of images that intrinsics are made for; None: of this one
     depth_intrinsics: object = None  # (3, 3); None: those of color, scaled to the depth image's size
     depth_cam2world: object = None   # (4, 4), if the depth camera has another pose
     confidence: object = None        # path of an image; 0 = no reading
     distortion: tuple = ()           # (model, coefficients), see support/lens.py
     part: tuple = ()                 # of a .sens file: offset, bytes of color, bytes of depth, (H, W) of depth
-    size: tuple = UNKNOWN            # (H, W) of images that intrinsics are made for
+
+    @property
+    def is_whole(self):
+        """Whether it has a pose and depth."""
+        return self.cam2world is not None and self.depth is not None
+
+    @property
+    def files(self):
+        """Paths of what it is read from."""
+        return [str(path) for path in (self.color, self.depth, self.confidence) if path is not None]
 
 
 class Options(NamedTuple):
@@ -60,8 +69,8 @@ class Options(NamedTuple):
 def parse_pose(numbers, path, options, axes=np.eye(4)):
     """A pose in a file -> cam2world (4, 4), or None if it is lost.
 
-    numbers: 7, translation and quaternion xyzw, or a matrix as of `as_pose`. options.pose overrules the
-    order of quaternions and the direction. axes (4, 4): from the camera with OpenCV's axes to the file's.
+    numbers: 7, translation and quaternion, or a matrix as of `as_pose`. axes (4, 4): from the camera with
+    OpenCV's axes to the file's.
     """
     how = options.pose or ""
     if np.shape(numbers) == (7,):
@@ -84,17 +93,15 @@ def images_in(folder, *patterns, endings=COLORS):
 
 def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
                  colors=("color/*", "rgb/*", "image/*", "images/*"), depths="depth/*"):
-    """Views of images and of rows of poses, of a file, in the same order. camera: see `camera_in`."""
+    """Views of images and of rows of poses, of a file, in the same order. camera: as of `camera_in`."""
     colors, depths = images_in(folder, *colors), images_in(folder, depths, endings=DEPTHS)
     if not len(colors) == len(depths) == len(rows):
-        counts = f"{len(colors)} color images, {len(depths)} depth images and {len(rows)} poses"
-        raise ValueError(f"{folder}: {counts}")
+        raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
     shifts = [number_of(color) - number_of(depth) for color, depth in zip(colors, depths)]
     odd = shifts.index(min(shifts, key=shifts.count))
     if len(set(shifts)) > 1:
         raise ValueError(f"{colors[odd]} would go with {depths[odd].name}: is an image missing?")
-    intrinsics, size = camera
-    return [View(color.stem, color, depth, parse_pose(row, path, options), intrinsics, units_per_meter, size=size)
+    return [View(color.stem, color, depth, parse_pose(row, path, options), units_per_meter, **camera)
             for color, depth, row in zip(colors, depths, rows)]
 
 
@@ -104,33 +111,30 @@ def number_of(path):
     return int(match[1]) if match else 0
 
 
-def camera_in(folder, options, known=""):
-    """Intrinsics (3, 3), of options or a file, and View.size. known: more words for the error."""
+def camera_in(folder, options):
+    """Intrinsics of options or a file -> fields of View."""
     if options.intrinsics is not None:
-        return options.intrinsics, UNKNOWN
-    path, *_ = *visible(folder, "*intrinsic.json", "camera.json", "camera_*.json"), folder / "intrinsics.txt"
-    if path.suffix == ".json":
-        values = read_json(path, "intrinsics")
-        require(values, ["intrinsic_matrix"], path)
-        matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
-        size = values.get("height"), values.get("width")
-        return as_intrinsics(matrix, path, "intrinsic_matrix"), size
-    if not path.is_file():
+        return {"intrinsics": options.intrinsics}
+    paths = visible(folder, "*intrinsic.json", "camera.json", "camera_*.json", "intrinsics.txt")
+    if not paths:
         raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
-                         f"intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY{known}")
-    return read_intrinsics(path, "intrinsics"), UNKNOWN
+                         "intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY")
+    path = paths[0]
+    if path.suffix == ".txt":
+        return {"intrinsics": read_intrinsics(path, "intrinsics")}
+    values = read_json(path, "intrinsics")
+    require(values, ["intrinsic_matrix"], path)
+    matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
+    size = values.get("height"), values.get("width")
+    return {"intrinsics": as_intrinsics(matrix, path, "intrinsic_matrix"), "size": size}
 
 
-def fit_camera(view):
-    """A View with intrinsics of its color image, if that is a smaller copy of the one they are for."""
-    if None in view.size or not is_whole(view):
-        return view
-    size = image_size(view.color, "color")
-    (height, width), (own_height, own_width) = view.size, size
-    if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
-        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
-                         f"{height}: turned or cropped?")
-    return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
+def resized(intrinsics, old_size, new_size):
+    """Intrinsics of an image resized from old_size to new_size, (H, W) each: c -> (c + 0.5) s - 0.5."""
+    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0], 1.0])
+    matrix = intrinsics * scale[:, None]
+    matrix[:2, 2] += 0.5 * scale[:2] - 0.5
+    return matrix
 
 
 def require(values, names, where):
@@ -138,6 +142,12 @@ def require(values, names, where):
     lacking = [name for name in names if name not in values]
     if lacking:
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
+
+
+def check_scale(value, where):
+    """ValueError if a unit of depth is not above 0 and finite."""
+    if not 0 < value < np.inf:
+        raise ValueError(f"{where} is {value}, expected a number > 0")
 
 
 # -------------------------------------------------------------------------------------------- formats
@@ -159,20 +169,16 @@ def read_transforms(folder, options):
         depth = depth and folder / depth.replace("\\", "/")
         cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
-        if not unit > 0:
-            raise ValueError(f"{where} has {unit} as the unit of depth")
-        intrinsics, size = transforms_camera(values, color, where)
-        views.append(View(f"{number:06d}", color, depth, cam2world, intrinsics, 1 / unit, size=size,
+        check_scale(unit, f"{where}: unit of depth")
+        views.append(View(f"{number:06d}", color, depth, cam2world, 1 / unit, **transforms_camera(values, color, where),
                           distortion=transforms_distortion(values, where)))
-    if not views:
-        raise ValueError(f"{path}: it has no list of frames")
     if all(view.depth is None for view in views):
-        raise ValueError(f"{path}: no frame has a depth_file_path: 3D points need depth")
+        raise ValueError(f"{path}: no list of frames with depth_file_path: 3D points need depth")
     return views
 
 
 def transforms_camera(values, color, where):
-    """Pinhole matrix with integer pixel centers, and View.size, of an entry of transforms.json."""
+    """The camera of an entry of transforms.json -> fields of View."""
     size = values.get("h"), values.get("w")
     height, width = image_size(color, "color") if None in size else size
     values = {"cx": width / 2, "cy": height / 2, **values}
@@ -180,33 +186,32 @@ def transforms_camera(values, color, where):
         require(values, ["camera_angle_x"], f"{where} lacks fl_x, and")
         values["fl_x"] = width / 2 / np.tan(values["camera_angle_x"] / 2)
     fx, cx, cy = (values[name] for name in ("fl_x", "cx", "cy"))
-    return as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics"), size
+    numbers = [fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]
+    return {"intrinsics": as_intrinsics([numbers], where, "intrinsics"), "size": size}
 
 
 def transforms_distortion(values, where):
     """(model, coefficients) of an entry of transforms.json, or () if there is no distortion."""
     model = values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")
-    is_fisheye = model == "OPENCV_FISHEYE"
-    is_unknown = model not in ("OPENCV", "OPENCV_FISHEYE", "PINHOLE", "SIMPLE_PINHOLE")
-    if is_unknown or values.get("k4") and not is_fisheye:
+    if model in ("PINHOLE", "SIMPLE_PINHOLE"):
+        model = "OPENCV"
+    names = LENSES.get(model, ())
+    if not names or values.get("k4") and "k4" not in names:
         raise ValueError(f"{where} has camera_model {model} (k4: {values.get('k4', 0)}), which is not read: "
                          "undistort to PINHOLE")
-    names = ("k1", "k2", "k3", "k4") if is_fisheye else ("k1", "k2", "p1", "p2", "k3")
     coefficients = tuple(float(values.get(name) or 0) for name in names)
-    model = "OPENCV_FISHEYE" if is_fisheye else "OPENCV"
-    return (model, coefficients) if any(coefficients) or is_fisheye else ()
+    return (model, coefficients) if any(coefficients) or model == "OPENCV_FISHEYE" else ()
 
 
 def read_tum(folder, options):
     """TUM RGB-D: "seconds file" in rgb.txt and depth.txt, "seconds t q" in groundtruth.txt."""
-    intrinsics, size = camera_in(folder, options, " (fr1: 517.3,516.5,318.6,255.3, fr2: "
-                                 "520.9,521.0,325.1,249.7, fr3: 535.4,539.2,320.1,247.6)")
+    camera = camera_in(folder, options)
     times, rows = {}, {}
     for name in ("rgb", "depth", "groundtruth"):
         path = folder / f"{name}.txt"
         rows[name] = read_rows(path, name)
-        first = [row[:1] for row in rows[name]]
-        times[name] = as_matrix(first, path, "times", [(len(first), 1)])[:, 0]
+        words = [row[0] for row in rows[name]]
+        times[name] = as_matrix([words], path, "times", [(1, len(words))])[0]
 
     def nearest(name, time):  # None: not within MAX_GAP
         place = np.abs(times[name] - time).argmin()
@@ -217,27 +222,28 @@ def read_tum(folder, options):
         depth, pose = nearest("depth", time), nearest("groundtruth", time)
         depth = depth and folder / depth[0]
         pose = pose and parse_pose(pose, path, options)
-        views.append(View(Path(file).stem, folder / file, depth, pose, intrinsics, 5000, size=size))
+        views.append(View(Path(file).stem, folder / file, depth, pose, 5000, **camera))
     return views
 
 
 def read_replica(folder, options):
     """NICE-SLAM's Replica: traj.txt, 16 numbers per line, results/, cam_params.json there or above."""
     path = next(folder.glob("cam_params.json"), folder.parent / "cam_params.json")
-    camera = read_json(path, "cam_params").get("camera", {})
-    require(camera, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
-    intrinsics = as_intrinsics([[camera[name] for name in ("fx", "fy", "cx", "cy")]], path, "camera")
-    size = camera.get("h"), camera.get("w")
+    values = read_json(path, "cam_params").get("camera", {})
+    require(values, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
+    check_scale(values["scale"], f"{path}: scale")
+    numbers = [values[name] for name in ("fx", "fy", "cx", "cy")]
+    camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": (values.get("h"), values.get("w"))}
     path = folder / "traj.txt"
-    return from_folders(folder, options, path, read_rows(path, "poses"), (intrinsics, size), camera["scale"],
+    return from_folders(folder, options, path, read_rows(path, "poses"), camera, values["scale"],
                         ["results/frame*"], "results/depth*")
 
 
 def read_redwood(folder, options):
-    """Open3D and Redwood: trajectory.log with a line of numbers and four of a matrix per pose."""
+    """Open3D and Redwood: trajectory.log with 3 numbers and a 4 x 4 matrix per pose."""
     path = folder / "trajectory.log"
-    rows = read_rows(path, "poses", ragged=True)
-    rows = [sum(rows[i + 1:i + 5], []) for i in range(0, len(rows), 5)]
+    words = read_text(path, "poses file").split()
+    rows = [words[i + 3:i + 19] for i in range(0, len(words), 19)]
     return from_folders(folder, options, path, rows, camera_in(folder, options))
 
 
@@ -252,13 +258,13 @@ def read_pose_list(folder, options):
 
 def read_posed(folder, options):
     """7-Scenes: frame-<n>.color.jpg|png, .depth.png and .pose.txt."""
-    intrinsics, size = camera_in(folder, options, " (7-Scenes: 585,585,320,240)")
+    camera = camera_in(folder, options)
     views = []
     for color in images_in(folder, "frame-*.color.*"):
         stem = color.name.split(".")[0]
         path = folder / f"{stem}.pose.txt"
         pose = parse_pose(read_rows(path, "pose"), path, options)
-        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, intrinsics, 1000, size=size))
+        views.append(View(stem, color, folder / f"{stem}.depth.png", pose, 1000, **camera))
     return views
 
 
@@ -271,12 +277,11 @@ def read_stray(folder, options):
     names = ("x", "y", "z", "qx", "qy", "qz", "qw")
     require(header, names, f"{path}: the first line")
     rows = [[row[header.index(name)] for name in names] for row in rows]
-    camera = folder / "camera_matrix.csv"
-    intrinsics = as_intrinsics(read_rows(camera, "camera"), camera, "camera_matrix")
-    views = from_folders(folder, options, path, rows, (intrinsics, UNKNOWN))
-    if not (folder / "confidence").is_dir():
-        return views
+    camera = {"intrinsics": read_intrinsics(folder / "camera_matrix.csv", "camera_matrix")}
+    views = from_folders(folder, options, path, rows, camera)
     folder = folder / "confidence"
+    if not folder.is_dir():
+        return views
     return [view._replace(confidence=folder / f"{view.depth.stem}.png") for view in views]
 
 
@@ -288,23 +293,24 @@ def read_sens(folder, options):
     """ScanNet's .sens, version 4: places of JPEG or PNG color and zlib depth in the file."""
     path = only_file(folder, "*.sens")
     content = np.memmap(path, np.uint8, "r")
-    views = []
+    views, place = [], 12
     try:
         version, length = struct.unpack_from("<IQ", content)
-        place = 12 + length
+        place += length
         *matrices, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack_from(content, place)
         if version != 4 or color_kind not in (1, 2) or depth_kind != 1:
             raise ValueError(f"{path}: version {version}, compressions {color_kind} and {depth_kind} are not read")
+        check_scale(units, f"{path}: units of depth per meter")
         color, color_pose, depth, depth_pose = np.array(matrices).reshape(4, 4, 4)
         place += SENS_HEAD.size
         for number in range(count):
             *pose, _, _, color_size, depth_size = SENS_FRAME.unpack_from(content, place)
             start = place + SENS_FRAME.size
             place = start + color_size + depth_size
-            cam2world, depth_cam2world = (parse_pose(pose, f"{path}: frame {number}", options, extrinsics)
-                                          for extrinsics in (color_pose, depth_pose))
-            views.append(View(str(number), path, path, cam2world, color[:3, :3], units, depth[:3, :3],
-                              depth_cam2world, part=(start, color_size, depth_size, (height, width))))
+            poses = [parse_pose(pose, f"{path}: frame {number}", options, axes) for axes in (color_pose, depth_pose)]
+            part = start, color_size, depth_size, (height, width)
+            views.append(View(str(number), path, path, poses[0], units, color[:3, :3],
+                              depth_intrinsics=depth[:3, :3], depth_cam2world=poses[1], part=part))
     except struct.error:
         place = len(content) + 1
     if place > len(content):
@@ -325,18 +331,44 @@ FORMATS = {
 }
 
 
-def format_of(folder, format=None):
-    """The name of the format of a capture in a folder, or None. format: insist on that one."""
-    names = [format] if format else FORMATS
+def format_of(folder, names):
+    """The first of the names of formats that a folder has the files of, or None."""
     return next((name for name in names if visible(folder, FORMATS[name][0])), None)
+
+
+def read_views(folder, name, options):
+    """The views of a capture; errors point to the paragraph of its format."""
+    try:
+        views = [checked(view) for view in FORMATS[name][2](folder, options)]
+    except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
+        where = "" if str(folder) in str(error) else f"{folder}: "
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
+    scale = options.depth_scale
+    return [view._replace(units_per_meter=scale) for view in views] if scale else views
+
+
+def checked(view):
+    """A View whose files exist, with intrinsics of its color image, if that is a smaller copy of theirs."""
+    if not view.is_whole:
+        return view
+    for path in view.files:
+        check_exists(path, "image")
+    if None in view.size:
+        return view
+    size = image_size(view.color, "color")
+    (height, width), (own_height, own_width) = view.size, size
+    if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
+        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
+                         f"{height}: turned or cropped?")
+    return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
 
 
 class CaptureFrames:
     """A source of frames (see data.py): a folder that holds one capture, which is a scene, or several.
 
-    format: a key of FORMATS; None: what lies there decides. options: what the files do not say.
-    split: a file with one `scene` or `scene/stem` per line; None: all frames. undistort: that of
-    support/lens.py, for lenses with a distortion. No format has labels.
+    format: a key of FORMATS; None: what lies there decides. split: a file with one `scene` or `scene/stem`
+    per line; None: all frames. undistort: that of support/lens.py, for lenses with a distortion.
 
     Attributes: names, num_skipped (frames with a lost pose), left_out {what was not taken: how many},
     description (how it is read, in a line).
@@ -349,77 +381,60 @@ class CaptureFrames:
         self.undistort = undistort
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder of a capture")
-        folders = [root] if format_of(root, format) else list(filter(Path.is_dir, visible(root, "*")))
-        found = {folder: format_of(folder, format) for folder in folders}
+        formats = [format] if format else FORMATS
+        folders = [root] if format_of(root, formats) else filter(Path.is_dir, visible(root, "*"))
+        found = {folder: format_of(folder, formats) for folder in folders}
         kinds = sorted(set(found.values()) - {None})
         if not kinds:
-            looked_for = ", ".join(FORMATS[name][0] for name in ([format] if format else FORMATS))
+            looked_for = ", ".join(FORMATS[name][0] for name in formats)
             raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in its "
                              f"folders (docs/captures.md#{format or 'formats'}), and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))
         views = []  # (name, view)
-        for folder, name in found.items():
+        for folder in filter(found.get, found):
             scene = folder.resolve().name if folder == root else folder.name
-            views += [(f"{scene}/{view.stem}", view) for view in self._read_views(folder, name, options)]
+            views += [(f"{scene}/{view.stem}", view) for view in read_views(folder, found[folder], options)]
         if split is not None:
             wanted = {line.strip() for line in read_text(split, "split file").splitlines()} - {""}
             views = [(name, view) for name, view in views if {name, name.split("/")[0]} & wanted]
             unknown = wanted - {part for name, _ in views for part in (name, name.split("/")[0])}
             if unknown:
                 raise FileNotFoundError(f"split file {split}: no scene or frame {min(unknown)!r} in {root}")
-        known = [(name, view) for name, view in views if is_whole(view)]
-        self.names, self.views = [name for name, _ in known], [view for _, view in known]
+        self.names = [name for name, view in views if view.is_whole]
+        self.views = [view for _, view in views if view.is_whole]
         self.num_skipped = sum(view.cam2world is None for _, view in views)
         self.left_out = +Counter({"folders without a capture": list(found.values()).count(None),
-                                  "frames without depth": len(views) - len(known) - self.num_skipped})
-        words = [f"{name}: {FORMATS[name][0]}, {FORMATS[name][1]}" for name in kinds]
-        words += [f"{len(known)} frames, {self.num_skipped} without a pose"]
+                                  "frames without depth": len(views) - len(self.views) - self.num_skipped})
+        words = [f"{name}: {FORMATS[name][0]}, {options.pose or FORMATS[name][1]}" for name in kinds]
+        words += [f"{len(self.views)} frames, {self.num_skipped} without a pose"]
         words += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
         words += [f"{scale:g} units of depth per meter" for scale in {view.units_per_meter for view in self.views}]
         self.description = "; ".join(words)
-        twice = [name for name, count in Counter(self.names).items() if count > 1]
-        if twice:
-            raise ValueError(f"{root}: two images are named {twice[0]}")
-        if not known:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"{root}: two images are named {Counter(self.names).most_common(1)[0][0]}")
+        if not self.views:
             raise ValueError(f"{split or root}: no frame left ({self.description})")
-
-    def _read_views(self, folder, name, options):
-        """The views of a capture (no format: none); errors point to the paragraph of its format."""
-        if name is None:
-            return []
-        try:
-            views = FORMATS[name][2](folder, options)
-            for path in {path for view in filter(is_whole, views) for path in files_of(view)}:
-                check_exists(path, "image")
-            views = [fit_camera(view) for view in views]
-        except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
-            where = "" if str(folder) in str(error) else f"{folder}: "
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
-        scale = options.depth_scale
-        return [view._replace(units_per_meter=scale) for view in views] if scale else views
 
     def __len__(self):
         return len(self.views)
 
     def files(self, index):
         """Paths of all files that a frame is read from."""
-        return files_of(self.views[index])
+        return self.views[index].files
 
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame."""
         view = self.views[index]
         if view.part:
-            offset, size, *_ = view.part
-            image = decode_color(np.memmap(view.color, np.uint8, "r", offset, size).tobytes(), view.color)
+            content = np.memmap(view.color, np.uint8, "r", *view.part[:2])
+            image = decode_color(content.tobytes(), view.color)
         else:
             image = read_color(view.color)
         return self.undistort(image, view.intrinsics, *view.distortion) if view.distortion else image
 
     def __getitem__(self, index):
         view = self.views[index]
-        color = self.color(index)
-        depth = read_depth_of(view)
+        color, depth = self.color(index), read_depth_of(view)
         depth_intrinsics = view.depth_intrinsics
         if depth_intrinsics is None:
             depth_intrinsics = resized(view.intrinsics, color.shape[:2], depth.shape)
@@ -434,24 +449,6 @@ class CaptureFrames:
         return frame
 
 
-def is_whole(view):
-    """Whether a View has a pose and depth."""
-    return view.cam2world is not None and view.depth is not None
-
-
-def files_of(view):
-    """Paths of the files of a View."""
-    return [str(path) for path in (view.color, view.depth, view.confidence) if path is not None]
-
-
-def resized(intrinsics, old_size, new_size):
-    """Intrinsics of an image resized from old_size to new_size, (H, W) each: c -> (c + 0.5) s - 0.5."""
-    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0], 1.0])
-    matrix = intrinsics * scale[:, None]
-    matrix[:2, 2] += 0.5 * scale[:2] - 0.5
-    return matrix
-
-
 def read_depth_of(view):
     """Depth (Hd, Wd) float32 meters of a View, 0 = no reading."""
     if view.part:
@@ -461,9 +458,8 @@ def read_depth_of(view):
             depth = np.frombuffer(zlib.decompress(content), "<u2").reshape(shape)
         except (zlib.error, ValueError) as error:
             raise ValueError(f"{view.depth}: depth of frame {view.stem} is damaged: {error}") from None
-        depth = depth_in_meters(depth, view.units_per_meter)
-    else:
-        depth = read_depth(view.depth, view.units_per_meter)
+        return depth_in_meters(depth, view.units_per_meter)
+    depth = read_depth(view.depth, view.units_per_meter)
     if view.confidence is None:
         return depth
     confidence = read_index_image(view.confidence, "confidence")

@@ -18,17 +18,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from support.files import (as_matrix, as_pose, check_intrinsics, check_principal_point, image_size,
-                           natural_key, read_bytes, read_color, read_depth, read_index_image,
-                           read_intrinsics, read_json, read_pose, read_text)
+from support.files import (as_matrix, as_pose, check_principal_point, image_size, natural_key, read_bytes,
+                           read_color, read_depth, read_index_image, read_intrinsics, read_json, read_pose,
+                           read_text)
 
 # --------------------------------------------------------------------------------------------- classes
+
+UNLABELED = "unlabell?ed"  # ignored with any id
+VOID = UNLABELED + r"|un(annotated|known|defined|classified)|void|ignored?|none|no ?label|n ?a|invalid"
 
 
 def load_classes(path):
     """Class list with one "id name" pair per line -> {id: name}, where None means ignored.
 
-    Ids that share a name are one class. With a line "* unlabeled", ids that are not listed are ignored.
+    Ids that share a name are one class. Ignored are ids named unlabeled, 0 and 255 with a name as of
+    `means_no_class`, and with a line "* unlabeled" all that are not listed.
     """
     classes = {}
     for number, line in enumerate(read_text(path, "class list").splitlines(), 1):
@@ -42,19 +46,19 @@ def load_classes(path):
         key = int(key) if is_id else key
         if key in classes:
             raise ValueError(f"{path} line {number}: id {key} is listed twice")
-        classes[key] = None if is_ignored(key, name) else name
-        if classes[key] is None and name != "unlabeled":
+        is_ignored = means_no_class(name, VOID if key in (0, 255) else UNLABELED)
+        classes[key] = None if is_ignored else name
+        if is_ignored and name != "unlabeled":
             warnings.warn(f"{path}: {name!r} (id {key}) is ignored, like 'unlabeled'")
     if not any(classes.values()):
         raise ValueError(f"class list {path} names no class")
     return classes
 
 
-def is_ignored(key, name):
-    """Whether a name of a class list stands for pixels without a label."""
-    name = name.lower()
-    is_void = name in ("void", "ignore", "unannotated") and key in (0, 255)
-    return is_void or name in ("unlabeled", "unlabelled")
+def means_no_class(name, words=VOID):
+    """Whether a class is named as pixels without a label are: Void, <ignore>, n/a."""
+    plain = re.sub(r"[\W_]+", " ", name).strip().lower()
+    return re.fullmatch(words, plain) is not None
 
 
 class ClassTable:

@@ -30,7 +30,7 @@ def write_whole(path, write, folder=None, sync=True):
 
     Whenever that is interrupted, the old file or the whole new one is there. If it fails, OSError names
     `path`, and nothing is left. folder: where the unfinished file lies, by default beside `path`.
-    sync: waits for the disk; otherwise a power cut may leave the new name on an empty file.
+    sync: waits for the disk; else a power cut may leave the new name on an empty file.
     """
     path = Path(path)
     temporary = Path(folder or path.parent) / f"{path.name}.{uuid.uuid4().hex}.tmp"
@@ -96,18 +96,15 @@ def read_json(path, field):
     return content
 
 
-def read_rows(path, field, ragged=False):
-    """Lists of the words, between spaces or commas, in each line of a text file; equally many if not `ragged`.
-
-    Empty lines and comments, after #, are left out.
-    """
+def read_rows(path, field):
+    """Lists of the words, between spaces or commas, in each line of a text file; empty ones and # are left out."""
     lines = read_text(path, f"{field} file").replace(",", " ").splitlines()
-    rows = [line.split() for line in lines if not line.lstrip().startswith("#")]
-    rows = [row for row in rows if row]
+    rows = [line.split() for line in lines]
+    rows = [row for row in rows if row and not row[0].startswith("#")]
     if not rows:
         raise ValueError(f"{path}: {field} file without a line")
     for row in rows:
-        if len(row) != len(rows[0]) and not ragged:
+        if len(row) != len(rows[0]):
             raise ValueError(f"{path}: {field} has {len(row)} words in a line, expected {len(rows[0])}: {' '.join(row)}")
     return rows
 
@@ -143,14 +140,11 @@ def as_matrix(values, path, field, shapes):
         matrix = np.array(values, np.float64)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {field} is not a matrix of numbers: {error}") from None
-    if matrix.shape in shapes:
-        return matrix
-    is_row = matrix.size == max(matrix.shape)
-    shape = next((shape for shape in shapes if is_row and matrix.size == shape[0] * shape[1]), None)
-    if shape is None:
-        expected = " or ".join(map(str, shapes))
-        raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {expected}")
-    return matrix.reshape(shape)
+    is_row = matrix.size in matrix.shape
+    for shape in shapes:
+        if matrix.shape == shape or is_row and matrix.size == shape[0] * shape[1]:
+            return matrix.reshape(shape)
+    raise ValueError(f"{path}: {field} has shape {matrix.shape}, expected {' or '.join(map(str, shapes))}")
 
 
 def as_pose(values, path, field="pose"):
@@ -160,7 +154,12 @@ def as_pose(values, path, field="pose"):
         return None
     if len(pose) == 3:
         pose = np.vstack([pose, [0, 0, 0, 1]])
-    check_rigid(pose, path, field)
+    turn = pose[:3, :3]
+    last_row = np.abs(pose[3] - [0, 0, 0, 1]).max()
+    if np.abs(turn).max() > 2 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or last_row > 1e-6:
+        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: {pose.tolist()}")
+    if np.linalg.det(turn) < 0:
+        raise ValueError(f"{path}: {field} is mirrored, det R = -1: {pose.tolist()}")
     return pose
 
 
@@ -191,17 +190,7 @@ def as_intrinsics(values, path, field):
     if len(matrix) == 1:
         fx, fy, cx, cy = matrix[0]
         matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-    check_intrinsics(matrix[:3, :3], path, field)
-    return matrix[:3, :3]
-
-
-def read_intrinsics(path, field):
-    """Text file of intrinsics, see `as_intrinsics`."""
-    return as_intrinsics(read_rows(path, field), path, field)
-
-
-def check_intrinsics(matrix, path, field):
-    """ValueError if (3, 3) is no pinhole matrix in pixels."""
+    matrix = matrix[:3, :3]
     focal = matrix[[0, 1], [0, 1]]
     has_zeros = matrix[1, 0] == 0 and (matrix[2] == [0, 0, 1]).all()
     if not (np.isfinite(matrix).all() and has_zeros and focal.min() > 0):
@@ -209,6 +198,12 @@ def check_intrinsics(matrix, path, field):
                          f"{matrix.tolist()}")
     if focal.min() < 1:
         raise ValueError(f"{path}: {field} is not in pixels: {matrix.tolist()}")
+    return matrix
+
+
+def read_intrinsics(path, field):
+    """Text file of intrinsics, see `as_intrinsics`."""
+    return as_intrinsics(read_rows(path, field), path, field)
 
 
 def check_principal_point(intrinsics, size, path):
@@ -220,25 +215,14 @@ def check_principal_point(intrinsics, size, path):
                          f"{size[1]} x {size[0]} pixels")
 
 
-def check_rigid(matrix, path, field):
-    """ValueError if (4, 4) is not [[R, t], [0, 1]] with det R = 1."""
-    turn = matrix[:3, :3]
-    last_row = np.abs(matrix[3] - [0, 0, 0, 1]).max()
-    if np.abs(turn).max() > 2 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or last_row > 1e-6:
-        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: "
-                         f"{matrix.tolist()}")
-    if np.linalg.det(turn) < 0:
-        raise ValueError(f"{path}: {field} is mirrored, det R = -1: {matrix.tolist()}")
-
-
 # ---------------------------------------------------------------------------------------------- images
 
 
-def image_size(path, field, formats=("JPEG", "PNG")):
+def image_size(path, field):
     """(H, W) of an image file, from its header."""
     check_exists(path, f"{field} image")
     try:
-        with Image.open(path, formats=formats) as image:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
             return image.size[::-1]
     except Exception as error:
         raise ValueError(f"{path}: {field} image cannot be decoded: {error}") from error
@@ -257,10 +241,7 @@ def decode_image(content, path, field, formats):
 
 
 def png_header(content):
-    """(bits per channel, color type) of a PNG; (8, None) for other formats.
-
-    Pillow's mode tells neither 16-bit RGB nor 4-bit grayscale, both of which it makes 8-bit.
-    """
+    """(bits per channel, color type) of a PNG, some of which Pillow makes 8-bit; (8, None) for other formats."""
     return (content[24], content[25]) if content[12:16] == b"IHDR" else (8, None)
 
 
@@ -332,9 +313,13 @@ def check_torch_file(path):
     written for an entry that is marked as a folder, and runs TorchScript (constants.pkl).
     """
     check_exists(path, "checkpoint")
+    strange = []
     try:
         with zipfile.ZipFile(path) as archive:
-            strange = [entry.filename for entry in archive.infolist() if is_strange(entry)]
+            for entry in archive.infolist():
+                is_script = entry.filename.endswith("/constants.pkl")
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & FOLDER or is_script:
+                    strange.append(entry.filename)
             damaged = strange or archive.testzip()
     except Exception as error:  # zipfile raises many kinds
         raise ValueError(f"{path}: not a checkpoint (a zip file of torch.save), truncated, or damaged: "
@@ -343,9 +328,3 @@ def check_torch_file(path):
         raise ValueError(f"{path}: not a checkpoint, torch.save writes no entry such as {strange[0]}")
     if damaged:
         raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
-
-
-def is_strange(entry):
-    """Whether an entry of a zip file is none of torch.save's."""
-    is_script = entry.filename.endswith("/constants.pkl")
-    return entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & FOLDER or is_script

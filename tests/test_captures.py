@@ -378,8 +378,8 @@ def test_the_direction_of_any_format_can_be_overruled(tmp_path):
     write_transforms(tmp_path)
     expected = CaptureFrames(tmp_path)[1]["world2cam"]
     edit(tmp_path, lambda s: [f.update(transform_matrix=np.linalg.inv(f["transform_matrix"]).tolist()) for f in s["frames"]])
-    frame = CaptureFrames(tmp_path, options=Options(pose="w2c"))[1]
-    assert np.allclose(frame["world2cam"], expected)
+    frames = CaptureFrames(tmp_path, options=Options(pose="w2c"))
+    assert np.allclose(frames[1]["world2cam"], expected) and "transforms.json, w2c;" in frames.description
 
 
 def test_each_frame_may_have_a_camera_of_its_own(tmp_path):
@@ -406,7 +406,8 @@ def test_colors_of_a_lens_are_interpolated_where_it_put_them(model, coefficients
 
 
 REFUSED = {
-    "no frames": (lambda f: (f / "transforms.json").write_text("{}"), "no list of frames"),
+    "no unit": (lambda f: edit(f, lambda s: s.update(depth_unit_scale_factor=0)), "frame 0: unit of depth is 0, expected"),
+    "no frames": (lambda f: (f / "transforms.json").write_text("{}"), "transforms.json: no list of frames"),
     "no depth": (lambda f: edit(f, lambda s: [frame.pop("depth_file_path") for frame in s["frames"]]), "depth_file_path"),
     "no camera": (lambda f: edit(f, lambda s: s.pop("fl_x")), "fl_x"),
     "k4": (lambda f: edit(f, lambda s: s.update(k4=0.1)), "k4: 0.1"),
@@ -423,6 +424,13 @@ REFUSED = {
     "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md.*SCENE/.color/N.jpg")}
 
 
+def spoil_unit(path):
+    content = bytearray(path.read_bytes())
+    place = content.index(struct.pack("<f", 1000))
+    content[place:place + 4] = struct.pack("<f", np.nan)
+    path.write_bytes(content)
+
+
 def array_of(folder, content):
     edit(folder, lambda s: s["frames"][0].update(depth_file_path="depth/0.npy"))
     (folder / "depth/0.npy").write_bytes(content)
@@ -432,6 +440,9 @@ REFUSED_OTHERS = {
     "redwood, another number": (lambda f: (f / "depth/000003.png").rename(f / "depth/000007.png"),
                                 "000003.png would go with 000007.png"),
     "redwood, no matrix": (lambda f: (f / "camera_intrinsic.json").write_text("{}"), "lacks intrinsic_matrix"),
+    "replica, scale 0": (lambda f: (f / "cam_params.json").write_text(json.dumps({"camera": dict.fromkeys(
+        ("fx", "fy", "cx", "cy"), 50) | {"scale": 0}})), "cam_params.json: scale is 0, expected a number > 0"),
+    "sens, no unit": (lambda f: spoil_unit(f / "scene.sens"), "scene.sens: units of depth per meter is nan, expected"),
     "stray, cut": (lambda f: (f / "odometry.csv").write_text((f / "odometry.csv").read_text()[:-40]), "words in a line"),
     "stray, empty": (lambda f: (f / "odometry.csv").write_text(""), "odometry.csv: odometry file without a line"),
     "stray, video": (lambda f: (f / "rgb").rename(f / "video"), "unpack the video: .*ffmpeg"),
@@ -447,11 +458,13 @@ REFUSED_OTHERS = {
 
 @pytest.mark.parametrize("case", REFUSED_OTHERS)
 def test_files_that_do_not_belong_together_or_are_damaged_are_named(tmp_path, case):
-    _, options = WRITERS[case.rpartition(", ")[0]](tmp_path)
+    folder = tmp_path / "capture"
+    folder.mkdir()
+    _, options = WRITERS[case.rpartition(", ")[0]](folder)
     spoil, message = REFUSED_OTHERS[case]
-    spoil(tmp_path)
+    spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        list(CaptureFrames(tmp_path, options=options))
+        list(CaptureFrames(folder, options=options))
 
 
 def edit(folder, change):

@@ -117,7 +117,7 @@ def test_a_pose_is_three_or_four_rows_or_twelve_or_sixteen_numbers(rows):
 
 @pytest.mark.parametrize("rows, message", [
     (np.eye(3), r"pose has shape \(3, 3\), expected \(4, 4\) or \(3, 4\)"), ([], "pose has shape"),
-    ([1, 2, 3], "pose has shape"), ([["1", "0"], ["0"]], "pose is not a matrix"), ("a", "pose is not a matrix"),
+    ([1, 2, 3], "pose has shape"), (5, r"pose has shape \(\)"), ([["1", "0"], ["0"]], "pose is not a matrix"), ("a", "pose is not a matrix"),
     (np.zeros((4, 4)), "pose is not a rotation"), (POSE.T, "pose is not a rotation"),
     (POSE * 3, "pose is not a rotation"), (POSE @ np.diag([1, 1, -1, 1]), "pose is mirrored, det R = -1")])
 def test_what_is_no_pose_is_named(rows, message):

@@ -95,7 +95,7 @@ def test_a_class_list_maps_ids_to_consecutive_classes(tmp_path):
 
 @pytest.mark.parametrize("name, key, is_ignored", [
     ("Unlabeled", 7, True), ("unlabelled", 0, True), ("void", 255, True), ("Ignore", 0, True),
-    ("unannotated", 255, True), ("void", 3, False), ("ignore me", 0, False)])
+    ("__ignore__", 255, True), ("n/a", 0, True), ("<UNKNOWN>", 255, True), ("void", 3, False), ("ignore me", 0, False)])
 def test_names_for_no_label_are_ignored_and_said(tmp_path, recwarn, name, key, is_ignored):
     (tmp_path / "classes.txt").write_text(f"{key} {name}\n1 wall\n")
     classes = load_classes(tmp_path / "classes.txt")
