@@ -170,8 +170,9 @@ def read_transforms(folder, options):
         cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
         check_scale(unit, f"{where}: unit of depth")
-        views.append(View(f"{number:06d}", color, depth, cam2world, 1 / unit, **transforms_camera(values, color, where),
-                          distortion=transforms_distortion(values, where)))
+        camera = transforms_camera(values, color, where)
+        lens = transforms_distortion(values, where)
+        views.append(View(f"{number:06d}", color, depth, cam2world, 1 / unit, **camera, distortion=lens))
     if all(view.depth is None for view in views):
         raise ValueError(f"{path}: no list of frames with depth_file_path: 3D points need depth")
     return views
@@ -233,7 +234,8 @@ def read_replica(folder, options):
     require(values, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
     check_scale(values["scale"], f"{path}: scale")
     numbers = [values[name] for name in ("fx", "fy", "cx", "cy")]
-    camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": (values.get("h"), values.get("w"))}
+    size = values.get("h"), values.get("w")
+    camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": size}
     path = folder / "traj.txt"
     return from_folders(folder, options, path, read_rows(path, "poses"), camera, values["scale"],
                         ["results/frame*"], "results/depth*")
@@ -349,7 +351,7 @@ def read_views(folder, name, options):
 
 
 def checked(view):
-    """A View whose files exist, with intrinsics of its color image, if that is a smaller copy of theirs."""
+    """A View whose files exist, with intrinsics scaled to the size of its color image."""
     if not view.is_whole:
         return view
     for path in view.files:
@@ -408,7 +410,8 @@ class CaptureFrames:
         words = [f"{name}: {FORMATS[name][0]}, {options.pose or FORMATS[name][1]}" for name in kinds]
         words += [f"{len(self.views)} frames, {self.num_skipped} without a pose"]
         words += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
-        words += [f"{scale:g} units of depth per meter" for scale in {view.units_per_meter for view in self.views}]
+        scales = {view.units_per_meter for view in self.views}
+        words += [f"{scale:g} units of depth per meter" for scale in scales]
         self.description = "; ".join(words)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{root}: two images are named {Counter(self.names).most_common(1)[0][0]}")

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from support.files import (as_matrix, as_pose, check_principal_point, image_size, natural_key, read_bytes,
-                           read_color, read_depth, read_index_image, read_intrinsics, read_json, read_pose,
-                           read_text)
+from support.files import (as_matrix, as_pose, check_principal_point, image_size, natural_key,
+                           read_bytes, read_color, read_depth, read_index_image, read_intrinsics,
+                           read_json, read_pose, read_text)
 
 # --------------------------------------------------------------------------------------------- classes
 
@@ -100,10 +100,7 @@ class ClassTable:
 
 
 def read_label_map(path, source, target):
-    """Two columns of scannetv2-labels.combined.tsv -> {source: target}, with whole numbers as int.
-
-    ("raw_category", "id") gives the id of an annotation's label; ("id", "nyu40id") translates label images.
-    """
+    """Two columns of scannetv2-labels.combined.tsv -> {source: target}, with whole numbers as int."""
     label_map = {}
     try:
         for row in csv.DictReader(io.StringIO(read_text(path, "label map")), delimiter="\t"):
@@ -391,9 +388,7 @@ GEOMETRY = {**dict.fromkeys("xyz", ("f4", "f8")), **dict.fromkeys(("red", "green
 
 
 def read_ply_vertices(path, fields):
-    """Vertices of a PLY file, ascii or binary, that begins with them -> structured array (P,) with at least
-    `fields`, {name: types}.
-    """
+    """Vertices of a PLY file that begins with them -> structured array (P,). fields: {name: allowed types}."""
     content = read_bytes(path, "mesh")
     header = re.match(rb"ply.*?\nend_header\r?\n", content[:2 ** 16], re.DOTALL)
     text = header[0].decode("ascii", "replace").replace("\r", "") if header else ""
@@ -492,7 +487,7 @@ class CloudFile:
 
 
 def read_axis_alignment(path):
-    """<scene>.txt -> (4, 4) float64 that turns the scan's walls parallel to x and y, its floor to z = 0."""
+    """<scene>.txt -> (4, 4) float64 that turns walls parallel to x and y, and the floor to z = 0."""
     for line in read_text(path, "scan description").splitlines():
         key, _, value = line.partition("=")
         if key.strip() == "axisAlignment":

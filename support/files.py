@@ -97,7 +97,7 @@ def read_json(path, field):
 
 
 def read_rows(path, field):
-    """Lists of the words, between spaces or commas, in each line of a text file; empty ones and # are left out."""
+    """Words in each line of a text file, between spaces or commas, without empty lines and comments (#)."""
     lines = read_text(path, f"{field} file").replace(",", " ").splitlines()
     rows = [line.split() for line in lines]
     rows = [row for row in rows if row and not row[0].startswith("#")]
@@ -105,7 +105,7 @@ def read_rows(path, field):
         raise ValueError(f"{path}: {field} file without a line")
     for row in rows:
         if len(row) != len(rows[0]):
-            raise ValueError(f"{path}: {field} has {len(row)} words in a line, expected {len(rows[0])}: {' '.join(row)}")
+            raise ValueError(f"{path}: {field} has {len(row)} words in a line, expected {len(rows[0])}: {row}")
     return rows
 
 
@@ -121,7 +121,7 @@ def only_file(folder, pattern):
     """The one path that a pattern finds."""
     path, *others = visible(folder, pattern)
     if others:
-        raise ValueError(f"{folder}: {path.name} and {others[0].name}, which is right? Keep one in the folder")
+        raise ValueError(f"{folder}: {path.name} and {others[0].name}: keep the right one")
     return path
 
 
@@ -148,7 +148,7 @@ def as_matrix(values, path, field, shapes):
 
 
 def as_pose(values, path, field="pose"):
-    """[R t] as 3 or 4 rows, 12 or 16 numbers -> rigid (4, 4) float64; None if it is lost (inf or NaN)."""
+    """[R t] as 3 or 4 rows, 12 or 16 numbers -> rigid (4, 4) float64; None if lost (inf or NaN)."""
     pose = as_matrix(values, path, field, [(4, 4), (3, 4)])
     if not np.isfinite(pose).all():
         return None
@@ -157,14 +157,14 @@ def as_pose(values, path, field="pose"):
     turn = pose[:3, :3]
     last_row = np.abs(pose[3] - [0, 0, 0, 1]).max()
     if np.abs(turn).max() > 2 or np.abs(turn @ turn.T - np.eye(3)).max() > 0.01 or last_row > 1e-6:
-        raise ValueError(f"{path}: {field} is not a rotation and a shift [[R, t], [0, 1]]: {pose.tolist()}")
+        raise ValueError(f"{path}: {field} is not a rotation and shift [[R, t], [0, 1]]: {pose.tolist()}")
     if np.linalg.det(turn) < 0:
         raise ValueError(f"{path}: {field} is mirrored, det R = -1: {pose.tolist()}")
     return pose
 
 
 def quaternion_pose(numbers, path, order=(3, 4, 5, 6)):
-    """Translation and quaternion (7,) -> rigid (4, 4) float64; None if lost. order: places of x, y, z and w."""
+    """Translation and quaternion (7,) -> rigid (4, 4) float64; None if lost. order: of x, y, z, w."""
     numbers = as_matrix([numbers], path, "pose", [(1, 7)])[0]
     x, y, z, w = numbers[list(order)]
     square = x * x + y * y + z * z + w * w
@@ -241,7 +241,7 @@ def decode_image(content, path, field, formats):
 
 
 def png_header(content):
-    """(bits per channel, color type) of a PNG, some of which Pillow makes 8-bit; (8, None) for other formats."""
+    """(bits per channel, color type) of a PNG, which Pillow may make 8-bit; (8, None) of other files."""
     return (content[24], content[25]) if content[12:16] == b"IHDR" else (8, None)
 
 
@@ -254,7 +254,7 @@ def decode_color(content, path):
         raise ValueError(f"{path}: the color image has 16 bits per channel, of which {used} are in use: save "
                          "it with 8")
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-        raise ValueError(f"{path}: the color image has mode {image.mode}, expected RGB, gray or a palette")
+        raise ValueError(f"{path}: color image of mode {image.mode}, expected RGB, gray or a palette")
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -264,7 +264,7 @@ def read_color(path):
 
 
 def read_index_image(path, field, bits=(8, 16)):
-    """PNG file of grayscale with `bits` or, if 8 is among them, a palette -> (H, W) unsigned integers."""
+    """PNG of grayscale with `bits` or, if 8 is among them, a palette -> (H, W) unsigned integers."""
     content = read_bytes(path, f"{field} image")
     image = decode_image(content, path, field, ("PNG",))
     depth, kind = png_header(content)
@@ -278,7 +278,7 @@ def read_index_image(path, field, bits=(8, 16)):
 
 
 def read_depth(path, units_per_meter=1000):
-    """Depth along the optical axis, 16-bit PNG, NPY or TIFF -> (H, W) float32, see `depth_in_meters`."""
+    """Depth along the optical axis, 16-bit PNG, NPY or TIFF -> (H, W) float32 meters, 0 = no reading."""
     ending = Path(path).suffix.lower()
     if ending == ".png":
         depth = read_index_image(path, "depth", (16,))

@@ -424,13 +424,6 @@ REFUSED = {
     "nothing": (lambda f: (f / "transforms.json").unlink(), "docs/captures.md.*SCENE/.color/N.jpg")}
 
 
-def spoil_unit(path):
-    content = bytearray(path.read_bytes())
-    place = content.index(struct.pack("<f", 1000))
-    content[place:place + 4] = struct.pack("<f", np.nan)
-    path.write_bytes(content)
-
-
 def array_of(folder, content):
     edit(folder, lambda s: s["frames"][0].update(depth_file_path="depth/0.npy"))
     (folder / "depth/0.npy").write_bytes(content)
@@ -442,7 +435,8 @@ REFUSED_OTHERS = {
     "redwood, no matrix": (lambda f: (f / "camera_intrinsic.json").write_text("{}"), "lacks intrinsic_matrix"),
     "replica, scale 0": (lambda f: (f / "cam_params.json").write_text(json.dumps({"camera": dict.fromkeys(
         ("fx", "fy", "cx", "cy"), 50) | {"scale": 0}})), "cam_params.json: scale is 0, expected a number > 0"),
-    "sens, no unit": (lambda f: spoil_unit(f / "scene.sens"), "scene.sens: units of depth per meter is nan, expected"),
+    "sens, no unit": (lambda f: (f / "scene.sens").write_bytes((f / "scene.sens").read_bytes().replace(
+        struct.pack("<f", 1000), struct.pack("<f", np.nan))), "scene.sens: units of depth per meter is nan, expected"),
     "stray, cut": (lambda f: (f / "odometry.csv").write_text((f / "odometry.csv").read_text()[:-40]), "words in a line"),
     "stray, empty": (lambda f: (f / "odometry.csv").write_text(""), "odometry.csv: odometry file without a line"),
     "stray, video": (lambda f: (f / "rgb").rename(f / "video"), "unpack the video: .*ffmpeg"),
