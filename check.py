@@ -533,13 +533,13 @@ def instance_rows(labels, names, ids=(), trusted=True):
     """
     fields = [own for own in labels if "instances" in own and any(own["counts"][1:])]
     if not fields:
-        return [Row("instance ids", "not tested", "no labelled frame has instances")]
+        return [Row("instance ids", "not tested", "no labeled frame has instances")]
     tables = [count_instances(own["labels"], own["instances"]) for own in fields]
     lost = trusted and lost_instances(np.concatenate(tables), names, ids)
     tables = [table[table[:, 1] >= 0] for table in tables]
     labels, instances, counts = np.concatenate(tables).T
     if len(counts) == 0:
-        return [wrong("instance ids", "No labelled pixel has an instance.")]
+        return [wrong("instance ids", "No labeled pixel has an instance.")]
 
     mixed = sum(map(mixed_pixels, tables)) / counts.sum()
     words = f"{mixed:.1%} of the pixels have an instance that is mostly of another class"

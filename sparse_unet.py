@@ -250,8 +250,11 @@ GPU_BLOCK = 2 ** 27
 
 
 def use_im2col(device, num_out, c_in, c_out):
-    # im2col: one product for all offsets. On a CPU one per offset is faster, because it skips empty
-    # neighbors, except with few rows, where calls dominate, and with few channels (colors).
+    """Whether one product for all offsets is faster than one per offset.
+
+    On a CPU the latter skips empty neighbors, except with few rows, where calls dominate, and with few
+    channels (colors).
+    """
     return device.type != "cpu" or c_in < 16 or num_out * c_in * c_out < 2 ** 20
 
 

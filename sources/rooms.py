@@ -126,6 +126,7 @@ def draw_look(rng, kind, width=0.0, height=0.0):
 
 
 def draw_panel_look(rng, kind, width, height):
+    """The Look of a picture, whiteboard or other panel; width and height in meters."""
     if kind == "picture":
         side = rng.uniform(0.12, 0.3)
         palette = [draw_color(rng, kind) for _ in range(16)]
@@ -230,6 +231,7 @@ def draw_furniture(rng, kind):
 
 
 def legs(w, d, height, side, inset):
+    """The boxes of four square legs under a top of w x d; all lengths in meters."""
     right = w - (inset + side)
     back = d - (inset + side)
     corners = itertools.product((inset, right), (inset, back))
@@ -332,6 +334,7 @@ def is_free(box, room, taken):
 
 
 def add_furniture(surfaces, kind, size, parts, side, origin, instance, rng):
+    """Appends the parts of a piece of furniture, turned to `side` at `origin`, to surfaces."""
     look = draw_look(rng, kind, size[0], size[2])
     for part in parts:
         is_shade = kind == "lamp" and part is parts[-1]

@@ -187,15 +187,15 @@ def mesh_scene(points):
     """How TensorBoard's mesh view shows points (N, 3) with y up: obliquely from above, as squares."""
     low, high = points.min(0), points.max(0)
     extent = high - low
-    centre = (low + high) / 2
+    center = (low + high) / 2
     radius = max(float(np.linalg.norm(extent)) / 2, 1e-3)
     area = 2 * float(extent @ np.roll(extent, 1))  # of the bounding box
     size = max(1.2 * math.sqrt(area / len(points)), radius / 60)
-    towards = np.float32([0.45, 0.75, 0.5])  # from the centre to the camera
-    position = centre + 1.7 * radius * towards / np.linalg.norm(towards)
+    towards = np.float32([0.45, 0.75, 0.5])  # from the center to the camera
+    position = center + 1.7 * radius * towards / np.linalg.norm(towards)
     return {"material": {"cls": "PointsMaterial", "size": size},
             "camera": {"cls": "PerspectiveCamera", "fov": 60, "near": radius / 100, "far": radius * 100,
-                       "position": position.tolist(), "lookAt": centre.tolist()}}
+                       "position": position.tolist(), "lookAt": center.tolist()}}
 
 
 class ProgressBar:

@@ -173,8 +173,8 @@ def third_classes(label):
     result = np.zeros(2, np.int64)
     for image in (label, label.T):
         before, middle, after = image[:-4], image[2:-2], image[4:]
-        labelled = np.minimum(np.minimum(before, middle), after) >= 0
-        border = (before != after) & labelled
+        labeled = np.minimum(np.minimum(before, middle), after) >= 0
+        border = (before != after) & labeled
         differs = (middle != before) & (middle != after)
         third = border & differs
         result += border.sum(), third.sum()
@@ -184,8 +184,8 @@ def third_classes(label):
 def count_instances(labels, instances):
     """Rows (label, instance, pixels) of the pixels (n,) of a frame that have a label; instance -1: none."""
     pairs = np.stack([labels, instances], 1)
-    labelled = pairs[labels >= 0]
-    pairs, counts = np.unique(labelled, axis=0, return_counts=True)
+    labeled = pairs[labels >= 0]
+    pairs, counts = np.unique(labeled, axis=0, return_counts=True)
     return np.column_stack([pairs, counts])
 
 

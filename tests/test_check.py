@@ -194,7 +194,7 @@ def interpolated(label):
     ("resized labels", "third one", {"label": lambda frame: interpolated(frame["label"])}),
     ("instance ids", "mostly of another class", {"instance": lambda frame: np.ones_like(frame["label"])}),
     ("instance ids", "the labels again", {"instance": lambda frame: frame["label"]}),
-    ("instance ids", "No labelled pixel", {"instance": lambda frame: np.full_like(frame["label"], -1)}),
+    ("instance ids", "No labeled pixel", {"instance": lambda frame: np.full_like(frame["label"], -1)}),
     ("instance ids", "id 0 count as none", {"instance": lambda frame: np.where(
         frame["instance"] == frame["instance"][frame["instance"] > 0].min(), -1, frame["instance"])})])
 def test_labels_that_cannot_be_right_are_found(rooms, fault, words, change):
