@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures on one GPU, within 8 minutes, what docs/benchmarks.md calls not measured, and prints it as Markdown.
+# Measures on one GPU, within 8 minutes, what docs/benchmarks.md calls not measured, and prints it as Markdown;
+# where there are several GPUs, also a training on all of them, for one minute more.
 #
 #     bench/gpu.sh > gpu.md          --smoke: the smallest form, on a CPU, to see that every command runs
 set -euo pipefail
@@ -48,30 +49,39 @@ if [[ $device == cuda ]]; then
 fi
 
 section "Tests of what a GPU computes"
-limited 60 python -m pytest -q "${tests[@]}"
+limited 45 python -m pytest -q "${tests[@]}"
 
 section "Training in bf16: its time and table"
-limited 80 python train.py --device "$device" --amp bf16 --runs "$folder/bf16" --cache "$folder/cache" "${main[@]}"
+limited 70 python train.py --device "$device" --amp bf16 --runs "$folder/bf16" --cache "$folder/cache" "${main[@]}"
 python -m bench gpu --of "$folder"/bf16/* || true
 
 section "3,000 steps in fp16: its bad steps"
-limited 110 python train.py --device "$device" --amp fp16 --runs "$folder/fp16" --cache "$folder/cache" "${long[@]}"
+limited 95 python train.py --device "$device" --amp fp16 --runs "$folder/fp16" --cache "$folder/cache" "${long[@]}"
 python -m bench gpu --of "$folder"/fp16/* || true
 
 section "The step by batch and dtype"
-timeout $((60 * patience)) python -m bench gpu "${step[@]}" "${batches[@]}" 2> "$folder/errors" | grep -v ^encoding \
+timeout $((50 * patience)) python -m bench gpu "${step[@]}" "${batches[@]}" 2> "$folder/errors" | grep -v ^encoding \
     || tail -n 20 "$folder/errors"
 
 if [[ $device == cuda ]]; then
     section "The step against the 3D baseline, eager and compiled"
-    limited 30 python -m bench step "${step[@]}"
-    limited 80 python -m bench step "${step[@]}" --compile
+    limited 20 python -m bench step "${step[@]}"
+    limited 60 python -m bench step "${step[@]}" --compile
     section "Sparse convolution"
-    limited 15 python -m bench sparse --device cuda --repeats 8
+    limited 10 python -m bench sparse --device cuda --repeats 8
+    section "Volt"
+    limited 20 python -m bench volt --device cuda
+    section "A tower with meaning, as far as the time reaches"
+    limited 65 python -m bench meaning --device cuda --seeds 1 --tower "$folder/tower" --out "$folder/meaning"
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+    if ((gpus > 1)); then
+        section "Training on $gpus GPUs: its time and table"
+        limited 60 torchrun --nproc-per-node "$gpus" train.py --runs "$folder/several" --cache "$folder/cache" "${main[@]}"
+    fi
 fi
 
 section "Encoder: share of the peak of a matrix product"
-limited 25 python -m bench encode --device "$device" --repeats 3 "${encode[@]}"
+limited 15 python -m bench encode --device "$device" --repeats 3 "${encode[@]}"
 
 section "Sampling"
 limited 10 python -m bench sample --device "$device" --repeats 3
