@@ -167,16 +167,6 @@ def test_permuting_superpoints_permutes_queries_and_masks():
     torch.testing.assert_close(after["mask_logits"], before["mask_logits"][:, :, order][..., order])
 
 
-def test_a_query_sees_nothing_of_superpoints_outside_its_mask():
-    torch.manual_seed(0)
-    attention, x, source = Attention(8, 2), torch.randn(4, 8), torch.randn(5, 8)
-    allowed = torch.ones(1, 4, 5, dtype=torch.bool)
-    allowed[..., 2] = False
-    other = source.clone()
-    other[2] = 100.
-    assert torch.equal(attention(x, source, [4], [5], allowed), attention(x, other, [4], [5], allowed))
-
-
 def test_every_parameter_gets_a_gradient_and_arguments_are_left_alone():
     net, feats, queries = small_decoder(), double(20, 6), draw_queries(batch_of(SIZES))
     arguments = [feats, queries["rows"], queries["query"], queries["padding"]]

@@ -377,8 +377,6 @@ def test_a_gradient_beyond_every_fp16_scale_is_named_with_its_term_and_place(tmp
 
 def test_a_file_that_is_no_saved_step_is_refused(tmp_path):
     path = tmp_path / "bad_step_1.pt"
-    with pytest.raises(FileNotFoundError, match="bad_step_1.pt does not exist"):
-        train.main(["--replay", str(path)])
     torch.save({"config": {}}, path)
     with pytest.raises(ValueError, match="bad_step_1.pt: .*field 'class_names' is missing"):
         train.main(["--replay", str(path)])

@@ -235,9 +235,6 @@ def test_published_files_load_in_full(tmp_path, qk_norm, moving_average):
 
 
 DAMAGES = {"blocks.1.mlp.fc1.bias is missing": ("blocks.1.mlp.fc1.bias", None),
-           "blocks.5.norm1.bias .* no such key": ("blocks.5.norm1.bias", torch.ones(128)),
-           r"decoder.pre.2.weight is \(8, 64\)": ("decoder.pre.2.weight", torch.ones(8, 64)),
-           "tokenizer.proj.bias .* holds NaN": ("tokenizer.proj.bias", torch.full((128,), torch.nan)),
            r"tokenizer.proj.weight has shape \(128, 374\)": ("tokenizer.proj.weight", torch.ones(128, 374)),
            "no decoder.unembed.bias": ("decoder.unembed.bias", None)}
 
