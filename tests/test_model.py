@@ -147,9 +147,6 @@ def test_instances_tell_the_class_of_the_superpoints_that_they_hold():
     torch.testing.assert_close(instance_logits(decoded), torch.stack(rows))
 
 
-# -------------------------------------------------------------------------------- parts of one's own
-
-
 @pytest.mark.parametrize("build, options", [
     (Res16UNet34C, SMALL),
     (Volt, dict(embed_dim=64, depth=1, num_heads=1))])

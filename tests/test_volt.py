@@ -194,11 +194,6 @@ def test_drop_path_drops_whole_tokens_and_keeps_the_mean():
     assert drop_path(x, 0.0, training=True) is x
 
 
-def test_the_rate_of_drop_path_rises_with_depth():
-    network = Volt(embed_dim=64, num_heads=1, depth=4, drop_path=0.3)
-    assert [block.drop_rate for block in network.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
-
-
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_inputs_are_refused(tiny, message):
     coords, channels = WRONG[message]
