@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -23,7 +22,8 @@ import train
 from encoder import Enhanced2DEncoder
 from fusion import FusionGate
 from helpers import (CLIP_ON, POSE, ROOT, SHARED_CACHE, TOWER, Forked, StopAt, checkpoint, in_two_processes,
-                     last_checkpoint, rendered, scalars, small, try_lock, write_rooms_as_scannet, write_scannet)
+                     last_checkpoint, refused, rendered, scalars, small, try_lock, write_rooms_as_scannet,
+                     write_scannet)
 from losses import ClipConsCriterion, clip_loss_weight
 from sources.rooms import CLASSES, RoomFrames
 from sources.scannet import ScanNetFrames
@@ -418,17 +418,12 @@ def test_own_frames_train_and_what_is_wrong_with_them_ends_the_run_before_anythi
     metrics = train.main(small(tmp_path / "good", options, "--epochs 1"))
     assert 0 <= metrics["miou"] <= 1 and 0 <= metrics["ap25"] <= 1
 
-    def refused(error, message):
-        with pytest.raises(error, match=message):
-            train.main(small(tmp_path, options))
-
     (tmp_path / "own" / "classes.txt").write_text("1 wall\n")
-    refused(ValueError, r"label-filt/\d.png: label \d+ is not in the class list")
-    (tmp_path / "own" / "classes.txt").write_text("1 wall\n99 nothing\n* unlabeled\n")
-    shutil.rmtree(tmp_path / "own" / "train0001" / "label-filt")
-    refused(FileNotFoundError, "train0001: .*label-filt")
+    with refused(r"label-filt/\d.png: label \d+ is not in the class list"):
+        train.main(small(tmp_path, options))
     (tmp_path / "own" / "val.txt").write_text((tmp_path / "own" / "train.txt").read_text())
-    refused(ValueError, "train0000/. is in two splits")
+    with refused("train0000/. is in two splits"):
+        train.main(small(tmp_path, options))
     assert not (tmp_path / "runs").exists()
 
 
