@@ -194,7 +194,6 @@ def test_the_real_networks_have_the_keys_of_the_published_files():
 @pytest.mark.parametrize("prefix, stem, channels, width, project, colors", [
     ("model.backbone.", 5, 3, 200, "Mask3D", "scannet"),
     ("model.backbone.", 5, 3, 13, "Mask3D", None),  # S3DIS
-    ("net3d.", 5, 3, 768, "OpenScene", "ones"),
     ("", 5, 3, None, None, None),
     ("backbone.", 5, 6, None, None, None),
     ("my_backbone.", 5, 3, None, None, None)])

@@ -126,7 +126,7 @@ def test_term_statistics_equal_the_gradients_of_known_terms(scale):
 
 
 class Tiny(torch.nn.Module):
-    """Two layers and a function between them that may break forward (log) or backward (sqrt at 0)."""
+    """Two layers and a function between them that may break backward."""
 
     def __init__(self):
         super().__init__()

@@ -210,12 +210,6 @@ def test_labels_are_optional_and_suffixes_may_be_upper_case(tmp_path):
     assert frame["color"].shape == (48, 64, 3)
 
 
-def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
-    save(root / "scene0000_00/label-filt/0.png", 1190, (48, 64))
-    frames = ScanNetFrames(root, {**CLASSES, "*": None})
-    assert (frames[0]["label"] == -1).all()
-
-
 def test_the_layout_of_scannet_frames_25k_is_read(root):
     expected = frames_of(root)[0]
     for scene in (root / "scene0000_00", root / "scene0001_00"):
