@@ -690,7 +690,8 @@ POINTS, IDS, MAPS = torch.zeros(2, 3), torch.tensor([0, 2]), torch.zeros(2, 3, 4
 
 @pytest.mark.parametrize("call, message", [
     (lambda: apply_transform(POINTS, pose(1).T), r"matrix \(4, 4\) must have the last row 0 0 0 1"),
-    (lambda: apply_transform(POINTS, math.nan * torch.eye(4)), "last row 0 0 0 1"),
+    *((lambda factor=factor: apply_transform(POINTS, factor * torch.eye(4)), "last row 0 0 0 1")
+      for factor in (0, 2, math.nan)),
     (lambda: project_to_image(POINTS, K.T), r"intrinsics \(3, 3\) must have the last row 0 0 1"),
     (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS), r"batch \(2,\) must lie in \[0, 2\)"),
     (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, -IDS), r"batch \(2,\) must lie in \[0, 2\)"),
