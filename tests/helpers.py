@@ -4,6 +4,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -75,6 +77,10 @@ def write_rooms_as_scannet(folder, num_rooms=2, frames_per_room=2, size=(240, 32
     return f"--data {folder} --train-split {folder}/train.txt --val-split {folder}/val.txt"
 
 
+def refused(message, error=ValueError):
+    return pytest.raises(error, match=message)
+
+
 # ---------------------------------------------------------------------------------------------- whole runs
 
 open_clip.add_model_config(Path(__file__).parent / "data" / "ViT-Tiny-32.json")
@@ -110,6 +116,18 @@ def scalars(folder):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     return events
+
+
+class StopAt:
+    """In the place of a StopRequest: a signal that comes in the given step."""
+
+    def __init__(self, step):
+        self.steps_left = step
+
+    @property
+    def signum(self):
+        self.steps_left -= 1  # a step looks once
+        return 0 if self.steps_left > 0 else signal.SIGTERM
 
 
 # ---------------------------------------------------------------------------------------------- processes

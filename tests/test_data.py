@@ -220,16 +220,8 @@ def check_fields(part, frame, size, image_size, intrinsics):
     assert np.abs(share).max() * image_size[1] < 1e-4
 
 
-def test_fields_come_from_the_pixel_that_the_point_projects_to(tmp_path):
-    """ScanNet's own sizes: color and labels 1296 x 968, depth 640 x 480, a camera matrix each."""
-    size = (968, 1296)
-    frames = ScanNetFrames(write_scannet(tmp_path, 1, 1, color_size=size, depth_size=(480, 640)), CLASSES)
-    sample = samples_of(frames, 20_000, (240, 320))[0]
-    assert len(sample["points"]) == 20_000 and sample["depth"].shape == (1, 480, 640)
-    check_fields(sample, frames[0], size, (240, 320), sample["intrinsics"][0])
-
-
-def test_views_of_different_sizes_share_a_sample_with_cameras_and_superpoints_of_their_own(tmp_path):
+def test_views_of_any_size_share_a_sample_whose_fields_come_from_the_pixel_that_a_point_projects_to(tmp_path):
+    """Color and labels of one size, depth of another, a camera matrix each; no two views share a superpoint."""
     def single_pixels(depth, colors, intrinsics):
         return np.arange(depth.size).reshape(depth.shape)
 
@@ -551,15 +543,12 @@ def test_a_broken_file_ends_the_check_by_name_and_nothing_is_remembered(frames, 
 
 @pytest.mark.parametrize("label", [-100, 3])
 def test_a_label_that_is_no_class_is_named_by_the_check(frames, label):
-    class Relabeled(Counting):
+    class Source(list):
         class_names = ["a", "b", "c"]
 
-        def __getitem__(self, index):
-            frame = super().__getitem__(index)
-            return {**frame, "label": np.full_like(frame["label"], label)}
-
+    source = Source([{**frames[0], "label": np.full((48, 64), label)}])
     with pytest.raises(ValueError, match=f"scene0000_00/0: labels from {label} to {label}, .* 3 class names"):
-        data.check_frames(samples_of(Relabeled(frames), 50))
+        data.check_frames(samples_of(source, 50))
 
 
 def test_a_sample_without_any_depth_is_named_and_can_be_left_out(frames, tmp_path):
@@ -606,20 +595,18 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(frames, 
     ({"depth": np.full((24, 32), 1e10)}, r"depth \(24, 32\) has values above 10000 m"),
     ({"world2cam": np.eye(3)}, r"world2cam has shape \(3, 3\)"),
     ({"world2cam": np.full((4, 4), np.nan)}, "world2cam .*finite"),
-    ({"world2cam": np.eye(4)[:3]}, r"world2cam has shape \(3, 4\)"),
     ({"world2cam": POSE.T}, r"world2cam \(4, 4\) must have the last row \[0. 0. 0. 1.\].*transposed"),
-    ({"world2cam": np.diag([1.0, 1, 1, 2])}, r"world2cam \(4, 4\) must have the last row"),
     ({"world2cam": np.eye(4) + 2e4 * np.eye(4, k=3)}, r"world2cam \(4, 4\) has a translation of 20000 m"),
-    ({"depth_world2cam": np.eye(3)}, r"depth_world2cam has shape \(3, 3\)"),
     ({"depth_world2cam": POSE.T}, r"depth_world2cam \(4, 4\) must have the last row"),
     ({"intrinsics": intrinsics_of((48, 64)).T}, r"intrinsics \(3, 3\) must have the last row"),
-    ({"intrinsics": np.eye(4)[:3]}, r"intrinsics has shape \(3, 4\)"),
     ({"intrinsics": [[1]]}, "intrinsics has list, expected"),
     ({"depth_intrinsics": np.eye(4)}, r"depth_intrinsics has shape \(4, 4\)"),
     ({"label": np.zeros((5, 5), int)}, r"label has shape \(5, 5\)"),
     ({"label": [[0] * 64] * 48}, "label has list, expected integers"),
     ({"instance": np.zeros((48, 64))}, "instance .*expected integers"),
-    ({"features": [[[0.0]]]}, "features has list, expected")])
+    ({"features": [[[0.0]]]}, "features has list, expected"),
+    *(({"features": features}, "features has shape") for features in (
+        np.zeros((5, 5, 1)), np.zeros((48, 64)), np.zeros((48, 64, 1), int), np.full((48, 64, 1), np.nan)))])
 def test_a_frame_that_breaks_the_protocol_is_named_with_field_and_shape(frames, change, message):
     with pytest.raises(ValueError, match=message if "name" in change else f"scene/1: {message}"):
         samples_of([{**frames[0], "name": "scene/1", **change}])[0]

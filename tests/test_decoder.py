@@ -160,23 +160,6 @@ def test_a_ragged_batch_equals_its_scenes_one_by_one_and_the_rest_is_padding(dev
     assert output["quality"].min() > 0 and output["quality"].max() < 1
 
 
-def test_permuting_superpoints_permutes_queries_and_masks():
-    net, feats, order = small_decoder(), double(12, 6), torch.randperm(12)
-    before, after = (net(x, draw_queries(batch_of([12]))) for x in (feats, feats[order]))
-    torch.testing.assert_close(after["class_logits"], before["class_logits"][:, :, order])
-    torch.testing.assert_close(after["mask_logits"], before["mask_logits"][:, :, order][..., order])
-
-
-def test_a_query_sees_nothing_of_superpoints_outside_its_mask():
-    torch.manual_seed(0)
-    attention, x, source = Attention(8, 2), torch.randn(4, 8), torch.randn(5, 8)
-    allowed = torch.ones(1, 4, 5, dtype=torch.bool)
-    allowed[..., 2] = False
-    other = source.clone()
-    other[2] = 100.
-    assert torch.equal(attention(x, source, [4], [5], allowed), attention(x, other, [4], [5], allowed))
-
-
 def test_every_parameter_gets_a_gradient_and_arguments_are_left_alone():
     net, feats, queries = small_decoder(), double(20, 6), draw_queries(batch_of(SIZES))
     arguments = [feats, queries["rows"], queries["query"], queries["padding"]]
@@ -258,16 +241,6 @@ def test_thresholds_of_count_size_score_and_mask_act(scene, thresholds, expected
     assert result["labels"].tolist() == [label for label, _ in expected]
     points = [mask.nonzero().squeeze(1).tolist() for mask in result["masks"]]
     assert points == [list(own) for _, own in expected]
-
-
-def test_inference_follows_a_permutation_of_points_and_of_queries():
-    torch.manual_seed(0)
-    predictions, index = [torch.randn(9, 5), torch.randn(9, 15), torch.rand(9)], torch.randint(0, 15, (400,))
-    queries, points = torch.randperm(9), torch.randperm(400)
-    a = instances_from_logits(*predictions, index, min_points=10)
-    b = instances_from_logits(*(x[queries] for x in predictions), index[points], min_points=10)
-    assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["masks"][:, points], b["masks"])
-    torch.testing.assert_close(a["scores"], b["scores"], rtol=0, atol=1e-6)
 
 
 def test_inference_of_a_batch_is_that_of_its_scenes(device):

@@ -126,7 +126,7 @@ def test_term_statistics_equal_the_gradients_of_known_terms(scale):
 
 
 class Tiny(torch.nn.Module):
-    """Two layers and a function between them that may break forward (log) or backward (sqrt at 0)."""
+    """Two layers and a function between them that may break backward."""
 
     def __init__(self):
         super().__init__()
@@ -175,13 +175,6 @@ def test_a_bad_weight_and_a_bad_buffer_are_named():
     findings = found(model, batch)
     assert "weight: second.weight (1, 4) holds 1 values" in findings[0] and "norm.running_mean" in findings[1]
     assert "module: second (Linear)" in findings[2] and "its input is finite" in findings[2]
-
-
-def test_a_module_that_makes_it_is_named():
-    model, batch = Tiny(), tiny_batch()
-    model.middle.forward = lambda x: (x - x).log() * 0
-    findings = found(model, batch)
-    assert findings[0].startswith("module: middle (Identity) is the first") and "its input is finite" in findings[0]
 
 
 def test_a_gradient_alone_that_breaks_is_named_with_its_term_and_place():
@@ -308,15 +301,6 @@ def test_nan_in_one_color_is_named_in_a_compiled_network_too(tmp_path, monkeypat
     assert "module: fusion.encoder_3d.backbone.conv0p1s1" in findings[1]
 
 
-def test_a_norm_that_overflows_is_an_alarm_although_every_gradient_is_finite(tmp_path, monkeypatch):
-    forward = train.SemanticCriterion.forward
-    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * 3e20)
-    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 2)
-    with pytest.raises(FloatingPointError, match="2 steps in a row(.|\n)*norm of large gradients overflowed"):
-        train.main(small(tmp_path, RUN, "--no-clip"))
-    assert sorted(saved_steps(tmp_path)) == [0, 1]
-
-
 def test_a_bad_batch_among_accumulated_ones_is_the_one_that_is_saved(tmp_path, monkeypatch):
     names = []
 
@@ -377,8 +361,6 @@ def test_a_gradient_beyond_every_fp16_scale_is_named_with_its_term_and_place(tmp
 
 def test_a_file_that_is_no_saved_step_is_refused(tmp_path):
     path = tmp_path / "bad_step_1.pt"
-    with pytest.raises(FileNotFoundError, match="bad_step_1.pt does not exist"):
-        train.main(["--replay", str(path)])
     torch.save({"config": {}}, path)
     with pytest.raises(ValueError, match="bad_step_1.pt: .*field 'class_names' is missing"):
         train.main(["--replay", str(path)])
@@ -421,9 +403,14 @@ def test_nan_on_one_of_two_processes_is_skipped_by_both_and_saved_by_the_one_tha
     assert "field 'features'" in torch.load(path, weights_only=True)["findings"][0]
 
 
-def test_a_loss_that_stays_nan_ends_the_run_and_is_no_search_for_a_scale(tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor, options, message", [
+    (3e20, "", "norm of large gradients overflowed"),  # every single gradient is finite
+    (math.nan, FP16, "loss: semantic is nan")], ids=["overflow", "nan"])
+def test_steps_that_stay_not_finite_end_the_run_with_their_cause(tmp_path, monkeypatch, factor, options, message):
+    """Without a finite step in between, also under a scaler: this is no search for its scale."""
     forward = train.SemanticCriterion.forward
-    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * float("nan"))
-    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 3)
-    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite(.|\n)*loss: semantic is nan"):
-        train.main(small(tmp_path, RUN, FP16))
+    monkeypatch.setattr(train.SemanticCriterion, "forward", lambda *args: forward(*args) * factor)
+    monkeypatch.setattr(diagnose, "MAX_BAD_STEPS", 2)
+    with pytest.raises(FloatingPointError, match=f"2 steps in a row were not finite(.|\n)*{message}"):
+        train.main(small(tmp_path, RUN, "--no-clip", options))
+    assert sorted(saved_steps(tmp_path)) == [0, 1]

@@ -29,37 +29,30 @@ from encoder import (ATTENTIONS, Enhanced2DEncoder, full_float32, image_scaling,
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16}
+
+
+def tower(**vision):
+    """The config of a tiny model, whose image tower differs from VISION."""
+    return {"embed_dim": 32, "text_cfg": TEXT, "vision_cfg": {**VISION, **vision}}
+
+
 TOWERS = {
-    "tiny-vit": {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT},
-    "tiny-vit-quickgelu": {"embed_dim": 32, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
-    "tiny-scaled": {"embed_dim": 32, "vision_cfg": {**VISION, "ls_init_value": 0.3}, "text_cfg": TEXT},
-    "tiny-short": {"embed_dim": 32, "vision_cfg": {**VISION, "layers": 1}, "text_cfg": TEXT},
-    "tiny-average": {"embed_dim": 32, "text_cfg": TEXT,
-                     "vision_cfg": {**VISION, "pool_type": "avg", "final_ln_after_pool": True}},
-    "tiny-attention-pool": {"embed_dim": 32, "text_cfg": TEXT,
-                            "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2}},
-    "tiny-timm": {"embed_dim": 192, "text_cfg": TEXT,
-                  "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
-                                 "timm_pool": "map", "timm_proj": "none", "image_size": 64}},
-    "tiny-timm-average": {
-        "embed_dim": 32, "text_cfg": TEXT,
-        "vision_cfg": {"timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear", "image_size": 160}},
-    "tiny-uneven": {"embed_dim": 32, "vision_cfg": {**VISION, "image_size": (66, 75)}, "text_cfg": TEXT},
-    "tiny-coca": {"embed_dim": 32, "custom_text": True,
-                  "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "tiny-vit": tower(),
+    "tiny-vit-quickgelu": {**tower(), "quick_gelu": True},
+    "tiny-scaled": tower(ls_init_value=0.3),
+    "tiny-short": tower(layers=1),
+    "tiny-average": tower(pool_type="avg", final_ln_after_pool=True),
+    "tiny-attention-pool": tower(attentional_pool=True, attn_pooler_heads=2),
+    "tiny-timm": {**tower(timm_model_name="vit_tiny_patch16_224", timm_model_pretrained=False, timm_pool="map",
+                          timm_proj="none"), "embed_dim": 192},
+    "tiny-timm-average": tower(timm_model_name="test_vit2", timm_pool="avg", timm_proj="linear", image_size=160),
+    "tiny-uneven": tower(image_size=(66, 75)),
+    "tiny-coca": {**tower(attentional_pool=True, attn_pooler_heads=2, output_tokens=True), "custom_text": True,
                   "text_cfg": {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
-                  "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}},
-    "tiny-resnet": {"embed_dim": 32, "text_cfg": TEXT,
-                    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}},
-}
+                  "multimodal_cfg": {**TEXT, "context_length": 76}},
+    "tiny-resnet": tower(layers=[1, 1, 1, 1], width=16, patch_size=None)}
 VITS = [name for name in TOWERS if name not in ("tiny-resnet", "tiny-uneven")]
 OPENAI = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-
-
-@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
-def device(request):
-    """Where the test computes."""
-    return request.param
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,18 +128,6 @@ def test_tokens_are_the_last_blocks_output_after_the_final_norm_in_image_order(c
     expected = encoder.clip.visual.ln_post(after)
     assert_close(tokens.flatten(2).mT, expected[:, 1:])
     assert_close(pooled, expected[:, 0] @ encoder.clip.visual.proj)
-
-
-def test_a_patch_lands_in_its_own_cell(checkpoint):
-    """Without attention between patches, only the token under a changed patch changes."""
-    encoder = from_file(checkpoint, image_size=(32, 96))
-    for block in encoder.clip.visual.transformer.resblocks:
-        nn.init.zeros_(block.attn.out_proj.weight)
-    images = sample_images(encoder, 1)
-    changed = images.clone()
-    changed[:, :, 16:32, 64:80] += 0.3  # row 1, column 4
-    moved = (encoder.encode(images)[0] - encoder.encode(changed)[0]).abs().amax(1)[0] > 1e-6
-    assert moved.nonzero().tolist() == [[1, 4]]
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-timm"])
@@ -400,13 +381,14 @@ def saved(value):
     return file.getvalue()
 
 
-def test_a_wrong_checkpoint_file_is_named(tmp_path, checkpoint):
+def test_a_wrong_checkpoint_file_is_named_in_a_few_words(tmp_path, checkpoint):
     path = tmp_path / "wrong.pt"
-    truncated, other = checkpoint.read_bytes()[:1000], saved(nn.Linear(2, 2).state_dict())
+    truncated, other = checkpoint.read_bytes()[:1000], saved(open_clip.create_model("tiny-coca").state_dict())
     for content in (b"not a checkpoint", truncated, other, saved([1])):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"tiny-vit.*wrong\.pt could not be loaded"):
+        with pytest.raises(ValueError, match=r"tiny-vit.*wrong\.pt could not be loaded") as error:
             from_file(path)
+        assert len(str(error.value)) < 800
 
 
 @pytest.mark.parametrize("pretrained, quick_gelu, file_model", [

@@ -12,17 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import POSE
+from helpers import POSE, refused
 from support import files
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (24, 32, 3), np.uint8)
 GRAY = COLOR[:, :, 0]
 DEPTH = RNG.integers(1000, 3000, (24, 32)).astype(np.uint16)
-
-
-def refused(message, error=ValueError):
-    return pytest.raises(error, match=message)
 
 
 # --------------------------------------------------------------------------------------------- writing

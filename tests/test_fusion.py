@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from data import to_device
 from fusion import (BiFusionEncoder, FusionGate, apply_transform, check_batch, occluded_mask,
                     project_packed, project_to_image, sample_cells, sample_features, transform_packed,
                     view_cells, visible_mask)
@@ -19,19 +20,6 @@ from support.lens import distorted_pixels, undistort
 SIZE = (480, 640)
 GRIDS = [(14, 14), (30, 40), (37, 51)]
 K = torch.tensor([[577.87, 0.0, 319.5], [0.0, 579.1, 239.5], [0.0, 0.0, 1.0]])
-
-
-@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
-def device(request):
-    """Where the test computes."""
-    return request.param
-
-
-def to(device, values):
-    """A tensor, or a dict of tensors, on a device."""
-    if isinstance(values, dict):
-        return {name: value.to(device) for name, value in values.items()}
-    return values.to(device)
 
 
 def seeded(seed=0):
@@ -301,7 +289,7 @@ def test_sampling_gradcheck_in_double():
 
 def test_views_are_averaged_over_those_that_see_the_point(device):
     maps = torch.randn(6, 4, 5, 5, generator=seeded(), dtype=torch.float64).to(device)
-    uv, view, visible = (to(device, x) for x in views(40, 3, 6))
+    uv, view, visible = (to_device(x, device) for x in views(40, 3, 6))
     visible[0], visible[1] = False, True
     index, weight = view_cells(uv, (100, 100), maps.shape, view, visible)
     assert_close(weight.sum(1), visible.any(1).double())
@@ -323,7 +311,7 @@ def test_cells_that_no_visible_point_touches_have_no_influence_and_get_no_gradie
     assert 0 < touched.sum() < touched.numel()
     maps = torch.randn(2, 3, 8, 8, generator=seeded())
     uv[~visible] = bad
-    maps, uv, view, visible, touched = (to(device, x) for x in (maps, uv, view, visible, touched))
+    maps, uv, view, visible, touched = (to_device(x, device) for x in (maps, uv, view, visible, touched))
     poisoned = maps.where(touched[:, None], bad).requires_grad_()
     out = sample_views(poisoned, uv, (100, 100), view, visible)
     out.square().sum().backward()
@@ -454,7 +442,7 @@ OUTPUTS = {"feat_fusion", "feat_3d", "clip_global", "clip_point", "clip_dense", 
 
 def test_a_batch_equals_its_scenes_one_by_one(device):
     net = model(device)
-    scenes = [to(device, sample(n, seed=seed)) for seed, n in enumerate((50, 0, 1, 30), 1)]
+    scenes = [to_device(sample(n, seed=seed), device) for seed, n in enumerate((50, 0, 1, 30), 1)]
     whole = net(collate(scenes), with_dense=True)
     parts = [net(scene, with_dense=True) for scene in scenes]
     assert set(whole) == OUTPUTS and 0 < whole["valid"].sum() < 81
@@ -489,7 +477,7 @@ class ChannelGate(nn.Module):
 
 @pytest.mark.parametrize("gate", [None, ChannelGate()], ids=["own", "another"])
 def test_whatever_the_gate_an_unseen_point_is_the_3d_path_exactly_and_sends_nothing_to_the_image(device, gate):
-    net, scene = model(device, gate=gate), to(device, sample(60))
+    net, scene = model(device, gate=gate), to_device(sample(60), device)
     scene["images"].requires_grad_()
     out = net(scene)
     unseen = ~out["valid"]
@@ -621,7 +609,7 @@ def test_degenerate_clouds_pass_forward_and_backward(device, name, points):
     net, scene = model(device).train(), sample(len(points))
     scene |= {"points": points, "depth": torch.zeros_like(scene["depth"])}
     scene["world2cam"][:] = torch.eye(4)
-    out = net(to(device, scene))
+    out = net(to_device(scene, device))
     assert out["valid"].tolist() == ([True] if name == "one point" else [False] * len(points))
     assert out["feat_fusion"].shape == (len(points), 16) and out["feat_fusion"].isfinite().all()
     out["feat_fusion"].square().sum().backward()
@@ -630,7 +618,7 @@ def test_degenerate_clouds_pass_forward_and_backward(device, name, points):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_under_autocast_and_with_fast_products_the_same_points_are_seen_at_the_same_pixels(device, dtype):
-    net, scene = model(device), to(device, sample(60))
+    net, scene = model(device), to_device(sample(60), device)
 
     def outputs():
         points_cam = apply_transform(scene["points"], scene["world2cam"][0, 0])
@@ -702,8 +690,8 @@ POINTS, IDS, MAPS = torch.zeros(2, 3), torch.tensor([0, 2]), torch.zeros(2, 3, 4
 
 @pytest.mark.parametrize("call, message", [
     (lambda: apply_transform(POINTS, pose(1).T), r"matrix \(4, 4\) must have the last row 0 0 0 1"),
-    (lambda: apply_transform(POINTS, 2 * torch.eye(4)), "last row 0 0 0 1"),
-    (lambda: apply_transform(POINTS, math.nan * torch.eye(4)), "last row 0 0 0 1"),
+    *((lambda factor=factor: apply_transform(POINTS, factor * torch.eye(4)), "last row 0 0 0 1")
+      for factor in (0, 2, math.nan)),
     (lambda: project_to_image(POINTS, K.T), r"intrinsics \(3, 3\) must have the last row 0 0 1"),
     (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, IDS), r"batch \(2,\) must lie in \[0, 2\)"),
     (lambda: sample_features(MAPS, POINTS[:, :2], SIZE, -IDS), r"batch \(2,\) must lie in \[0, 2\)"),

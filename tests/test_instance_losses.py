@@ -13,8 +13,7 @@ import decoder
 import losses
 from data import superpoint_index, to_device
 from decoder import InstanceDecoder, draw_queries, pool, scene_instances
-from losses import (INSTANCE_WEIGHTS, PADDED, InstanceCriterion, dice_loss, instance_losses, instance_targets,
-                    match_instances)
+from losses import INSTANCE_WEIGHTS, PADDED, InstanceCriterion, instance_losses, instance_targets, match_instances
 from metrics import evaluate_instances
 from test_losses import two_processes
 
@@ -222,13 +221,6 @@ def test_the_criterion_sums_raw_terms_over_layers_which_are_matched_anew():
 def test_the_weights_are_those_of_the_published_recipe():
     assert INSTANCE_WEIGHTS == {"class": 0.5, "bce": 1.0, "dice": 1.0, "quality": 0.5}
     assert losses.MATCHING_COSTS == {"class": 0.5, "bce": 1.0, "dice": 1.0} and losses.NO_OBJECT_WEIGHT == 0.1
-
-
-def test_dice_is_zero_for_the_mask_itself_and_smoothed_for_an_empty_one():
-    t = torch.tensor([1., 0., 1.])
-    assert dice_loss(t, t).item() == pytest.approx(0, abs=1e-7)
-    assert dice_loss(torch.zeros(3), torch.zeros(3)).item() == 0
-    assert dice_loss(torch.zeros(3), t).item() == pytest.approx(1 - 1 / 3, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)

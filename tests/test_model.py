@@ -12,13 +12,14 @@ import train
 from data import PointDataset
 from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
-from fusion import BiFusionEncoder, FusionGate
+from fusion import BiFusionEncoder
 from helpers import ROOT, TOWER, checkpoint, last_checkpoint, run_in_folder, small
 from model import Segmenter, batches_for, instance_logits, load_model, make_batch
 from sources.rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder, Res16UNet34C
 from superpoints import oversegment
 from support.checkpoint import write_atomically
+from test_fusion import ChannelGate
 from volt import Volt
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -97,17 +98,6 @@ def test_decoding_the_fused_features_is_the_forward_pass(model, samples):
                for key, value in out["decoder"].items())
 
 
-@torch.no_grad()
-def test_points_that_no_camera_sees_are_what_the_baseline_makes_of_them(model, samples):
-    batch = batches_for(model, training=False)(samples)
-    behind = torch.eye(4, dtype=torch.float64)
-    behind[2, 2:] = torch.tensor([0, -1])  # every depth becomes -1
-    batch["world2cam"] = behind.expand_as(batch["world2cam"])
-    out = model.fusion(batch)
-    assert torch.equal(out["feat_fusion"], out["feat_3d"])
-    assert not out["valid"].any() and not out["alpha"].any()
-
-
 def test_a_moved_scene_gives_the_same_features_if_camera_and_points_move_together(model, samples):
     sample = dict(samples[0])
     shift = torch.tensor([0.15 * 16 * 3, -0.15 * 16, 0.15 * 16 * 2], dtype=torch.float64)  # whole coarsest voxels
@@ -155,46 +145,6 @@ def test_instances_tell_the_class_of_the_superpoints_that_they_hold():
             classes = decoded["class_logits"][-1, b, :Q, :K]
             rows.append(sum(weight * row for weight, row in zip(held, classes)) / (1 + held.sum()))
     torch.testing.assert_close(instance_logits(decoded), torch.stack(rows))
-
-
-# -------------------------------------------------------------------------------- parts of one's own
-
-
-class ChannelGate(torch.nn.Module):
-    """One gate per channel."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.linear = torch.nn.Linear(2 * dim, dim)
-
-    def forward(self, feat_3d, feat_2d, valid):
-        feat_2d = feat_2d.where(valid[:, None], 0)
-        alpha = self.linear(torch.cat([feat_3d, feat_2d], 1)).sigmoid().where(valid[:, None], 0)
-        return torch.lerp(feat_3d, feat_2d, alpha), alpha
-
-
-class Toy(torch.nn.Module):
-    """A backbone of one layer."""
-
-    out_channels = 96
-
-    def __init__(self):
-        super().__init__()
-        self.mlp = torch.nn.Linear(6, 96)
-
-    def forward(self, batch):
-        return self.mlp(torch.cat([batch["coords"], batch["features"]], 1))
-
-
-def test_another_gate_and_another_backbone_are_one_argument_each(samples):
-    encoder = Enhanced2DEncoder(TOWER, None, image_size=(96, 128))
-    network = Segmenter(BiFusionEncoder(encoder, Toy(), gate=ChannelGate(256)), 7).double()
-    out = network(batches_for(network, training=True)(samples))
-    assert out["alpha"].shape == (len(out["logits"]), 256) and out["logits"].shape[1] == 7
-    out["logits"].sum().backward()
-    assert network.fusion.gate.linear.weight.grad.any()
-    assert network.fusion.encoder_3d.mlp.weight.grad.any()
-    assert isinstance(BiFusionEncoder(encoder, Toy()).gate, FusionGate)
 
 
 @pytest.mark.parametrize("build, options", [
@@ -278,13 +228,3 @@ def test_a_config_of_another_network_or_tower_is_refused(trained, tmp_path, chan
     write_atomically({**state, "config": state["config"] | changes}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"x.pt: {message}"):
         load_model(tmp_path / "x.pt")
-
-
-def test_weights_of_another_shape_or_a_missing_file_are_refused(baseline, tmp_path):
-    state = checkpoint(baseline)
-    state["model"]["head.weight"] = state["model"]["head.weight"][:3]
-    write_atomically(state, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"field 'head.weight' has shape \(3, 256\), the model's has \(16, 256\)"):
-        load_model(tmp_path / "x.pt")
-    with pytest.raises(FileNotFoundError, match="y.pt does not exist"):
-        load_model(tmp_path / "y.pt")

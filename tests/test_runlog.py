@@ -39,15 +39,6 @@ def test_a_log_holds_averages_since_the_last_one_the_latest_value_of_others_and_
                       "late": [(2, 0.5), (4, 0.5), (5, 0.5)], "latest": [(2, 2), (4, 4), (5, 5)]}
 
 
-def test_every_loss_term_is_logged_raw_and_weighted():
-    log = runlog.RunLog(log_every=1)
-    log.begin_step(1)
-    raw = {"a": torch.tensor(2.0, requires_grad=True), "b": torch.tensor(3.0)}
-    log.add_losses(raw, {"a": 0.5 * raw["a"], "b": 0 * raw["b"]})
-    averages = log.write({})
-    assert averages == {"loss/total": 1, "loss/a": 2, "weighted/a": 1, "loss/b": 3, "weighted/b": 0}
-
-
 def test_a_log_without_a_folder_writes_nothing_and_still_averages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = runlog.RunLog(None, log_every=1)

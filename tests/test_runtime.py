@@ -6,7 +6,6 @@ import signal
 import sys
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 
@@ -180,10 +179,3 @@ def test_a_prompt_that_clip_would_cut_off_is_refused():
     assert tower.encode_prompts(["word " * 75]).shape[0] == 1  # with begin and end 77 tokens
     with pytest.raises(ValueError, match="reads 77 tokens"):
         tower.encode_prompts(["a chair", "word " * 76])
-
-
-def test_a_file_of_another_tower_is_refused_in_a_few_words(tmp_path):
-    torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="could not be loaded") as error:
-        Enhanced2DEncoder("ViT-B-32", str(tmp_path / "other.pt"), image_size=(32, 32), mean_std=((0,) * 3, (1,) * 3))
-    assert len(str(error.value)) < 800

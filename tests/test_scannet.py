@@ -9,13 +9,12 @@ import pytest
 from PIL import Image
 
 import data
-from helpers import CLASSES, POSE, write_scannet
+from helpers import CLASSES, POSE, ROOT, refused, write_scannet
 from sources.rooms import RoomFrames
 from sources.scannet import (GEOMETRY, ClassTable, ScanNetFrames, ScanNetScenes, check_splits,
                              frame_classes, load_classes, read_axis_alignment, read_label_map,
                              read_mesh, read_ply_vertices, write_frames)
 
-ROOT = Path(__file__).resolve().parents[1]
 ALIGNMENT = np.array([[0.6, -0.8, 0, 1], [0.8, 0.6, 0, -2], [0, 0, 1, 0.3], [0, 0, 0, 1.0]])
 TABLE = "id\traw_category\tcategory\tcount\tnyu40id\n1\twall\twall\t9\t1\n2\tchair\tchair\t9\t5\n" \
         "88\toffice chair\tchair\t5\t5\n5\tthing\tthing\t1\t\n"
@@ -57,10 +56,6 @@ def write_scan(root, name, points, colors, nyu40, segments, groups):
 @pytest.fixture
 def root(tmp_path):
     return write_scannet(tmp_path / "frames")
-
-
-def refused(message, error=ValueError):
-    return pytest.raises(error, match=message)
 
 
 def frames_of(root, split=None):
@@ -213,12 +208,6 @@ def test_labels_are_optional_and_suffixes_may_be_upper_case(tmp_path):
     frame = frames_of(root)[1]
     assert frame["label"] is None and frame["instance"] is None
     assert frame["color"].shape == (48, 64, 3)
-
-
-def test_ids_outside_of_a_list_with_a_wildcard_are_ignored(root):
-    save(root / "scene0000_00/label-filt/0.png", 1190, (48, 64))
-    frames = ScanNetFrames(root, {**CLASSES, "*": None})
-    assert (frames[0]["label"] == -1).all()
 
 
 def test_the_layout_of_scannet_frames_25k_is_read(root):

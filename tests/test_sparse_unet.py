@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import sparse_unet
+from helpers import refused
 from sparse_unet import (SMALL, BatchNorm, PointEncoder, Res16UNet34C, VoxelGrid, sparse_conv, voxel_mean,
                          voxelize)
 
@@ -236,23 +237,6 @@ def test_coarser_cells_are_the_floored_parents_at_every_stride():
         assert torch.equal(grid.coords, parents.unique(dim=0))
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("K", [2, 3, 5])
-def test_neighbors_never_run_over_the_edge_of_a_row_or_a_sample(K, dilation):
-    cells = torch.arange(4)
-    full = torch.cartesian_prod(cells[:2], cells, cells, cells)  # two full cubes
-    table = VoxelGrid(full).neighbors(K, dilation).table
-    start = -(K // 2) if K % 2 else 0
-    for k in range(K ** 3):
-        offset = [(start + k // K ** axis % K) * dilation for axis in range(3)]
-        target = full + torch.tensor([0, *offset])
-        xyz = target[:, 1:]
-        inside = (xyz == xyz.clamp(0, 3)).all(1)
-        rows = target @ torch.tensor([64, 16, 4, 1])
-        expected = torch.where(inside, rows, len(full))
-        assert torch.equal(table[:, k], expected)
-
-
 # ------------------------------------------------------------------ autograd, precision, determinism
 
 
@@ -458,10 +442,6 @@ def test_an_encoder_adds_a_layer_only_where_widths_differ_and_every_parameter_le
 
 POINTS = torch.zeros(2, 3)
 BATCH = torch.zeros(2).long()
-
-
-def refused(message):
-    return pytest.raises(ValueError, match=message)
 
 
 def test_points_that_are_no_points_are_named():

@@ -194,11 +194,6 @@ def test_drop_path_drops_whole_tokens_and_keeps_the_mean():
     assert drop_path(x, 0.0, training=True) is x
 
 
-def test_the_rate_of_drop_path_rises_with_depth():
-    network = Volt(embed_dim=64, num_heads=1, depth=4, drop_path=0.3)
-    assert [block.drop_rate for block in network.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
-
-
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_inputs_are_refused(tiny, message):
     coords, channels = WRONG[message]
@@ -235,9 +230,6 @@ def test_published_files_load_in_full(tmp_path, qk_norm, moving_average):
 
 
 DAMAGES = {"blocks.1.mlp.fc1.bias is missing": ("blocks.1.mlp.fc1.bias", None),
-           "blocks.5.norm1.bias .* no such key": ("blocks.5.norm1.bias", torch.ones(128)),
-           r"decoder.pre.2.weight is \(8, 64\)": ("decoder.pre.2.weight", torch.ones(8, 64)),
-           "tokenizer.proj.bias .* holds NaN": ("tokenizer.proj.bias", torch.full((128,), torch.nan)),
            r"tokenizer.proj.weight has shape \(128, 374\)": ("tokenizer.proj.weight", torch.ones(128, 374)),
            "no decoder.unembed.bias": ("decoder.unembed.bias", None)}
 
