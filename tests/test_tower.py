@@ -148,7 +148,7 @@ def test_a_timm_tower_is_frozen_and_moves_along_and_all_its_features_depend_on_i
     assert tower.double().encode(torch.rand(1, 3, 96, 128).double())[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "naflexvit_base_patch16_radio_v3"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES)[:4])
 def test_a_timm_tower_trains_from_the_cache_and_resumes_and_predicts(small_models, tmp_path, name):
     options = (f"--epochs 1 --tower timm:{name} --tower-pretrained none --clip-target point {CLIP_ON} "
                "--rooms 1 --val-rooms 1 --num-points 300 --no-instances")
