@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import (AXES, check_frame, depth_pose, depth_to_color, frame_names, pixel_fields, unproject,
+from data import (AXES, check_frame, depth_pose, depth_to_color, files_digest, frame_names, pixel_fields, unproject,
                   up_rotation)
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
@@ -35,6 +35,7 @@ from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correl
                             third_classes)
 
 NUM_PAIRS = 96  # of frames that are compared
+QUICK = 24  # frames that `quick_check` reads
 CLEAN_PAIR = 0.7  # share of points that are confirmed if fewer than MIN_PAIRS pairs overlap, at least
 TILT = 12  # degrees between the stated and the found up direction
 SPACING = (0, 1, 3, 4, 10, 11, 30, 31)  # of the frames of a run: pairs that move little, and much
@@ -632,18 +633,20 @@ def sample_runs(names, num_frames):
     return spread(runs, max(1, count))
 
 
-def read_runs(sources, num_frames):
-    """`sample_runs` of all sources together -> lists of frames, with their positions."""
+def choose_runs(sources, num_frames):
+    """`sample_runs` of all sources together -> lists of (source, index, position)."""
     places = {}
     for source in sources:
         for index, name in enumerate(frame_names(source)):
             places[name] = (source, index)
     names = sorted(places, key=natural_key)
-    def read(position):
-        source, index = places[names[position]]
-        return {**source[index], "position": position}
+    return [[(*places[names[position]], position) for position in run] for run in sample_runs(names, num_frames)]
 
-    return [list(map(read, run)) for run in sample_runs(names, num_frames)]
+
+def read_runs(sources, num_frames):
+    """`choose_runs` -> lists of frames, with their positions."""
+    return [[{**source[index], "position": position} for source, index, position in run]
+            for run in choose_runs(sources, num_frames)]
 
 
 def geometry_rows(runs, up="z"):
@@ -676,9 +679,9 @@ def geometry_rows(runs, up="z"):
 def quick_check(frames, up="z"):
     """The part of `inspect` that training and prediction run on a source of frames -> list of Row.
 
-    Reads at most 24 frames. Verdict "WRONG" is a fault, "not tested" what the sample cannot tell.
+    Reads at most QUICK frames. Verdict "WRONG" is a fault, "not tested" what the sample cannot tell.
     """
-    return geometry_rows(read_runs([frames], 24), up)[0]
+    return geometry_rows(read_runs([frames], QUICK), up)[0]
 
 
 def unknowns(rows):
@@ -698,11 +701,12 @@ def check_cameras(dataset, store, up, data):
     ValueError if something is wrong. data: what --data names. store: a cache.Store that remembers which
     files were right.
     """
-    signature = dataset.signature(range(len(dataset)))
+    frames = getattr(dataset.frames, "source", dataset.frames)  # as in the files, not turned upright
+    read = [index for run in choose_runs([frames], QUICK) for _, index, _ in run]
+    signature = files_digest([(frames, read)], up)
     key = signature and content_key("cameras", signature)
     if key and store.get(key) is not None:
         return []
-    frames = getattr(dataset.frames, "source", dataset.frames)  # as in the files, not turned upright
     rows = quick_check(frames, up)
     faults = [f"{row.test}: {row.words}" for row in rows if row.verdict == "WRONG"]
     if faults:

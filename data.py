@@ -28,6 +28,7 @@ when it is indexed. A source may also offer
     num_skipped       number of frames left out because their pose is unknown
     num_features      3 + F, if its frames have features
     files(index)      list of all paths that a frame is read from
+    color_files(index)    the same for color(index)
     settings          what else its frames depend on (a class list, say), as a string
 
 With `files`, a second start on unchanged files reads no frame (see `check_frames`).
@@ -38,6 +39,7 @@ camera saw them, so projection is exact whatever the augmentation does.
 
 Imports torch, numpy, PIL and tqdm. Readers, caches and the oversegmentation are handed in.
 """
+import functools
 import hashlib
 import math
 import os
@@ -326,21 +328,23 @@ def group_by_scene(names):
     return scenes
 
 
-def files_digest(sources, *settings):
+def files_digest(sources, *settings, files="files"):
     """Digest of files and settings: 16 bytes, or None if one of the sources has no `files`.
 
     sources: pairs (source, indices). Covers path, size and modification time of every file of these
-    items, and the sources' own `settings`.
+    items, and the sources' own `settings`. files: the method of a source that names them.
     """
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    absolute = functools.cache(os.path.abspath)
     for source, indices in sources:
-        if not hasattr(source, "files"):
+        if not hasattr(source, files):
             return None
         digest.update(f"{getattr(source, 'settings', '')}\n".encode())
-        paths = [path for index in indices for path in source.files(index)]
+        paths = [path for index in indices for path in getattr(source, files)(index)]
         for path in dict.fromkeys(paths):  # each once, in order
             stat = os.stat(path)
-            digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            folder, name = os.path.split(path)
+            digest.update(f"{absolute(folder)}/{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.digest()
 
 
@@ -517,7 +521,8 @@ class ResizedImages(Dataset):
     def signature(self, indices):
         """16 bytes that change when one of these images may have changed; None without `files`."""
         decoders = Image.__version__, codecs.version("jpg"), codecs.version("zlib")  # they decide the pixels
-        return files_digest([(self.frames, indices)], self.image_size, *decoders)
+        files = "color_files" if hasattr(self.frames, "color_files") else "files"
+        return files_digest([(self.frames, indices)], self.image_size, *decoders, files=files)
 
 
 class PointDataset(Dataset):

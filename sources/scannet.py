@@ -9,6 +9,7 @@ Imports numpy, PIL and support.files.
 """
 import csv
 import io
+import os
 import re
 import warnings
 from collections import Counter
@@ -178,7 +179,13 @@ class Scene(NamedTuple):
     sizes: dict     # "color", "depth": (H, W) of the first image, and its path
 
     def path(self, kind, stem):
-        return self.folder / self.folders[kind] / (stem + (".txt" if kind == "pose" else ".png"))
+        ending = "txt" if kind == "pose" else "png"
+        return f"{self.folder}/{self.folders[kind]}/{stem}.{ending}"
+
+    def list_files(self):
+        """What `path` may name, as a set: one listing per folder instead of a look at every file."""
+        folders = [f"{self.folder}/{name}" for name in self.folders.values()]
+        return {f"{folder}/{name}" for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
 
 
 class ScanNetFrames:
@@ -228,12 +235,13 @@ class ScanNetFrames:
             if name not in scenes:
                 raise FileNotFoundError(f"split file {split}: no scene {name!r} with color images in {self.root}")
             if name not in opened:
-                opened[name] = self._open_scene(scenes[name])
-            colors = opened[name].colors
-            if frame and frame not in colors:
+                scene = self._open_scene(scenes[name])
+                opened[name] = scene, scene.list_files()
+            scene, files = opened[name]
+            if frame and frame not in scene.colors:
                 raise FileNotFoundError(f"split file {split}: no color image of frame {frame!r} in scene {name!r}")
-            for stem in [frame] if frame else sorted(colors, key=natural_key):
-                self._add_frame(f"{name}/{stem}", opened[name], stem)
+            for stem in [frame] if frame else sorted(scene.colors, key=natural_key):
+                self._add_frame(f"{name}/{stem}", scene, files, stem)
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         if twice:
             raise ValueError(f"{split}: frame {twice[0]} is named more than once")
@@ -279,9 +287,9 @@ class ScanNetFrames:
             raise ValueError(f"{folder}/intrinsic: extrinsics hold inf or NaN")
         return matrices, files
 
-    def _add_frame(self, name, scene, stem):
+    def _add_frame(self, name, scene, files, stem):
         for path in (scene.path(kind, stem) for kind in scene.folders):
-            if not path.is_file():
+            if path not in files:
                 raise FileNotFoundError(f"{path} does not exist, but {scene.colors[stem]} does")
         if not scene.sizes:
             for kind, path in (("color", scene.colors[stem]), ("depth", scene.path("depth", stem))):
@@ -306,6 +314,11 @@ class ScanNetFrames:
         paths = [scene.path(kind, stem) for kind in scene.folders]
         return list(map(str, (scene.colors[stem], *paths, *scene.cameras)))
 
+    def color_files(self, index):
+        """The same for `color`."""
+        scene, stem, _ = self._frames[index]
+        return [str(scene.colors[stem])]
+
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame, without reading the rest of it."""
         scene, stem, _ = self._frames[index]
@@ -323,7 +336,7 @@ class ScanNetFrames:
         for kind, image, file in (("color", color, scene.colors[stem]), ("depth", depth, path)):
             size, first = scene.sizes[kind]
             if image.shape[:2] != size:
-                raise ValueError(f"{file}: the {kind} image has size {image.shape[:2]}, but {first.name} "
+                raise ValueError(f"{file}: the {kind} image has size {image.shape[:2]}, but {Path(first).name} "
                                  f"has {size}, and the intrinsics of the scene fit one size alone")
         color_pose = pose @ scene.matrices.get("color extrinsics", np.eye(4))
         depth_pose = pose @ scene.matrices.get("depth extrinsics", np.eye(4))

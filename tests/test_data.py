@@ -577,6 +577,7 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(frames, 
     assert build((12, 16)) == build() == (0, 0)
     Image.fromarray(np.full((48, 64, 3), 7, np.uint8)).save(frames.root / "scene0001_00/color/1.png")
     assert build() == (1, 6 + 1)
+    os.utime(frames.root / "scene0001_00/depth/1.png", (0, 0))  # features are those of the color image
     assert build() == (0, 0)
     monkeypatch.setattr(data.codecs, "version", lambda name: "another")  # another decoder may give other pixels
     assert build() == (0, 6)
