@@ -29,7 +29,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ from sources.open import open_cloud, open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
 from support.checkpoint import read_checkpoint
-from support.clouds import SceneMerger, write_ply, write_submission
+from support.clouds import NO_END, SceneMerger, write_ply, write_submission
 from support.distributed import setup
 from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
@@ -714,23 +713,44 @@ def use_cores(workers, device):
 def predict_scenes(label, frames, config, queries, output, voxel_size):
     """Labels every frame, merges the frames of a scene, and writes and scores both.
 
-    label: frames -> results of `predict_frames`. voxel_size: meters, or None.
+    label: frames -> results of `predict_frames`. voxel_size: meters, or None. While a merger ends early for want
+    of memory, the frames that see what lies behind it are labeled again: see docs/predict.md#merging.
     """
+    def results_of(members):
+        return tqdm(label(frames=Subset(frames, members)), total=len(members), unit="frame", disable=None)
+
+    def write(name, merger, heights):
+        cloud = merger.cloud(config["min_instance_points"], queries)
+        output.add_cloud(name, cloud, sum(heights) / len(heights))
+        output.score(output.merged, cloud)
+
     scenes = group_by_scene(frame_names(frames))
-    results = label(frames=Subset(frames, sum(scenes.values(), [])))
-    results = iter(tqdm(results, total=len(frames), unit="frame", disable=None))
+    results = iter(results_of(sum(scenes.values(), [])))
     for scene, members in scenes.items():
-        merger = SceneMerger(len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
+        new_merger = partial(SceneMerger, len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
+        merger = new_merger(tile=(0, NO_END))
         heights = []
-        for result in islice(results, len(members)):
+        spans = {}  # of the frames, see `SceneMerger.add`
+        for member, result in zip(members, results):
             output.add_frame(result)
             if result["points"] is not None:
-                merger.add(result["points"])
+                spans[member] = merger.add(result["points"])
                 heights.append(float(result["points"]["camera_height"]))
-        if heights:
-            cloud = merger.cloud(config["min_instance_points"], queries)
-            output.add_cloud(scene, cloud, sum(heights) / len(heights))
-            output.score(output.merged, cloud)
+        if not heights:
+            continue
+        write(scene if merger.end == NO_END else f"{scene}_tile1", merger, heights)
+        start = min(first for first, _ in spans.values())
+        number = 1
+        while merger.end < NO_END:
+            width = 2 * (merger.end - start)  # a tile that may be wider has more frames, most of them in vain
+            start = merger.end
+            merger = new_merger(tile=(start, min(start + width, NO_END)))
+            seeing = [member for member, (first, last) in spans.items() if first < merger.end and last >= start]
+            for result in results_of(seeing):
+                merger.add(result["points"])
+            if len(merger.keys):
+                number += 1
+                write(f"{scene}_tile{number}", merger, heights)
 
 
 def write_summary(args, config, frames, scans, output):
