@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from check import pinhole, quick_check, unknowns
+from check import quick_check, unknowns
 from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import instances_from_logits, paint_instances
@@ -55,8 +55,8 @@ from support.clouds import NO_END, SceneMerger, write_ply, write_submission
 from support.distributed import setup
 from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
-from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, positive_float,
-                             run_command, worker_count)
+from support.runtime import (Parser, add_capture_options, checked_by, configure_device, image_size,
+                             loader_options, positive_float, run_command, worker_count)
 from support.visualize import clouds, heat_image, label_colors
 
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
@@ -420,11 +420,7 @@ def parse_args(argv=None):
         "classes.txt in the folder, else that of the training")
     add("--label-map", help="as in train.py; not given: as in training, if its class list is used")
     add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    add("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of color, of a capture, if no "
-        "file tells")
-    add("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies there decides")
-    add("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
-    add("--depth-scale", type=positive_float, help="units per meter of a capture, if no file tells")
+    add_capture_options(parser, FORMATS, POSES)
     add("--up", type=checked_by(up_rotation), help="axis that points up; not given: as in training, "
         "or z")
     add("--text", help="queries: \"chair, red sofa | couch\"; | separates names of one query")
@@ -446,7 +442,6 @@ def parse_args(argv=None):
     add("--workers", type=worker_count, help="that read frames; not given: one per two cores, up "
         "to 8")
     add("--device", help="not given: cuda if there is one, else cpu")
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.submission and not args.scans:
         parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")

@@ -19,11 +19,12 @@ from data import PointDataset, depth_to_color, pixel_fields
 from helpers import ROOT, last_checkpoint, small
 from model import load_model
 from predict import predict_frames
+from sources import captures
 from sources.captures import FORMATS, CaptureFrames, Options
 from sources.open import open_frames
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, read_ply_vertices
-from support.lens import distorted_pixels, undistort
+from support.lens import OneCamera, distorted_pixels, undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
 K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames
@@ -527,6 +528,31 @@ def test_a_capture_that_was_exported_elsewhere_is_the_same(tmp_path, name, monke
     for one, other in zip(exported, frames):
         assert np.abs(one["depth"] - other["depth"]).max() <= 0.000501
         assert all(np.abs(one[key] - other[key]).max() < 1e-6 for key in ("world2cam", "intrinsics", "depth_intrinsics"))
+
+
+def test_exported_frames_share_a_camera_and_points_and_colors_stay_on_their_surface(tmp_path):
+    """Two lenses see a tilted wall, whose red grows with x."""
+    v, u = np.indices((60, 80))
+    scene = []
+    for focal, center in ((70.0, 39.5), (77.0, 43.25)):
+        camera = np.array([[focal, 0, center], [0, focal, 29.5], [0, 0, 1]])
+        slope = (u - center) / focal
+        depth = (2 / (1 - 0.3 * slope)).astype(np.float32)  # z = 2 + 0.3 x
+        color = np.stack([128 + 60 * slope * depth, 0 * u, 0 * u], 2).round().astype(np.uint8)
+        scene.append({**SCENE[0], "color": color, "depth": depth, "intrinsics": camera, "world2cam": np.eye(4)})
+    source = tmp_path / "capture"
+    source.mkdir()
+    write_transforms(source, scene)
+    edit(source, lambda s: s["frames"][1].update(fl_x=77.0, fl_y=77.0, cx=43.75))
+    captures.main([str(source), "--to", str(tmp_path / "out")])
+    for frame in open_frames(tmp_path / "out", labels=False):
+        assert np.array_equal(frame["depth_intrinsics"], scene[0]["intrinsics"])
+        fields = pixel_fields(frame, *depth_to_color(frame))
+        x, _, z = fields["points"].T
+        assert len(x) > 4000 and np.abs(z - 2 - 0.3 * x).max() < 0.3 * 0.5 / 70 * z.max() + 0.0006
+        assert np.abs(fields["features"][:, 0] * 255 - 128 - 60 * x).max() < 6  # of JPEG
+    with pytest.raises(ValueError, match="b/1: depth has size .60, 80., frames before it have .30, 40."):
+        list(OneCamera([{**scene[0], "name": "b/0", "depth": scene[0]["depth"][::2, ::2]}, {**scene[1], "name": "b/1"}]))
 
 
 # ------------------------------------------------------------------------------------- a cloud alone
