@@ -136,13 +136,6 @@ def required(values, names, where):
     return [values[name] for name in names]
 
 
-def positive(value, where):
-    """A unit of depth; ValueError if it is not above 0 and finite."""
-    if not 0 < value < np.inf:
-        raise ValueError(f"{where} is {value}, expected a number > 0")
-    return value
-
-
 # -------------------------------------------------------------------------------------------- formats
 
 
@@ -162,9 +155,8 @@ def read_transforms(folder, options):
         depth = depth and folder / depth.replace("\\", "/")
         cam2world = parse_pose(matrix, where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
-        units = 1 / positive(unit, f"{where}: unit of depth")
         camera = transforms_camera(values, color, where)
-        views.append(View(f"{number:06d}", color, depth, cam2world, units, **camera))
+        views.append(View(f"{number:06d}", color, depth, cam2world, unit and 1 / unit, **camera))
     if all(view.depth is None for view in views):
         raise ValueError(f"{path}: no list of frames with depth_file_path: 3D points need depth")
     return views
@@ -220,10 +212,9 @@ def read_replica(folder, options):
     path = next(folder.glob("cam_params.json"), folder.parent / "cam_params.json")
     values = read_json(path, "cam_params").get("camera", {})
     *numbers, scale = required(values, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
-    units = positive(scale, f"{path}: scale")
     camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": (values.get("h"), values.get("w"))}
     path = folder / "traj.txt"
-    return from_folders(folder, options, path, read_rows(path, "poses"), camera, units, ["results/frame*"],
+    return from_folders(folder, options, path, read_rows(path, "poses"), camera, scale, ["results/frame*"],
                         "results/depth*")
 
 
@@ -285,7 +276,6 @@ def read_sens(folder, options):
         *matrices, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack_from(content, place)
         if version != 4 or color_kind not in (1, 2) or depth_kind != 1:
             raise ValueError(f"{path}: version {version}, compressions {color_kind} and {depth_kind} are not read")
-        positive(units, f"{path}: units of depth per meter")
         color, color_pose, depth, depth_pose = np.array(matrices).reshape(4, 4, 4)
         place += SENS_HEAD.size
         for number in range(count):
@@ -319,21 +309,23 @@ FORMATS = {
 def read_views(folder, name, options):
     """The views of a capture; errors point to the paragraph of its format."""
     try:
-        views = [checked(view) for view in FORMATS[name][2](folder, options)]
+        views = FORMATS[name][2](folder, options)
+        return [checked(view, options.depth_scale or view.units_per_meter) for view in views]
     except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
         where = "" if str(folder) in str(error) else f"{folder}: "
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
-    scale = options.depth_scale
-    return [view._replace(units_per_meter=scale) for view in views] if scale else views
 
 
-def checked(view):
-    """A View whose files exist, with intrinsics scaled to the size of its color image."""
+def checked(view, units):
+    """A View whose files exist, with units of depth per meter, and intrinsics of its color image's size."""
     if not view.is_whole:
         return view
+    if not 0 < units < np.inf:
+        raise ValueError(f"{view.depth}: {units} units of depth per meter, expected a number > 0")
     for path in filter(None, (view.color, view.depth, view.confidence)):
         check_exists(path, "image")
+    view = view._replace(units_per_meter=units)
     if None in view.size:
         return view
     (height, width), size = view.size, image_size(view.color, "color")

@@ -407,7 +407,7 @@ def test_colors_of_a_lens_are_interpolated_where_it_put_them(model, coefficients
 
 
 REFUSED = {
-    "no unit": (lambda f: edit(f, lambda s: s.update(depth_unit_scale_factor=0)), "frame 0: unit of depth is 0, expected"),
+    "no unit": (lambda f: edit(f, lambda s: s.update(depth_unit_scale_factor=0)), "0.png: 0 units of depth per meter, expected a number > 0"),
     "no frames": (lambda f: (f / "transforms.json").write_text("{}"), "transforms.json: no list of frames"),
     "no depth": (lambda f: edit(f, lambda s: [frame.pop("depth_file_path") for frame in s["frames"]]), "depth_file_path"),
     "no camera": (lambda f: edit(f, lambda s: s.pop("fl_x")), "fl_x"),
@@ -435,9 +435,9 @@ REFUSED_OTHERS = {
                                 "000003.png would go with 000007.png"),
     "redwood, no matrix": (lambda f: (f / "camera_intrinsic.json").write_text("{}"), "lacks intrinsic_matrix"),
     "replica, scale 0": (lambda f: (f / "cam_params.json").write_text(json.dumps({"camera": dict.fromkeys(
-        ("fx", "fy", "cx", "cy"), 50) | {"scale": 0}})), "cam_params.json: scale is 0, expected a number > 0"),
+        ("fx", "fy", "cx", "cy"), 50) | {"scale": 0}})), "000000.png: 0 units of depth per meter, .*read as replica"),
     "sens, no unit": (lambda f: (f / "scene.sens").write_bytes((f / "scene.sens").read_bytes().replace(
-        struct.pack("<f", 1000), struct.pack("<f", np.nan))), "scene.sens: units of depth per meter is nan, expected"),
+        struct.pack("<f", 1000), struct.pack("<f", np.nan))), "scene.sens: nan units of depth per meter, expected"),
     "stray, cut": (lambda f: (f / "odometry.csv").write_text((f / "odometry.csv").read_text()[:-40]), "words in a line"),
     "stray, empty": (lambda f: (f / "odometry.csv").write_text(""), "odometry.csv: odometry file without a line"),
     "stray, video": (lambda f: (f / "rgb").rename(f / "video"), "unpack the video: .*ffmpeg"),
@@ -549,7 +549,7 @@ def test_exported_frames_share_a_camera_and_points_and_colors_stay_on_their_surf
         assert np.array_equal(frame["depth_intrinsics"], scene[0]["intrinsics"])
         fields = pixel_fields(frame, *depth_to_color(frame))
         x, _, z = fields["points"].T
-        assert len(x) > 4000 and np.abs(z - 2 - 0.3 * x).max() < 0.3 * 0.5 / 70 * z.max() + 0.0006
+        assert len(x) > 3500 and np.abs(z - 2 - 0.3 * x).max() < 0.3 * 0.5 / 70 * z.max() + 0.0006
         assert np.abs(fields["features"][:, 0] * 255 - 128 - 60 * x).max() < 6  # of JPEG
     with pytest.raises(ValueError, match="b/1: depth has size .60, 80., frames before it have .30, 40."):
         list(OneCamera([{**scene[0], "name": "b/0", "depth": scene[0]["depth"][::2, ::2]}, {**scene[1], "name": "b/1"}]))
