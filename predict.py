@@ -770,7 +770,7 @@ def write_summary(args, config, frames, scans, output):
     summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {output.num_blank} without depth, "
-          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} scenes in {args.out}")
+          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} clouds in {args.out}")
     return summary
 
 

@@ -552,7 +552,8 @@ def test_exported_frames_share_a_camera_and_points_and_colors_stay_on_their_surf
         assert len(x) > 3500 and np.abs(z - 2 - 0.3 * x).max() < 0.3 * 0.5 / 70 * z.max() + 0.0006
         assert np.abs(fields["features"][:, 0] * 255 - 128 - 60 * x).max() < 6  # of JPEG
     with pytest.raises(ValueError, match="b/1: depth has size .60, 80., frames before it have .30, 40."):
-        list(OneCamera([{**scene[0], "name": "b/0", "depth": scene[0]["depth"][::2, ::2]}, {**scene[1], "name": "b/1"}]))
+        list(OneCamera([{**scene[0], "name": "b/0", "depth": scene[0]["depth"][::2, ::2]},
+                        {**scene[1], "name": "b/1"}]))
 
 
 # ------------------------------------------------------------------------------------- a cloud alone
