@@ -531,14 +531,14 @@ def test_a_capture_that_was_exported_elsewhere_is_the_same(tmp_path, name, monke
 
 
 def test_exported_frames_share_a_camera_and_points_and_colors_stay_on_their_surface(tmp_path):
-    """Two lenses see a tilted wall, whose red grows with x."""
+    """Two lenses see a tilted wall, whose brightness grows with x."""
     v, u = np.indices((60, 80))
     scene = []
     for focal, center in ((70.0, 39.5), (77.0, 43.25)):
         camera = np.array([[focal, 0, center], [0, focal, 29.5], [0, 0, 1]])
         slope = (u - center) / focal
         depth = (2 / (1 - 0.3 * slope)).astype(np.float32)  # z = 2 + 0.3 x
-        color = np.stack([128 + 60 * slope * depth, 0 * u, 0 * u], 2).round().astype(np.uint8)
+        color = np.stack(3 * [128 + 80 * slope * depth], 2).round().astype(np.uint8)
         scene.append({**SCENE[0], "color": color, "depth": depth, "intrinsics": camera, "world2cam": np.eye(4)})
     source = tmp_path / "capture"
     source.mkdir()
@@ -550,7 +550,7 @@ def test_exported_frames_share_a_camera_and_points_and_colors_stay_on_their_surf
         fields = pixel_fields(frame, *depth_to_color(frame))
         x, _, z = fields["points"].T
         assert len(x) > 3500 and np.abs(z - 2 - 0.3 * x).max() < 0.3 * 0.5 / 70 * z.max() + 0.0006
-        assert np.abs(fields["features"][:, 0] * 255 - 128 - 60 * x).max() < 6  # of JPEG
+        assert np.median(np.abs(fields["features"][:, 0] * 255 - 128 - 80 * x)) < 1.5  # JPEG errs beside black
     with pytest.raises(ValueError, match="b/1: depth has size .60, 80., frames before it have .30, 40."):
         list(OneCamera([{**scene[0], "name": "b/0", "depth": scene[0]["depth"][::2, ::2]},
                         {**scene[1], "name": "b/1"}]))
