@@ -11,7 +11,6 @@ cause fits". The exit status is 1 if something is wrong. docs/check.md lists the
 
 Imports numpy, PIL, and of this repository data, sources and support.
 """
-import argparse
 import itertools
 import textwrap
 from collections import Counter
@@ -29,7 +28,7 @@ from sources.scannet import means_no_class, natural_key
 from support.cache import content_key
 from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
                                   off_center, project, small_depth)
-from support.runtime import Parser, checked_by, positive_float, positive_int, run_command
+from support.runtime import Parser, add_capture_options, checked_by, positive_int, run_command
 from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correlation, find_filler,
                             find_up, flatness, known_values, mixed_pixels, peak, smooth_points, surface_normals,
                             third_classes)
@@ -750,15 +749,6 @@ def open_sources(args):
     return sources
 
 
-def pinhole(text):
-    """An argparse type: "fx,fy,cx,cy" -> intrinsics (3, 3)."""
-    try:
-        fx, fy, cx, cy = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}") from None
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-
-
 def contact_sheet(runs, path):
     """Writes an image of pairs of frames, one per run, that are far apart but see much of the same."""
     tiles = []
@@ -816,15 +806,10 @@ def main(argv=None):
     parser.add_argument("--classes", help="list of lines `id name`; else DATA/classes.txt")
     parser.add_argument("--up", type=checked_by(up_rotation), default="z",
                         help="the world's up: an axis (negative ones as --up=-y) or a vector (--up=0,-0.9,0.1)")
-    parser.add_argument("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY",
-                        help="pixels, of the color images of captures that do not tell them")
-    parser.add_argument("--format", choices=tuple(FORMATS), help="of a capture, see docs/captures.md")
-    parser.add_argument("--pose", choices=POSES, help="direction and quaternion order of a capture")
-    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter of a capture")
+    add_capture_options(parser, FORMATS, POSES)
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a sheet of reprojected points")
     parser.add_argument("--frames", type=positive_int, default=48,
                         help="number that is read for the poses, and per split for the labels")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.picture and (args.picture.suffix != ".png" or not args.picture.absolute().parent.is_dir()):
         parser.error(f"--picture {args.picture}: expected the name of a .png file in a folder that exists")

@@ -29,7 +29,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from check import pinhole, quick_check, unknowns
+from check import quick_check, unknowns
 from data import (PER_POINT, PER_VIEW, PointDataset, SceneDataset, camera_height, check_frame, collate,
                   depth_to_color, frame_names, group_by_scene, to_device, up_rotation, upright)
 from decoder import instances_from_logits, paint_instances
@@ -52,12 +51,12 @@ from sources.open import open_cloud, open_frames, open_scans
 from sources.scannet import load_classes
 from superpoints import oversegment
 from support.checkpoint import read_checkpoint
-from support.clouds import SceneMerger, write_ply, write_submission
+from support.clouds import NO_END, SceneMerger, write_ply, write_submission
 from support.distributed import setup
 from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
-from support.runtime import (Parser, checked_by, configure_device, image_size, loader_options, positive_float,
-                             run_command, worker_count)
+from support.runtime import (Parser, add_capture_options, checked_by, configure_device, image_size,
+                             loader_options, positive_float, run_command, worker_count)
 from support.visualize import clouds, heat_image, label_colors
 
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
@@ -421,11 +420,7 @@ def parse_args(argv=None):
         "classes.txt in the folder, else that of the training")
     add("--label-map", help="as in train.py; not given: as in training, if its class list is used")
     add("--scans", help="folder of whole ScanNet scans: points from there, views from --data")
-    add("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="pixels, of color, of a capture, if no "
-        "file tells")
-    add("--format", choices=tuple(FORMATS), help="of a capture; not given: what lies there decides")
-    add("--pose", choices=POSES, help="overrules direction and quaternion order of a capture")
-    add("--depth-scale", type=positive_float, help="units per meter of a capture, if no file tells")
+    add_capture_options(parser, FORMATS, POSES)
     add("--up", type=checked_by(up_rotation), help="axis that points up; not given: as in training, "
         "or z")
     add("--text", help="queries: \"chair, red sofa | couch\"; | separates names of one query")
@@ -447,7 +442,6 @@ def parse_args(argv=None):
     add("--workers", type=worker_count, help="that read frames; not given: one per two cores, up "
         "to 8")
     add("--device", help="not given: cuda if there is one, else cpu")
-    add("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     if args.submission and not args.scans:
         parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")
@@ -714,23 +708,44 @@ def use_cores(workers, device):
 def predict_scenes(label, frames, config, queries, output, voxel_size):
     """Labels every frame, merges the frames of a scene, and writes and scores both.
 
-    label: frames -> results of `predict_frames`. voxel_size: meters, or None.
+    label: frames -> results of `predict_frames`. voxel_size: meters, or None. While a merger ends early for want
+    of memory, the frames that see what lies behind it are labeled again: see docs/predict.md#merging.
     """
+    def results_of(members):
+        return tqdm(label(frames=Subset(frames, members)), total=len(members), unit="frame", disable=None)
+
+    def write(name, merger, heights):
+        cloud = merger.cloud(config["min_instance_points"], queries)
+        output.add_cloud(name, cloud, sum(heights) / len(heights))
+        output.score(output.merged, cloud)
+
     scenes = group_by_scene(frame_names(frames))
-    results = label(frames=Subset(frames, sum(scenes.values(), [])))
-    results = iter(tqdm(results, total=len(frames), unit="frame", disable=None))
+    results = iter(results_of(sum(scenes.values(), [])))
     for scene, members in scenes.items():
-        merger = SceneMerger(len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
+        new_merger = partial(SceneMerger, len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
+        merger = new_merger(tile=(0, NO_END))
         heights = []
-        for result in islice(results, len(members)):
+        spans = {}  # of the frames, see `SceneMerger.add`
+        for member, result in zip(members, results):
             output.add_frame(result)
             if result["points"] is not None:
-                merger.add(result["points"])
+                spans[member] = merger.add(result["points"])
                 heights.append(float(result["points"]["camera_height"]))
-        if heights:
-            cloud = merger.cloud(config["min_instance_points"], queries)
-            output.add_cloud(scene, cloud, sum(heights) / len(heights))
-            output.score(output.merged, cloud)
+        if not heights:
+            continue
+        write(scene if merger.end == NO_END else f"{scene}_tile1", merger, heights)
+        start = min(first for first, _ in spans.values())
+        number = 1
+        while merger.end < NO_END:
+            width = 2 * (merger.end - start)  # a tile that may be wider has more frames, most of them in vain
+            start = merger.end
+            merger = new_merger(tile=(start, min(start + width, NO_END)))
+            seeing = [member for member, (first, last) in spans.items() if first < merger.end and last >= start]
+            for result in results_of(seeing):
+                merger.add(result["points"])
+            if len(merger.keys):
+                number += 1
+                write(f"{scene}_tile{number}", merger, heights)
 
 
 def write_summary(args, config, frames, scans, output):
@@ -755,7 +770,7 @@ def write_summary(args, config, frames, scans, output):
     summary = json.loads(json.dumps(summary), parse_constant=lambda name: None)  # NaN is not JSON
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"{count} {kind}s, {skipped} frames skipped for a lost pose, {output.num_blank} without depth, "
-          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} scenes in {args.out}")
+          f"{seconds / count:.2f} s per {kind}; {len(output.scenes)} clouds in {args.out}")
     return summary
 
 

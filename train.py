@@ -161,7 +161,6 @@ def build_parser():
     add("--eval-every", type=positive_int, default=5, help="epochs between evaluations")
     add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
         "entries under diagnose/, see docs/diagnostics.md; 0: none")
-    add("--debug", action="store_true", help="show the traceback of an error")
     one_of = group.add_mutually_exclusive_group().add_argument
     one_of("--resume", metavar="CHECKPOINT", help="go on from a last.pt, with its options unless given")
     one_of("--eval", metavar="CHECKPOINT", help="score only")

@@ -53,11 +53,6 @@ class View(NamedTuple):
         """Whether it has a pose and depth."""
         return self.cam2world is not None and self.depth is not None
 
-    @property
-    def files(self):
-        """Paths of what it is read from."""
-        return [str(path) for path in (self.color, self.depth, self.confidence) if path is not None]
-
 
 class Options(NamedTuple):
     """What the caller knows and the files do not say; None: not given."""
@@ -91,42 +86,38 @@ def images_in(folder, *patterns, endings=COLORS):
     raise FileNotFoundError(f"{folder}: no image ({', '.join(endings)}); looked for {', '.join(patterns)}")
 
 
-def from_folders(folder, options, path, rows, camera, units_per_meter=1000,
+def from_folders(folder, options, path, rows, camera=None, units_per_meter=1000,
                  colors=("color/*", "rgb/*", "image/*", "images/*"), depths="depth/*"):
-    """Views of images and of rows of poses, of a file, in the same order. camera: as of `camera_in`."""
+    """Views of images and of rows of poses, of a file, in the same order. camera: as of `camera_in`, the default."""
+    camera = camera or camera_in(folder, options)
     colors, depths = images_in(folder, *colors), images_in(folder, depths, endings=DEPTHS)
     if not len(colors) == len(depths) == len(rows):
         raise ValueError(f"{folder}: {len(colors)} color images, {len(depths)} depth images and {len(rows)} poses")
-    shifts = [number_of(color) - number_of(depth) for color, depth in zip(colors, depths)]
-    odd = shifts.index(min(shifts, key=shifts.count))
+    numbers = re.compile(r"\D*(\d{1,8})")  # of names such as frame000012; time stamps have more digits, or a point
+    found = [(numbers.fullmatch(color.stem), numbers.fullmatch(depth.stem)) for color, depth in zip(colors, depths)]
+    shifts = [int(color[1]) - int(depth[1]) if color and depth else 0 for color, depth in found]
     if len(set(shifts)) > 1:
+        odd = shifts.index(min(shifts, key=shifts.count))
         raise ValueError(f"{colors[odd]} would go with {depths[odd].name}: is an image missing?")
     return [View(color.stem, color, depth, parse_pose(row, path, options), units_per_meter, **camera)
             for color, depth, row in zip(colors, depths, rows)]
 
 
-def number_of(path):
-    """The number in a name such as frame000012; 0 in others, time stamps say."""
-    match = re.fullmatch(r"\D*(\d{1,8})", path.stem)
-    return int(match[1]) if match else 0
-
-
-def camera_in(folder, options):
-    """Intrinsics of options or a file -> fields of View."""
+def camera_in(folder, options, patterns=("*intrinsic.json", "camera.json", "camera_*.json", "intrinsics.txt")):
+    """Intrinsics of options, or of the first file that the patterns find -> fields of View."""
     if options.intrinsics is not None:
         return {"intrinsics": options.intrinsics}
-    paths = visible(folder, "*intrinsic.json", "camera.json", "camera_*.json", "intrinsics.txt")
+    paths = visible(folder, *patterns)
     if not paths:
-        raise ValueError(f"{folder}: looked for intrinsics in camera_intrinsic.json (Open3D's) and "
-                         "intrinsics.txt (3 x 3); give one, or --intrinsics FX,FY,CX,CY")
+        raise ValueError(f"{folder}: looked for intrinsics in {', '.join(patterns)} (Open3D's JSON, or 3 x 3); "
+                         "give one, or --intrinsics FX,FY,CX,CY")
     path = paths[0]
-    if path.suffix == ".txt":
+    if path.suffix != ".json":
         return {"intrinsics": read_intrinsics(path, "intrinsics")}
     values = read_json(path, "intrinsics")
-    require(values, ["intrinsic_matrix"], path)
-    matrix = np.reshape(values["intrinsic_matrix"], (3, -1)).T
+    matrix, = required(values, ["intrinsic_matrix"], path)
     size = values.get("height"), values.get("width")
-    return {"intrinsics": as_intrinsics(matrix, path, "intrinsic_matrix"), "size": size}
+    return {"intrinsics": as_intrinsics(np.reshape(matrix, (3, -1)).T, path, "intrinsic_matrix"), "size": size}
 
 
 def resized(intrinsics, old_size, new_size):
@@ -137,17 +128,12 @@ def resized(intrinsics, old_size, new_size):
     return matrix
 
 
-def require(values, names, where):
-    """ValueError if a name is missing."""
+def required(values, names, where):
+    """The values of some names; ValueError if one is missing."""
     lacking = [name for name in names if name not in values]
     if lacking:
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
-
-
-def check_scale(value, where):
-    """ValueError if a unit of depth is not above 0 and finite."""
-    if not 0 < value < np.inf:
-        raise ValueError(f"{where} is {value}, expected a number > 0")
+    return [values[name] for name in names]
 
 
 # -------------------------------------------------------------------------------------------- formats
@@ -161,38 +147,32 @@ def read_transforms(folder, options):
     for number, frame in enumerate([*scene.get("frames", ()), *scene.get("test_frames", ())]):
         where = f"{path}: frame {number}"
         values = {**scene, **frame}
-        require(values, ("file_path", "transform_matrix"), where)
-        color = folder / values["file_path"].replace("\\", "/")
+        color, matrix = required(values, ("file_path", "transform_matrix"), where)
+        color = folder / color.replace("\\", "/")
         if color.suffix.lower() not in COLORS and not color.is_file():  # as instant-ngp writes it
             color = color.with_name(f"{color.name}.png")
         depth = values.get("depth_file_path", values.get("depth_path"))
         depth = depth and folder / depth.replace("\\", "/")
-        cam2world = parse_pose(values["transform_matrix"], where, options, OPENGL)
+        cam2world = parse_pose(matrix, where, options, OPENGL)
         unit = values.get("depth_unit_scale_factor", values.get("integer_depth_scale", 0.001))
-        check_scale(unit, f"{where}: unit of depth")
         camera = transforms_camera(values, color, where)
-        lens = transforms_distortion(values, where)
-        views.append(View(f"{number:06d}", color, depth, cam2world, 1 / unit, **camera, distortion=lens))
+        views.append(View(f"{number:06d}", color, depth, cam2world, unit and 1 / unit, **camera))
     if all(view.depth is None for view in views):
         raise ValueError(f"{path}: no list of frames with depth_file_path: 3D points need depth")
     return views
 
 
 def transforms_camera(values, color, where):
-    """The camera of an entry of transforms.json -> fields of View."""
+    """The camera and lens of an entry of transforms.json -> fields of View."""
     size = values.get("h"), values.get("w")
     height, width = image_size(color, "color") if None in size else size
     values = {"cx": width / 2, "cy": height / 2, **values}
     if "fl_x" not in values:
-        require(values, ["camera_angle_x"], f"{where} lacks fl_x, and")
-        values["fl_x"] = width / 2 / np.tan(values["camera_angle_x"] / 2)
+        angle, = required(values, ["camera_angle_x"], f"{where} lacks fl_x, and")
+        values["fl_x"] = width / 2 / np.tan(angle / 2)
     fx, cx, cy = (values[name] for name in ("fl_x", "cx", "cy"))
-    numbers = [fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]
-    return {"intrinsics": as_intrinsics([numbers], where, "intrinsics"), "size": size}
+    intrinsics = as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics")
 
-
-def transforms_distortion(values, where):
-    """(model, coefficients) of an entry of transforms.json, or () if there is no distortion."""
     model = values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")
     if model in ("PINHOLE", "SIMPLE_PINHOLE"):
         model = "OPENCV"
@@ -201,7 +181,8 @@ def transforms_distortion(values, where):
         raise ValueError(f"{where} has camera_model {model} (k4: {values.get('k4', 0)}), which is not read: "
                          "undistort to PINHOLE")
     coefficients = tuple(float(values.get(name) or 0) for name in names)
-    return (model, coefficients) if any(coefficients) or model == "OPENCV_FISHEYE" else ()
+    has_lens = any(coefficients) or model == "OPENCV_FISHEYE"
+    return {"intrinsics": intrinsics, "size": size, "distortion": (model, coefficients) if has_lens else ()}
 
 
 def read_tum(folder, options):
@@ -211,8 +192,7 @@ def read_tum(folder, options):
     for name in ("rgb", "depth", "groundtruth"):
         path = folder / f"{name}.txt"
         rows[name] = read_rows(path, name)
-        words = [row[0] for row in rows[name]]
-        times[name] = as_matrix([words], path, "times", [(1, len(words))])[0]
+        times[name] = as_matrix([[row[0] for row in rows[name]]], path, "times", [(1, len(rows[name]))])[0]
 
     def nearest(name, time):  # None: not within MAX_GAP
         place = np.abs(times[name] - time).argmin()
@@ -231,22 +211,18 @@ def read_replica(folder, options):
     """NICE-SLAM's Replica: traj.txt, 16 numbers per line, results/, cam_params.json there or above."""
     path = next(folder.glob("cam_params.json"), folder.parent / "cam_params.json")
     values = read_json(path, "cam_params").get("camera", {})
-    require(values, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
-    check_scale(values["scale"], f"{path}: scale")
-    numbers = [values[name] for name in ("fx", "fy", "cx", "cy")]
-    size = values.get("h"), values.get("w")
-    camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": size}
+    *numbers, scale = required(values, ("fx", "fy", "cx", "cy", "scale"), f"{path}: camera")
+    camera = {"intrinsics": as_intrinsics([numbers], path, "camera"), "size": (values.get("h"), values.get("w"))}
     path = folder / "traj.txt"
-    return from_folders(folder, options, path, read_rows(path, "poses"), camera, values["scale"],
-                        ["results/frame*"], "results/depth*")
+    return from_folders(folder, options, path, read_rows(path, "poses"), camera, scale, ["results/frame*"],
+                        "results/depth*")
 
 
 def read_redwood(folder, options):
     """Open3D and Redwood: trajectory.log with 3 numbers and a 4 x 4 matrix per pose."""
     path = folder / "trajectory.log"
     words = read_text(path, "poses file").split()
-    rows = [words[i + 3:i + 19] for i in range(0, len(words), 19)]
-    return from_folders(folder, options, path, rows, camera_in(folder, options))
+    return from_folders(folder, options, path, [words[i + 3:i + 19] for i in range(0, len(words), 19)])
 
 
 def read_pose_list(folder, options):
@@ -255,7 +231,7 @@ def read_pose_list(folder, options):
     rows = read_rows(path, "poses")
     if len(rows[0]) == 8:
         rows = [row[1:] for row in sorted(rows, key=lambda row: float(row[0]))]
-    return from_folders(folder, options, path, rows, camera_in(folder, options))
+    return from_folders(folder, options, path, rows)
 
 
 def read_posed(folder, options):
@@ -277,10 +253,8 @@ def read_stray(folder, options):
     path = folder / "odometry.csv"
     header, *rows = read_rows(path, "odometry")
     names = ("x", "y", "z", "qx", "qy", "qz", "qw")
-    require(header, names, f"{path}: the first line")
-    rows = [[row[header.index(name)] for name in names] for row in rows]
-    camera = {"intrinsics": read_intrinsics(folder / "camera_matrix.csv", "camera_matrix")}
-    views = from_folders(folder, options, path, rows, camera)
+    rows = [required(dict(zip(header, row)), names, f"{path}: the first line") for row in rows]
+    views = from_folders(folder, options, path, rows, camera_in(folder, options, ["camera_matrix.csv"]))
     folder = folder / "confidence"
     if not folder.is_dir():
         return views
@@ -302,7 +276,6 @@ def read_sens(folder, options):
         *matrices, color_kind, depth_kind, _, _, width, height, units, count = SENS_HEAD.unpack_from(content, place)
         if version != 4 or color_kind not in (1, 2) or depth_kind != 1:
             raise ValueError(f"{path}: version {version}, compressions {color_kind} and {depth_kind} are not read")
-        check_scale(units, f"{path}: units of depth per meter")
         color, color_pose, depth, depth_pose = np.array(matrices).reshape(4, 4, 4)
         place += SENS_HEAD.size
         for number in range(count):
@@ -333,36 +306,32 @@ FORMATS = {
 }
 
 
-def format_of(folder, names):
-    """The first of the names of formats that a folder has the files of, or None."""
-    return next((name for name in names if visible(folder, FORMATS[name][0])), None)
-
-
 def read_views(folder, name, options):
     """The views of a capture; errors point to the paragraph of its format."""
     try:
-        views = [checked(view) for view in FORMATS[name][2](folder, options)]
+        views = FORMATS[name][2](folder, options)
+        return [checked(view, options.depth_scale or view.units_per_meter) for view in views]
     except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:  # null in JSON, say
         where = "" if str(folder) in str(error) else f"{folder}: "
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{where}{error} (read as {name}, see docs/captures.md#{name})") from error
-    scale = options.depth_scale
-    return [view._replace(units_per_meter=scale) for view in views] if scale else views
 
 
-def checked(view):
-    """A View whose files exist, with intrinsics scaled to the size of its color image."""
+def checked(view, units):
+    """A View whose files exist, with units of depth per meter, and intrinsics of its color image's size."""
     if not view.is_whole:
         return view
-    for path in view.files:
+    if not 0 < units < np.inf:
+        raise ValueError(f"{view.depth}: {units} units of depth per meter, expected a number > 0")
+    for path in filter(None, (view.color, view.depth, view.confidence)):
         check_exists(path, "image")
+    view = view._replace(units_per_meter=units)
     if None in view.size:
         return view
-    size = image_size(view.color, "color")
-    (height, width), (own_height, own_width) = view.size, size
-    if not 0.98 < own_height * width / max(own_width * height, 1) < 1.02:
-        raise ValueError(f"{view.color}: {own_width} x {own_height} pixels, but its camera is for {width} x "
-                         f"{height}: turned or cropped?")
+    (height, width), size = view.size, image_size(view.color, "color")
+    if not 0.98 < size[0] * width / max(size[1] * height, 1) < 1.02:
+        raise ValueError(f"{view.color}: {size[1]} x {size[0]} pixels, but its camera is for {width} x {height}: "
+                         "turned or cropped?")
     return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
 
 
@@ -379,13 +348,17 @@ class CaptureFrames:
     class_names = ()
 
     def __init__(self, root, format=None, options=Options(), split=None, undistort=None):
-        root = Path(root)
+        root = Path(root).resolve()
         self.undistort = undistort
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder of a capture")
         formats = [format] if format else FORMATS
-        folders = [root] if format_of(root, formats) else filter(Path.is_dir, visible(root, "*"))
-        found = {folder: format_of(folder, formats) for folder in folders}
+
+        def format_of(folder):  # the first whose files it has, or None
+            return next((name for name in formats if visible(folder, FORMATS[name][0])), None)
+
+        folders = [root] if format_of(root) else filter(Path.is_dir, visible(root, "*"))
+        found = {folder: format_of(folder) for folder in folders}
         kinds = sorted(set(found.values()) - {None})
         if not kinds:
             looked_for = ", ".join(FORMATS[name][0] for name in formats)
@@ -394,8 +367,7 @@ class CaptureFrames:
         self.settings = repr((options, kinds))
         views = []  # (name, view)
         for folder in filter(found.get, found):
-            scene = folder.resolve().name if folder == root else folder.name
-            views += [(f"{scene}/{view.stem}", view) for view in read_views(folder, found[folder], options)]
+            views += [(f"{folder.name}/{view.stem}", view) for view in read_views(folder, found[folder], options)]
         if split is not None:
             wanted = {line.strip() for line in read_text(split, "split file").splitlines()} - {""}
             views = [(name, view) for name, view in views if {name, name.split("/")[0]} & wanted]
@@ -410,8 +382,7 @@ class CaptureFrames:
         words = [f"{name}: {FORMATS[name][0]}, {options.pose or FORMATS[name][1]}" for name in kinds]
         words += [f"{len(self.views)} frames, {self.num_skipped} without a pose"]
         words += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
-        scales = {view.units_per_meter for view in self.views}
-        words += [f"{scale:g} units of depth per meter" for scale in scales]
+        words += [f"{scale:g} units of depth per meter" for scale in {view.units_per_meter for view in self.views}]
         self.description = "; ".join(words)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{root}: two images are named {Counter(self.names).most_common(1)[0][0]}")
@@ -423,7 +394,8 @@ class CaptureFrames:
 
     def files(self, index):
         """Paths of all files that a frame is read from."""
-        return self.views[index].files
+        view = self.views[index]
+        return [str(path) for path in (view.color, view.depth, view.confidence) if path is not None]
 
     def color(self, index):
         """(H, W, 3) uint8 RGB of one frame."""
@@ -474,23 +446,18 @@ def read_depth_of(view):
 def main(argv=None):
     """The command."""
     from sources.scannet import write_frames  # here, because all else needs no sibling
-    from support.lens import undistort
-    from support.runtime import Parser, positive_float
+    from support.lens import OneCamera, undistort
+    from support.runtime import Parser, add_capture_options
     parser = Parser("captures.py", "Says how a capture is read; exports it.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help="write it in ScanNet's layout into this folder")
-    parser.add_argument("--format", choices=FORMATS, help="not given: what lies in the folder decides")
-    parser.add_argument("--pose", choices=POSES, help="overrules direction and quaternion order")
-    parser.add_argument("--depth-scale", type=positive_float, help="units of depth per meter, if no file tells")
-    parser.add_argument("--intrinsics", help="FX,FY,CX,CY of the color images, if no file tells")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_capture_options(parser, FORMATS, POSES)
     args = parser.parse_args(argv)
-    intrinsics = args.intrinsics and as_intrinsics([args.intrinsics.split(",")], "--intrinsics", "FX,FY,CX,CY")
-    options = Options(intrinsics, args.pose, args.depth_scale)
+    options = Options(args.intrinsics, args.pose, args.depth_scale)
     frames = CaptureFrames(args.folder, args.format, options, undistort=undistort)
     print(frames.description)
     if args.to:
-        write_frames(frames, args.to)
+        write_frames(OneCamera(frames), args.to)
 
 
 if __name__ == "__main__":

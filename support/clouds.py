@@ -14,14 +14,14 @@ import re
 import numpy as np
 import torch
 
-PAGES = os.sysconf("SC_PHYS_PAGES")  # of the machine's memory
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+MAX_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # half of the machine's memory
 ONE = 2 ** 14    # 1 in fixed point: int32 holds 131,071 votes
 OVERLAP = 0.5    # of two instances that join
 HALF = 2 ** 20   # cells of the grid from the origin to its end, along each axis
 PART = 2 ** 18   # voxels of a cloud that are worked on at once
 CLOUD_BYTES = 96  # of a voxel of a cloud, without queries
 STRIDES = np.array([4 * HALF ** 2, 2 * HALF, 1])  # of the key of a cell
+NO_END = 8 * HALF ** 3 - 1  # beyond the key of every cell
 
 
 class SceneMerger:
@@ -33,12 +33,16 @@ class SceneMerger:
     majority votes (Boyer and Moore 1981). An instance of a frame joins the instance of the scene with the
     same class that it overlaps most, if they share more than half of the smaller one's voxels that the
     frame sees; other instances that it overlaps so much join, too.
+
+    tile: first key and end of the keys of the voxels to merge, a slab across x. If they would take more than
+    MAX_BYTES, the tile gets an earlier end. None: all voxels, and then a ValueError.
     """
 
-    def __init__(self, num_classes, voxel_size):
+    def __init__(self, num_classes, voxel_size, tile=None):
         self.num_classes = num_classes
         self.voxel_size = voxel_size             # meters
-        self.max_bytes = PAGES * PAGE_BYTES // 2
+        self.may_end_early = tile is not None
+        self.start, self.end = tile or (0, NO_END)
         self.keys = np.empty(0, np.int64)        # (M,) sorted, one per voxel
         self.rows = np.empty(0, np.int64)        # (M,) its row in the tables, which have free rows at their end
         self.sums = None                         # F columns of int32, see `voxel_means`
@@ -48,11 +52,11 @@ class SceneMerger:
         self.scores = np.empty((0, 2))           # (S, 2) sum of the scores of its parts, their number
 
     def add(self, result):
-        """Adds the points of a frame, as `predict_batch` gives them."""
+        """Adds the points of a frame, as `predict_batch` gives them; returns their first and last key."""
         points = result["points"].double().numpy()
         position = points / self.voxel_size
         cell = np.floor(position)
-        if len(cell) and not np.abs(cell).max() < HALF:
+        if not np.abs(cell).max() < HALF - 1:
             raise ValueError(f"points lie up to {np.abs(points).max():.3g} m from the origin, too far "
                              f"for voxels of {self.voxel_size} m: are the poses in meters?")
         offset = position - cell
@@ -60,7 +64,11 @@ class SceneMerger:
         keys, first, voxel = np.unique(cell @ STRIDES, return_index=True, return_inverse=True)
         means = voxel_means(result, offset, voxel)
 
-        rows = self.find_rows(keys, means.shape[1])
+        start = np.searchsorted(keys, self.start)
+        rows = self.find_rows(keys[start:], means.shape[1])
+        own = slice(start, start + len(rows))
+        first = first[own]
+        means = means[own]
         self.sums[rows] += np.rint(means * ONE).astype(np.int32)
         truth = result["truth"].numpy()[first]
         instance = result["truth_instances"].numpy()[first]
@@ -72,19 +80,25 @@ class SceneMerger:
             labels = result["instance_labels"].numpy()
             scores = result["scores"].numpy()
             self.add_instances(rows, instances, labels, scores)
+        return int(keys[0]), int(keys[-1])
 
     def find_rows(self, keys, width):
-        """Row of each voxel in the tables; new voxels get the next free ones."""
+        """Row in the tables of each voxel before the tile's end; new voxels get the next free ones."""
         if self.sums is None:
             self.sums = np.empty((0, width), np.int32)
+        keys = keys[keys < self.end]
         place = np.searchsorted(self.keys, keys)
         is_new = np.append(self.keys, -1)[place] != keys
         count = len(self.keys)
         total = count + is_new.sum()
         bytes_each = 4 * width + 6 * 8 + CLOUD_BYTES
-        if total * bytes_each > self.max_bytes:
+        most = max(1, MAX_BYTES // bytes_each)
+        if total > most and not self.may_end_early:
             raise ValueError(f"{total:,} voxels of {self.voxel_size:.3g} m, {bytes_each} bytes each, are more "
                              "than half of the memory: merge larger voxels, or fewer frames at once")
+        if total > most:
+            self.end_at(np.union1d(self.keys, keys)[most // 2] + 1)
+            return self.find_rows(keys, width)
         place = place[is_new]
         self.keys = np.insert(self.keys, place, keys[is_new])
         self.rows = np.insert(self.rows, place, np.arange(count, total))
@@ -92,6 +106,16 @@ class SceneMerger:
         self.owner = with_room(self.owner, total, [-1, 0])
         self.truth = with_room(self.truth, total, [-1, 0])
         return self.rows[np.searchsorted(self.keys, keys)]
+
+    def end_at(self, end):
+        """Gives up the voxels from a key on, which belong to another tile."""
+        self.end = int(end)
+        kept = self.rows[self.keys < end]
+        self.keys = self.keys[self.keys < end]
+        self.rows = np.arange(len(kept))
+        self.sums = self.sums[kept]
+        self.owner = self.owner[kept]
+        self.truth = self.truth[kept]
 
     def add_instances(self, rows, instances, labels, scores):
         """Instances of a frame vote: (m,) per voxel with -1 = none, labels and scores (R,)."""

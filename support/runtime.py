@@ -4,7 +4,7 @@
     if __name__ == "__main__":
         run_command(main)
 
-Imports torch and tqdm.
+Imports torch, tqdm and support.files.
 """
 import argparse
 import ctypes
@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from support.files import as_intrinsics
 
 WORKER_TIMEOUT = 600  # seconds without a batch after which a run ends
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -194,10 +196,11 @@ class Console:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose help shows defaults."""
+    """An ArgumentParser whose errors are one line, whose help shows defaults, and that has --debug (`run_command`)."""
 
     def __init__(self, prog, description):
         super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -270,6 +273,23 @@ def image_size(text):
     if len(size) != 2:
         raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
     return size
+
+
+def pinhole(text):
+    """An argparse type: "fx,fy,cx,cy" in pixels -> intrinsics (3, 3)."""
+    try:
+        return as_intrinsics([text.split(",")], "--intrinsics", "fx,fy,cx,cy")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}") from None
+
+
+def add_capture_options(parser, formats, poses):
+    """Options of all commands that read captures: how, if not as what lies there says. See docs/captures.md."""
+    add = parser.add_argument
+    add("--format", choices=tuple(formats), help="of a capture; not given: what lies in the folder decides")
+    add("--pose", choices=poses, help="of a capture: overrules direction and quaternion order")
+    add("--depth-scale", type=positive_float, help="of a capture: units of depth per meter, if no file tells")
+    add("--intrinsics", type=pinhole, metavar="FX,FY,CX,CY", help="of a capture: pixels, of color, if no file tells")
 
 
 def checked_by(check):

@@ -17,6 +17,9 @@ from fusion import BiFusionEncoder
 from helpers import ROOT, TOWER, last_checkpoint, write_rooms_as_scannet
 from model import load_model
 from sources.rooms import RoomFrames
+from sources.scannet import read_ply_vertices
+from support import clouds
+from support.clouds import SceneMerger
 from support.queries import SOURCES, TextQueries
 from test_captures import write_redwood
 
@@ -45,6 +48,35 @@ def test_a_class_list_is_asked_for_and_scored(tmp_path):
     assert set(summary["scores"]) == {"every pixel", "merged scenes"}
     assert [names[0] for names in summary["queries"]["names"]] == list(RoomFrames("train", 1, 1).class_names)
     assert 0 <= summary["scores"]["every pixel"]["miou"] <= 1
+
+
+def test_a_scene_larger_than_memory_is_worked_in_tiles_with_the_same_answers(tmp_path, monkeypatch):
+    write_rooms_as_scannet(tmp_path / "rooms", 1, 3, (60, 80))
+    options = ["--data", str(tmp_path / "rooms"), "--classes", str(tmp_path / "rooms/classes.txt"), *CLIP]
+    whole = predict.main([*options, "--out", str(tmp_path / "whole")])
+    held = []  # bytes of the tables of each tile and its cloud
+    tables_to_cloud = SceneMerger.cloud
+
+    def measured(merger, *args):
+        arrays = [merger.keys, merger.rows, *(t[:len(merger.keys)] for t in (merger.sums, merger.owner, merger.truth))]
+        cloud = tables_to_cloud(merger, *args)
+        held.append(sum(values.nbytes for values in arrays) + sum(
+            values.nbytes for name, values in cloud.items() if name != "queries"))
+        return cloud
+
+    monkeypatch.setattr(SceneMerger, "cloud", measured)
+    monkeypatch.setattr(clouds, "MAX_BYTES", 400_000)
+    tiled = predict.main([*options, "--out", str(tmp_path / "tiled")])
+    assert max(held) <= 400_000 and tiled["scores"] == whole["scores"]
+
+    scene, = whole["scenes"]
+    assert list(tiled["scenes"]) == [f"{scene}_tile{i + 1}" for i in range(len(held))] and len(held) > 3
+    fields = [f"scalar_{name}" for name in ("label", "gate", "confidence", "wall", "chair")]
+    one, *parts = (read_ply_vertices(tmp_path / name, dict.fromkeys(fields, ("f4",))) for name in
+                   (f"whole/{scene}.ply", *(f"tiled/{name}.ply" for name in tiled["scenes"])))
+    assert np.array_equal(np.concatenate(parts), one)
+    for path in (tmp_path / "whole").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "tiled" / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
 def test_labels_of_other_classes_than_the_queries_are_not_scored(tmp_path, monkeypatch):

@@ -19,11 +19,12 @@ from data import PointDataset, depth_to_color, pixel_fields
 from helpers import ROOT, last_checkpoint, small
 from model import load_model
 from predict import predict_frames
+from sources import captures
 from sources.captures import FORMATS, CaptureFrames, Options
 from sources.open import open_frames
 from sources.rooms import RoomFrames
 from sources.scannet import ScanNetFrames, read_ply_vertices
-from support.lens import distorted_pixels, undistort
+from support.lens import OneCamera, distorted_pixels, undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
 K = ROOMS[0]["intrinsics"]  # most formats have one camera for all frames
@@ -406,7 +407,7 @@ def test_colors_of_a_lens_are_interpolated_where_it_put_them(model, coefficients
 
 
 REFUSED = {
-    "no unit": (lambda f: edit(f, lambda s: s.update(depth_unit_scale_factor=0)), "frame 0: unit of depth is 0, expected"),
+    "no unit": (lambda f: edit(f, lambda s: s.update(depth_unit_scale_factor=0)), "0.png: 0 units of depth per meter, expected a number > 0"),
     "no frames": (lambda f: (f / "transforms.json").write_text("{}"), "transforms.json: no list of frames"),
     "no depth": (lambda f: edit(f, lambda s: [frame.pop("depth_file_path") for frame in s["frames"]]), "depth_file_path"),
     "no camera": (lambda f: edit(f, lambda s: s.pop("fl_x")), "fl_x"),
@@ -434,9 +435,9 @@ REFUSED_OTHERS = {
                                 "000003.png would go with 000007.png"),
     "redwood, no matrix": (lambda f: (f / "camera_intrinsic.json").write_text("{}"), "lacks intrinsic_matrix"),
     "replica, scale 0": (lambda f: (f / "cam_params.json").write_text(json.dumps({"camera": dict.fromkeys(
-        ("fx", "fy", "cx", "cy"), 50) | {"scale": 0}})), "cam_params.json: scale is 0, expected a number > 0"),
+        ("fx", "fy", "cx", "cy"), 50) | {"scale": 0}})), "000000.png: 0 units of depth per meter, .*read as replica"),
     "sens, no unit": (lambda f: (f / "scene.sens").write_bytes((f / "scene.sens").read_bytes().replace(
-        struct.pack("<f", 1000), struct.pack("<f", np.nan))), "scene.sens: units of depth per meter is nan, expected"),
+        struct.pack("<f", 1000), struct.pack("<f", np.nan))), "scene.sens: nan units of depth per meter, expected"),
     "stray, cut": (lambda f: (f / "odometry.csv").write_text((f / "odometry.csv").read_text()[:-40]), "words in a line"),
     "stray, empty": (lambda f: (f / "odometry.csv").write_text(""), "odometry.csv: odometry file without a line"),
     "stray, video": (lambda f: (f / "rgb").rename(f / "video"), "unpack the video: .*ffmpeg"),
@@ -527,6 +528,32 @@ def test_a_capture_that_was_exported_elsewhere_is_the_same(tmp_path, name, monke
     for one, other in zip(exported, frames):
         assert np.abs(one["depth"] - other["depth"]).max() <= 0.000501
         assert all(np.abs(one[key] - other[key]).max() < 1e-6 for key in ("world2cam", "intrinsics", "depth_intrinsics"))
+
+
+def test_exported_frames_share_a_camera_and_points_and_colors_stay_on_their_surface(tmp_path):
+    """Two lenses see a tilted wall, whose brightness grows with x."""
+    v, u = np.indices((60, 80))
+    scene = []
+    for focal, center in ((70.0, 39.5), (77.0, 43.25)):
+        camera = np.array([[focal, 0, center], [0, focal, 29.5], [0, 0, 1]])
+        slope = (u - center) / focal
+        depth = (2 / (1 - 0.3 * slope)).astype(np.float32)  # z = 2 + 0.3 x
+        color = np.stack(3 * [128 + 80 * slope * depth], 2).round().astype(np.uint8)
+        scene.append({**SCENE[0], "color": color, "depth": depth, "intrinsics": camera, "world2cam": np.eye(4)})
+    source = tmp_path / "capture"
+    source.mkdir()
+    write_transforms(source, scene)
+    edit(source, lambda s: s["frames"][1].update(fl_x=77.0, fl_y=77.0, cx=43.75))
+    captures.main([str(source), "--to", str(tmp_path / "out")])
+    for frame in open_frames(tmp_path / "out", labels=False):
+        assert np.array_equal(frame["depth_intrinsics"], scene[0]["intrinsics"])
+        fields = pixel_fields(frame, *depth_to_color(frame))
+        x, _, z = fields["points"].T
+        assert len(x) > 3500 and np.abs(z - 2 - 0.3 * x).max() < 0.3 * 0.5 / 70 * z.max() + 0.0006
+        assert np.median(np.abs(fields["features"][:, 0] * 255 - 128 - 80 * x)) < 1.5  # JPEG errs beside black
+    with pytest.raises(ValueError, match="b/1: depth has size .60, 80., frames before it have .30, 40."):
+        list(OneCamera([{**scene[0], "name": "b/0", "depth": scene[0]["depth"][::2, ::2]},
+                        {**scene[1], "name": "b/1"}]))
 
 
 # ------------------------------------------------------------------------------------- a cloud alone

@@ -76,9 +76,9 @@ def test_a_cloud_made_in_parts_is_that_of_all_voxels(monkeypatch):
     assert all(np.array_equal(in_parts[name], values) for name, values in whole.items())
 
 
-def test_a_scene_that_memory_cannot_hold_is_refused():
+def test_a_scene_that_memory_cannot_hold_is_refused_if_it_may_have_no_tiles(monkeypatch):
     merger, cloud = merged([frame(0)])
-    merger.max_bytes = 300 * len(cloud["points"])
+    monkeypatch.setattr(clouds, "MAX_BYTES", 300 * len(cloud["points"]))
     merger.add(frame(0))
     farther = frame(1)
     farther["points"] += 100
