@@ -32,8 +32,8 @@ from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion,
                     SemanticCriterion, clip_loss_weight, lovasz_loss)
 from model import (BACKBONES, batches_for, build_model, build_tower, classify_by_name, compile_parts,
-                   count_features, fingerprint_of, gate_name, load_weights, logged_modules,
-                   open_backbone, parameter_groups, restore_model)
+                   count_features, fingerprint_of, forward_in, gate_name, load_weights,
+                   logged_modules, open_backbone, parameter_groups, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
@@ -387,11 +387,9 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     their scene's. Every process must return the same terms, whatever its batch: multiply by 0 instead
     of leaving one out.
     """
-    device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
     torch.manual_seed(batch["seed"][0])  # random draws of a step depend on its samples alone: they repeat
-    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-        out = model(batch, with_dense=dense_target and clip_is_on)
+    out = forward_in(amp_dtype, model, batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
     if weights.get("lovasz"):  # steps saved by older versions have no such weight
         terms["lovasz"] = lovasz_loss(out["logits"], batch["labels"])
