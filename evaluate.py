@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data import camera_height, frame_names, group_by_scene, to_device, to_tensor, unproject
 from decoder import paint_instances, scene_instances
 from metrics import LABEL_DIVISOR, InstanceMeter, SemanticMeter
-from model import batches_for
+from model import batches_for, forward_in
 from support.distributed import gather_objects
 from support.visualize import clouds, visualizations
 
@@ -72,8 +72,7 @@ def evaluate(model, loader, min_instance_points=100, amp_dtype=torch.float32, wo
     for batch in loader:
         batch = to_device(batch, device)
         labels = batch["labels"]
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            out = model(batch)
+        out = forward_in(amp_dtype, model, batch)
         scores.update(out["logits"].argmax(1), labels)
         if not has_decoder:
             continue

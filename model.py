@@ -16,13 +16,15 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from data import collate, mix_scenes
 from decoder import InstanceDecoder, draw_queries, pool, unpad_scenes
 from encoder import Enhanced2DEncoder, TimmTower
 from fusion import BiFusionEncoder
 from losses import instance_targets
-from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C
+from sparse_unet import COLORS, NETWORKS, PointEncoder, Res16UNet34C, SparseConv
 from support.checkpoint import read_checkpoint, restore
 from support.pretrained import load_backbone
 from support.queries import TextQueries
@@ -104,6 +106,43 @@ def instance_logits(decoded):
     total = held.transpose(1, 2) @ classes                           # (B, S, K)
     logits = total / (1 + held.sum(1))[..., None]                    # the 1: a weak mask says little
     return unpad_scenes(logits, decoded["sizes"])
+
+
+class _CastTogether(torch.autograd.Function):
+    """Weights of float32 in another dtype, and their gradients in float32, in one call for all of them."""
+
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        ctx.set_materialize_grads(False)  # a weight that is not used has no gradient
+        cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(cast, weights)
+        return tuple(cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        wide = [None if grad is None else torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+        found = [i for i, grad in enumerate(grads) if grad is not None]
+        torch._foreach_copy_([wide[i] for i in found], [grads[i] for i in found])
+        return None, *wide
+
+
+def forward_in(dtype, model, batch, **options):
+    """model(batch, **options), with autocast to dtype unless that is float32.
+
+    Autocast casts one weight at a time, and so its gradient. Those of the trained nn.Linear and SparseConv
+    are cast here, to the same bits, so a module that switches autocast off finds them in dtype.
+    """
+    if dtype == torch.float32:
+        return model(batch, **options)
+    weights = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, SparseConv):
+            weights |= {f"{name}.{key}": weight for key, weight in module.named_parameters(recurse=False)
+                        if weight.requires_grad and weight.dtype == torch.float32}
+    with torch.autocast(model.device.type, dtype):
+        cast = dict(zip(weights, _CastTogether.apply(dtype, *weights.values())))
+        return functional_call(model, cast, (batch,), options)
 
 
 def make_batch(samples, cell=None, min_query_share=1.0, with_targets=False, mix=0.0, plan=None):

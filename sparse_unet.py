@@ -101,13 +101,22 @@ def _invert(table, num_in):
 class KernelMap:
     """Which input row each output row reads at each kernel offset; also serves the transposed convolution.
 
-    table: (num_out, K^3) int32, input rows, and num_in where the voxel is empty.
+    table: (num_out, K^3) int32, input rows, and num_in where the voxel is empty. zeros: a dict that maps of
+    one network share.
     """
 
-    def __init__(self, table, num_in):
+    def __init__(self, table, num_in, zeros=None):
         self.table = table
         self.num_in = num_in
         self.num_out = len(table)
+        self.zeros = {} if zeros is None else zeros
+
+    def padded(self, feats):
+        """feats (rows, C) and behind them a row of zeros, which stands for every empty voxel."""
+        key = feats.shape[1], feats.dtype
+        if key not in self.zeros:
+            self.zeros[key] = feats.new_zeros(1, feats.shape[1])
+        return torch.cat((feats, self.zeros[key]))
 
     @cached_property
     def transposed_table(self):
@@ -261,7 +270,7 @@ def use_im2col(device, num_out, c_in, c_out):
 def _im2col(feats, kernel_map, transposed):
     """Iterates over blocks of output rows: (slice of rows, (rows, K^3 * C) features that they read)."""
     table = kernel_map.transposed_table if transposed else kernel_map.table
-    padded = torch.cat((feats, feats.new_zeros(1, feats.shape[1])))
+    padded = kernel_map.padded(feats)
     width = table.shape[1] * feats.shape[1]
     values = BLOCK if feats.device.type == "cpu" else GPU_BLOCK
     rows = max(1, values // width)
@@ -528,7 +537,8 @@ class Res16UNet34C(nn.Module):
             raise ValueError(f"feats must be {expected}, got {tuple(feats.shape)}")
         tables = self.plan(coords) if tables is None else tables
         # nN: neighbors at stride N; dN: down from stride N
-        maps = [KernelMap(*pair) for pair in tables]
+        zeros = {}
+        maps = [KernelMap(*pair, zeros) for pair in tables]
         n0, n1, d1, n2, d2, n4, d4, n8, d8, n16 = maps
 
         stem = norm_relu(self.bn0, self.conv0p1s1(feats, n0))

@@ -32,8 +32,8 @@ from evaluate import evaluate, format_metrics, log_metrics, visualize
 from losses import (CLIP_LOSSES, INSTANCE_WEIGHTS, ClipConsCriterion, InstanceCriterion,
                     SemanticCriterion, clip_loss_weight, lovasz_loss)
 from model import (BACKBONES, batches_for, build_model, build_tower, classify_by_name, compile_parts,
-                   count_features, fingerprint_of, gate_name, load_weights, logged_modules,
-                   open_backbone, parameter_groups, restore_model)
+                   count_features, fingerprint_of, forward_in, gate_name, load_weights,
+                   logged_modules, open_backbone, parameter_groups, restore_model)
 from sources.open import open_frames, open_scans
 from sources.scannet import check_splits
 from sparse_unet import COLORS
@@ -150,6 +150,7 @@ def build_parser():
     add("--amp", choices=tuple(AMP_DTYPES), help="not given: bf16 on a GPU that has it, else off")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of weights, sampling and augmentation")
+    add("--sync-bn", choices=("on", "off"), default="on", help="batch norms count the rows of all processes")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
         "always on a CPU; slower, see docs/gpus.md")
     add("--device", help="not given: cuda if there is one, else cpu")
@@ -334,7 +335,7 @@ def labels_train(args, num_labeled, console):
 
 def check_tower(tower, args):
     """Fails now, and not after hours, if the tower takes other images or lacks what the loss needs."""
-    if tuple(tower.image_size) != tuple(args.image_size):
+    if tower is not None and tuple(tower.image_size) != tuple(args.image_size):
         raise ValueError(f"--image-size {args.image_size}: the tower takes images of {tuple(tower.image_size)}")
     if needs_dense(args):
         tower.encode_with_dense(torch.zeros(1, 3, *tower.image_size))
@@ -387,11 +388,9 @@ def compute_losses(model, batch, criteria, weights, amp_dtype=torch.float32, den
     their scene's. Every process must return the same terms, whatever its batch: multiply by 0 instead
     of leaving one out.
     """
-    device = batch["points"].device
     clip_is_on = model.fusion.encoder_2d is not None and weights["clip"] > 0
     torch.manual_seed(batch["seed"][0])  # random draws of a step depend on its samples alone: they repeat
-    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-        out = model(batch, with_dense=dense_target and clip_is_on)
+    out = forward_in(amp_dtype, model, batch, with_dense=dense_target and clip_is_on)
     terms = {"semantic": criteria["semantic"](out["logits"], batch["labels"])}
     if weights.get("lovasz"):  # steps saved by older versions have no such weight
         terms["lovasz"] = lovasz_loss(out["logits"], batch["labels"])
@@ -534,8 +533,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     # tower and data, what is quick to refuse first; every frame is read before anything is written
     torch.manual_seed(args.seed)  # the same on every process, for the same initial weights
     tower = tower or open_tower(args, config, console.warn)
-    if tower is not None:
-        check_tower(tower, args)
+    check_tower(tower, args)
     train_set, val_set, class_names, instances = build_datasets(args)
     used_sets = [val_set] if args.eval else [train_set, val_set]
     console.print(f"{len(class_names)} classes: {', '.join(class_names)}")
@@ -549,7 +547,8 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     if not labels_train(args, labeled[0], console):
         classify_by_name(model, class_names)
     model.to(device)
-    synchronize_batch_norm(model)
+    if args.sync_bn == "on":
+        synchronize_batch_norm(model)
     if path:
         load_weights(model, state, path, class_names)
     if args.compile:
@@ -661,6 +660,7 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
 
             # save, and leave if a signal asks for it
             if is_stopped or step % args.save_every == 0:
+                average_buffers(model, world_size)
                 save("last.pt", epoch, i + 1)
             if is_stopped:
                 log.close()
@@ -670,10 +670,10 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
                 leave_processes()
                 raise SystemExit(128 + signum)
         first_step = 0
+        average_buffers(model, world_size)
 
         # evaluate and save
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            average_buffers(model, world_size)
             with average.applied():
                 metrics = score()
                 if main_process:

@@ -123,9 +123,10 @@ def average_buffers(model, world_size):
 
 def world_mean(x):
     """Mean of a tensor over processes, without a gradient: for the normalizers of losses."""
+    if _world_size() == 1:
+        return x.detach()
     total = x.detach().clone(memory_format=torch.contiguous_format)
-    if _world_size() > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total / _world_size()
 
 

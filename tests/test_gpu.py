@@ -23,7 +23,7 @@ from support.runlog import RunLog
 from volt import Volt
 
 SETTING_UP = "setting up a GPU"
-MOST = {"small": 2600, "small bf16": 3300, "volt": 1900}  # kernels of a step
+MOST = {"small": 2400, "small bf16": 2800, "volt": 1900}  # kernels of a step
 MISTAKES = {  # that a CPU forgives, and what the error says
     "all tensors on one device": lambda x: x + torch.zeros(x.shape),
     "to numpy": lambda x: x.numpy(),

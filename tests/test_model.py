@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """model.py: what must hold for the whole network, whatever its weights, and what a loaded one is."""
+import copy
 import pickle
 from functools import partial
 
@@ -14,7 +15,7 @@ from decoder import InstanceDecoder, scene_instances
 from encoder import Enhanced2DEncoder
 from fusion import BiFusionEncoder
 from helpers import ROOT, TOWER, checkpoint, last_checkpoint, run_in_folder, small
-from model import Segmenter, batches_for, instance_logits, load_model, make_batch
+from model import Segmenter, batches_for, forward_in, instance_logits, load_model, make_batch
 from sources.rooms import RoomFrames
 from sparse_unet import SMALL, PointEncoder, Res16UNet34C
 from superpoints import oversegment
@@ -59,6 +60,23 @@ def same_instances(scene, other, order=slice(None)):
     torch.testing.assert_close(other["scores"], scene["scores"])
     assert torch.equal(other["masks"], scene["masks"][:, order])
     assert torch.equal(other["labels"], scene["labels"])
+
+
+def test_weights_cast_together_and_their_gradients_have_the_bits_of_autocast(model, samples):
+    batch = in_precision(batches_for(model, training=False)(samples), torch.float32)
+    results = []
+    for together in (True, False):
+        net = copy.deepcopy(model).float()
+        if together:
+            out = forward_in(torch.bfloat16, net, batch, with_dense=True)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = net(batch, with_dense=True)
+        out["logits"].square().mean().backward()
+        results.append([out["logits"], *(p.grad for p in net.parameters())])
+        assert net.decoder.quality_head[0].weight.grad is None  # the logits do not depend on it
+    for one, other in zip(*results):
+        assert one is other or one.dtype == torch.float32 and torch.equal(one, other)
 
 
 KEYS = ("logits", "feat_fusion", "clip_point", "clip_dense", "valid", "alpha")

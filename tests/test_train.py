@@ -175,11 +175,12 @@ def torchrun(arguments):
     elastic_launch(config, as_command)(arguments)
 
 
-@pytest.mark.parametrize("start, worker, status, run", [
-    (as_command, "1", 128 + signal.SIGTERM, lambda train: train()),
-    (torchrun, "0", 1, in_two_processes)], ids=["one process", "torchrun"])
-def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start, worker, status, run):
-    options = "--no-clip --no-instances --batch-size 1 --num-points 100"
+@pytest.mark.parametrize("start, more, status, run", [
+    (as_command, "--workers 1", 128 + signal.SIGTERM, lambda train: train()),
+    (torchrun, "--workers 0", 1, in_two_processes),
+    (torchrun, "--sync-bn off", 1, in_two_processes)], ids=["one process", "torchrun", "norms of each process"])
+def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start, more, status, run):
+    options = f"--no-clip --no-instances --batch-size 1 --num-points 100 {more}"
     step, stopped = train.train_step, tmp_path / "stopped"
 
     def until_the_signal(*args):
@@ -191,7 +192,7 @@ def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", until_the_signal)
         patch.setitem(train.CONSTANTS, "save_every", 2)
-        process = Forked(lambda: start(small(stopped, options, f"--workers {worker}")))
+        process = Forked(lambda: start(small(stopped, options)))
     wait_for(lambda: list(stopped.glob("runs/*/last.pt")) or not process.process.is_alive())
     process.process.terminate()
     left, printed, errors = process.wait()
@@ -200,7 +201,14 @@ def test_sigterm_saves_ends_and_resumes_bit_exactly(tmp_path, monkeypatch, start
     resume = ["--resume", str(last_checkpoint(stopped)), *RESUME]
     for arguments in (resume, small(tmp_path / "straight", options)):
         run(lambda: train.main(arguments))
-    assert checkpoint(tmp_path / "straight")["epoch"] == 2 and same_weights(tmp_path / "straight", stopped)
+    assert checkpoint(tmp_path / "straight")["epoch"] == 2
+    if more == "--sync-bn off":  # saving averages the running statistics, which rounds them
+        models = [checkpoint(folder)["model"] for folder in (tmp_path / "straight", stopped)]
+        statistics = [{key: model.pop(key) for key in list(model) if "running_" in key} for model in models]
+        torch.testing.assert_close(*statistics, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(*models, rtol=0, atol=0)
+    else:
+        assert same_weights(tmp_path / "straight", stopped)
     assert not list(stopped.glob("runs/*/*.tmp"))
 
 
@@ -387,7 +395,7 @@ def test_help_names_every_option_with_a_meaning_and_its_default(capsys):
         train.main(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     options = vars(train.build_parser().parse_args([]))
-    assert len(options) <= 60 and printed.count("(default: ") == len(options)  # not shown without a meaning
+    assert len(options) <= 61 and printed.count("(default: ") == len(options)  # not shown without a meaning
     for name, default in options.items():
         assert f"--{name.replace('_', '-')}" in printed and f"(default: {default})" in printed
 
@@ -610,6 +618,24 @@ def test_two_processes_train_as_one_with_the_doubled_batch_and_write_once(tmp_pa
     for tag in ("loss/total", "loss/semantic", "loss/instance_bce", "loss/clip"):
         theirs = [e.value for e in two.Scalars(tag)]
         assert theirs == pytest.approx([e.value for e in one.Scalars(tag)], rel=1e-4), tag
+
+
+def test_norms_count_the_rows_of_both_processes_or_with_sync_bn_off_their_own(tmp_path, monkeypatch):
+    average = train.average_buffers
+
+    def compared(model, world):
+        own = model.fusion.encoder_3d.backbone.bn0.bn.running_mean
+        before = train.gather_objects(own.clone(), world)
+        average(model, world)
+        print("EQUAL", torch.equal(*before), torch.equal(*train.gather_objects(own, world)))
+
+    monkeypatch.setattr(train, "average_buffers", compared)
+    for setting, equal in (("on", True), ("off", False)):
+        options = f"--no-clip --no-instances --epochs 1 --num-points 100 --sync-bn {setting}"
+        done = in_two_processes(lambda: train.main(small(tmp_path / setting, options)))
+        for status, printed, errors in done:
+            assert status == 0 and f"EQUAL {equal} True" in printed, errors
+    assert not same_weights(tmp_path / "on", tmp_path / "off")
 
 
 @pytest.mark.parametrize("status", [1, -9], ids=["raises", "is killed"])
