@@ -351,10 +351,12 @@ def pose_rows(runs, up):
         rows.append(alignment_row(frames))
     if not first_fault(rows):
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
-    if not first_fault(rows):
+    if not first_fault(rows) and not judge.noisy():
         rows += scene_rows(judge, tried, frames, upright)
     if first_fault(rows):
         return rows
+    if any(row.test == "neighbors" for row in rows):
+        return rows + other_rows(tried, rows)
     unclear = ""
     if judge.noisy():
         unclear = ", but the poses cannot be tested: poses that do not move explain the frames better"
@@ -364,15 +366,20 @@ def pose_rows(runs, up):
 
 
 def scene_rows(judge, tried, frames, upright):
-    """A fault of one scene only: an alternative that helps there is weighed with the pairs of that scene."""
+    """A fault of one scene only: where an alternative helps or points are lost, its pairs are weighed alone."""
     scenes = np.array([scene_of(frame) for frame in frames])
+    noisy = []
     for scene in dict.fromkeys(scenes):
         own = scenes[judge.pairs[:, 0]] == scene
         gains = [one.gains[own] for one in tried if np.ndim(one.gains)]
         helped = any(gain[np.isfinite(gain)].sum() > HINT * own.sum() for gain in gains)
-        if not helped or own.all() or own.sum() < MIN_PAIRS:
+        suspicious = helped or judge.given.share(own) < 0.95
+        if not suspicious or own.all() or own.sum() < MIN_PAIRS:
             continue
         part = Judge(judge.views, judge.pairs[own])
+        if part.noisy():
+            noisy.append(scene)
+            continue
         told = f"{part.given.share():.0%} of the points of scene {scene} are confirmed by a neighbor " \
             f"({part.overlapping()} overlapping pairs)"
         again = part.weigh_all(upright)
@@ -380,7 +387,8 @@ def scene_rows(judge, tried, frames, upright):
             part, frames, told, any(one.helps for one in again))
         if rows:
             return rows
-    return []
+    words = "have poses that cannot be tested: poses that do not move explain their frames better"
+    return [Row("neighbors", "not tested", f"{some(noisy)} {words}")] if noisy else []
 
 
 def cause_rows(judge, tried, frames, told):
