@@ -26,12 +26,12 @@ from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import means_no_class, natural_key
 from support.cache import content_key
-from support.reprojection import (CLEAN, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
+from support.reprojection import (CLEAN, HINT, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
                                   off_center, project, small_depth)
 from support.runtime import Parser, add_capture_options, checked_by, positive_int, run_command
-from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correlation, find_filler,
-                            find_up, flatness, known_values, mixed_pixels, peak, smooth_points, surface_normals,
-                            third_classes)
+from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correlation, edge_match, find_filler,
+                            find_up, flatness, known_values, lost_instances, mixed_pixels, peak,
+                            share_below_floor, smooth_points, surface_normals, third_classes)
 
 NUM_PAIRS = 96  # of frames that are compared
 QUICK = 24  # frames that `quick_check` reads
@@ -64,17 +64,18 @@ FIXES = {
     "depth intrinsics": "Rescale intrinsic_depth.txt to the size of the depth images.",
     "intrinsics of both": "Rescale intrinsic_color.txt and intrinsic_depth.txt to the images.",
     "focal length": "Correct the intrinsics, or scale them as the images were.",
-    "cropped images": "Subtract from the principal point what was cut off on the left and above.",
+    "cropped images": "Correct the principal point: subtract what was cut off on the left and above.",
     "color images turned": "Turn the color images as the depth images lie.",
     "color images mirrored": "Flip the color images.",
     "depth and color shifted in time": "Pair the two series of images by time stamp.",
     "poses off by one frame": "Pair poses and images by time stamp.",
     "depth and color cameras": "Give the extrinsics of the two cameras, or export registered depth.",
-    "unconfirmed": "No known cause fits: look at --picture, and at where poses, intrinsics and depth come from.",
-    "up axis": "Pass the up direction as --up, with an equals sign.",
+    "unconfirmed": "No known cause fits for sure: look at --picture, and where poses, intrinsics and depth come from.",
+    "up axis": "Pass the up direction, which must be one for all scenes, as --up, with an equals sign.",
     "up axis or poses": "Check frames that overlap; if the poses are right, pass this direction as --up.",
     "label ids": "Correct the class list, or renumber the label images.",
     "void class": "Name it `unlabeled` in the class list.",
+    "label images": "Pair label images with their frames, and turn them as the color images lie.",
     "resized labels": "Resize label images with nearest-neighbor interpolation.",
     "instance ids": "Write one id per object, from 1 on, and 0 for none.",
     "label folders": "Write DATA/classes.txt or pass --classes, and give every scene its label-filt.",
@@ -188,27 +189,31 @@ def depth_rows(frames):
 def range_rows(frames, num_values):
     """A fault if depth has impossible values. num_values: if these are at most 256 levels, how many; or 0."""
     median = median_depth(frames)
+    low, high = np.percentile([np.median(known_values(image)) for image in depth_of(frames)], (10, 90))
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
     return first_wrong(
         ("normalized depth", bottom < 0.02 * top,
          f"Every depth image reaches from nearly 0 to {top:.6g} m."),
         ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {median:.3f} m."),
-        ("units of depth", not 0.05 < median < 100, f"The median depth is {median:.3f} m."))
+        ("units of depth", low <= 0.05 or high >= 100,
+         f"The median depth is {median:.3f} m, and of an image {low:.3f} to {high:.3f} m."))
 
 
 def flat_rows(frames):
-    """A fault if the surfaces in most images are flat only if depth is something else than z."""
-    costs = [flatness(points_of(frame)) for frame in frames[::max(1, len(frames) // 10)]]
-    costs = np.array([one for one in costs if one is not None]).reshape(-1, 3)
-    for column, fault, words in ((1, "depth along the ray", "the length of the ray"),
-                                 (2, "inverse depth", "1 / z")):
-        gains = costs[:, 0] - costs[:, column]
-        flatter = (gains > 0).sum()
-        enough = len(gains) > 2 and flatter > 0.8 * len(gains) and gains.mean() > 2 * MARGIN
-        if enough and costs[:, column].mean() < -4:
-            words = f"In {flatter} of {len(gains)} images, surfaces are flat only if depth is {words}."
-            return [wrong(fault, words)]
+    """A fault if the surfaces in most images of a scene are flat only if depth is something else than z."""
+    costs = [(scene_of(frame), flatness(points_of(frame))) for frame in frames[::max(1, len(frames) // 20)]]
+    costs = [one for one in costs if one[1] is not None]
+    for scene in dict.fromkeys([None, *(scene for scene, _ in costs)]):  # None: all of them
+        own = np.array([cost for name, cost in costs if scene in (None, name)]).reshape(-1, 3)
+        for column, fault, words in ((1, "depth along the ray", "the length of the ray"),
+                                     (2, "inverse depth", "1 / z")):
+            gains = own[:, 0] - own[:, column]
+            flatter = (gains > 0).sum()
+            enough = len(gains) > 2 and flatter > 0.8 * len(gains) and gains.mean() > 2 * MARGIN
+            if enough and own[:, column].mean() < -4:
+                return [wrong(fault, f"In {flatter} of {len(gains)} images{f' of {scene}' if scene else ''}, "
+                              f"surfaces are flat only if depth is {words}.")]
     return [Row("depth", "ok", f"the median depth is {median_depth(frames):.2f} m")]
 
 
@@ -219,7 +224,7 @@ def color_rows(frames):
     red, green, blue = means.mean(0)
     words = f"mean red {red:.0f}, green {green:.0f}, blue {blue:.0f} of 255"
     plain = (np.ptp(ends, axis=1) < 8) | (means.max(1) < 5) | (means.min(1) > 250)
-    if plain.mean() > 0.5:
+    if plain.mean() > 0.2:
         words = f"{plain.sum()} of {len(plain)} color images are black, white or of one color: {words}."
         return [wrong("colors", words)]
     if plain.any():
@@ -344,16 +349,46 @@ def pose_rows(runs, up):
         cropped = next(one for one in tried if one.fault == "cropped images")
         rows = center_rows(views, frames[0]) if count < MIN_PAIRS and not cropped.worse else []
         rows.append(alignment_row(frames))
-    noisy = judge.still.share() >= CLEAN and judge.given.cost() - judge.still.cost() > MARGIN
-    if noisy:
-        words = "poses that do not move explain the frames better than their own"
-        rows.append(Row("noise of poses", "note", words))
-    elif not first_fault(rows):
+    if not first_fault(rows):
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
+    if not first_fault(rows) and not judge.noisy():
+        rows += scene_rows(judge, tried, frames, upright)
     if first_fault(rows):
         return rows
-    rows.append(Row("neighbors", "ok" if count >= MIN_PAIRS else "not tested", told))
-    return rows + other_rows(tried, rows)
+    if any(row.test == "neighbors" for row in rows):
+        return rows + other_rows(tried, rows)
+    unclear = ""
+    if judge.noisy():
+        unclear = ", but the poses cannot be tested: poses that do not move explain the frames better"
+    elif count < MIN_PAIRS:
+        unclear = ", too few to tell whether the poses are right"
+    return rows + [Row("neighbors", "not tested" if unclear else "ok", told + unclear), *other_rows(tried, rows)]
+
+
+def scene_rows(judge, tried, frames, upright):
+    """A fault of one scene only: where an alternative helps or points are lost, its pairs are weighed alone."""
+    scenes = np.array([scene_of(frame) for frame in frames])
+    noisy = []
+    for scene in dict.fromkeys(scenes):
+        own = scenes[judge.pairs[:, 0]] == scene
+        gains = [one.gains[own] for one in tried if np.ndim(one.gains)]
+        helped = any(gain[np.isfinite(gain)].sum() > HINT * own.sum() for gain in gains)
+        suspicious = helped or judge.given.share(own) < 0.95
+        if not suspicious or own.all() or own.sum() < MIN_PAIRS:
+            continue
+        part = Judge(judge.views, judge.pairs[own])
+        if part.noisy():
+            noisy.append(scene)
+            continue
+        told = f"{part.given.share():.0%} of the points of scene {scene} are confirmed by a neighbor " \
+            f"({part.overlapping()} overlapping pairs)"
+        again = part.weigh_all(upright)
+        rows = cause_rows(part, again, frames, told) or unconfirmed_rows(
+            part, frames, told, any(one.helps for one in again))
+        if rows:
+            return rows
+    words = "have poses that cannot be tested: poses that do not move explain their frames better"
+    return [Row("neighbors", "not tested", f"{some(noisy)} {words}")] if noisy else []
 
 
 def cause_rows(judge, tried, frames, told):
@@ -367,6 +402,10 @@ def cause_rows(judge, tried, frames, told):
         return [wrong("mirrored", f"{mirrored} of {len(frames)} rotations have determinant -1.")]
     if found is None:
         return []
+    rivals = {one.fault for one in tried if one.fault != fault and found.rivaled_by(one)}
+    if rivals:
+        names = " or ".join([fault, *sorted(rivals)])
+        return [wrong("unconfirmed", f"{told}; what is wrong may be: {names}. The frames cannot tell which.")]
     if fault == "units":
         is_stretched = found.share < 0.97 and common_top(depth_of(frames))
         return [stretched_row(told) if is_stretched else unit_row(found, judge, told)]
@@ -389,7 +428,8 @@ def unconfirmed_rows(judge, frames, told, helped):
     """
     enough = judge.overlapping() >= MIN_PAIRS
     share = judge.given.share()
-    contradicted = judge.overlapping() and share < (CLEAN if enough else CLEAN_PAIR)
+    moves = not judge.noisy()
+    contradicted = moves and judge.overlapping() and share < (CLEAN if enough else CLEAN_PAIR)
     if contradicted and common_top(depth_of(frames)):
         return [stretched_row(told)]
     worst = min(range(len(frames)), key=judge.share_of)
@@ -399,7 +439,7 @@ def unconfirmed_rows(judge, frames, told, helped):
          f"of {frames[worst]['name']} it is {judge.share_of(worst):.0%}."),
         ("unconfirmed", alike >= MIN_PAIRS,
          f"{alike} pairs of frames show the same, but with their poses they cannot."),
-        ("unconfirmed", helped and enough,
+        ("unconfirmed", helped and enough and moves,
          f"{told}, but other readings of the frames are better, and none is good."))
 
 
@@ -431,9 +471,13 @@ def up_rows(runs, up, confirmed):
 
     confirmed: whether frames confirm each other's poses. If not, these may be what is wrong.
     """
-    found = [one for one in map(world_up, runs) if one.any()]
-    mean = np.mean(found or [np.zeros(3)], 0)
+    found = [(scene_of(run[0]), one) for run, one in zip(runs, map(world_up, runs)) if one.any()]
+    mean = np.mean([one for _, one in found] or [np.zeros(3)], 0)
     length = np.linalg.norm(mean)
+    for (a, up_a), (b, up_b) in itertools.combinations(found, 2):
+        if confirmed and a != b and up_a @ up_b < 0.5:
+            told = [",".join(f"{x:.2f}" for x in one + 0.0) for one in (up_a, up_b)]
+            return [wrong("up axis", f"Surfaces and cameras of {a} say {told[0]}, of {b} {told[1]}.")], None
     if length < 0.94:  # they do not agree within 20 degrees
         words = "the scenes do not agree" if found else "cameras and surfaces do not tell it"
         return [Row("up axis", "not tested", words)], None
@@ -480,15 +524,26 @@ def read_labels(source, num_frames):
     return labels
 
 
-def share_below_floor(labels, names, up):
-    """Mean share of a frame's points that lie 20 cm below what is called floor; 0 without a floor."""
-    below = []
-    for own in labels if up is not None and "floor" in names else ():
-        is_floor = own["labels"] == names.index("floor")
-        if is_floor.sum() > 0.01 * len(is_floor):
-            height = own["points"] @ up
-            below.append((height < np.median(height[is_floor]) - 0.2).mean())
-    return np.mean(below) if below else 0
+def label_image_rows(runs):
+    """A fault if the borders of labels lie on edges of depth only if label images are turned, or a neighbor's."""
+    readings = {"as they are": [], "flipped left to right": [], "flipped upside down": [],
+                "turned by 180 degrees": [], "of the next frame": [], "of the previous frame": []}
+    for run in runs:
+        frames = [frame for frame in run if np.shape(frame.get("label")) == frame["color"].shape[:2]]
+        for i, frame in enumerate(frames):
+            label = frame["label"]
+            next_one, previous = (frames[j % len(frames)]["label"] for j in (i + 1, i - 1))
+            images = (label, label[:, ::-1], label[::-1], label[::-1, ::-1], next_one, previous)
+            for matches, image in zip(readings.values(), images):
+                gray = (image.astype(np.int64) * 97 % 251).astype(np.float32)[..., None]  # classes differ clearly
+                matches.append(edge_match(*depth_and_gray({**frame, "color": gray}, 160)))
+    given, *others = map(np.array, readings.values())
+    for words, other in zip([*readings][1:], others):
+        better = (other > given + 0.05).sum()
+        if better > max(2, 0.8 * len(given)):
+            return [wrong("label images", f"In {better} of {len(given)} frames, borders of labels lie on edges of "
+                          f"depth only with the label images {words}.")]
+    return []
 
 
 def label_rows(labels, names, num_listed, up):
@@ -551,31 +606,6 @@ def instance_rows(labels, names, ids=(), trusted=True):
         ("instance ids", again,
          "Each class has the same instance id in all scenes: they are the labels again."),
         ("instance ids", lost, lost)) or [Row("instance ids", "ok", words)]
-
-
-def lost_instances(table, names, ids):
-    """Words about pixels without instance in classes that should have some; "" if there are none.
-
-    table: rows (label, instance, pixels), instance -1 = none. names, ids: of the classes.
-    """
-    total = np.bincount(table[:, 0], table[:, 2], len(names))
-    none = table[table[:, 1] < 0]
-    without = np.bincount(none[:, 0], none[:, 2], len(names))
-    things = without < 0.5 * total
-    share = without[things].sum() / max(total[things].sum(), 1)
-    if share > 0.01:
-        return f"{share:.1%} of the pixels of classes with instances have none: " \
-            "objects with id 0 count as none."
-    empty = [i for i in np.flatnonzero((total > 0) & (without == total))
-             if names[i] not in ("wall", "floor", "ceiling")]
-    doubtful = [i for i in empty if ids[i:i + 1] in ([0], [255])]
-    if not doubtful and len(empty) == 1 and things.sum() >= 5:
-        doubtful = empty
-    if not doubtful or not things.any():
-        return ""
-    told = some([repr(names[i]) for i in doubtful])
-    return f"No pixel of class {told} has an instance: it means unlabeled (then name it so in the class " \
-        "list), or its objects have id 0, which counts as none."
 
 
 def folder_rows(sources):
@@ -687,11 +717,14 @@ def unknowns(rows):
     """What the rows of `quick_check` could not tell, as sentences for a training or a prediction."""
     if first_fault(rows):
         return  # to be fixed first
-    untested = {row.test for row in rows if row.verdict == "not tested"}
+    untested = {row.test: row.words for row in rows if row.verdict == "not tested"}
     if "neighbors" in untested:
-        yield "too few frames overlap to tell whether the poses are right"
-    elif "up axis" in untested:
+        yield untested["neighbors"]
+        return
+    if untested.pop("up axis", None):
         yield "cameras and surfaces do not tell which way is up: --up is taken as it is"
+    if untested:
+        yield f"too little overlap, motion or texture to test: {', '.join(untested)}"
 
 
 def check_cameras(dataset, store, up, data):
@@ -729,6 +762,8 @@ def inspect(sources, up="z", num_frames=48, picture=None):
         contact_sheet(runs, picture)
     rows, world = geometry_rows(runs, up)
     found = label_rows(labels, names, getattr(first, "num_listed", len(names)), world)
+    if not first_fault(rows + found):
+        found += label_image_rows(runs)
     rows += found + instance_rows(labels, names, getattr(first, "class_ids", []), not first_fault(found))
     return rows + folder_rows(sources.values()) + split_rows(sources)
 

@@ -265,6 +265,12 @@ def every_second(plant):
                                  frames.class_names)
 
 
+def in_first_scene(plant):
+    """A fault in the first scene only."""
+    return lambda frames: Frames([b if scene_of(a) == scene_of(frames[0]) else a
+                                  for a, b in zip(frames, plant(frames))], frames.class_names)
+
+
 FAULTS = [  # fault, what is in its words (text, or text and a number), and how it is planted
     ("pose inverted", "inverse", of_poses(np.linalg.inv)),
     ("pose half inverted", "transposed", of_poses(

@@ -486,6 +486,21 @@ class Weighed(NamedTuple):
     fits: bool = False  # it explains the frames as well as clean ones are
     helps: bool = False  # it explains them better, perhaps not well
     worse: bool = False
+    gains: np.ndarray = np.nan  # (P,) of the pairs; NaN: not to be compared
+    late: bool = False  # another is preferred if both explain equally much
+
+    def rivaled_by(self, other):
+        """Whether the pairs cannot tell this alternative from another, or the other explains them better.
+
+        A late one, or one with a value that was searched for, must explain them better than one without.
+        """
+        lead = self.gain - other.gain
+        if other.late or self.x is None and other.x is not None:
+            return lead < -0.1
+        leads = np.atleast_1d(self.gains - other.gains)
+        leads = leads[np.isfinite(leads)]
+        error = leads.std() / np.sqrt(len(leads)) if len(leads) else 0
+        return lead < max(0.1, 2 * error)
 
 
 class Judge:
@@ -507,6 +522,10 @@ class Judge:
     def overlapping(self):
         """Number of pairs that overlap with the cameras as given."""
         return np.count_nonzero(self.given.overlap >= OVERLAP)
+
+    def noisy(self):
+        """Whether poses that do not move explain the frames better than their own, so that noise hides faults."""
+        return self.still.share() >= CLEAN and self.given.cost() - self.still.cost() > MARGIN
 
     def look_alikes(self, fit):
         """Number of pairs that show the same, though by a Fit they do not overlap."""
@@ -531,10 +550,11 @@ class Judge:
         if either.sum() < MIN_PAIRS:
             return Weighed(fault, words, x)
         gains = given.costs - other.costs  # (2, P)
-        total = gains[:, either].sum(0)
+        of_pairs = np.where(either, gains.sum(0), np.nan)
+        total = of_pairs[either]
         gain = total.mean()
         if gain < MARGIN or own.sum() < MIN_PAIRS:
-            return Weighed(fault, words, x, gain, worse=gain < -0.05)
+            return Weighed(fault, words, x, gain, worse=gain < -0.05, gains=of_pairs)
 
         share = self.fit_strictly(views).share(own)
         gains = gains[:, own]
@@ -553,7 +573,7 @@ class Judge:
         hinted = parts.sum() > max(HINT, 0.7 * gains.sum(0).std())
         better = beats_still and no_part_worse
         fits = better and share >= CLEAN and alike and self.look_alikes(other) < MIN_PAIRS
-        return Weighed(fault, words, x, gain, share, fits, helps=better and hinted)
+        return Weighed(fault, words, x, gain, share, fits, better and hinted, gains=of_pairs)
 
     def search(self, change, starts, step, fault, words):
         """The best value x of a continuous alternative change(views, x) -> Weighed.
@@ -616,4 +636,5 @@ class Judge:
         late = ["mirrored", "depth and color shifted in time"]
         if not upright:
             late.append("images turned")
-        return sorted(tried, key=lambda one: one.fault in late)
+        tried = [one._replace(late=one.fault in late) for one in tried]
+        return sorted(tried, key=lambda one: one.late)

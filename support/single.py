@@ -108,22 +108,33 @@ def edge_correlation(pairs):
     side = 2 * EDGE_SHIFT + 1
     total = np.zeros((side, side))
     for depth, gray in pairs:
-        logs = np.log(np.where(depth > 0, depth, np.nan))
-        slopes = np.abs(np.gradient(logs))
-        jumps = (np.fmax(*slopes) > 0.02).astype(float)
-        jumps -= jumps.mean()
-        steep = np.log1p(np.hypot(*np.gradient(gray)))
-        steep = np.nan_to_num(steep)
-        steep -= steep.mean()
-        scale = jumps.std() * steep.std() * jumps.size
-        if scale > 0:
-            size = [extent + 2 * EDGE_SHIFT for extent in jumps.shape]
-            spectrum = np.fft.rfft2(steep, size)
-            spectrum *= np.fft.rfft2(jumps, size).conj()
-            shifted = np.fft.irfft2(spectrum, size)
-            shifted = np.roll(shifted, (EDGE_SHIFT, EDGE_SHIFT), (0, 1))
-            total += shifted[:side, :side] / scale
+        jumps, steep = edges(depth, gray)
+        size = [extent + 2 * EDGE_SHIFT for extent in jumps.shape]
+        spectrum = np.fft.rfft2(steep, size)
+        spectrum *= np.fft.rfft2(jumps, size).conj()
+        shifted = np.fft.irfft2(spectrum, size)
+        shifted = np.roll(shifted, (EDGE_SHIFT, EDGE_SHIFT), (0, 1))
+        total += shifted[:side, :side]
     return total
+
+
+def edges(depth, gray):
+    """Depth edges and gray edges of two images, each of mean 0; the sum of their products is a correlation."""
+    logs = np.log(np.where(depth > 0, depth, np.nan))
+    slopes = np.abs(np.gradient(logs))
+    jumps = (np.fmax(*slopes) > 0.02).astype(float)
+    jumps -= jumps.mean()
+    steep = np.log1p(np.hypot(*np.gradient(gray)))
+    steep = np.nan_to_num(steep)
+    steep -= steep.mean()
+    scale = jumps.std() * steep.std() * jumps.size
+    return jumps / max(scale, 1e-12), steep
+
+
+def edge_match(depth, gray):
+    """Correlation of depth edges with gray edges of two images."""
+    jumps, steep = edges(depth, gray)
+    return (jumps * steep).sum()
 
 
 def peak(correlation):
@@ -196,3 +207,39 @@ def mixed_pixels(table):
         pixels = table[table[:, 1] == instance, 2]
         total += pixels.sum() - pixels.max()
     return total
+
+
+def share_below_floor(labels, names, up):
+    """Mean share of a frame's points that lie 20 cm below what is called floor; 0 without a floor."""
+    below = []
+    for own in labels if up is not None and "floor" in names else ():
+        is_floor = own["labels"] == names.index("floor")
+        if is_floor.sum() > 0.01 * len(is_floor):
+            height = own["points"] @ up
+            below.append((height < np.median(height[is_floor]) - 0.2).mean())
+    return np.mean(below) if below else 0
+
+
+def lost_instances(table, names, ids):
+    """Words about pixels without instance in classes that should have some; "" if there are none.
+
+    table: rows (label, instance, pixels), instance -1 = none. names, ids: of the classes.
+    """
+    total = np.bincount(table[:, 0], table[:, 2], len(names))
+    none = table[table[:, 1] < 0]
+    without = np.bincount(none[:, 0], none[:, 2], len(names))
+    things = without < 0.5 * total
+    share = without[things].sum() / max(total[things].sum(), 1)
+    if share > 0.01:
+        return f"{share:.1%} of the pixels of classes with instances have none: " \
+            "objects with id 0 count as none."
+    empty = [i for i in np.flatnonzero((total > 0) & (without == total))
+             if names[i] not in ("wall", "floor", "ceiling")]
+    doubtful = [i for i in empty if ids[i:i + 1] in ([0], [255])]
+    if not doubtful and len(empty) == 1 and things.sum() >= 5:
+        doubtful = empty
+    if not doubtful or not things.any():
+        return ""
+    told = ", ".join(repr(names[i]) for i in doubtful[:3])
+    return f"No pixel of class {told} has an instance: it means unlabeled (then name it so in the class " \
+        "list), or its objects have id 0, which counts as none."

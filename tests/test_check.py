@@ -10,8 +10,8 @@ from PIL import Image
 
 import check
 from bench.check import WRITERS, judge, outcome
-from bench.faults import (CLEAN, FAULTS, JITTER, QUARTER_TURN, SIZE, TILT, Frames, make_rooms, make_video,
-                          with_holes)
+from bench.faults import (CLEAN, FAULTS, JITTER, QUARTER_TURN, SIZE, TILT, Frames, in_first_scene, make_rooms,
+                          make_video, renamed, with_holes)
 from sources.open import open_frames
 from sources.scannet import load_classes
 
@@ -83,6 +83,27 @@ def test_faults_are_named_in_real_frames_that_hardly_move(ycbv, plant):
     fault, _, change = FAULTS[plant]
     found, = faults(change(ycbv))
     assert found == fault or found == "units" and fault.startswith("units")  # too little motion to know which
+
+
+@pytest.mark.parametrize("plant", [33, 36, 59, 60, 61, 63])
+def test_no_cause_is_told_as_sure_if_the_frames_hardly_move(ycbv, plant):
+    fault, _, change = FAULTS[plant]
+    rows = check.quick_check(change(ycbv))
+    told = check.first_fault(rows) or " ".join(check.unknowns(rows))
+    assert any(words in told for words in (fault, "unconfirmed", "up axis or poses", "poses cannot be tested"))
+
+
+def test_training_says_which_faults_the_frames_cannot_tell(ycbv):
+    words, = check.unknowns(check.quick_check(ycbv))
+    assert "units" in words and "focal length" in words and "pose inverted" not in words
+
+
+@pytest.mark.parametrize("plant", [0, 3, 12, 14, 17, 21, 35, 41, 46, 55])
+def test_a_fault_of_one_scene_only_is_found(video, plant):
+    second = renamed(lambda scene, stem: f"other/{stem}")(make_video(seed=2))
+    fault, _, change = FAULTS[plant]
+    found = faults(in_first_scene(change)(Frames([*video, *second], video.class_names)))
+    assert next(iter(found)) in (fault, "unconfirmed")
 
 
 @pytest.mark.parametrize("plant", [0, 1, 3, 4, 10, 51])
@@ -202,6 +223,21 @@ def test_labels_that_cannot_be_right_are_found(rooms, fault, words, change):
     frames.class_names.append("id 99")
     found = label_faults(frames)
     assert list(found) == [fault] and words in found[fault]
+
+
+@pytest.mark.parametrize("words, change", [
+    ("flipped left to right", lambda label: label[:, ::-1]), ("by 180 degrees", lambda label: label[::-1, ::-1])])
+def test_label_images_that_are_turned_are_found(rooms, words, change):
+    row, = check.label_image_rows([rooms.edited(label=lambda frame: change(frame["label"]))])
+    assert row.test == "label images" and words in row.words
+    assert check.label_image_rows([rooms]) == []
+
+
+@pytest.mark.parametrize("words, offset", [("of the next frame", -1), ("of the previous frame", 1)])
+def test_label_images_of_another_frame_are_found(video, words, offset):
+    labels = {frame["name"]: video[(i + offset) % len(video)]["label"] for i, frame in enumerate(video)}
+    row, = check.label_image_rows([video.edited(label=lambda frame: labels[frame["name"]])])
+    assert row.test == "label images" and words in row.words
 
 
 @pytest.mark.parametrize("name", ["Void", "unannotated", "n/a"])
