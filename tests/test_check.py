@@ -276,7 +276,8 @@ def test_images_that_are_copies_of_each_other_are_found(rooms, video, field):
     assert list(faults(same)) == ["copied images"] and f"7 of 7 sampled {field} images" in faults(same)["copied images"]
     half = {frame["name"]: rooms[i % 3 if i < 6 else i][field] for i, frame in enumerate(rooms)}
     twice = rooms.edited(**{field: lambda frame: half[frame["name"]]})
-    assert faults(twice) == {}  # two of a scene's six frames
+    found = ["unconfirmed"] if field == "depth" else []  # depth of other frames is confirmed by few
+    assert list(faults(twice)) == found  # two of a scene's six frames
     scenes = Frames([*rooms, *({**frame, "name": f"copy/{i}"} for i, frame in enumerate(rooms[:6]))])
     assert "in two scenes" in faults(scenes.edited(**{
         key: lambda frame, key=key: frame[key] + 1 for key in {"color", "depth", "label"} - {field}}))["copied images"]
