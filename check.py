@@ -188,16 +188,17 @@ def depth_rows(frames):
 
 def range_rows(frames, num_values):
     """A fault if depth has impossible values. num_values: if these are at most 256 levels, how many; or 0."""
-    median = median_depth(frames)
-    low, high = np.percentile([np.median(known_values(image)) for image in depth_of(frames)], (10, 90))
+    scenes = [[frame for frame in frames if scene_of(frame) == scene] for scene in dict.fromkeys(map(scene_of, frames))]
+    scenes = [own for own in scenes if len(depth_of(own)) > 2]  # in a single image, something may be near
+    medians = [median_depth(own) for own in (frames, *scenes)]
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
     return first_wrong(
         ("normalized depth", bottom < 0.02 * top,
          f"Every depth image reaches from nearly 0 to {top:.6g} m."),
-        ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {median:.3f} m."),
-        ("units of depth", low <= 0.05 or high >= 100,
-         f"The median depth is {median:.3f} m, and of an image {low:.3f} to {high:.3f} m."))
+        ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {medians[0]:.3f} m."),
+        ("units of depth", min(medians) <= 0.05 or max(medians) >= 100,
+         f"The median depth is {medians[0]:.3f} m, and of a scene {min(medians):.3f} to {max(medians):.3f} m."))
 
 
 def flat_rows(frames):

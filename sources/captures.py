@@ -22,7 +22,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # of the repository
 from support.files import (as_intrinsics, as_matrix, as_pose, check_exists, decode_color, depth_in_meters,
                            image_size, natural_key, only_file, quaternion_pose, read_color, read_depth,
-                           read_index_image, read_intrinsics, read_json, read_rows, read_text, visible)
+                           read_index_image, read_intrinsics, read_json, read_rows, read_text,
+                           resize_intrinsics, visible)
 
 MAX_GAP = 0.02  # seconds between two images, or an image and a pose, that belong together
 OPENGL = np.diag([1.0, -1, -1, 1])  # from OpenCV's camera axes to OpenGL's (x right, y up, z backward)
@@ -48,11 +49,6 @@ class View(NamedTuple):
     distortion: tuple = ()           # (model, coefficients), see support/lens.py
     part: tuple = ()                 # of a .sens file: offset, bytes of color, bytes of depth, (H, W) of depth
 
-    @property
-    def is_whole(self):
-        """Whether it has a pose and depth."""
-        return self.cam2world is not None and self.depth is not None
-
 
 class Options(NamedTuple):
     """What the caller knows and the files do not say; None: not given."""
@@ -72,9 +68,7 @@ def parse_pose(numbers, path, options, axes=np.eye(4)):
         matrix = quaternion_pose(numbers, path, [4, 5, 6, 3] if "wxyz" in how else [3, 4, 5, 6])
     else:
         matrix = as_pose(numbers, path)
-    if matrix is None:
-        return None
-    return (np.linalg.inv(matrix) if "w2c" in how else matrix) @ axes
+    return None if matrix is None else (np.linalg.inv(matrix) if "w2c" in how else matrix) @ axes
 
 
 def images_in(folder, *patterns, endings=COLORS):
@@ -118,14 +112,6 @@ def camera_in(folder, options, patterns=("*intrinsic.json", "camera.json", "came
     matrix, = required(values, ["intrinsic_matrix"], path)
     size = values.get("height"), values.get("width")
     return {"intrinsics": as_intrinsics(np.reshape(matrix, (3, -1)).T, path, "intrinsic_matrix"), "size": size}
-
-
-def resized(intrinsics, old_size, new_size):
-    """Intrinsics of an image resized from old_size to new_size, (H, W) each: c -> (c + 0.5) s - 0.5."""
-    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0], 1.0])
-    matrix = intrinsics * scale[:, None]
-    matrix[:2, 2] += 0.5 * scale[:2] - 0.5
-    return matrix
 
 
 def required(values, names, where):
@@ -172,7 +158,6 @@ def transforms_camera(values, color, where):
         values["fl_x"] = width / 2 / np.tan(angle / 2)
     fx, cx, cy = (values[name] for name in ("fl_x", "cx", "cy"))
     intrinsics = as_intrinsics([[fx, values.get("fl_y", fx), cx - 0.5, cy - 0.5]], where, "intrinsics")
-
     model = values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")
     if model in ("PINHOLE", "SIMPLE_PINHOLE"):
         model = "OPENCV"
@@ -319,7 +304,7 @@ def read_views(folder, name, options):
 
 def checked(view, units):
     """A View whose files exist, with units of depth per meter, and intrinsics of its color image's size."""
-    if not view.is_whole:
+    if view.cam2world is None or view.depth is None:
         return view
     if not 0 < units < np.inf:
         raise ValueError(f"{view.depth}: {units} units of depth per meter, expected a number > 0")
@@ -332,7 +317,7 @@ def checked(view, units):
     if not 0.98 < size[0] * width / max(size[1] * height, 1) < 1.02:
         raise ValueError(f"{view.color}: {size[1]} x {size[0]} pixels, but its camera is for {width} x {height}: "
                          "turned or cropped?")
-    return view._replace(intrinsics=resized(view.intrinsics, view.size, size))
+    return view._replace(intrinsics=resize_intrinsics(view.intrinsics, view.size, size))
 
 
 class CaptureFrames:
@@ -365,17 +350,17 @@ class CaptureFrames:
             raise ValueError(f"{root}: no {format or 'capture'} in it; looked for {looked_for} there and in its "
                              f"folders (docs/captures.md#{format or 'formats'}), and for ScanNet's {LAYOUT}")
         self.settings = repr((options, kinds))
-        views = []  # (name, view)
-        for folder in filter(found.get, found):
-            views += [(f"{folder.name}/{view.stem}", view) for view in read_views(folder, found[folder], options)]
+        views = [(f"{folder.name}/{view.stem}", view) for folder in filter(found.get, found)
+                 for view in read_views(folder, found[folder], options)]
         if split is not None:
             wanted = {line.strip() for line in read_text(split, "split file").splitlines()} - {""}
             views = [(name, view) for name, view in views if {name, name.split("/")[0]} & wanted]
             unknown = wanted - {part for name, _ in views for part in (name, name.split("/")[0])}
             if unknown:
                 raise FileNotFoundError(f"split file {split}: no scene or frame {min(unknown)!r} in {root}")
-        self.names = [name for name, view in views if view.is_whole]
-        self.views = [view for _, view in views if view.is_whole]
+        whole = [(name, view) for name, view in views if view.cam2world is not None and view.depth is not None]
+        self.names = [name for name, _ in whole]
+        self.views = [view for _, view in whole]
         self.num_skipped = sum(view.cam2world is None for _, view in views)
         self.left_out = +Counter({"folders without a capture": list(found.values()).count(None),
                                   "frames without depth": len(views) - len(self.views) - self.num_skipped})
@@ -412,7 +397,7 @@ class CaptureFrames:
         color, depth = self.color(index), read_depth_of(view)
         depth_intrinsics = view.depth_intrinsics
         if depth_intrinsics is None:
-            depth_intrinsics = resized(view.intrinsics, color.shape[:2], depth.shape)
+            depth_intrinsics = resize_intrinsics(view.intrinsics, color.shape[:2], depth.shape)
         if view.distortion:
             depth = self.undistort(depth, depth_intrinsics, *view.distortion)
         frame = {"name": self.names[index], "color": color, "depth": depth,

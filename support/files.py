@@ -206,6 +206,14 @@ def read_intrinsics(path, field):
     return as_intrinsics(read_rows(path, field), path, field)
 
 
+def resize_intrinsics(intrinsics, old_size, new_size):
+    """Intrinsics (3, 3) of an image resized from old_size to new_size, (H, W) each: c -> (c + 0.5) s - 0.5."""
+    scale = np.array([new_size[1] / old_size[1], new_size[0] / old_size[0], 1.0])
+    matrix = intrinsics * scale[:, None]
+    matrix[:2, 2] += 0.5 * scale[:2] - 0.5
+    return matrix
+
+
 def check_principal_point(intrinsics, size, path):
     """ValueError if the principal point is farther from an image of size (H, W) than two images."""
     point = intrinsics[:2, 2]
