@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import (AXES, check_frame, depth_pose, depth_to_color, files_digest, frame_names, pixel_fields, unproject,
-                  up_rotation)
+from data import (AXES, check_frame, depth_pose, depth_to_color, files_digest, frame_names, group_by_scene,
+                  pixel_fields, unproject, up_rotation)
 from sources.captures import FORMATS, POSES
 from sources.open import open_frames
 from sources.scannet import means_no_class, natural_key
@@ -188,9 +188,9 @@ def depth_rows(frames):
 
 def range_rows(frames, num_values):
     """A fault if depth has impossible values. num_values: if these are at most 256 levels, how many; or 0."""
-    scenes = [[frame for frame in frames if scene_of(frame) == scene] for scene in dict.fromkeys(map(scene_of, frames))]
-    scenes = [own for own in scenes if len(depth_of(own)) > 2]  # in a single image, something may be near
-    medians = [median_depth(own) for own in (frames, *scenes)]
+    scenes = group_by_scene(frame_names(frames)).values()
+    medians = [median_depth(frames)]
+    medians += [median_depth([frames[i] for i in own]) for own in scenes if len(own) > 2]  # one image may be near
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
     return first_wrong(
@@ -198,7 +198,7 @@ def range_rows(frames, num_values):
          f"Every depth image reaches from nearly 0 to {top:.6g} m."),
         ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {medians[0]:.3f} m."),
         ("units of depth", min(medians) <= 0.05 or max(medians) >= 100,
-         f"The median depth is {medians[0]:.3f} m, and of a scene {min(medians):.3f} to {max(medians):.3f} m."))
+         f"The median depth is {medians[0]:.3f} m; by scene, it is {min(medians):.3f} to {max(medians):.3f} m."))
 
 
 def flat_rows(frames):

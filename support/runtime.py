@@ -4,7 +4,7 @@
     if __name__ == "__main__":
         run_command(main)
 
-Imports torch, tqdm and support.files.
+Imports numpy, torch and tqdm.
 """
 import argparse
 import ctypes
@@ -18,10 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
-
-from support.files import as_intrinsics
 
 WORKER_TIMEOUT = 600  # seconds without a batch after which a run ends
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -277,10 +276,11 @@ def image_size(text):
 
 def pinhole(text):
     """An argparse type: "fx,fy,cx,cy" in pixels -> intrinsics (3, 3)."""
-    try:
-        return as_intrinsics([text.split(",")], "--intrinsics", "fx,fy,cx,cy")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}") from None
+    numbers = list_of(float)(text)
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or min(numbers[:2]) < 1:
+        raise argparse.ArgumentTypeError(f"expected fx,fy,cx,cy in pixels, got {text!r}")
+    fx, fy, cx, cy = numbers
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
 
 
 def add_capture_options(parser, formats, poses):
