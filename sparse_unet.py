@@ -15,6 +15,7 @@ ConvNets", CVPR 2019, so checkpoints trained with MinkowskiEngine load unchanged
 """
 import math
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -125,26 +126,47 @@ class KernelMap:
 
     @cached_property
     def pairs(self):
-        """The P occupied entries, sorted by offset: input rows (P,), output rows (P,), K^3 numbers of pairs."""
-        by_offset = self.table.t().contiguous()
-        occupied = by_offset < self.num_in
-        entries = occupied.view(-1).nonzero().squeeze(1)
-        in_rows = by_offset.view(-1)[entries].long()
-        out_rows = entries % max(self.num_out, 1)
-        return in_rows, out_rows, occupied.sum(1).tolist()
+        """`pairs_of` the table."""
+        return pairs_of(self.table, self.num_in)
 
-    def blocks(self, channels, transposed=False):
-        """Iterates over (offset, source rows, target rows): pairs of one offset, as many as fit BLOCK."""
-        max_rows = max(1, BLOCK // channels)
-        source, target, sizes = self.pairs
-        if transposed:
-            source, target = target, source
-        offsets, lengths = [], []
-        for k, size in enumerate(sizes):
-            for first in range(0, size, max_rows):
-                offsets.append(k)
-                lengths.append(min(max_rows, size - first))
-        return zip(offsets, source.split(lengths), target.split(lengths))
+    @cached_property
+    def transposed_pairs(self):
+        """`pairs_of` the transposed table."""
+        return pairs_of(self.transposed_table, self.num_out)
+
+
+class Pairs(NamedTuple):
+    """The P occupied entries in some rows of a table, sorted by offset."""
+    rows: slice           # of the table
+    source: torch.Tensor  # (P,) rows of the features that are read
+    target: torch.Tensor  # (P,) rows of the table that read them
+    sizes: list           # K^3 numbers of entries
+    order: torch.Tensor   # (P,) sorts them by target
+    starts: torch.Tensor  # where in this order the entries of each of the rows begin
+
+    def sums(self, products):
+        """products (P, C) -> (number of rows, C), their sums by target in the order of the offsets."""
+        return F.embedding_bag(self.order, products, self.starts, mode="sum")
+
+
+def pairs_of(table, num_source):
+    """A table (rows, K^3) of entries below num_source, or num_source where empty -> list of Pairs, few in each."""
+    occupied = table < num_source
+    counts = occupied.sum(1)
+    num_parts = max(1, -(-int(counts.sum()) // MAX_PAIRS))
+    num_rows = max(1, -(-len(table) // num_parts))
+    parts = []
+    for begin in range(0, len(table), num_rows):
+        rows = slice(begin, min(begin + num_rows, len(table)))
+        by_offset = table[rows].t().contiguous()
+        used = occupied[rows].t().contiguous()
+        entries = used.view(-1).nonzero().squeeze(1)
+        source = by_offset.view(-1)[entries].long()
+        target = entries % by_offset.shape[1]
+        order = target.int().argsort(stable=True)
+        starts = counts[rows].cumsum(0) - counts[rows]
+        parts.append(Pairs(rows, source, target + begin, used.sum(1).tolist(), order, starts))
+    return parts
 
 
 class VoxelGrid:
@@ -256,6 +278,7 @@ def build_kernel_map(inputs, outputs, kernel_size, dilation=1):
 # On a GPU the limit bounds memory: K^3 copies of the features of a large batch would not fit.
 BLOCK = 2 ** 17
 GPU_BLOCK = 2 ** 27
+MAX_PAIRS = 2 ** 16  # about; what a CPU multiplies before it sums: the products stay in its cache
 
 
 def use_im2col(device, num_out, c_in, c_out):
@@ -291,12 +314,18 @@ def _convolve(feats, kernel, kernel_map, transposed):
             torch.mm(columns, flat_kernel, out=out[rows])
         return out
     wide = torch.promote_types(feats.dtype, torch.float32)
-    out = feats.new_zeros(num_out, c_out, dtype=wide)
+    out = feats.new_empty(num_out, c_out)
     weights = kernel.unbind()
-    for k, source, target in kernel_map.blocks(max(c_in, c_out), transposed):
-        product = feats.index_select(0, source) @ weights[k]
-        out.index_add_(0, target, product.to(out.dtype))
-    return out.to(feats.dtype)
+    for pairs in kernel_map.transposed_pairs if transposed else kernel_map.pairs:
+        products = feats.new_empty(len(pairs.source), c_out, dtype=wide)
+        for weight, source, product in zip(weights, pairs.source.split(pairs.sizes), products.split(pairs.sizes)):
+            rows = feats.index_select(0, source)
+            if wide == feats.dtype:
+                torch.mm(rows, weight, out=product)
+            else:
+                product.copy_(rows @ weight)
+        out[pairs.rows] = pairs.sums(products)
+    return out
 
 
 def _kernel_grad(feats, grad, kernel_map, transposed):
@@ -313,9 +342,9 @@ def _kernel_grad(feats, grad, kernel_map, transposed):
         return out.to(feats.dtype).view(shape)
     out = grad.new_zeros(shape, dtype=wide)
     sums = out.unbind()
-    for k, source, target in kernel_map.blocks(max(c_in, c_out), transposed):
-        rows, grad_rows = feats.index_select(0, source), grad.index_select(0, target)
-        sums[k].add_(rows.t() @ grad_rows)
+    for pairs in kernel_map.transposed_pairs if transposed else kernel_map.pairs:
+        for total, source, target in zip(sums, pairs.source.split(pairs.sizes), pairs.target.split(pairs.sizes)):
+            total.add_(feats.index_select(0, source).t() @ grad.index_select(0, target))
     return out.to(feats.dtype)
 
 

@@ -105,6 +105,7 @@ def algorithm(request, monkeypatch):
     """Both ways to compute a convolution, whatever the shape would choose, in blocks that several rows fill."""
     per_offset = request.param == 64
     monkeypatch.setattr(sparse_unet, "BLOCK", request.param)
+    monkeypatch.setattr(sparse_unet, "MAX_PAIRS", request.param)
     monkeypatch.setattr("sparse_unet.use_im2col", lambda *shape: not per_offset)
 
 
