@@ -16,12 +16,18 @@ import torch
 from torch.nn import functional as F
 
 
+def focal_and_center(intrinsics):
+    """Intrinsics (3, 3) -> fx, fy, cx, cy."""
+    (fx, _, cx), (_, fy, cy), _ = intrinsics.tolist()
+    return fx, fy, cx, cy
+
+
 @functools.lru_cache(maxsize=16)
 def distorted_pixels(size, camera, model, coefficients, pinhole=None):
     """Where the pixels of an ideal pinhole image of size (H, W) lie in that of a lens: x and y (H, W) float32.
 
-    camera: fx, fy, cx, cy of the lens, and of the pinhole if it has no others. model: "OPENCV" with k1, k2, p1,
-    p2, k3, or "OPENCV_FISHEYE" with k1 to k4.
+    camera: fx, fy, cx, cy of the lens, and of the pinhole if it has no others. model: "OPENCV" with k1, k2,
+    p1, p2, k3, or "OPENCV_FISHEYE" with k1 to k4.
     """
     fx, fy, cx, cy = pinhole or camera
     v, u = np.indices(size)
@@ -55,9 +61,9 @@ def undistort(image, intrinsics, model, coefficients, pinhole=None):
     surfaces is neither. model, coefficients: see `distorted_pixels`.
     """
     height, width = image.shape[:2]
-    cameras = [None if matrix is None else tuple(matrix[[0, 1, 0, 1], [0, 1, 2, 2]].tolist())
-               for matrix in (intrinsics, pinhole)]
-    x, y = distorted_pixels((height, width), cameras[0], model, coefficients, cameras[1])
+    camera = focal_and_center(intrinsics)
+    straight = camera if pinhole is None else focal_and_center(pinhole)
+    x, y = distorted_pixels((height, width), camera, model, coefficients, straight)
     inside = (x > -0.5) & (y > -0.5)
     inside &= x < width - 0.5
     inside &= y < height - 0.5
@@ -98,7 +104,9 @@ class OneCamera:
             image, own = frame[kind], frame[field]
             size, camera = self.first.setdefault((scene, kind), (image.shape[:2], own))
             if image.shape[:2] != size:
-                raise ValueError(f"{frame['name']}: {kind} has size {image.shape[:2]}, frames before it have {size}")
+                raise ValueError(f"{frame['name']}: {kind} has size {image.shape[:2]}, "
+                                 f"frames before it have {size}")
             if not np.array_equal(own, camera):
-                frame |= {kind: undistort(image, own, "OPENCV", (0, 0, 0, 0, 0), camera), field: camera}
+                frame[kind] = undistort(image, own, "OPENCV", (0, 0, 0, 0, 0), camera)
+                frame[field] = camera
         return frame
