@@ -28,7 +28,7 @@ from sources.scannet import means_no_class, natural_key
 from support.cache import content_key
 from support.reprojection import (CLEAN, HINT, MARGIN, MIN_PAIRS, Judge, depth_and_gray, fit, look_up, make_views,
                                   off_center, project, small_depth)
-from support.runtime import Parser, add_capture_options, checked_by, positive_int, run_command
+from support.runtime import Parser, add_capture_options, checked_by, png_file, positive_int, run_command
 from support.single import (EDGE_SHIFT, common_top, count_instances, edge_correlation, edge_match, find_filler,
                             find_up, flatness, known_values, lost_instances, mixed_pixels, peak,
                             share_below_floor, smooth_points, surface_normals, third_classes)
@@ -123,6 +123,14 @@ def scene_of(frame):
     return frame["name"].split("/")[0]
 
 
+def by_scene(items, name=scene_of):
+    """All items, frames say, and those of each scene that has more than two, if it is not the only one -> lists."""
+    scenes = {}
+    for item in items:
+        scenes.setdefault(name(item), []).append(item)
+    return [items, *(own for own in scenes.values() if 2 < len(own) < len(items))]
+
+
 def pose_range(frames):
     """The largest difference between numbers of the poses of frames."""
     return np.ptp([frame["world2cam"] for frame in frames], axis=0).max()
@@ -155,16 +163,25 @@ def filler_rows(frames):
     """Values that stand for "no reading" -> frames without them, and rows."""
     rows = []
     while frames and len(rows) < 3:
-        value, shares = find_filler(depth_of(frames))
+        found = [(*find_filler(depth_of(part)), part) for part in by_scene(frames)]
+        value, shares, part = next((one for one in found if one[0] is not None), found[0])
         if value is None:
             break
-        worst = frames[shares.argmax()]["name"]
-        rows.append(wrong("far plane", f"{(shares > 0.005).sum()} of {len(frames)} depth images hold "
+        worst = part[shares.argmax()]["name"]
+        rows.append(wrong("far plane", f"{(shares > 0.005).sum()} of {len(part)} depth images hold "
                           f"{value:.6g} m in many pixels, {shares.mean():.1%} of all ({worst}: "
                           f"{shares.max():.1%})."))
         cleaned = [{**frame, "depth": np.where(frame["depth"] == value, 0, frame["depth"])} for frame in frames]
         frames = [frame for frame in cleaned if len(known_values(frame["depth"]))]
     return frames, rows
+
+
+def count_levels(images):
+    """The number of values of depth images if these are at most 256 levels, or 0."""
+    values = np.unique(np.concatenate([known_values(image)[::4] for image in images]))
+    step = np.diff(values).min(initial=values[-1])
+    enough = len(values) >= 20 or values[-1] < 0.256 or len(values) > 5 and step > 0.1
+    return len(values) if enough and step > values[-1] / 260 else 0
 
 
 def depth_rows(frames):
@@ -175,28 +192,25 @@ def depth_rows(frames):
         return [], [wrong("no depth", "No pixel of the sampled frames has depth.")]
     words = f"{len(blank)} in the sample, skipped: {some(blank)}"
     notes = [Row("frames without depth", "note", words)] if blank else []
-    values = np.unique(np.concatenate([known_values(image)[::4] for image in depth_of(frames)]))
-    coarse = np.diff(values).min(initial=values[-1]) > values[-1] / 260  # at most 256 levels
-    is_8_bit = coarse and (len(values) >= 20 or values[-1] < 0.256)
+    num_levels = max(map(count_levels, map(depth_of, by_scene(frames))))
     rows = []
-    if not is_8_bit:
+    if not num_levels:
         frames, rows = filler_rows(frames)
     if not frames:
         return [], rows
-    return frames, rows + (range_rows(frames, is_8_bit and len(values)) or flat_rows(frames)) + notes
+    return frames, rows + (range_rows(frames, num_levels) or flat_rows(frames)) + notes
 
 
-def range_rows(frames, num_values):
-    """A fault if depth has impossible values. num_values: if these are at most 256 levels, how many; or 0."""
-    scenes = group_by_scene(frame_names(frames)).values()
-    medians = [median_depth(frames)]
-    medians += [median_depth([frames[i] for i in own]) for own in scenes if len(own) > 2]  # one image may be near
+def range_rows(frames, num_levels):
+    """A fault if depth has impossible values. num_levels: most of `count_levels` of all frames and scenes."""
+    medians = [median_depth(part) for part in by_scene(frames)]  # one image may be near
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
     return first_wrong(
         ("normalized depth", bottom < 0.02 * top,
          f"Every depth image reaches from nearly 0 to {top:.6g} m."),
-        ("8-bit depth", num_values, f"Depth has only {num_values} values, with median {medians[0]:.3f} m."),
+        ("8-bit depth", num_levels, f"Depth has only {num_levels} values, in a scene at least; the median is "
+         f"{medians[0]:.3f} m."),
         ("units of depth", min(medians) <= 0.05 or max(medians) >= 100,
          f"The median depth is {medians[0]:.3f} m; by scene, it is {min(medians):.3f} to {max(medians):.3f} m."))
 
@@ -224,14 +238,17 @@ def color_rows(frames):
     ends = np.array([np.percentile(frame["color"][::4, ::4], (1, 99)) for frame in frames])
     red, green, blue = means.mean(0)
     words = f"mean red {red:.0f}, green {green:.0f}, blue {blue:.0f} of 255"
+    scenes = group_by_scene(frame_names(frames)).items()
+    bluish = [scene for scene, own in scenes if means[own, 2].mean() > 1.1 * means[own, 0].mean()]
     plain = (np.ptp(ends, axis=1) < 8) | (means.max(1) < 5) | (means.min(1) > 250)
-    if plain.mean() > 0.2:
+    mostly = [scene for scene, own in scenes if len(own) > 2 and plain[own].mean() > 0.5]
+    if plain.mean() > 0.2 or mostly:
         words = f"{plain.sum()} of {len(plain)} color images are black, white or of one color: {words}."
         return [wrong("colors", words)]
     if plain.any():
         words += f"; {plain.sum()} of {len(plain)} images are of one color"
-    if blue > 1.1 * red:
-        words += "; bluish: if wood and skin look blue, red and blue are swapped"
+    if bluish:
+        words += f"; bluish in {some(bluish)}: if wood and skin look blue, red and blue are swapped"
     return [Row("colors", "note", words)]
 
 
@@ -349,7 +366,8 @@ def pose_rows(runs, up):
     if not rows:
         cropped = next(one for one in tried if one.fault == "cropped images")
         rows = center_rows(views, frames[0]) if count < MIN_PAIRS and not cropped.worse else []
-        rows.append(alignment_row(frames))
+        aligned = [alignment_row(part) for part in by_scene(frames)]
+        rows += [row for row in aligned if row.verdict == "WRONG"][:1] or aligned[:1]
     if not first_fault(rows):
         rows += unconfirmed_rows(judge, frames, told, any(one.helps for one in tried))
     if not first_fault(rows) and not judge.noisy():
@@ -567,13 +585,14 @@ def label_rows(labels, names, num_listed, up):
     rows = [Row("labels", "note", ", ".join(words))]
     void = [names[i] for i in order if means_no_class(names[i])]
     rows += first_wrong(("void class", void, f"The class {some(void)!r} would be trained and scored."))
-    border, third = sum(own["borders"] for own in labels)
-    third /= max(border, 1)
+    parts = by_scene(labels, lambda own: own["scene"])
+    borders = np.array([sum(own["borders"] for own in part) for part in parts])
+    third = (borders[:, 1] / np.maximum(borders[:, 0], 100)).max()
     outside = [names[i] for i in order if i >= num_listed]
-    below = share_below_floor(labels, names, up)
+    below = max(share_below_floor(part, names, up) for part in parts)
     faults = first_wrong(
         ("resized labels", third > 0.2,
-         f"On {third:.0%} of the borders between two classes lies a line of a third one."),
+         f"On {third:.0%} of the borders between two classes, in a scene at least, lies a line of a third one."),
         ("label ids", outside, f"{sum(shares[num_listed:]):.1%} of the pixels have ids that the class list "
          f"lacks: {', '.join(outside[:8])}."),
         ("label ids", below > 0.2, f"{below:.0%} of the points lie below what the class list calls floor: "
@@ -746,7 +765,7 @@ def check_cameras(dataset, store, up, data):
         raise ValueError(f"{data}: {' '.join(faults)} `python check.py {data} --up={up}` tells more; "
                          "--no-check insists")
     if key:
-        store.put(key, b"right")
+        store.keep(key, b"right")
     return unknowns(rows)
 
 
@@ -843,15 +862,12 @@ def main(argv=None):
     parser.add_argument("--up", type=checked_by(up_rotation), default="z",
                         help="the world's up: an axis (negative ones as --up=-y) or a vector (--up=0,-0.9,0.1)")
     add_capture_options(parser, FORMATS, POSES)
-    parser.add_argument("--picture", metavar="FILE.png", type=Path, help="write a sheet of reprojected points")
+    parser.add_argument("--picture", metavar="FILE.png", type=png_file, help="write a sheet of reprojected points")
     parser.add_argument("--frames", type=positive_int, default=48,
                         help="number that is read for the poses, and per split for the labels")
     args = parser.parse_args(argv)
-    if args.picture and (args.picture.suffix != ".png" or not args.picture.absolute().parent.is_dir()):
-        parser.error(f"--picture {args.picture}: expected the name of a .png file in a folder that exists")
-    given = (args.split, args.train_split, args.val_split, args.classes, args.format)
-    if args.data == "rooms" and (any(given) or args.intrinsics is not None):
-        parser.error("the built-in rooms take no splits, --classes, --intrinsics or --format")
+    if args.data == "rooms" and (args.split or args.train_split or args.val_split or args.classes):
+        parser.error("the built-in rooms take no splits and no --classes")
 
     rows = inspect(open_sources(args), args.up, args.frames, args.picture)
     for row in sorted(rows, key=lambda row: row.verdict == "WRONG"):

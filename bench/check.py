@@ -109,6 +109,8 @@ def make_sets(seeds):
 def run(args):
     """Prints what is judged wrongly as it goes, and then the counts."""
     sets = {title: frames for title, frames in make_sets(args.seeds).items() if args.only in title}
+    if not sets:
+        raise ValueError(f"--only {args.only!r}: no set has this in its title")
     clean, alarms = {**CLEAN, **JITTER}, 0
     for title, name in itertools.product(sets, clean):
         found, _ = judge(clean[name](sets[title]))

@@ -396,6 +396,13 @@ def scale_focal(views, log_factor, fields):
     return edit(views, fields, lambda intrinsics: intrinsics * factors)
 
 
+def swap_focal(intrinsics):
+    """Intrinsics (F, 3, 3) with fx as fy and fy as fx."""
+    result = intrinsics.copy()
+    result[:, [0, 1], [0, 1]] = intrinsics[:, [1, 0], [1, 0]]
+    return result
+
+
 def shift_center(views, offset):
     """Views whose principal points are moved by offset (2,), in units of the image's size."""
     for field in BOTH:
@@ -465,6 +472,10 @@ def alternatives(views, upright=True):
         if all(np.abs(off_center(views, field)).max() > 0.1 for field in fields):
             words = "intrinsics that are rescaled to the images"
             yield fault, words, fit_to_images(views, fields)
+    for what, fields in (("both images", BOTH), ("depth", DEPTH), ("color", COLOR)):
+        fx, fy = np.concatenate([getattr(views, field)[:, [0, 1], [0, 1]] for field in fields]).T
+        if np.abs(fx / fy - 1).max() > 0.01:
+            yield "focal length", f"fx and fy of {what} swapped", edit(views, fields, swap_focal)
     for offset, which in ((1, "next"), (-1, "previous")):
         words = f"the pose of the {which} frame"
         yield "poses off by one frame", words, neighboring(views, POSES, offset)

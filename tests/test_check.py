@@ -8,12 +8,14 @@ import pytest
 from helpers import ROOT, write_rooms_as_scannet
 from PIL import Image
 
+import bench.faults
 import check
 from bench.check import WRITERS, judge, outcome
-from bench.faults import (CLEAN, FAULTS, JITTER, QUARTER_TURN, SIZE, TILT, Frames, in_first_scene, make_rooms,
-                          make_video, renamed, with_holes)
+from bench.faults import (CAMERA_FIELDS, CLEAN, FAULTS, JITTER, QUARTER_TURN, SIZE, TILT, Frames, in_first_scene,
+                          make_rooms, make_video, renamed, with_holes)
 from sources.open import open_frames
 from sources.scannet import load_classes
+from support.runtime import run_command
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +100,30 @@ def test_training_says_which_faults_the_frames_cannot_tell(ycbv):
     assert "units" in words and "focal length" in words and "pose inverted" not in words
 
 
-@pytest.mark.parametrize("plant", [0, 3, 12, 14, 17, 21, 35, 41, 46, 55])
+@pytest.mark.parametrize("plant", [0, 3, 12, 14, 17, 21, 35, 41, 46, 51, 55])
 def test_a_fault_of_one_scene_only_is_found(video, plant):
     second = renamed(lambda scene, stem: f"other/{stem}")(make_video(seed=2))
     fault, _, change = FAULTS[plant]
     found = faults(in_first_scene(change)(Frames([*video, *second], video.class_names)))
     assert next(iter(found)) in (fault, "unconfirmed")
+
+
+@pytest.mark.parametrize("plant", [21, 23, 30, 46])
+def test_a_fault_of_one_scene_among_many_is_not_averaged_away(rooms, plant):
+    scenes = Frames([{**frame, "name": f"{i}-{frame['name']}"} for i in range(5) for frame in rooms])
+    fault, _, change = FAULTS[plant]
+    for frames, expected in ((scenes, None), (in_first_scene(change)(scenes), fault)):
+        assert check.first_fault(check.depth_rows(frames)[1] + check.color_rows(frames)) == expected
+
+
+@pytest.mark.parametrize("fields, what", [(CAMERA_FIELDS, "both images"), (CAMERA_FIELDS[1:], "depth"),
+                                          (CAMERA_FIELDS[:1], "color")])
+@pytest.mark.parametrize("plant", [lambda one: one, in_first_scene])
+def test_swapped_focal_lengths_are_named(monkeypatch, fields, what, plant):
+    monkeypatch.setattr(bench.faults, "CAMERA", np.array([[141.0, 0, 81], [0, 169, 58], [0, 0, 1]]))
+    frames = make_rooms()
+    swapped = plant(lambda frames: frames.with_intrinsics(lambda k: k + np.diag([28, -28, 0]), fields))(frames)
+    assert faults(frames) == {} and f"fx and fy of {what} swapped" in faults(swapped)["focal length"]
 
 
 @pytest.mark.parametrize("plant", [0, 1, 3, 4, 10, 51])
@@ -182,6 +202,20 @@ def test_what_the_frames_cannot_tell_is_not_tested_rather_than_fine(rooms):
     assert {row.test for row in rows if row.verdict == "not tested"} >= tests | {"neighbors"}
 
 
+def test_training_says_if_the_frames_do_not_tell_which_way_is_up(rooms):
+    scenes = in_first_scene(lambda frames: frames.with_poses(lambda pose: TILT @ TILT @ pose))(rooms)
+    assert "cameras and surfaces do not tell which way is up: --up is taken as it is" in check.unknowns(
+        check.quick_check(scenes))
+
+
+@pytest.mark.parametrize("plant, scenes", [(lambda one: one, "room0, room1"), (in_first_scene, "room0")])
+def test_scenes_whose_red_and_blue_may_be_swapped_are_noted(rooms, plant, scenes):
+    warm = rooms.edited(color=lambda frame: (frame["color"] * [1, 0.9, 0.7]).astype(np.uint8))
+    swap = plant(lambda frames: frames.with_images(lambda image: image[..., ::-1], ["color"]))
+    notes = [[row.words for row in check.quick_check(frames) if row.test == "colors"] for frames in (warm, swap(warm))]
+    assert "bluish" not in notes[0][0] and f"bluish in {scenes}: " in notes[1][0]
+
+
 def test_what_was_skipped_or_left_out_is_said(video):
     frames = MORE["a blank depth image"](video)
     frames.num_skipped, frames.left_out = 3, {"dot files": 2}
@@ -206,6 +240,14 @@ def interpolated(label):
     for scale in (0.75, 1):
         image = image.resize((int(scale * size[0]), int(scale * size[1])), Image.Resampling.BILINEAR)
     return np.round(np.asarray(image)).astype(np.int32) - 1
+
+
+@pytest.mark.parametrize("fault, change", [("label ids", lambda label: scrambled(label)),
+                                           ("resized labels", lambda label: interpolated(label))])
+def test_labels_of_one_scene_among_many_are_found(rooms, fault, change):
+    scenes = Frames([{**frame, "name": f"{i}-{frame['name']}"} for i in range(4) for frame in rooms])
+    spoiled = in_first_scene(lambda frames: frames.edited(label=lambda frame: change(frame["label"])))(scenes)
+    assert label_faults(scenes) == {} and next(iter(label_faults(spoiled))) == fault
 
 
 @pytest.mark.parametrize("fault, words, change", [
@@ -334,6 +376,16 @@ def test_the_command_names_faults_of_files_and_returns_1(folder, capsys, plant, 
     assert check.main([str(folder)]) == 1
     findings = capsys.readouterr().out.split("WRONG")[1:]
     assert len(findings) == 1 and words in " ".join(findings[0].split())
+
+
+@pytest.mark.parametrize("file", ["color/1.jpg", "depth/1.png", "pose/1.txt", "label-filt/1.png"])
+def test_the_command_refuses_a_file_that_cannot_be_read_in_one_line(folder, capsys, file):
+    path = next(folder.glob(f"*/{file}"))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: check.main([str(folder)]))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and str(path) in error and error.count("\n") == 1
 
 
 def test_the_command_names_frames_in_both_splits(folder, capsys):
