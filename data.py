@@ -284,6 +284,11 @@ def check_frame(frame):
                          "in meters, with 0 = unknown")
 
     sizes = (color.shape[:2], depth.shape)
+    for field, size in zip(("intrinsics", "depth_intrinsics"), sizes):
+        point = frame[field][:2, 2]
+        if (np.abs(point / size[::-1] - 0.5) > 2.5).any():
+            raise ValueError(f"frame {name}: {field} (3, 3) has the principal point {point.tolist()}, far outside of "
+                             f"the image of {size[1]} x {size[0]} pixels")
     words = f"of the size of color {sizes[0]} or depth {sizes[1]}"
     for field in ("label", "instance"):
         image = frame.get(field)
@@ -893,5 +898,5 @@ def check_frames(dataset, store=None, rank=0, world_size=1, **loader_options):
                              "class names")
         labeled += count
     if key is not None:
-        store.put(key, np.array([labeled, *blank], "<i8").tobytes())
+        store.keep(key, np.array([labeled, *blank], "<i8").tobytes())
     return labeled, blank

@@ -41,16 +41,15 @@ from superpoints import VERSION, oversegment
 from support.average import MovingAverage
 from support.cache import FeatureCache, Store, SuperpointCache
 from support.checkpoint import (STEP_FIELDS, load_optimizer, lock_folder, lock_in_place, new_folder,
-                                read_checkpoint, resume_position, warn_of_changes, write_atomically,
-                                write_or_warn)
+                                read_checkpoint, resume_position, warn_of_changes, write_or_warn)
 from support.diagnose import NonFiniteGuard, fusion_statistics, grouped, replay_step, term_statistics
 from support.distributed import (ResumableSampler, average_buffers, average_gradients, gather_objects,
                                  leave_processes, setup, synchronize_batch_norm, world_mean)
 from support.runlog import ProgressBar, RunLog, peak_memory_gib
 from support.runtime import (Console, Parser, StopRequest, checked_by, choose_threads, configure_device,
-                             image_size, init_worker, list_of, loader_options, mean_std, nonnegative_float,
-                             nonnegative_int, num_cores, number_in, positive_float, positive_int,
-                             readable_folder, run_command, worker_count, writable_folder)
+                             image_size, list_of, loader_options, mean_std, nonnegative_float, nonnegative_int,
+                             num_cores, number_in, positive_float, positive_int, readable_folder, run_command,
+                             worker_count, writable_folder)
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a checkpoint does not carry over: where things are written, and what was asked of one start
@@ -83,7 +82,7 @@ def build_parser():
     add("--val-split", help="the same for validation")
     add("--rooms", type=number_in(int, 1, 10 ** 6), default=32, help="built-in training rooms")
     add("--val-rooms", type=number_in(int, 1, 10 ** 6), help="not given: 3 per 8 training rooms")
-    add("--frames-per-room", type=positive_int, default=4, help="images of each built-in room")
+    add("--frames-per-room", type=number_in(int, 1, 1000), default=4, help="images of each built-in room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
     add("--image-size", type=image_size, default=(240, 320), help="height,width of CLIP's images, in "
@@ -207,7 +206,8 @@ def check_options(args, error):
     unlabeled = args.semantic_weight == 0 and not args.lovasz
     faults = {
         "--scans holds only points: give --data, the folder of frames, too": from_rooms and args.scans,
-        "--label-map belongs to scans and frames, and --data is rooms": from_rooms and args.label_map,
+        "the built-in rooms take no --classes, --label-map, --train-split or --val-split":
+            from_rooms and (args.classes or args.label_map or args.train_split or args.val_split),
         "--drop-path is for --backbone volt-*": args.drop_path and not is_volt,
         "--tower fuses other features than CLIP's: give neither --no-clip nor --clip-blocks":
             args.tower and (args.no_clip or args.clip_blocks),
@@ -352,7 +352,7 @@ def cache_features(tower, datasets, args, device, rank, world_size):
     if needs_dense(args):
         owner, encode = f"{owner} with dense features", tower.encode_with_dense
     cache = FeatureCache(args.cache, owner, lambda images: encode(images.to(device)),
-                         workers=args.workers, worker_init_fn=init_worker)
+                         **loader_options(args.workers))
     for dataset in datasets:
         cache.build(dataset.images_only, rank, world_size)
         dataset.feature_cache = cache
@@ -601,19 +601,19 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
     log.add_table("config", vars(args))
     log.add_text("warning", "\n".join(console.warnings) or "none")
     guard = NonFiniteGuard(model, folder, lambda text: (console.print(text), log.add_text("guard", text)),
-                           write_atomically, partial(gather_objects, world_size=world_size), rank,
-                           state.get("bad_steps", 0))
+                           partial(write_or_warn, warn=console.warn), partial(gather_objects, world_size=world_size),
+                           rank, state.get("bad_steps", 0))
     identity = {"config": config, "class_names": class_names, "clip_fingerprint": fingerprint_of(tower)}
 
     def save(name, epoch, next_step):
         """Writes a checkpoint that goes on at a step of an epoch; a full disk keeps the old file."""
         if main_process:
-            write_or_warn(folder / name, console.warn, {
+            write_or_warn({
                 "model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "epoch": epoch, "next_step": next_step, "step": step,
                 "global_batch": global_batch, "next_lr": lr_at(epoch, next_step), "best": best,
                 "skipped_steps": skipped_steps, "bad_steps": guard.bad_steps,
-                "warnings": console.warnings, **identity})
+                "warnings": console.warnings, **identity}, folder / name, console.warn)
 
     # training
     bar = ProgressBar(args.epochs * len(train_set), start_epoch * len(train_set) + first_step * global_batch,

@@ -191,18 +191,17 @@ class FeatureCache:
     fingerprint of the weights, precision, and which features.
     encode: images (B, 3, H, W) float32 in [0, 1] -> tuple of tensors (B, ...) on any device, such as
     tokens (B, D, Hf, Wf), pooled (B, E), and dense features (B, E, Hf, Wf) if a loss needs them.
-    batch_size, workers, worker_init_fn: of the loaders of `build`.
+    batch_size, loader_options: of the DataLoaders of `build`.
     """
 
-    def __init__(self, folder, owner, encode, batch_size=32, workers=0, worker_init_fn=None):
+    def __init__(self, folder, owner, encode, batch_size=32, **loader_options):
         self.store = Store(folder, f"image feature tensors: {owner}")
         self.encode = encode
         self.batch_size = batch_size
-        self.workers = workers
-        self.worker_init_fn = worker_init_fn
+        self.loader_options = {"generator": torch.Generator(), **loader_options}
 
     def __getstate__(self):  # a worker reads: it needs no encoder
-        return {**self.__dict__, "encode": None}
+        return {**self.__dict__, "encode": None, "loader_options": {}}
 
     def get(self, image):
         """Image (H, W, 3) uint8 -> what `encode` gave for it, float16 tensors without batch dimension.
@@ -237,7 +236,7 @@ class FeatureCache:
 
         if known is None:
             checked = Subset(CheckedImages(self.store, images), share)
-            loader = self._loader(checked, batch_size=None)
+            loader = DataLoader(checked, batch_size=None, **self.loader_options)
             keys, whole = zip(*tqdm(loader, "checking features", unit="img", disable=rank > 0 or None))
         else:
             size = int.from_bytes(known[:8], "little")
@@ -257,13 +256,9 @@ class FeatureCache:
             self.store.put(memory, size.to_bytes(8, "little") + b"".join(keys))
         return len(todo)
 
-    def _loader(self, images, **options):
-        return DataLoader(images, num_workers=self.workers, worker_init_fn=self.worker_init_fn,
-                          generator=torch.Generator(), **options)
-
     def _encode(self, images, rank):
         """Encodes images and writes their entries."""
-        loader = self._loader(images, batch_size=self.batch_size, collate_fn=list)
+        loader = DataLoader(images, self.batch_size, collate_fn=list, **self.loader_options)
         bar = tqdm(total=len(images), desc="encoding images", unit="img", disable=rank > 0 or None)
         for number, batch in enumerate(loader):
             entries = self._features(batch)

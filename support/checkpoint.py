@@ -89,12 +89,12 @@ def write_atomically(state, path):
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def write_or_warn(path, warn, state):
-    """`write_atomically`; if that fails, as on a full disk, the old file stays, and warn(text) says so."""
+def write_or_warn(state, path, warn):
+    """`write_atomically`; if that fails, as on a full disk, an old file stays, and warn(text) says so."""
     try:
         write_atomically(state, path)
     except OSError as error:
-        warn(f"{error}: the checkpoint is not written, the old one stays; the next one is tried again")
+        warn(f"{error}: this file is not written, an old one stays; the next one is tried again")
 
 
 def read_checkpoint(path, fields=FIELDS):

@@ -304,7 +304,8 @@ class NonFiniteGuard:
             suffix = f"_rank{self.rank}" if self.rank else ""
             path = self.folder / f"bad_step_{facts['step']}{suffix}.pt"
             self.save({"model": self.model.state_dict(), "batch": batch, "findings": reasons, **facts}, path)
-            text += f"\nrun it again with: python train.py --replay {path}"
+            if path.exists():  # not on a full disk
+                text += f"\nrun it again with: python train.py --replay {path}"
         return "\n".join(self.gather(text))
 
 

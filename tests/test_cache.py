@@ -253,7 +253,7 @@ class Reader(Dataset):
 
 
 def test_workers_build_and_read(tmp_path):
-    cache, tower = build(tmp_path, workers=2)
+    cache, tower = build(tmp_path, num_workers=2)
     assert tower.seen == 10
     alone, together = (torch.cat(list(DataLoader(Reader(cache), 5, num_workers=n))) for n in (0, 2))
     assert torch.equal(alone, together)
@@ -388,7 +388,7 @@ def encode_and_be_killed(folder, pipe):
         os.kill(os.getpid(), signal.SIGKILL)
 
     images = [np.full((300, 400, 3), number, np.uint8) for number in range(12)]  # more than a pipe holds
-    FeatureCache(folder, "tower", die, batch_size=4, workers=1, worker_init_fn=init_worker).build(images)
+    FeatureCache(folder, "tower", die, batch_size=4, num_workers=1, worker_init_fn=init_worker).build(images)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

@@ -96,12 +96,13 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
     child.join()
 
 
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+@pytest.mark.parametrize("target", ["precious", "nowhere", "."])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path, target):
     (tmp_path / "precious").write_text("text")
-    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    (tmp_path / "lock").symlink_to(tmp_path / target)
     with pytest.raises(OSError, match="lock"):
         checkpoint.lock_folder(tmp_path)
-    assert (tmp_path / "precious").read_text() == "text"
+    assert (tmp_path / "precious").read_text() == "text" and not (tmp_path / "nowhere").exists()
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
@@ -183,6 +184,15 @@ def test_tensors_that_no_training_writes_are_named(tmp_path, model):
         checkpoint.write_atomically(state_of(model, model={"w": tensor}), tmp_path / "x.pt")
         with refused("x.pt: field model.w is not a dense tensor"):
             checkpoint.read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({}, []), ({"data": "b"}, ["data differ"]), ({"val_split": "v", "class_ids": [7]}, ["val_split, class_ids differ"]),
+    ({"rooms": 3}, ["rooms differ"]), ({"lr": 0.1}, [])])
+def test_other_data_are_said_in_one_warning_on_resuming(changes, told):
+    config, said = {**dict.fromkeys(checkpoint.DATA_OPTIONS), "lr": 1}, []
+    checkpoint.warn_of_changes({"config": config, "next_lr": 0.1}, {**config, **changes}, 0.1, said.append)
+    assert len(said) == len(told) and all(text.endswith(words) for text, words in zip(said, told))
 
 
 @pytest.mark.parametrize("changes, message", [

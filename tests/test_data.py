@@ -493,6 +493,13 @@ def test_a_second_start_on_unchanged_files_reads_no_frame(frames, tmp_path):
     assert [check(root, store, rank=rank, world_size=4)[1] for rank in range(4)] == [0] * 4
 
 
+def test_a_full_disk_only_forgets_what_the_check_has_found(frames, tmp_path, monkeypatch):
+    store = Store(tmp_path / "store", "checks")
+    monkeypatch.setattr(store, "_write", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.warns(UserWarning, match="takes no new entries: No space left"):
+        assert check(frames.root, store)[1] == check(frames.root, store)[1] == 6
+
+
 @pytest.mark.parametrize("kind", ["color/1.png", "depth/1.png", "label-filt/1.png", "instance-filt/1.png",
                                   "pose/1.txt", "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt"])
 def test_a_file_that_changed_is_read_again(frames, tmp_path, kind):
@@ -601,6 +608,8 @@ def test_features_of_unchanged_files_are_found_without_reading_an_image(frames, 
     ({"depth_world2cam": POSE.T}, r"depth_world2cam \(4, 4\) must have the last row"),
     ({"intrinsics": intrinsics_of((48, 64)).T}, r"intrinsics \(3, 3\) must have the last row"),
     ({"intrinsics": [[1]]}, "intrinsics has list, expected"),
+    *(({field: np.array([[50.0, 0, 1e9], [0, 50, 9], [0, 0, 1]])}, rf"{field} \(3, 3\) has the principal point \[1000")
+      for field in ("intrinsics", "depth_intrinsics")),
     ({"depth_intrinsics": np.eye(4)}, r"depth_intrinsics has shape \(4, 4\)"),
     ({"label": np.zeros((5, 5), int)}, r"label has shape \(5, 5\)"),
     ({"label": [[0] * 64] * 48}, "label has list, expected integers"),

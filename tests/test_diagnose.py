@@ -314,6 +314,18 @@ def test_a_bad_batch_among_accumulated_ones_is_the_one_that_is_saved(tmp_path, m
     assert step == 1 and torch.load(path, weights_only=True)["batch"]["name"] == names
 
 
+def test_a_step_that_a_full_disk_does_not_take_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def full(state, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    broken_batches(monkeypatch, lambda batch: batch["features"].fill_(math.nan))
+    monkeypatch.setattr("support.checkpoint.write_atomically", full)
+    train.main(small(tmp_path, RUN, "--no-clip"))
+    printed = capsys.readouterr().out
+    assert "bad_step_1.pt': this file is not written" in printed and "step 1 is not finite" in printed
+    assert "--replay" not in printed and not saved_steps(tmp_path)
+
+
 def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, monkeypatch, capsys):
     build, factor, models = train.build_model, train.lr_factor, []
     monkeypatch.setattr(train, "build_model", lambda *args: models.append(build(*args)) or models[-1])
