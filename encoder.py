@@ -184,8 +184,8 @@ def image_scaling(model_name, pretrained, mean_std=None):
         if scalings and all(scaling == scalings[0] for scaling in scalings):
             return scalings[0]
     known = "".join(f"\n  {tag}: {scaling}" for tag, scaling in tags.items()) or " none"
-    raise ValueError(f"{pretrained}: the mean and std of the images of these weights must be given as mean_std, "
-                     f"in numbers or as a tag of {model_name}, got {mean_std!r}; its tags:{known}")
+    raise ValueError(f"CLIP weights {pretrained}: the mean and std of their images must be given as mean_std, in "
+                     f"numbers or as a tag of {model_name}, got {mean_std!r}; its tags:{known}")
 
 
 def load_clip(model_name, pretrained):
@@ -219,7 +219,7 @@ def load_clip(model_name, pretrained):
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         if pretrained not in tags:
             raise ValueError(f"CLIP weights {pretrained!r}: no such file, and not a tag of {model_name}, "
-                             f"which has {', '.join(tags)}")
+                             f"which has {', '.join(tags) or 'none'}")
         # open_clip only warns if the names of model and tag disagree about the activation
         quick_gelu = bool(open_clip.get_pretrained_cfg(model_name, pretrained).get("quick_gelu"))
         options = {"pretrained": pretrained, "force_quick_gelu": quick_gelu}
@@ -461,7 +461,7 @@ class Enhanced2DEncoder(nn.Module):
         for prompt, row in zip(prompts, longer):
             if row[-1] != 0:  # padding is 0
                 raise ValueError(f"CLIP model {self.model_name} reads {tokens.shape[1]} tokens, and a prompt is "
-                                 f"longer: {prompt!r}")
+                                 f"longer: {prompt[:80]!r} ...")
         return self.clip.encode_text(tokens.to(self.global_proj.device))
 
 

@@ -56,7 +56,7 @@ from support.distributed import setup
 from support.queries import NEUTRAL, SOURCES, TEMPLATES, TextQueries, field_names, parse_queries
 from support.runlog import RunLog
 from support.runtime import (Parser, add_capture_options, checked_by, configure_device, image_size,
-                             loader_options, positive_float, run_command, worker_count)
+                             loader_options, number_in, run_command, worker_count, writable_folder)
 from support.visualize import clouds, heat_image, label_colors
 
 RANDOM_CLIP = "CLIP IS RANDOMLY INITIALISED: the answers to --text mean nothing"
@@ -195,14 +195,17 @@ def ask_batch(fusion, batch, up, queries, are_classes):
 # --------------------------------------------------------------------------------------------- frames
 
 
-def cloud_voxel(frame):
-    """The voxels of a merged scene, in meters: two pixels of the median depth, from 2 mm to 2 cm."""
-    depth = frame["depth"]
-    known = depth[(depth > 0) & np.isfinite(depth)]
-    if len(known) == 0:
-        return 0.02
-    pixel = np.median(known) / frame["depth_intrinsics"][0, 0]
-    return float(np.clip(2 * pixel, 0.002, 0.02))
+def cloud_voxel(frames):
+    """The voxels of a merged scene, in meters: two pixels of the median depth, from 2 mm to 2 cm.
+
+    frames: of the scene, in order; the first with known depth decides.
+    """
+    for frame in frames:
+        known = frame["depth"][(frame["depth"] > 0) & np.isfinite(frame["depth"])]
+        if len(known):
+            pixel = np.median(known) / frame["depth_intrinsics"][0, 0]
+            return float(np.clip(2 * pixel, 0.002, 0.02))
+    return 0.02
 
 
 def sample_options(model, config):
@@ -414,7 +417,7 @@ def parse_args(argv=None):
     add("checkpoint", nargs="?", help="of train.py; not given: CLIP alone answers --text")
     add("--data", required=True, help="folder in ScanNet's exported 2D layout, labeled or not; a "
         "capture, see docs/captures.md; a .ply cloud alone; or 'rooms' (built in)")
-    add("--out", required=True, type=Path, help="folder to write into")
+    add("--out", required=True, type=writable_folder, help="folder to write into")
     add("--split", help="file with one scene or scene/frame per line; not given: everything")
     add("--classes", help="class list of the data, one 'id name' pair per line; not given: "
         "classes.txt in the folder, else that of the training")
@@ -435,7 +438,7 @@ def parse_args(argv=None):
     add("--clip-pretrained", metavar="FILE", help="CLIP's weights, if they do not lie where they "
         "lay in training; without a checkpoint also an open_clip tag, openai if not given")
     add("--tower-pretrained", metavar="FILE", help="the same of --tower")
-    add("--cloud-voxel", type=positive_float, help="meters, of merged clouds; not given: two pixels "
+    add("--cloud-voxel", type=number_in(float, 1e-4, 100.0), help="meters, of merged clouds; not given: two pixels "
         "of a scene's median depth, from 0.002 to 0.02")
     add("--tensorboard", action="store_true", help="also show the clouds: tensorboard --logdir OUT")
     add("--submission", choices=("scannet20", "scannet200"), help="write its files; needs --scans")
@@ -445,27 +448,26 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.submission and not args.scans:
         parser.error("--submission needs --scans: the benchmark scores the vertices of whole scans")
-    if args.intrinsics is not None and args.scans:
-        parser.error("--intrinsics and --scans exclude each other")
-    if args.data == "rooms" and (args.split or args.classes or args.scans or args.intrinsics is not None):
-        parser.error("the built-in rooms take no --split, --classes, --scans or --intrinsics")
-    given = args.split or args.classes or args.scans or args.intrinsics is not None
+    of_captures = any(x is not None for x in (args.format, args.pose, args.depth_scale, args.intrinsics))
+    if of_captures and args.scans:
+        parser.error("--scans and the options of captures (--intrinsics, --pose, ...) exclude each other")
+    given = args.split or args.classes or args.label_map or args.scans or of_captures
+    takes_no = "no --split, --classes, --label-map, --scans or options of captures (--intrinsics, --pose, ...)"
+    if args.data == "rooms" and given:
+        parser.error(f"the built-in rooms take {takes_no}")
     if args.data.endswith(".ply") and (given or args.checkpoint is None):
-        parser.error("a cloud alone needs a checkpoint, and takes no --split, --classes, --scans or --intrinsics")
+        parser.error(f"a cloud alone needs a checkpoint, and takes {takes_no}")
     asks = args.text or args.checkpoint is None and args.classes
     if args.checkpoint and not asks and (args.text_from != "clip" or args.attention or args.text_embeddings):
         parser.error("--text-from, --attention and --text-embeddings need --text")
     if args.checkpoint and (args.clip_model or args.image_size):
         parser.error("with a checkpoint, --clip-model and --image-size are those of the training")
-    if args.checkpoint is None and (args.scans or args.text_from != "clip" or not asks):
-        parser.error("without a checkpoint CLIP alone answers --text or --classes, and only in frames")
-    out = args.out.resolve()
-    for option, folder in (("--data", args.data), ("--scans", args.scans)):
-        if folder is not None and Path(folder).resolve().is_relative_to(out):
-            parser.error(f"--out {args.out} is or holds {option} {folder}: nothing is written among data")
-    existing = next(path for path in (out, *out.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        parser.error(f"--out {args.out}: {existing} is not a folder that can be written to")
+    if args.checkpoint is None and (args.scans or args.text_from != "clip" or args.tower_pretrained or not asks):
+        parser.error("without a checkpoint CLIP alone answers --text or --classes, and only in frames: give no "
+                     "--scans, --text-from or --tower-pretrained")
+    for folder in (args.data, args.scans):
+        parser.keep_apart("--out", args.out, folder)
+    args.out = Path(args.out)
     return args
 
 
@@ -570,11 +572,13 @@ def say_queries(queries):
 
 
 def warn_of_faults(args, frames, up):
-    """What the quick part of check.py finds in somebody's frames."""
+    """What the quick part of check.py finds in somebody's frames; ValueError if no network takes them."""
     if args.data == "rooms" or args.data.endswith(".ply"):
         return
     rows = quick_check(frames, up)
     for row in rows:
+        if row.test == "refused":
+            raise ValueError(f"{args.data}: {row.words}")
         if row.verdict == "WRONG":
             warn(f"{args.data} looks wrong: {row.test}: {row.words} `python check.py` tells more.")
     for text in unknowns(rows):
@@ -722,7 +726,8 @@ def predict_scenes(label, frames, config, queries, output, voxel_size):
     scenes = group_by_scene(frame_names(frames))
     results = iter(results_of(sum(scenes.values(), [])))
     for scene, members in scenes.items():
-        new_merger = partial(SceneMerger, len(output.class_names), voxel_size or cloud_voxel(frames[members[0]]))
+        voxel = voxel_size or cloud_voxel(frames[member] for member in members)
+        new_merger = partial(SceneMerger, len(output.class_names), voxel)
         merger = new_merger(tile=(0, NO_END))
         heights = []
         spans = {}  # of the frames, see `SceneMerger.add`

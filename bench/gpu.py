@@ -50,7 +50,10 @@ def print_run(folder):
     """The mean of what a run logged about its speed, and the last of what it counted."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder))
-    events.Reload()
+    if folder.is_dir():
+        events.Reload()
+    if TAGS[0] not in events.Tags()["scalars"]:
+        raise FileNotFoundError(f"--of {folder}: not the folder of a run that has logged its speed")
     print(f"| tag | value |\n| --- | --- |\n| steps | {events.Scalars(TAGS[0])[-1].step} |")
     for tag in TAGS:
         values = [event.value for event in events.Scalars(tag)]

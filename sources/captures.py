@@ -342,8 +342,8 @@ class CaptureFrames:
         def format_of(folder):  # the first whose files it has, or None
             return next((name for name in formats if visible(folder, FORMATS[name][0])), None)
 
-        folders = [root] if format_of(root) else filter(Path.is_dir, visible(root, "*"))
-        found = {folder: format_of(folder) for folder in folders}
+        folders = [path for path in visible(root, "*") if path.is_dir() or not path.exists()]  # a link to nothing
+        found = {folder: format_of(folder) for folder in ([root] if format_of(root) else folders)}
         kinds = sorted(set(found.values()) - {None})
         if not kinds:
             looked_for = ", ".join(FORMATS[name][0] for name in formats)
@@ -429,16 +429,16 @@ def read_depth_of(view):
 
 
 def main(argv=None):
-    """The command."""
     from sources.scannet import write_frames  # here, because all else needs no sibling
     from support.lens import OneCamera, undistort
-    from support.runtime import Parser, add_capture_options
+    from support.runtime import Parser, add_capture_options, writable_folder
     parser = Parser("captures.py", "Says how a capture is read; exports it.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--to", type=Path, help="write it in ScanNet's layout into this folder")
+    parser.add_argument("--to", type=writable_folder, help="write it in ScanNet's layout into this folder")
     add_capture_options(parser, FORMATS, POSES)
     args = parser.parse_args(argv)
     options = Options(args.intrinsics, args.pose, args.depth_scale)
+    parser.keep_apart("--to", args.to, args.folder)
     frames = CaptureFrames(args.folder, args.format, options, undistort=undistort)
     print(frames.description)
     if args.to:

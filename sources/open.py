@@ -3,7 +3,7 @@
 
 A new data set is a class that gives frame dicts, and one line in `open_frames`.
 
-Imports sources.captures, sources.rooms, sources.scannet and support.lens.
+Imports sources.captures, sources.rooms, sources.scannet, support.files and support.lens.
 """
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from sources.captures import LAYOUT, CaptureFrames, Options
 from sources.rooms import RoomFrames
 from sources.scannet import CloudFile, ScanNetFrames, ScanNetScenes, frame_classes, load_classes
+from support.files import read_text
 from support.lens import undistort
 
 
@@ -33,9 +34,14 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
 
     Raises FileNotFoundError or ValueError with the name of what is missing or wrong.
     """
+    told = {"--intrinsics": intrinsics, "--pose": pose, "--depth-scale": depth_scale, "--format": format}
+    given = [option for option, value in told.items() if value is not None]
+    is_capture = data != "rooms" and (not is_exported(Path(data)) or format)
+    if given and not is_capture:
+        raise ValueError(f"{given[0]} says how a capture is read, and {data} is none")
     if data == "rooms":
         return RoomFrames(split or "train", *rooms)
-    if not is_exported(Path(data)) or format:
+    if is_capture:
         if labels:
             raise ValueError(f"{data} is not in ScanNet's layout ({LAYOUT}), and captures have no labels, which are "
                              "needed here (docs/data.md)")
@@ -83,7 +89,7 @@ def open_scans(scans, data, split=None, classes=None, label_map=None, labels=Tru
 
     names = ScanNetScenes(scans, None, split, align=False).names
     texts = [Path(scans) / name / f"{name}.txt" for name in names]
-    aligned = [text.is_file() and "axisAlignment" in text.read_text() for text in texts]
+    aligned = [text.is_file() and "axisAlignment" in read_text(text, "scan description") for text in texts]
     if any(aligned) and not all(aligned):
         raise ValueError(f"{texts[aligned.index(False)]} has no axisAlignment, but those of other scans "
                          "have: open them apart, with splits of their own")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from support.files import (as_matrix, as_pose, check_principal_point, image_size, natural_key,
                            read_bytes, read_color, read_depth, read_index_image, read_intrinsics,
-                           read_json, read_pose, read_text)
+                           read_json, read_pose, read_text, visible)
 
 # --------------------------------------------------------------------------------------------- classes
 
@@ -223,12 +223,12 @@ class ScanNetFrames:
         self.num_skipped = 0
         self.names = []
         self._frames = []  # (scene, stem, pose)
-        folders = {path.name: path for path in self.root.iterdir() if path.is_dir()}
+        folders = {path.name: path for path in visible(self.root, "*") if path.is_dir() or not path.exists()}
         scenes = {name: path for name, path in folders.items() if (path / "color").is_dir()}
         if not scenes:
             raise ValueError(f"{self.root}: no <scene>/color folder in it")
         if len(folders) > len(scenes):
-            self.left_out["folders without a folder `color`"] = len(folders) - len(scenes)
+            self.left_out["folders (or links to nothing) without a folder `color`"] = len(folders) - len(scenes)
         opened = {}
         pairs = [(name, "") for name in sorted(scenes, key=natural_key)] if split is None else read_split(split)
         for name, frame in pairs:
@@ -488,15 +488,14 @@ class CloudFile:
     class_names = ()
 
     def __init__(self, path, normals=False):
-        self.path = Path(path)
-        self.normals = normals
-        self.names = [self.path.stem]
+        self.names = [Path(path).stem]
+        self.scan = {"name": self.names[0], **read_mesh(path, normals), "alignment": np.eye(4)}
 
     def __len__(self):
         return 1
 
     def __getitem__(self, index):
-        return {"name": self.names[index], **read_mesh(self.path, self.normals), "alignment": np.eye(4)}
+        return {**self.scan, "name": self.names[index]}
 
 
 def read_axis_alignment(path):

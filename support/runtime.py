@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import math
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import signal
@@ -68,6 +69,15 @@ def init_worker(worker_id):
             os._exit(1)
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def end_worker(error, item):
+    """Ends a worker whose thread cannot send a batch, for which its process would wait until the timeout."""
+    if any(words in str(error) for words in ("No space left", "shared memory")):
+        os.kill(os.getpid(), signal.SIGBUS)  # as memory that is mapped and then lacks
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def loader_options(workers):
@@ -197,12 +207,17 @@ class Console:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, whose help shows defaults, and that has --debug (`run_command`)."""
 
-    def __init__(self, prog, description):
-        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, prog, description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options):
+        super().__init__(prog, description=description, formatter_class=formatter_class, **options)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def keep_apart(self, option, out, data):
+        """An error if the folder `out` of an option is or holds the path `data`; either may be None."""
+        if out and data and Path(data).resolve().is_relative_to(Path(out).resolve()):
+            self.error(f"{option} {out} is or holds {data}: nothing is written among data")
 
     def parse_args(self, args=None, namespace=None, defaults=()):
         """argparse's, which also refuses an empty text, as an unset variable of a script gives it.
@@ -239,7 +254,7 @@ def number_in(kind, low, high=math.inf, open_low=False):
     return convert
 
 
-positive_int = number_in(int, 1)
+positive_int = number_in(int, 1, 10 ** 9)
 nonnegative_int = number_in(int, 0)
 worker_count = number_in(int, 0, 256)
 positive_float = number_in(float, 0.0, open_low=True)
@@ -315,6 +330,15 @@ def folder_that(fault, attempt):
     return convert
 
 
+def png_file(text):
+    """An argparse type: the path of a .png file in a folder that exists and can be written to."""
+    path = Path(text)
+    folder = path.absolute().parent
+    if path.suffix != ".png" or path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected the name of a .png file in a folder that exists, got {text!r}")
+    return path
+
+
 readable_folder = folder_that("is not a folder that can be read", os.listdir)
 # permissions alone do not tell
 writable_folder = folder_that("is not a folder that can be written to",
@@ -361,6 +385,7 @@ def run_command(main):
             text = text.strip().splitlines()[-1].partition(": ")[2]
         if advice:
             text = f"{text.strip().splitlines()[0]} ({advice})"
+        sys.unraisablehook = lambda unraisable: None  # a loader that could not begin complains when it is deleted
         newline = "\n" if sys.stderr.isatty() else ""  # a progress bar may stand in this line
         print(f"{newline}{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None

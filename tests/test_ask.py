@@ -44,7 +44,8 @@ def test_a_class_list_is_asked_for_and_scored(tmp_path):
     write_rooms_as_scannet(tmp_path / "rooms", 1, 2, (60, 80))
     classes = tmp_path / "rooms" / "classes.txt"
     summary = predict.main(["--data", str(tmp_path / "rooms"), "--out", str(tmp_path / "out"), "--classes", str(classes),
-                            "--attention", "identity", *CLIP])
+                            "--attention", "identity", "--up=0,-1,0.1", *CLIP])
+    np.testing.assert_allclose(summary["rotation_to_z_up"] @ np.array([0, -1, 0.1]), [0, 0, 1.01 ** 0.5], atol=1e-9)
     assert set(summary["scores"]) == {"every pixel", "merged scenes"}
     assert [names[0] for names in summary["queries"]["names"]] == list(RoomFrames("train", 1, 1).class_names)
     assert 0 <= summary["scores"]["every pixel"]["miou"] <= 1
@@ -173,8 +174,9 @@ def test_reasons_why_fused_features_may_not_answer(config, last_epoch, reasons):
 @pytest.mark.parametrize("distance, focal, expected", [(0.8, 1067, 0.002), (2.5, 290, 0.01724), (8, 100, 0.02)])
 def test_the_voxels_of_a_cloud_are_those_of_its_scene(distance, focal, expected):
     frame = {"depth": np.full((4, 4), distance), "depth_intrinsics": np.diag([focal, focal, 1.0])}
-    assert predict.cloud_voxel(frame) == pytest.approx(expected, rel=1e-3)
-    assert predict.cloud_voxel({**frame, "depth": np.zeros((4, 4))}) == 0.02
+    blank = [{**frame, "depth": np.full((4, 4), value)} for value in (0, np.inf)]
+    assert predict.cloud_voxel([*blank, frame]) == pytest.approx(expected, rel=1e-3)
+    assert predict.cloud_voxel(blank) == 0.02
 
 
 def test_a_frame_without_depth_gets_no_label_and_stops_nothing(trained, tmp_path):

@@ -23,7 +23,7 @@ from sources import captures
 from sources.captures import FORMATS, CaptureFrames, Options
 from sources.open import open_frames
 from sources.rooms import RoomFrames
-from sources.scannet import ScanNetFrames, read_ply_vertices
+from sources.scannet import ScanNetFrames, read_ply_vertices, write_frames
 from support.lens import OneCamera, distorted_pixels, undistort
 
 ROOMS = RoomFrames("train", 1, 4, size=(60, 80))
@@ -303,7 +303,7 @@ def test_what_is_left_out_is_counted(tmp_path, case, words):
     elif case == "nerfstudio":
         edit(folder, lambda content: content["frames"][1].pop("depth_file_path"))
     else:
-        (tmp_path / "all/empty").mkdir()
+        (tmp_path / "all/away").symlink_to("nowhere")
         (tmp_path / "all/.hidden").mkdir()
         write_redwood(tmp_path / "all/.hidden")
     frames = CaptureFrames(tmp_path / "all", options=options)
@@ -498,6 +498,24 @@ def test_missing_files_are_named_at_once_with_the_paragraph_of_the_format(tmp_pa
     missing = "4 color images, 3 depth images" if name == "replica" else f"{file} does not exist"
     with pytest.raises((ValueError, FileNotFoundError), match=rf"{missing}.*read as {name}, .*captures.md#{name}\)"):
         CaptureFrames(tmp_path / "a", options=options)
+
+
+@pytest.mark.parametrize("given", [{"pose": "w2c"}, {"depth_scale": 5000.0}, {"intrinsics": K}])
+def test_options_of_captures_are_refused_for_other_layouts(tmp_path, given):
+    write_frames(SCENE, tmp_path)
+    for data in (tmp_path, "rooms"):
+        with pytest.raises(ValueError, match=f"--{next(iter(given)).replace('_', '-')} says how a capture is read"):
+            open_frames(data, labels=False, **given)
+
+
+@pytest.mark.parametrize("out", [".", "capture", "capture/../capture", "link"])
+def test_an_export_is_not_written_over_its_capture(tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "capture").mkdir()
+    (tmp_path / "link").symlink_to("capture")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        captures.main(["capture", "--to", out])
+    assert f"--to {out} is or holds capture" in capsys.readouterr().err
 
 
 def test_every_format_has_a_paragraph_of_its_own():

@@ -170,6 +170,15 @@ def test_colors_arrive_and_truncated_images_are_named(tmp_path, suffix):
             files.read_color(path)
 
 
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_pixels_of_a_jpeg_lie_as_they_are_stored_as_its_depth_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(COLOR).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    assert np.abs((files.read_color(tmp_path / "x.jpg") - 1.0 * COLOR) @ [0.299, 0.587, 0.114]).mean() < 20
+    assert files.image_size(tmp_path / "x.jpg", "color") == (24, 32)
+
+
 @pytest.mark.parametrize("largest, bits", [(255, 8), (1023, 10), (65535, 16)])
 @pytest.mark.parametrize("channels, color_type", [(3, 2), (1, 0)])
 def test_color_images_of_16_bits_are_refused_with_the_bits_in_use(tmp_path, largest, bits, channels, color_type):

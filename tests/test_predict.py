@@ -2,8 +2,10 @@
 """predict.py and evaluate.py: labels for every pixel of known depth, files that agree, and their scores."""
 import json
 import math
+import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +23,11 @@ from helpers import Forked, last_checkpoint, small, write_rooms_as_scannet, writ
 from metrics import evaluate_semantics
 from model import batches_for, load_model
 from sources.rooms import RoomFrames
-from sources.scannet import ScanNetFrames, read_ply_vertices
+from sources.scannet import ScanNetFrames, load_classes, read_ply_vertices
 from support.queries import TextQueries, field_names, parse_queries
 from support.runtime import run_command
 from support.visualize import label_images
+from test_captures import write_redwood
 from test_gpu import pretend_gpu, waits
 from test_scannet import write_scan
 
@@ -227,6 +230,9 @@ def test_scans_are_opened_alike_whichever_is_first(tmp_path):
     with pytest.raises(ValueError, match="scene0000_00.txt has no axisAlignment, but those of other scans have"):
         scans()
     assert not np.array_equal(scans(*second)[0]["alignment"], np.eye(4))
+    (other / "scene0000_00.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="scene0000_00.txt: scan description is not UTF-8"):
+        scans()
 
 
 @pytest.mark.parametrize("n, most, expected", [(7, 7, [7]), (8, 7, [4, 4]), (100, 30, [25] * 4), (101, 26, [26, 25, 25, 25])])
@@ -375,6 +381,27 @@ def test_the_command_writes_images_clouds_and_a_summary_that_agree_with_each_oth
     assert "prediction" in meshes(out / scene) and not any("query" in kind for kind in meshes(out / scene))
 
 
+@pytest.mark.parametrize("first, none", [(40, 0), (0, 65535)])
+def test_ids_that_are_written_are_those_of_the_checkpoint(path, tmp_path, monkeypatch, first, none):
+    state = torch.load(path, weights_only=True)
+    ids = list(range(first, first + len(state["class_names"])))
+    state["config"] |= {"class_ids": ids, "classes": "gone.txt"}
+    torch.save(state, tmp_path / "x.pt")
+    (tmp_path / "phone").mkdir()
+    write_redwood(tmp_path / "phone")
+    monkeypatch.chdir(tmp_path)
+    predict.main(["x.pt", "--data", "phone", "--out", "out", *ON_CPU])
+    listed = load_classes(tmp_path / "out/classes.txt")
+    assert listed == {none: None, **dict(zip(ids, state["class_names"]))}
+    images = [np.asarray(Image.open(image)) for image in (tmp_path / "out/phone/label").iterdir()]
+    assert len(images) == 4 and set(np.unique(images)) <= {none, *ids}
+    camera = Path("phone/camera_intrinsic.json")
+    camera.write_text(re.sub(r"(\[(?:[^,]*,){6})[^,]*", r"\1 1e6", camera.read_text()))
+    with pytest.raises(ValueError, match="phone/000000: intrinsics .* has the principal point"):
+        predict.main(["x.pt", "--data", "phone", "--out", "new", *ON_CPU])
+    assert not Path("new").exists()  # frames that no network takes are refused before
+
+
 def test_wrong_cameras_are_warned_of(path, tmp_path, capsys, monkeypatch):
     write_rooms_as_scannet(tmp_path / "data", 2, 4, (60, 80))
     for pose in (tmp_path / "data").glob("*/pose/*.txt"):
@@ -403,7 +430,9 @@ def test_weights_of_clip_may_lie_elsewhere_than_in_training(path, tmp_path):
     (["--text", "chair,,sofa"], "an empty name"), (["--text", "chair, chair"], "would be written twice"),
     (["--data", "nowhere"], "nowhere does not exist"), (["--split", "x.txt"], "built-in rooms take no --split"),
     (["--text-from", "fused"], "need --text"), (["--device", "foo"], "must be cpu, cuda or cuda:N"),
-    (["--out", __file__], "is not a folder")])
+    (["--out", __file__], "is not a folder"), (["--out", f"{__file__}/x"], "is not a folder"),
+    (["--out", "/proc/x"], "that can be written to"), (["--pose", "w2c"], "options of captures"),
+    (["--label-map", "x.tsv"], "take no --split"), (["--depth-scale", "5000"], "options of captures")])
 def test_a_wrong_command_is_one_line_and_status_2(path, tmp_path, options, message, capsys):
     given = [str(path), "--data", "rooms", "--out", str(tmp_path / "out"), *options]
     with pytest.raises(SystemExit) as left:

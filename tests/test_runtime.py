@@ -2,6 +2,7 @@
 """runtime.py and what runs meet: signals, empty options, missing resources, full disks, logs without a terminal."""
 import errno
 import os
+import re
 import signal
 import sys
 
@@ -13,13 +14,13 @@ import predict
 import train
 from data import MAX_CELLS, elastic, grid_cells
 from encoder import Enhanced2DEncoder
-from helpers import TOWER
+from helpers import ROOT, TOWER
 from support import checkpoint, runlog, runtime
 from support.distributed import setup
 from support.runtime import Console, StopRequest, loader_options, run_command
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_a_signal_that_is_ignored_stays_ignored(name):
     number = getattr(signal, name)
     before = {n: signal.getsignal(getattr(signal, n)) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")}
@@ -86,6 +87,39 @@ def test_a_device_that_is_none_is_named(device):
 def test_every_loader_has_a_timeout_and_ends_with_its_process():
     assert loader_options(2)["timeout"] > 0 and loader_options(2)["worker_init_fn"] is not None
     assert loader_options(0)["timeout"] == 0
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")):
+        for call in re.findall(r"DataLoader\((?!\))((?:[^()]|\([^()]*\))*)\)", path.read_text()):
+            assert "loader_options" in call, f"{path.name}: {call}"
+
+
+class Unsendable(list):
+    """Data whose items a worker cannot send."""
+
+    def __getitem__(self, index):
+        return self
+
+    def __reduce__(self):
+        raise list.__getitem__(self, 0)
+
+
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("unable to write to file </torch_7>: No space left on device (28)"), "/dev/shm"),
+    (RuntimeError("unable to mmap 8 bytes from file </torch_7>: shared memory"), "/dev/shm"),
+    (OSError(errno.EMFILE, "Too many open files"), "--workers 0 shows why")])
+def test_a_worker_that_cannot_send_a_batch_ends_the_run_at_once(error, advice, capfd):
+    options = {**loader_options(1), "timeout": 60}
+    with pytest.raises(RuntimeError) as end:
+        list(torch.utils.data.DataLoader(Unsendable([error]), batch_size=None, collate_fn=lambda item: item, **options))
+    assert advice in runtime.advice_for(end.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_on_a_terminal_an_error_begins_on_a_line_of_its_own(monkeypatch, capsys):
+    for is_terminal, start in ((True, "\n"), (False, "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+        with pytest.raises(SystemExit):
+            run_command(lambda: int("x"))
+        assert re.fullmatch(start + r"\S+: error: .*\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -103,18 +137,20 @@ def test_only_the_last_checkpoint_of_a_run_goes_on_in_its_folder(tmp_path):
     assert {path.name for path in run.iterdir()} == {"last.pt", "best.pt", "lock"}
 
 
-def test_a_full_disk_keeps_the_old_checkpoint_and_warns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, words", [
+    (errno.ENOSPC, "GiB free"), (errno.EDQUOT, "GiB free"), (errno.EROFS, "Read-only")])
+def test_a_disk_that_takes_nothing_keeps_the_old_checkpoint_and_warns(tmp_path, monkeypatch, number, words):
     path, said = tmp_path / "last.pt", []
-    checkpoint.write_or_warn(path, said.append, {"step": 1})
+    checkpoint.write_or_warn({"step": 1}, path, said.append)
 
     def full(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        checkpoint.write_or_warn(path, said.append, {"step": 2})
-    assert len(said) == 1 and "GiB free" in said[0] and torch.load(path)["step"] == 1
+        checkpoint.write_or_warn({"step": 2}, path, said.append)
+    assert len(said) == 1 and words in said[0] and torch.load(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    checkpoint.write_or_warn(path, said.append, {"step": 3})
+    checkpoint.write_or_warn({"step": 3}, path, said.append)
     assert torch.load(path)["step"] == 3 and len(said) == 1
 
 
@@ -124,24 +160,28 @@ def test_nothing_is_written_over_or_around_the_data(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         predict.parse_args(["x.pt", "--data", "data", "--out", out])
-    assert "is or holds --data" in capsys.readouterr().err
+    assert "is or holds data: nothing is written" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- progress
 
 
-def test_without_a_terminal_the_progress_is_a_line_now_and_then(capsys, monkeypatch):
+@pytest.mark.parametrize("initial, values, line", [
+    (100, {"loss": 1.23456}, "300 of 1000 samples, loss 1.235, 1.00 samples per second, 12 minutes left"),
+    (0, {}, "200 of 1000 samples, 1.00 samples per second, 13 minutes left"),
+    (640, {"loss": float("nan"), "mIoU": 0.5}, "840 of 1000 samples, loss nan, mIoU 0.500, 1.00 samples per second, "
+     "3 minutes left")])
+def test_without_a_terminal_the_progress_is_a_line_now_and_then(capsys, monkeypatch, initial, values, line):
     monkeypatch.setattr(sys, "stderr", open(os.devnull, "w"))
     now = [0.0]
     monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
-    bar = runlog.ProgressBar(1000, 100)
-    bar.show(loss=1.23456)
+    bar = runlog.ProgressBar(1000, initial)
+    bar.show(**values)
     for _ in range(9):
         now[0] += 40
         bar.update(40)
     bar.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["300 of 1000 samples, loss 1.235, 1.00 samples per second, 12 minutes left"]
+    assert capsys.readouterr().out.splitlines() == [line]
 
 
 def test_warnings_are_said_again_at_the_end(capsys):
@@ -152,10 +192,11 @@ def test_warnings_are_said_again_at_the_end(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_noise_of_a_building_is_bounded():
+@pytest.mark.parametrize("extent", [(60, 60, 6), (5000, 5, 5), (400, 1, 300)])
+def test_the_noise_of_a_building_is_bounded(extent):
     rng = np.random.default_rng(0)
-    cloud = (rng.random((500, 3)) * [60, 60, 6]).astype(np.float32)
-    assert grid_cells(torch.tensor([60.0, 60, 6]), 0.12).prod() > MAX_CELLS
+    cloud = (rng.random((500, 3)) * extent).astype(np.float32)
+    assert grid_cells(torch.tensor(extent), 0.12).prod() > MAX_CELLS
     moved = elastic(cloud, rng, 0.12, 0.8)
     assert np.isfinite(moved).all() and 0 < np.abs(moved - cloud).max() < 3 * 0.8
 
@@ -177,5 +218,7 @@ def test_torch_computes_on_the_cores_that_are_free(monkeypatch, cores, busy, wor
 def test_a_prompt_that_clip_would_cut_off_is_refused():
     tower = Enhanced2DEncoder(TOWER, None, image_size=(32, 32))
     assert tower.encode_prompts(["word " * 75]).shape[0] == 1  # with begin and end 77 tokens
-    with pytest.raises(ValueError, match="reads 77 tokens"):
-        tower.encode_prompts(["a chair", "word " * 76])
+    for prompt in ("word " * 76, "word " * 2000, "7" * 76):
+        with pytest.raises(ValueError, match="reads 77 tokens") as error:
+            tower.encode_prompts(["a chair", prompt])
+        assert len(str(error.value)) < 200

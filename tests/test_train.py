@@ -241,7 +241,7 @@ def test_the_folder_of_a_run_is_locked_while_it_trains_and_after_it_resumed(tmp_
 
 def test_last_is_written_once_per_epoch_or_every_n_steps(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(train, "write_or_warn", lambda path, warn, state: written.append(
+    monkeypatch.setattr(train, "write_or_warn", lambda state, path, warn: written.append(
         (path.name, state["epoch"], state["next_step"])))
     options = "--no-clip --no-instances --rooms 3 --num-points 100"
     train.main(small(tmp_path / "a", options))
@@ -364,7 +364,8 @@ WRONG = [
     ("--voxel-size 0.0001", "at least 0.001"), ("--lr inf", "above 0"), ("--epochs 1.5", "expected a number"),
     ("--up up", "up must be one of"), ("--clip-mean-std 0.5,0.5", "3 means"), ("--moon", "unrecognized arguments"),
     ("--resume a.pt --eval b.pt", "not allowed with"), ("--eval a.pt --replay b.pt", "not allowed with"),
-    ("--scans scans", "holds only points"), ("--label-map x.tsv", "belongs to scans"),
+    ("--scans scans", "holds only points"), ("--label-map x.tsv", "take no --classes, --label-map"),
+    ("--train-split x", "take no --classes"),
     ("--init-3d x.pt", "x.pt does not exist"), ("--data folder", "--train-split"),
     ("--data folder --train-split t --val-split v", "folder does not exist"),
     ("--clip-model ViT-X", "is unknown to open_clip"), ("--clip-pretrained moon", "not a tag of"),
@@ -562,7 +563,8 @@ def test_what_a_start_asks_for_is_judged_anew(tmp_path, capsys):
     assert train.NEVER_ON in checkpoint(tmp_path)["warnings"]
     capsys.readouterr()
     train.main(["--resume", str(last_checkpoint(tmp_path)), "--epochs", "2", "--clip-warmup=-1,0", *RESUME])
-    assert train.NEVER_ON not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert train.NEVER_ON not in printed and f": {last_checkpoint(tmp_path, 'best.pt')};" in printed
     assert train.NEVER_ON not in checkpoint(tmp_path)["warnings"]
 
 
