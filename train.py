@@ -686,9 +686,9 @@ def main(argv=None, clip_criterion=None, tower=None, stop=None):
         save("last.pt", epoch + 1, 0)
 
     bar.close()
+    where = folder / "best.pt" if (folder / "best.pt").exists() else "not written"
     console.print("\n".join(["", format_metrics(metrics, class_names), *console.notes(), "",
-                             f"best mIoU {best:.3f}: {folder}/best.pt; look at the run with: "
-                             f"tensorboard --logdir {args.runs}"]))
+                             f"best mIoU {best:.3f}: {where}; look at the run with: tensorboard --logdir {args.runs}"]))
     log.add_text("result", json.dumps({**metrics, "classes": class_names}))
     log.close()
     leave_processes()

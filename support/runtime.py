@@ -8,6 +8,7 @@ Imports numpy, torch and tqdm.
 """
 import argparse
 import ctypes
+import errno
 import math
 import multiprocessing
 import multiprocessing.queues
@@ -74,9 +75,9 @@ def init_worker(worker_id):
 
 def end_worker(error, item):
     """Ends a worker whose thread cannot send a batch, for which its process would wait until the timeout."""
-    if any(words in str(error) for words in ("No space left", "shared memory")):
-        os.kill(os.getpid(), signal.SIGBUS)  # as memory that is mapped and then lacks
-    print(error, file=sys.stderr, flush=True)
+    if "No space left" in str(error):
+        signal.raise_signal(signal.SIGBUS)  # as memory that is mapped and then lacks
+    print(f"{error} ({advice_for(error) or 'it could not be sent'})", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -335,7 +336,8 @@ def png_file(text):
     path = Path(text)
     folder = path.absolute().parent
     if path.suffix != ".png" or path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected the name of a .png file in a folder that exists, got {text!r}")
+        raise argparse.ArgumentTypeError("expected the name of a .png file in a folder that exists and can be "
+                                         f"written to, got {text!r}")
     return path
 
 
@@ -346,6 +348,7 @@ writable_folder = folder_that("is not a folder that can be written to",
 
 # what an error of torch or of the system says, and what helps
 ADVICE = {
+    "Too many open files": "raise the limit with `ulimit -n 65536`, or give fewer --workers",
     "out of memory": "give a smaller --batch-size, --num-points or --num-views",
     "can't allocate memory": "give a smaller --batch-size, --num-points or --num-views",
     "is killed by signal: Killed": "the system ended a data-loading process, probably for want of memory: give fewer "
@@ -354,15 +357,18 @@ ADVICE = {
     "shared memory": "shared memory (/dev/shm) is full: enlarge it, or give --workers 0",
     "exited unexpectedly": "a data-loading process ended: --workers 0 shows why",
     "DataLoader timed out": "reading a batch took too long: --workers 0 shows where it hangs",
-    "Too many open files": "raise the limit with `ulimit -n 65536`, or give fewer --workers",
     "received 0 items of ancdata": "too many files are open: raise the limit with `ulimit -n 65536`, or give fewer "
                                    "--workers"}
+
+FULL = "the disk that is written to is full, or shared memory (/dev/shm): enlarge it, or give --workers 0"
 
 
 def advice_for(error):
     """What helps against an error, or None if its cause is not known."""
     if isinstance(error, MemoryError):
         return ADVICE["out of memory"]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return FULL  # the error does not say what
     text = f"{error} {error.__cause__ or ''}"
     return next((advice for words, advice in ADVICE.items() if words in text), None)
 

@@ -323,7 +323,7 @@ def test_a_step_that_a_full_disk_does_not_take_is_reported_and_the_run_goes_on(t
     train.main(small(tmp_path, RUN, "--no-clip"))
     printed = capsys.readouterr().out
     assert "bad_step_1.pt': this file is not written" in printed and "step 1 is not finite" in printed
-    assert "--replay" not in printed and not saved_steps(tmp_path)
+    assert "--replay" not in printed and ": not written; look" in printed and not saved_steps(tmp_path)
 
 
 def test_a_broken_weight_stops_the_run_by_name_after_max_bad_steps(tmp_path, monkeypatch, capsys):

@@ -42,6 +42,7 @@ KNOWN = {
     "DataLoader worker (pid 7) is killed by signal: Bus error. ": "/dev/shm",
     "unable to write to file </torch_1>: No space left on device (28), shared memory": "/dev/shm",
     "DataLoader timed out after 600 seconds": "--workers 0",
+    "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)": "ulimit -n",
     "received 0 items of ancdata": "ulimit -n"}
 
 
@@ -55,14 +56,18 @@ def test_an_error_whose_cause_is_known_is_one_line_with_what_helps(text, capsys)
     assert end.value.code == 2 and KNOWN[text] in printed and len(printed.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error, status", [(MemoryError(), 2), (OSError(errno.EMFILE, "Too many open files"), 2),
-                                           (ValueError("x"), 2), (FloatingPointError("x"), 1)])
-def test_what_a_user_can_fix_is_one_line(error, status, capsys):
+@pytest.mark.parametrize("error, status, advice", [
+    (MemoryError(), 2, "--batch-size"), (OSError(errno.EMFILE, "Too many open files"), 2, "ulimit -n"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "/dev/shm"),
+    (OSError(errno.ENOSPC, "No space left on device", "x.pt"), 2, "device: 'x.pt'\n"),
+    (ValueError("x"), 2, ""), (FloatingPointError("x"), 1, "")])
+def test_what_a_user_can_fix_is_one_line(error, status, advice, capsys):
     def fail():
         raise error
     with pytest.raises(SystemExit) as end:
         run_command(fail)
-    assert end.value.code == status and len(capsys.readouterr().err.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert end.value.code == status and printed.count("\n") == 1 and advice in printed
 
 
 def test_other_errors_keep_their_traceback():
@@ -104,7 +109,7 @@ class Unsendable(list):
 
 @pytest.mark.parametrize("error, advice", [
     (RuntimeError("unable to write to file </torch_7>: No space left on device (28)"), "/dev/shm"),
-    (RuntimeError("unable to mmap 8 bytes from file </torch_7>: shared memory"), "/dev/shm"),
+    (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm"),
     (OSError(errno.EMFILE, "Too many open files"), "--workers 0 shows why")])
 def test_a_worker_that_cannot_send_a_batch_ends_the_run_at_once(error, advice, capfd):
     options = {**loader_options(1), "timeout": 60}
