@@ -103,7 +103,7 @@ def wrong(fault, words):
 
 
 def first_wrong(*faults):
-    """The Row of the first of some faults (name, whether it is there, words), in a list; or an empty one."""
+    """The Row of the first of some faults (name, whether it is there, words), in a list; or []."""
     return next(([wrong(fault, words)] for fault, there, words in faults if there), [])
 
 
@@ -463,7 +463,7 @@ def unconfirmed_rows(judge, frames, told, helped):
 
 
 def other_rows(tried, rows):
-    """Rows of faults that were not found: their alternatives are worse, or cannot be told from the rest."""
+    """Rows of faults that were not found: their alternatives are worse, or cannot be told apart."""
     others = []
     for test in sorted({one.fault for one in tried} - {row.test for row in rows}):
         own = [one for one in tried if one.fault == test]
@@ -513,7 +513,7 @@ def up_rows(runs, up, confirmed):
     return [wrong("up axis", f"{words}: --up={axis if is_axis else vector}.")], mean
 
 
-# ------------------------------------------------------------------------------------- labels and splits
+# ---------------------------------------------------------------------------------- labels and splits
 
 
 def class_names(source):
@@ -660,7 +660,7 @@ def split_rows(sources):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------- running
+# -------------------------------------------------------------------------------------------- running
 
 
 def sample_runs(names, num_frames):

@@ -82,7 +82,7 @@ def build_parser():
     add("--val-split", help="the same for validation")
     add("--rooms", type=number_in(int, 1, 10 ** 6), default=32, help="built-in training rooms")
     add("--val-rooms", type=number_in(int, 1, 10 ** 6), help="not given: 3 per 8 training rooms")
-    add("--frames-per-room", type=number_in(int, 1, 1000), default=4, help="images of each built-in room")
+    add("--frames-per-room", type=number_in(int, 1, 1000), default=4, help="of each built-in room")
     add("--num-points", type=positive_int, default=4096, help="points drawn per sample")
     add("--num-views", type=positive_int, default=1, help="frames per sample")
     add("--image-size", type=image_size, default=(240, 320), help="height,width of CLIP's images, in "
@@ -149,7 +149,7 @@ def build_parser():
     add("--amp", choices=tuple(AMP_DTYPES), help="not given: bf16 on a GPU that has it, else off")
     add("--compile", action="store_true", help="torch.compile for the tower, the gate and the heads")
     add("--seed", type=number_in(int, 0, 2 ** 63 - 1), default=0, help="of weights, sampling and augmentation")
-    add("--sync-bn", choices=("on", "off"), default="on", help="batch norms count the rows of all processes")
+    add("--sync-bn", choices=("on", "off"), default="on", help="batch norms count all processes' rows")
     add("--deterministic", action="store_true", help="on a GPU: the same numbers in every run, as "
         "always on a CPU; slower, see docs/gpus.md")
     add("--device", help="not given: cuda if there is one, else cpu")
@@ -157,7 +157,7 @@ def build_parser():
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--runs", type=writable_folder, default="runs", help="folder that TensorBoard watches")
-    add("--log-every", type=positive_int, default=10, help="optimizer steps between TensorBoard entries")
+    add("--log-every", type=positive_int, default=10, help="steps between TensorBoard entries")
     add("--eval-every", type=positive_int, default=5, help="epochs between evaluations")
     add("--diagnose", type=nonnegative_int, default=0, metavar="K", help="optimizer steps between "
         "entries under diagnose/, see docs/diagnostics.md; 0: none")

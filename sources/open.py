@@ -70,7 +70,8 @@ def is_exported(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"frame folder {folder} does not exist")
     if (folder / "color").is_dir() and (folder / "pose").is_dir():
-        raise ValueError(f"{folder} is one scene in ScanNet's layout: give {folder.resolve().parent}, which holds it")
+        raise ValueError(f"{folder} is one scene in ScanNet's layout: give {folder.resolve().parent}, "
+                         "which holds it")
     return any(folder.glob("*/color")) and any(folder.glob("*/pose"))
 
 

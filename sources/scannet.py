@@ -197,9 +197,9 @@ class ScanNetFrames:
     are label, instance and intrinsics_{color,depth}.txt. The color images of a scene have one size, and its
     depth images, because they share the scene's intrinsics.
 
-    An extrinsic maps a camera to the device, whose pose the pose file then is: "the mapping to base frame
-    in a multi-view setup (typically it's depth to color; and the color extrinsic is the identity)", says
-    sensorData.h of ScanNet's SensReader. In ScanNet itself both are the identity.
+    An extrinsic maps a camera to the device, whose pose the pose file then is: "the mapping to base
+    frame in a multi-view setup (typically it's depth to color; and the color extrinsic is the
+    identity)", says sensorData.h of ScanNet's SensReader. In ScanNet itself both are the identity.
 
     classes: a file for `load_classes` or its result; None: labels and instances are not read.
     split: a file with one `scene` or `scene/frame` per line; None: all frames.

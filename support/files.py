@@ -286,7 +286,7 @@ def read_index_image(path, field, bits=(8, 16)):
 
 
 def read_depth(path, units_per_meter=1000):
-    """Depth along the optical axis, 16-bit PNG, NPY or TIFF -> (H, W) float32 meters, 0 = no reading."""
+    """Depth along the axis of a 16-bit PNG, NPY or TIFF -> (H, W) float32 meters, 0 = no reading."""
     ending = Path(path).suffix.lower()
     if ending == ".png":
         depth = read_index_image(path, "depth", (16,))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Images of lenses with a distortion, straightened to those of pinhole cameras, and of other pinhole cameras.
+"""Images of lenses with a distortion, straightened to those of pinhole cameras, and of other pinholes.
 
     straight = undistort(image, intrinsics, "OPENCV", (k1, k2, p1, p2, k3))
     frames = OneCamera(frames)       the first camera of each scene for all of its frames
@@ -87,7 +87,7 @@ def undistort(image, intrinsics, model, coefficients, pinhole=None):
 class OneCamera:
     """A source of frames without labels (see data.py), resampled to the first camera of their scene.
 
-    Depth is that of the nearest pixel, up to half a pixel beside. ValueError if sizes differ within a scene.
+    Depth is that of the nearest pixel, up to half a pixel beside. ValueError if sizes differ in a scene.
     """
 
     def __init__(self, frames):

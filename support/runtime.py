@@ -74,7 +74,7 @@ def init_worker(worker_id):
 
 
 def end_worker(error, item):
-    """Ends a worker whose thread cannot send a batch, for which its process would wait until the timeout."""
+    """Ends a worker that cannot send a batch; its process would wait for it until the timeout."""
     if "No space left" in str(error):
         signal.raise_signal(signal.SIGBUS)  # as memory that is mapped and then lacks
     print(f"{error} ({advice_for(error) or 'it could not be sent'})", file=sys.stderr, flush=True)
@@ -92,7 +92,7 @@ def kill_workers():
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     if not workers:
         return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader raises for every worker that is killed
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader raises for every one that is killed
     for worker in workers:
         worker.kill()
         worker.join()
@@ -127,7 +127,7 @@ def configure_device(device, deterministic=False):
 
 
 def busy_cores(seconds=0.5):
-    """How many of the machine's cores are at work meanwhile; on other systems than Linux, its load average."""
+    """How many of the machine's cores are at work meanwhile; without Linux, its load average."""
     if not os.path.exists("/proc/stat"):
         return os.getloadavg()[0]
 
@@ -151,9 +151,9 @@ def num_cores():
 def choose_threads(workers=0, before=None):
     """Sets how many threads torch computes with on a CPU -> a line about it; OMP_NUM_THREADS overrules.
 
-    A pool whose threads wait for cores that others use is many times slower than fewer threads, so these are the
-    cores that are free at the start, without one per loader on larger machines. before: the number of a run that is
-    resumed, with which it stays bit-exact.
+    A pool whose threads wait for cores that others use is many times slower than fewer threads, so these
+    are the cores that are free at the start, without one per loader on larger machines. before: the number
+    of a run that is resumed, with which it stays bit-exact.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return f"CPU threads: {torch.get_num_threads()}, by OMP_NUM_THREADS"
@@ -183,7 +183,7 @@ def keep_buffers():
 
 
 class Console:
-    """What a command says: lines, and warnings that nobody overlooks and that are said again at the end.
+    """What a command says: lines, and warnings that nobody overlooks, said again at the end.
 
     main_process: the others say nothing. warnings: those of a checkpoint to go on from.
     """
@@ -223,7 +223,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None, defaults=()):
         """argparse's, which also refuses an empty text, as an unset variable of a script gives it.
 
-        defaults: {name: value} of an earlier result, for options that are not given. They are checked like
+        defaults: {name: value} of an earlier result, for options not given. They are checked like
         these; names that the parser does not know are ignored.
         """
         words = sys.argv[1:] if args is None else list(args)
@@ -284,7 +284,7 @@ def mean_std(text):
 
 def image_size(text):
     """An argparse type: "240,320" -> (240, 320)."""
-    size = list_of(number_in(int, 1, 2048))(text)  # attention's memory grows with the fourth power of a side
+    size = list_of(number_in(int, 1, 2048))(text)  # attention takes the fourth power of a side
     if len(size) != 2:
         raise argparse.ArgumentTypeError(f"expected height,width such as 240,320, got {text!r}")
     return size
@@ -300,7 +300,7 @@ def pinhole(text):
 
 
 def add_capture_options(parser, formats, poses):
-    """Options of all commands that read captures: how, if not as what lies there says. See docs/captures.md."""
+    """Options of all commands that read captures: how, if not as what lies there says."""
     add = parser.add_argument
     add("--format", choices=tuple(formats), help="of a capture; not given: what lies in the folder decides")
     add("--pose", choices=poses, help="of a capture: overrules direction and quaternion order")
