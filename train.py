@@ -104,7 +104,7 @@ def build_parser():
         "docs/backbones.md; not given: signed, or as the weights of --init-3d were trained")
     add("--voxel-size", type=number_in(float, 0.001, 1.0), default=0.08, help="meters")
     add("--init-3d", metavar="CHECKPOINT", help="trained weights of the 3D encoder: of ESAM, "
-        "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, or of a run")
+        "oneformer3d, Mask3D, UnScene3D, LanguageGroundedSemseg, OpenScene, Volt, or of a run")
     add("--drop-path", type=number_in(float, 0.0, 0.9), default=0.0, help="of volt-*: how often the "
         "last block is skipped for a token; the others less, the first never")
     add("--no-clip", action="store_true", help="the 3D baseline: no images, no fusion, no CLIP loss")
