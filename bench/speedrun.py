@@ -15,7 +15,7 @@ import train
 from bench.timing import machine
 
 OPTIONS = ("--clip-pretrained none --clip-warmup=-1 --clip-weights 0,0.01 --num-points 1024 "
-           "--epochs 15 --eval-every 15")
+           "--epochs 15 --eval-every 15 --image-size 144,192")
 
 
 def run(args):
