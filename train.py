@@ -96,7 +96,7 @@ def build_parser():
     add("--cache", type=readable_folder, default=".cache", help="folder for CLIP features and "
         "superpoints; 'none': compute them every time")
     add("--workers", type=worker_count, help="data-loading processes; 0: the main one; not given: 2, "
-        "with a GPU one per core of the process, at most 8")
+        "with two cores 0, with a GPU one per core of the process, at most 8")
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=tuple(BACKBONES), help="not given: small, or the network of --init-3d")
@@ -184,7 +184,8 @@ def parse_args(argv=None, config=None):
         args.amp = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     if args.workers is None:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = max(1, min(8, num_cores() // local_processes)) if on_gpu else 2
+        on_cpu = 2 if num_cores() > 2 else 0  # loaders slow a step down by more than they save
+        args.workers = max(1, min(8, num_cores() // local_processes)) if on_gpu else on_cpu
     if args.semantic_weight is None:
         args.semantic_weight = 0.5 if args.no_clip else 0.4
     if args.val_rooms is None:

@@ -158,3 +158,5 @@ def test_defaults_follow_the_device_and_a_resumed_run_keeps_its_own(monkeypatch,
     assert (args.amp, args.workers) == (amp, 4)
     for own in (train.parse_args(["--device", "cpu"]), train.parse_args([], {"amp": "off", "workers": 2})):
         assert (own.amp, own.workers) == ("off", 2)
+    monkeypatch.setattr(train, "num_cores", lambda: 2)
+    assert train.parse_args(["--device", "cpu"]).workers == 0
