@@ -36,16 +36,18 @@ def open_frames(data, split=None, classes=None, label_map=None, intrinsics=None,
     """
     told = {"--intrinsics": intrinsics, "--pose": pose, "--depth-scale": depth_scale, "--format": format}
     given = [option for option, value in told.items() if value is not None]
-    is_capture = data != "rooms" and (not is_exported(Path(data)) or format)
-    if given and not is_capture:
-        raise ValueError(f"{given[0]} says how a capture is read, and {data} is none")
+    no_capture = f"{' and '.join(given)} says how a capture is read, and {data} is none"
     if data == "rooms":
+        if given:
+            raise ValueError(no_capture)
         return RoomFrames(split or "train", *rooms)
-    if is_capture:
+    if not is_exported(Path(data)) or format:
         if labels:
             raise ValueError(f"{data} is not in ScanNet's layout ({LAYOUT}), and captures have no labels, which are "
                              "needed here (docs/data.md)")
         return CaptureFrames(data, format, Options(intrinsics, pose, depth_scale), split, undistort)
+    if given:
+        raise ValueError(no_capture)
     if not has_classes(data, classes, labels):
         return ScanNetFrames(data, None, split)
 
