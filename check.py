@@ -203,7 +203,7 @@ def depth_rows(frames):
 
 def range_rows(frames, num_levels):
     """A fault if depth has impossible values. num_levels: most of `count_levels` of all frames and scenes."""
-    medians = [median_depth(part) for part in by_scene(frames)]  # one image may be near
+    medians = [median_depth(part) for part in by_scene(frames)]  # not of one image: that may be near
     top = common_top(depth_of(frames))
     bottom = np.median([known_values(image).min() for image in depth_of(frames)])
     return first_wrong(
